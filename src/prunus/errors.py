@@ -1,0 +1,62 @@
+"""Everything prunus raises on purpose.
+
+Every message says what was wrong, with which value, and what to do about it.
+
+PrunusError
+ ├─ OptionError            an option or argument has a value that cannot work
+ ├─ UnsupportedModelError  the model is of a family, or in a state, that prunus does not cut
+ ├─ CalibrationError       the calibration text is missing, unreadable or too short
+ ├─ NonFiniteError         NaN or infinity in weights, statistics or loss
+ ├─ StatisticsError        statistics are missing, or were made from other inputs
+ ├─ BudgetError            the asked ratio cannot be reached under the given constraints
+ ├─ PlanError              a plan or table file is malformed, or does not fit the model
+ └─ CheckpointError        a model folder is incomplete, damaged or cannot be written
+"""
+
+__all__ = [
+    "BudgetError",
+    "CalibrationError",
+    "CheckpointError",
+    "NonFiniteError",
+    "OptionError",
+    "PlanError",
+    "PrunusError",
+    "StatisticsError",
+    "UnsupportedModelError",
+]
+
+
+class PrunusError(Exception):
+    """Base of every error that prunus raises on purpose."""
+
+
+class OptionError(PrunusError, ValueError):
+    """An option or argument has a value that cannot work."""
+
+
+class UnsupportedModelError(PrunusError):
+    """The model is of a family, or in a state, that prunus does not cut."""
+
+
+class CalibrationError(PrunusError):
+    """The calibration text is missing, unreadable or too short."""
+
+
+class NonFiniteError(PrunusError):
+    """NaN or infinity in weights, statistics or loss."""
+
+
+class StatisticsError(PrunusError):
+    """Statistics are missing, or were made from other inputs."""
+
+
+class BudgetError(PrunusError):
+    """The asked ratio cannot be reached under the given constraints."""
+
+
+class PlanError(PrunusError):
+    """A plan or table file is malformed, or does not fit the model."""
+
+
+class CheckpointError(PrunusError):
+    """A model folder is incomplete, damaged or cannot be written."""

@@ -1,0 +1,171 @@
+"""The model families prunus can cut, described as data.
+
+A family says, for each projection of a decoder layer, where it lives and which *space* its output rows and input
+columns belong to. Everything that carries the same space is cut at the same indices; nothing else in prunus knows the
+name of a projection. Adding a family means adding an entry to `FAMILIES`, and the conformance tests pick it up.
+
+Spaces:
+    residual   the hidden states between blocks; never cut
+    query      outputs of the query heads, `num_key_value_groups * head_dim` rows per attention group
+    key_value  outputs of the key (or value) heads, `head_dim` rows per attention group
+    channel    the MLP's intermediate activations, one row per MLP group
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prunus.errors import UnsupportedModelError
+
+__all__ = ["AXES", "FAMILIES", "PRUNED_PREFIX", "Axis", "Block", "Family", "Projection", "Space", "family_of"]
+
+Axis = Literal["attention", "mlp"]
+Space = Literal["residual", "query", "key_value", "channel"]
+AXES: tuple[Axis, ...] = ("attention", "mlp")
+
+#: `model_type` of a checkpoint with unequal layers is this prefix before the family's own model type.
+PRUNED_PREFIX = "prunus_"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear module of a decoder layer.
+
+    Attributes:
+        path: where it lives inside the decoder layer, e.g. `self_attn.q_proj`.
+        outputs: spaces of its output rows, in order; more than one for a fused projection.
+        inputs: space of its input columns.
+    """
+
+    path: str
+    outputs: tuple[Space, ...]
+    inputs: Space
+
+    @property
+    def name(self) -> str:
+        """Last part of the path, unique within a decoder layer: `q_proj`."""
+        return self.path.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Attention or MLP of a decoder layer: what one axis cuts.
+
+    Attributes:
+        axis: the kind of group it is made of.
+        module: path of the block inside the decoder layer.
+        norms: paths of the norms that serve only this block and leave with it.
+        projections: its linear modules.
+        untouched: modules inside the block that no cut changes (per-head norms, which all heads share).
+    """
+
+    axis: Axis
+    module: str
+    norms: tuple[str, ...]
+    projections: tuple[Projection, ...]
+    untouched: tuple[str, ...] = ()
+
+    @property
+    def output(self) -> Projection:
+        """The projection that writes back into the residual stream: `o_proj` or `down_proj`."""
+        return next(p for p in self.projections if p.outputs == ("residual",))
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: the names that a pruner needs, and nothing else.
+
+    Attributes:
+        model_type: `config.model_type` of transformers.
+        title: the name people use.
+        blocks: attention and MLP, in the order in which a decoder layer runs them.
+        embedding: path of the token embedding in the causal language model.
+        layers: path of the list of decoder layers.
+        final_norm: path of the norm before the head.
+        head: path of the output head.
+    """
+
+    model_type: str
+    title: str
+    blocks: tuple[Block, ...]
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+    def block(self, axis: Axis) -> Block:
+        """The block of one axis."""
+        return next(block for block in self.blocks if block.axis == axis)
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All projections of a decoder layer."""
+        return tuple(projection for block in self.blocks for projection in block.projections)
+
+
+def _attention(*, norms: tuple[str, ...] = ("input_layernorm",), untouched: tuple[str, ...] = ()) -> Block:
+    return Block(
+        axis="attention",
+        module="self_attn",
+        norms=norms,
+        projections=(
+            Projection("self_attn.q_proj", ("query",), "residual"),
+            Projection("self_attn.k_proj", ("key_value",), "residual"),
+            Projection("self_attn.v_proj", ("key_value",), "residual"),
+            Projection("self_attn.o_proj", ("residual",), "query"),
+        ),
+        untouched=untouched,
+    )
+
+
+def _gated_mlp(*, norms: tuple[str, ...] = ("post_attention_layernorm",)) -> Block:
+    return Block(
+        axis="mlp",
+        module="mlp",
+        norms=norms,
+        projections=(
+            Projection("mlp.gate_proj", ("channel",), "residual"),
+            Projection("mlp.up_proj", ("channel",), "residual"),
+            Projection("mlp.down_proj", ("residual",), "channel"),
+        ),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama 2, 3, 3.x; SmolLM2; TinyLlama", (_attention(), _gated_mlp())),
+        Family("mistral", "Mistral", (_attention(), _gated_mlp())),
+        Family("qwen2", "Qwen2, Qwen2.5", (_attention(), _gated_mlp())),
+        Family(
+            "qwen3",
+            "Qwen3",
+            (_attention(untouched=("self_attn.q_norm", "self_attn.k_norm")), _gated_mlp()),
+        ),
+    )
+}
+
+
+def family_of(config: Any) -> Family:
+    """The family a transformers config belongs to; a checkpoint that prunus wrote belongs to the family it was cut from.
+
+    Args:
+        config: a transformers `PreTrainedConfig`.
+
+    Raises:
+        UnsupportedModelError: the model type is not described in `FAMILIES`.
+    """
+    model_type = str(getattr(config, "model_type", ""))
+    family = FAMILIES.get(model_type.removeprefix(PRUNED_PREFIX))
+    if family is not None:
+        return family
+    hint = ""
+    if close := difflib.get_close_matches(model_type, FAMILIES, n=1):
+        hint = f" The closest described family is {close[0]!r}, but a cut is never made by guessing."
+    raise UnsupportedModelError(
+        f"model type {model_type!r} is not supported: no entry in prunus.families.FAMILIES says which projections carry "
+        f"its attention groups and MLP channels.{hint} Supported: {', '.join(sorted(FAMILIES))}. "
+        "To add it, describe its decoder layer in src/prunus/families.py (about 15 lines)."
+    )

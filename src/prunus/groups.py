@@ -1,0 +1,233 @@
+"""The geometry of groups: which rows and columns of each weight belong to a group, and what cutting it saves.
+
+An attention group is one key/value head with all query heads that read it; an MLP group is one channel. Group `k` of a
+layer owns `unit(space)` consecutive indices of every dimension that carries one of the axis' spaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.errors import UnsupportedModelError
+from prunus.families import AXES, Axis, Family, Projection, Space, family_of
+
+__all__ = ["SPACE_AXIS", "Geometry", "LayerWidths", "layer_widths_of", "submodule"]
+
+#: the axis that cuts a space; `residual` is never cut
+SPACE_AXIS: dict[Space, Axis] = {"query": "attention", "key_value": "attention", "channel": "mlp"}
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """How many groups a decoder layer has on each axis; 0 means the block is not there."""
+
+    num_key_value_heads: int
+    intermediate_size: int
+
+    def __getitem__(self, axis: Axis) -> int:
+        """Number of groups on an axis."""
+        return self.num_key_value_heads if axis == "attention" else self.intermediate_size
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of a model in groups, and the number of parameters each group costs.
+
+    Attributes:
+        family: the family the model belongs to.
+        hidden_size: width of the residual stream.
+        head_dim: width of one head.
+        num_key_value_groups: query heads per key/value head.
+        widths: groups per axis of every decoder layer.
+        total_parameters: all parameters of the model, tied embeddings counted once.
+        group_parameters: parameters of one group of each axis.
+        block_parameters: parameters that leave only with a whole block: its norms, output bias and per-head norms.
+    """
+
+    family: Family
+    hidden_size: int
+    head_dim: int
+    num_key_value_groups: int
+    widths: tuple[LayerWidths, ...]
+    total_parameters: int
+    group_parameters: Mapping[Axis, int] = field(hash=False)
+    block_parameters: Mapping[Axis, int] = field(hash=False)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Geometry:
+        """Read the geometry off a model (its weights may be on the meta device) and check it against its family.
+
+        Args:
+            model: a transformers causal language model.
+
+        Raises:
+            UnsupportedModelError: the family is unknown, a described module is missing or has an unexpected type or
+                shape, or a decoder layer holds a linear module that the family does not describe.
+        """
+        config: Any = model.config
+        family = family_of(config)
+        widths = layer_widths_of(config)
+        hidden_size = int(config.hidden_size)
+        head_dim = int(getattr(config, "head_dim", None) or hidden_size // config.num_attention_heads)
+        layers = submodule(model, family.layers)
+        if len(layers) != len(widths):
+            raise UnsupportedModelError(
+                f"the config describes {len(widths)} decoder layers, the model has {len(layers)}"
+            )
+        geometry = cls(
+            family=family,
+            hidden_size=hidden_size,
+            head_dim=head_dim,
+            num_key_value_groups=int(config.num_attention_heads) // int(config.num_key_value_heads),
+            widths=widths,
+            total_parameters=sum(p.numel() for p in model.parameters()),
+            group_parameters={},
+            block_parameters={},
+        )
+        group_parameters: dict[Axis, int] = dict.fromkeys(AXES, 0)
+        block_parameters: dict[Axis, int] = dict.fromkeys(AXES, 0)
+        for layer_idx, layer in enumerate(layers):
+            geometry._check_layer(layer_idx, layer)
+            for axis in AXES:
+                groups = widths[layer_idx][axis]
+                if groups:
+                    block = family.block(axis)
+                    in_groups = sum(_parameters_in_groups(projection, submodule(layer, projection.path))
+                                    for projection in block.projections)
+                    modules = [submodule(layer, path) for path in (block.module, *block.norms)]
+                    whole = sum(p.numel() for module in modules for p in module.parameters())
+                    group_parameters[axis] = in_groups // groups
+                    block_parameters[axis] = whole - in_groups
+        return cls(**{**geometry.__dict__, "group_parameters": group_parameters, "block_parameters": block_parameters})
+
+    def unit(self, space: Space) -> int:
+        """How many consecutive indices of a dimension one group owns."""
+        if space == "query":
+            return self.num_key_value_groups * self.head_dim
+        return self.head_dim if space == "key_value" else 1
+
+    def size(self, layer_idx: int, space: Space) -> int:
+        """Width of a space in a layer."""
+        if space == "residual":
+            return self.hidden_size
+        return self.widths[layer_idx][SPACE_AXIS[space]] * self.unit(space)
+
+    def indices(self, groups: Sequence[int], space: Space) -> Tensor:
+        """Indices that `groups` own in a dimension that carries `space`: int64, shape (len(groups) * unit,)."""
+        starts = torch.as_tensor(groups, dtype=torch.int64)[:, None] * self.unit(space)
+        return (starts + torch.arange(self.unit(space))).flatten()
+
+    def output_parts(self, layer_idx: int, projection: Projection) -> Iterator[tuple[Space, int, int]]:
+        """The row ranges of a projection's weight: `(space, first row, one past the last row)`."""
+        start = 0
+        for space in projection.outputs:
+            stop = start + self.size(layer_idx, space)
+            yield space, start, stop
+            start = stop
+
+    def sum_to_groups(self, layer_idx: int, axis: Axis, values: Mapping[str, Tensor]) -> Tensor:
+        """Sum one value per weight to one value per group.
+
+        Args:
+            layer_idx: the decoder layer.
+            axis: which groups.
+            values: keyed by parameter name inside the decoder layer (`self_attn.q_proj.weight`, `….bias`), of the
+                parameter's own shape. Parameters that are not given count as zero.
+
+        Returns:
+            float64 on the CPU, shape (groups,).
+        """
+        groups = self.widths[layer_idx][axis]
+        total = torch.zeros(groups, dtype=torch.float64)
+        for projection in self.family.block(axis).projections:
+            weight = values.get(f"{projection.path}.weight")
+            bias = values.get(f"{projection.path}.bias")
+            for space, start, stop in self.output_parts(layer_idx, projection):
+                if space == "residual":
+                    continue
+                if weight is not None:
+                    total += _sum_units(weight[start:stop].sum(dim=1), groups)
+                if bias is not None:
+                    total += _sum_units(bias[start:stop], groups)
+            if weight is not None and projection.inputs != "residual":
+                total += _sum_units(weight.sum(dim=0), groups)
+        return total
+
+    def parameters_left(self, kept: Sequence[LayerWidths]) -> int:
+        """Number of parameters once every layer keeps only `kept` groups.
+
+        A block that keeps none leaves with its norm.
+        """
+        removed = 0
+        for before, after in zip(self.widths, kept, strict=True):
+            for axis in AXES:
+                removed += (before[axis] - after[axis]) * self.group_parameters[axis]
+                if before[axis] and not after[axis]:
+                    removed += self.block_parameters[axis]
+        return self.total_parameters - removed
+
+    def _check_layer(self, layer_idx: int, layer: nn.Module) -> None:
+        described = {projection.path for projection in self.family.projections}
+        untouched = tuple(path for block in self.family.blocks for path in (*block.untouched, *block.norms))
+        for path, module in layer.named_modules():
+            leaf_with_weights = next(module.parameters(recurse=False), None) is not None
+            if leaf_with_weights and path not in described and path not in untouched:
+                raise UnsupportedModelError(
+                    f"layer {layer_idx} holds {path!r} ({type(module).__name__}), which the family "
+                    f"{self.family.model_type!r} does not describe; cutting around it could break the model. "
+                    "Merge adapters first, or describe the module in src/prunus/families.py."
+                )
+        for block in self.family.blocks:
+            if self.widths[layer_idx][block.axis] == 0:
+                continue
+            for projection in block.projections:
+                self._check_projection(layer_idx, layer, projection)
+
+    def _check_projection(self, layer_idx: int, layer: nn.Module, projection: Projection) -> None:
+        try:
+            module = submodule(layer, projection.path)
+        except AttributeError:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} has no {projection.path!r}, which the family {self.family.model_type!r} describes"
+            ) from None
+        if type(module) is not nn.Linear:
+            raise UnsupportedModelError(
+                f"layer {layer_idx}: {projection.path} is a {type(module).__name__}, not a plain torch.nn.Linear. "
+                "Quantised weights and adapters cannot be cut: load the model in bf16 or fp32, and merge adapters first."
+            )
+        rows = sum(self.size(layer_idx, space) for space in projection.outputs)
+        columns = self.size(layer_idx, projection.inputs)
+        if tuple(module.weight.shape) != (rows, columns):
+            raise UnsupportedModelError(
+                f"layer {layer_idx}: {projection.path}.weight has shape {tuple(module.weight.shape)}, "
+                f"the config implies {(rows, columns)}"
+            )
+
+
+def layer_widths_of(config: Any) -> tuple[LayerWidths, ...]:
+    """Groups per layer, from the config of a stock model or of one that prunus wrote."""
+    per_layer = getattr(config, "layer_widths", None)
+    if per_layer is None:
+        widths = LayerWidths(int(config.num_key_value_heads), int(config.intermediate_size))
+        return (widths,) * int(config.num_hidden_layers)
+    return tuple(LayerWidths(int(w["num_key_value_heads"]), int(w["intermediate_size"])) for w in per_layer)
+
+
+def submodule(model: nn.Module, path: str) -> Any:
+    """`model.get_submodule(path)`, typed loosely: lists of layers and linear modules come out of it alike."""
+    return model.get_submodule(path)
+
+
+def _sum_units(values: Tensor, groups: int) -> Tensor:
+    return values.double().reshape(groups, -1).sum(dim=1).cpu() if groups else torch.zeros(0, dtype=torch.float64)
+
+
+def _parameters_in_groups(projection: Projection, module: nn.Linear) -> int:
+    if projection.outputs == ("residual",):
+        return module.weight.numel()
+    return sum(parameter.numel() for parameter in module.parameters())
