@@ -1,0 +1,173 @@
+"""Which transformers class a set of layer widths needs, and an empty model of that class.
+
+Equal widths in every layer fit the family's stock class, so the result loads anywhere without any code of ours. Unequal
+widths, or absent blocks, need the classes of `modeling_prunus`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from prunus.checkpoint import configuration_prunus, modeling_prunus
+from prunus.errors import PlanError, UnsupportedModelError
+from prunus.families import PRUNED_PREFIX, family_of
+from prunus.groups import LayerWidths
+
+__all__ = ["empty_model", "is_ragged", "pruned_config", "register"]
+
+#: config fields that hold one value per decoder layer
+PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+#: config fields that describe one checkpoint rather than the architecture, or are set anew
+DROPPED_FIELDS = ("layer_widths", "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+#: fields of Llama's config that Mistral's does not have
+LLAMA_ONLY_FIELDS = ("attention_bias", "mlp_bias", "pretraining_tp")
+
+
+def register() -> None:
+    """Tell transformers' Auto classes about the model types that prunus writes. Calling it again does no harm."""
+    for name in modeling_prunus.__all__:
+        model_class = getattr(modeling_prunus, name)
+        AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
+        auto_class = AutoModelForCausalLM if model_class.can_generate() else AutoModel
+        auto_class.register(model_class.config_class, model_class, exist_ok=True)
+
+
+def is_ragged(config: Any) -> bool:
+    """Whether a config is one of those with widths per layer, which stock transformers does not know."""
+    return isinstance(config, configuration_prunus.LayerWidthsMixin)
+
+
+def pruned_config(config: Any, widths: Sequence[LayerWidths], layer_indices: Sequence[int]) -> Any:
+    """The config of a model that keeps `widths` groups in its layers.
+
+    Args:
+        config: config of the model that is cut, stock or already written by prunus. It is not changed.
+        widths: groups that each remaining decoder layer keeps.
+        layer_indices: index, in the model that is cut, of each remaining decoder layer; config fields with one value
+            per layer follow them.
+
+    Returns:
+        The family's stock config if all layers have equal widths and both blocks. A Llama whose number of heads does
+        not divide its hidden size is refused by LlamaConfig; without biases it is exactly a Mistral without sliding
+        window, and becomes one. Everything else gets the config with `layer_widths`.
+
+    Raises:
+        PlanError: no layer is left, a layer has neither block, or `layer_indices` are not increasing indices of layers.
+        UnsupportedModelError: the family is not described, or the config has per-layer overrides of its own.
+    """
+    family = family_of(config)
+    _check_layers(config, widths, layer_indices)
+    if getattr(config, "is_heterogeneous", False):
+        raise UnsupportedModelError(
+            "the config has a per_layer_config, whose overrides prunus would lose; load the model with a plain config"
+        )
+    fields = _fields_of_layers(config, layer_indices)
+    fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+    pruned = None
+    if len(set(widths)) == 1 and widths[0].num_key_value_heads and widths[0].intermediate_size:
+        uniform = {
+            "num_attention_heads": widths[0].num_key_value_heads * num_key_value_groups,
+            "num_key_value_heads": widths[0].num_key_value_heads,
+            "intermediate_size": widths[0].intermediate_size,
+        }
+        pruned = _stock_config(family.model_type, {**fields, **uniform})
+    if pruned is None:
+        layer_widths = [
+            {
+                "num_attention_heads": layer.num_key_value_heads * num_key_value_groups,
+                "num_key_value_heads": layer.num_key_value_heads,
+                "intermediate_size": layer.intermediate_size,
+            }
+            for layer in widths
+        ]
+        pruned = AutoConfig.for_model(PRUNED_PREFIX + family.model_type, **fields, layer_widths=layer_widths)
+    # Not part of to_dict: a model that was loaded with eager attention keeps it.
+    pruned._attn_implementation = config._attn_implementation
+    return pruned
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """A causal language model without weights: parameters on the meta device, all else ready to run.
+
+    Follow with `model.load_state_dict(weights, assign=True)`; where embeddings are tied, the weights need not hold the
+    head (`strict=False`), and `model.tie_weights()` must come last, since assigning breaks the tie.
+
+    Args:
+        config: stock or prunus config.
+        dtype: dtype of the parameters.
+
+    Returns:
+        The model in eval mode. Buffers that checkpoints do not hold (rotary frequencies) are real, on the CPU.
+
+    Raises:
+        UnsupportedModelError: a buffer is neither stored in checkpoints nor set by the model's `_init_weights`.
+    """
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for path, module in model.named_modules():
+        unsaved = [
+            name for name in module._non_persistent_buffers_set if getattr(getattr(module, name), "is_meta", False)
+        ]
+        for name in unsaved:
+            buffer = getattr(module, name)
+            fill = float("nan") if buffer.is_floating_point() else 0
+            setattr(module, name, torch.full_like(buffer, fill, device="cpu"))
+        if unsaved:
+            # How from_pretrained, too, gives values to buffers that no checkpoint holds.
+            with torch.no_grad():
+                model._init_weights(module)
+        for name in unsaved:
+            buffer = getattr(module, name)
+            if buffer.is_floating_point() and buffer.isnan().any():
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} at {path!r} does not initialise its buffer {name!r}, and checkpoints do "
+                    "not hold it: a model rebuilt from weights alone would compute garbage"
+                )
+    return model.eval()
+
+
+def _check_layers(config: Any, widths: Sequence[LayerWidths], layer_indices: Sequence[int]) -> None:
+    if not widths:
+        raise PlanError("the plan leaves no decoder layer; keep at least one group")
+    if len(widths) != len(layer_indices):
+        raise PlanError(f"{len(widths)} layer widths were given for {len(layer_indices)} remaining layers")
+    in_order = all(a < b for a, b in pairwise(layer_indices))
+    if not in_order or layer_indices[0] < 0 or layer_indices[-1] >= config.num_hidden_layers:
+        raise PlanError(
+            f"layer indices {list(layer_indices)} are not increasing indices of the model's "
+            f"{config.num_hidden_layers} decoder layers"
+        )
+    for layer_idx, layer in zip(layer_indices, widths, strict=True):
+        if not layer.num_key_value_heads and not layer.intermediate_size:
+            raise PlanError(f"layer {layer_idx} keeps neither attention nor MLP; leave it out altogether")
+
+
+def _fields_of_layers(config: Any, layer_indices: Sequence[int]) -> dict[str, Any]:
+    """The fields of `config` for a model that has only these layers, in this order."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in DROPPED_FIELDS}
+    fields["num_hidden_layers"] = len(layer_indices)
+    for name in PER_LAYER_FIELDS:
+        if fields.get(name) is not None:
+            fields[name] = [fields[name][layer_idx] for layer_idx in layer_indices]
+    if fields.get("max_window_layers") is not None:
+        # Layers from this one on have a sliding window. transformers 5 reads layer_types, other readers this.
+        fields["max_window_layers"] = sum(layer_idx < fields["max_window_layers"] for layer_idx in layer_indices)
+    return fields
+
+
+def _stock_config(model_type: str, fields: dict[str, Any]) -> Any:
+    """The stock config with these fields, or None where no stock class computes what the model computes."""
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except StrictDataclassError:
+        if model_type != "llama" or fields.get("attention_bias") or fields.get("mlp_bias"):
+            return None
+    shared = {name: value for name, value in fields.items() if name not in LLAMA_ONLY_FIELDS}
+    return AutoConfig.for_model("mistral", **shared, sliding_window=None)

@@ -1,0 +1,206 @@
+"""Models whose decoder layers differ in width.
+
+This file travels with every checkpoint of such a model, so it must import nothing but torch, transformers and its
+neighbour `configuration_prunus`. No forward is copied: each decoder layer is the family's stock layer, built from a
+copy of the configuration that holds this layer's widths, and a block that was cut away whole is replaced by a module
+that answers zero, so that the stock forward adds nothing for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralForCausalLM,
+    MistralModel,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from .configuration_prunus import PrunusLlamaConfig, PrunusMistralConfig, PrunusQwen2Config, PrunusQwen3Config
+
+
+class AbsentBlock(nn.Module):
+    """Stands where a block was cut away whole: no parameters, the output is zero."""
+
+    # Not only a common name: transformers looks for classes "…Attention(nn.Module)" in this file's text, and where it
+    # finds one it concludes that the attention implementation (eager, sdpa, …) cannot be chosen.
+
+
+class AbsentAttention(AbsentBlock):
+    """Stands where a layer's attention was cut away.
+
+    It still tells the cache that tokens went by, with one number per token instead of keys and values. A cache has one
+    entry per decoder layer, and transformers reads the number of tokens seen off the first entry (and the sizes of the
+    masks off the first entry of each layer type); an entry that stayed empty would restart the positions at every step.
+    """
+
+    def __init__(self, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        cache: Any = None,
+        past_key_values: Any = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Zeros of the shape of `hidden_states`, (batch, tokens, hidden_size), and no attention weights."""
+        # `cache` is what transformers calls it from 5.24 on; `cache_position` is passed before 5 only.
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            batch, tokens = hidden_states.shape[:2]
+            ticks = hidden_states.new_zeros(batch, 1, tokens, 1)
+            cache.update(ticks, ticks, self.layer_idx, {"cache_position": cache_position})
+        return torch.zeros_like(hidden_states), None
+
+
+class AbsentMLP(AbsentBlock):
+    """Stands where a layer's MLP was cut away."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Zeros of the shape of `hidden_states`, (batch, tokens, hidden_size)."""
+        return torch.zeros_like(hidden_states)
+
+
+@contextmanager
+def without_layers(config: Any) -> Iterator[None]:
+    """Let the stock constructor build everything but the decoder layers, which would have the dense widths."""
+    num_hidden_layers = config.num_hidden_layers
+    config.num_hidden_layers = 0
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = num_hidden_layers
+
+
+class LayerWidthsModel:
+    """Mixin that gives each decoder layer of a stock model class its own widths, from `config.layer_widths`.
+
+    A family sets `decoder_layer`, and the norms that leave with a block where their names differ.
+    """
+
+    decoder_layer: type[nn.Module]
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any):
+        with without_layers(config):
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        # `base_model` is the model itself, or the decoder inside a model with a head.
+        self.base_model.layers.extend(self._build_layer(layer_idx) for layer_idx in range(config.num_hidden_layers))
+        # Again, for the layers: initialise them (under from_pretrained: nothing) and collect what they declare.
+        self.post_init()
+
+    def _get_static_cache_init_shape(self) -> None:
+        # transformers would allocate a static cache with one number of heads for all layers. None: each entry takes
+        # its shape from the first keys it is given, as in every other case.
+        return None
+
+    def _build_layer(self: Any, layer_idx: int) -> nn.Module:
+        config = self.config
+        layer: Any = self.decoder_layer(config.layer_config(layer_idx), layer_idx)
+        widths = config.layer_widths[layer_idx]
+        if widths["num_key_value_heads"]:
+            # The attention implementation (eager, sdpa, …) may be switched later, on the model's own configuration.
+            layer.self_attn.config = config
+        else:
+            layer.self_attn = AbsentAttention(layer_idx)
+            for norm in self.attention_norms:
+                setattr(layer, norm, nn.Identity())
+        if not widths["intermediate_size"]:
+            layer.mlp = AbsentMLP()
+            for norm in self.mlp_norms:
+                setattr(layer, norm, nn.Identity())
+        return layer
+
+
+class PrunusLlamaModel(LayerWidthsModel, LlamaModel):
+    """Llama decoder with one set of widths per layer."""
+
+    config_class = PrunusLlamaConfig
+    decoder_layer = LlamaDecoderLayer
+    _auto_class = "AutoModel"
+
+
+class PrunusLlamaForCausalLM(LayerWidthsModel, LlamaForCausalLM):
+    """Llama language model with one set of widths per layer."""
+
+    config_class = PrunusLlamaConfig
+    decoder_layer = LlamaDecoderLayer
+    _auto_class = "AutoModelForCausalLM"
+
+
+class PrunusMistralModel(LayerWidthsModel, MistralModel):
+    """Mistral decoder with one set of widths per layer."""
+
+    config_class = PrunusMistralConfig
+    decoder_layer = MistralDecoderLayer
+    _auto_class = "AutoModel"
+
+
+class PrunusMistralForCausalLM(LayerWidthsModel, MistralForCausalLM):
+    """Mistral language model with one set of widths per layer."""
+
+    config_class = PrunusMistralConfig
+    decoder_layer = MistralDecoderLayer
+    _auto_class = "AutoModelForCausalLM"
+
+
+class PrunusQwen2Model(LayerWidthsModel, Qwen2Model):
+    """Qwen2 decoder with one set of widths per layer."""
+
+    config_class = PrunusQwen2Config
+    decoder_layer = Qwen2DecoderLayer
+    _auto_class = "AutoModel"
+
+
+class PrunusQwen2ForCausalLM(LayerWidthsModel, Qwen2ForCausalLM):
+    """Qwen2 language model with one set of widths per layer."""
+
+    config_class = PrunusQwen2Config
+    decoder_layer = Qwen2DecoderLayer
+    _auto_class = "AutoModelForCausalLM"
+
+
+class PrunusQwen3Model(LayerWidthsModel, Qwen3Model):
+    """Qwen3 decoder with one set of widths per layer."""
+
+    config_class = PrunusQwen3Config
+    decoder_layer = Qwen3DecoderLayer
+    _auto_class = "AutoModel"
+
+
+class PrunusQwen3ForCausalLM(LayerWidthsModel, Qwen3ForCausalLM):
+    """Qwen3 language model with one set of widths per layer."""
+
+    config_class = PrunusQwen3Config
+    decoder_layer = Qwen3DecoderLayer
+    _auto_class = "AutoModelForCausalLM"
+
+
+__all__ = [
+    "PrunusLlamaForCausalLM",
+    "PrunusLlamaModel",
+    "PrunusMistralForCausalLM",
+    "PrunusMistralModel",
+    "PrunusQwen2ForCausalLM",
+    "PrunusQwen2Model",
+    "PrunusQwen3ForCausalLM",
+    "PrunusQwen3Model",
+]

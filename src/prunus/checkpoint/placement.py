@@ -1,0 +1,55 @@
+"""Names of devices and dtypes, as users write them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from prunus.errors import OptionError
+
+__all__ = ["DTYPES", "resolve_device", "resolve_dtype"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """The device a name stands for; `auto` is the first of cuda, mps, cpu that this machine has.
+
+    Raises:
+        OptionError: the name is not a device, or this machine does not have it.
+    """
+    if isinstance(device, str) and device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"device {device!r} is not known to torch; use auto, cpu, cuda, cuda:1 or mps") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device {device!r} was asked for, but torch sees no CUDA GPU here; use --device cpu or auto")
+    if resolved.type == "cuda" and resolved.index is not None and resolved.index >= torch.cuda.device_count():
+        raise OptionError(
+            f"device {device!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA GPUs, "
+            "counted from cuda:0"
+        )
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise OptionError(f"device {device!r} was asked for, but torch cannot use MPS here; use --device cpu or auto")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | Literal["auto"]:
+    """The dtype a name stands for; `auto`, which is the checkpoint's own dtype, stays `auto`.
+
+    Raises:
+        OptionError: not one of auto, float32, bfloat16, float16.
+    """
+    if isinstance(dtype, torch.dtype):
+        if dtype in DTYPES.values():
+            return dtype
+    elif dtype == "auto":
+        return "auto"
+    elif dtype in DTYPES:
+        return DTYPES[dtype]
+    raise OptionError(f"dtype {dtype!r} cannot be used; choose one of auto, {', '.join(DTYPES)}")
