@@ -1,0 +1,248 @@
+"""Reading a model folder, with every check that needs no weights made before the weights are read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prunus.checkpoint.placement import resolve_device, resolve_dtype
+from prunus.errors import CheckpointError, NonFiniteError, UnsupportedModelError
+from prunus.families import family_of
+
+__all__ = ["check_finite", "check_folder", "load_model", "locate"]
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+#: what a model id of the Hub is fetched for: never a pickle
+HUB_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "model*.safetensors"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+#: dtypes of safetensors whose weights can be cut
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def load_model(
+    source: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> tuple[Any, Any]:
+    """Load a causal language model that prunus can cut, with its tokenizer.
+
+    Nothing in the folder is executed: no pickle is opened and no code that travels with a model is run.
+
+    Args:
+        source: a model folder, or the id of a model on the Hugging Face Hub.
+        dtype: `auto` keeps the checkpoint's dtype.
+        device: where the weights go; `auto` is the first of cuda, mps, cpu.
+
+    Returns:
+        The model in eval mode, and the tokenizer.
+
+    Raises:
+        OptionError: unknown dtype or device.
+        CheckpointError: no such folder or model, or it is incomplete or damaged.
+        UnsupportedModelError: the family is not described, or the weights are quantised, GGUF or pickles.
+        NonFiniteError: a weight is NaN or infinite.
+    """
+    torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
+    folder = locate(source)
+    check_folder(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a tokenizer's parser raises
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the model in {folder} cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors that its config.json asks for, first {missing[0]!r}; transformers "
+            "would fill them with random numbers. Fetch the model again, or correct config.json"
+        )
+    if unexpected := sorted(report["unexpected_keys"]):
+        logger.warning(
+            "%s holds %d tensors that its model does not use, first %r", folder, len(unexpected), unexpected[0]
+        )
+    check_finite(model)
+    return model.to(torch_device).eval(), tokenizer
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """The folder of a model; a Hub id is fetched into the Hub's cache (weights as safetensors only).
+
+    Raises:
+        CheckpointError: no such folder, or the Hub does not have it or cannot be reached.
+        UnsupportedModelError: a GGUF or pickle file instead of a folder, or a Hub model that fails `check_config`.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            raise UnsupportedModelError(_gguf_message(str(path)))
+        raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
+    name = os.fspath(source)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "~")):
+        raise CheckpointError(f"model folder {name} does not exist")
+    try:
+        # Small files first: most of what can be wrong shows in them, and weights may be many gigabytes.
+        small = Path(snapshot_download(name, allow_patterns=["config.json"]))
+        if (small / "config.json").is_file():
+            check_config(small)
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{name!r} is neither a folder here nor a model that could be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the spelling and the network; a gated "
+            "model needs `hf auth login`"
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a model folder is complete and undamaged, reading only its config and the headers of its weights.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or unreadable.
+        UnsupportedModelError: the family is not described, or the weights are quantised, GGUF or pickles.
+    """
+    if not (folder / "config.json").is_file():
+        if gguf := sorted(folder.glob("*.gguf")):
+            raise UnsupportedModelError(_gguf_message(str(gguf[0])))
+        raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
+    check_config(folder)
+    for shard, expected in _shards(folder).items():
+        header = _read_header(shard)
+        if absent := sorted(expected - header.keys()):
+            raise CheckpointError(
+                f"{shard} does not hold {absent[0]!r} ({len(absent)} tensors), which {INDEX} places there; "
+                "fetch the model again"
+            )
+        for name, entry in header.items():
+            if entry["dtype"] not in FLOAT_DTYPES and name.rpartition(".")[0].endswith(("_proj", "lm_head")):
+                raise UnsupportedModelError(
+                    f"{shard}: {name!r} has dtype {entry['dtype']}, so the weights are quantised and cannot be cut; "
+                    "use the bf16, fp16 or fp32 checkpoint"
+                )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}, …); copy the base model's")
+
+
+def check_config(folder: Path) -> None:
+    """Check config.json of a model folder: readable, of a described family, and not of a quantised model.
+
+    Raises:
+        CheckpointError: not valid JSON.
+        UnsupportedModelError: unknown family, or quantised.
+    """
+    config = _read_json(folder / "config.json")
+    if quantization := config.get("quantization_config") or config.get("compression_config"):
+        method = quantization.get("quant_method") or quantization.get("format") or "unknown method"
+        raise UnsupportedModelError(
+            f"the model in {folder} is already quantised ({method}); its packed weights cannot be cut. Prune the bf16, "
+            "fp16 or fp32 checkpoint that it was made from, and quantise the result"
+        )
+    family_of(SimpleNamespace(**config))
+
+
+def check_finite(model: Any) -> None:
+    """Check that no weight is NaN or infinite.
+
+    Raises:
+        NonFiniteError: names the parameter and, if it is in one, the decoder layer.
+    """
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if weight.is_meta or weight.numel() == 0:
+            continue
+        # Both ends are finite exactly if all values are, and no mask as large as the weight is needed.
+        if all(bool(end.isfinite()) for end in torch.aminmax(weight)):
+            continue
+        layer = re.search(r"\.layers\.(\d+)\.", f".{name}")
+        count = int((~weight.isfinite()).sum())
+        raise NonFiniteError(
+            f"{name}{f' (layer {layer[1]})' if layer else ''} holds {count} NaN or infinite values among "
+            f"{weight.numel()}; the checkpoint is damaged, or overflowed when it was converted to {weight.dtype}"
+        )
+
+
+def _gguf_message(path: str) -> str:
+    return (
+        f"{path} is a GGUF file, whose weights are packed for llama.cpp. Use the original safetensors checkpoint, or "
+        "convert it: AutoModelForCausalLM.from_pretrained(folder, gguf_file=…), then delete config.quantization_config "
+        "and save_pretrained"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _shards(folder: Path) -> dict[Path, set[str]]:
+    """The weight files of a folder, with the tensors that the index places in each."""
+    if (folder / WEIGHTS).is_file():
+        return {folder / WEIGHTS: set()}
+    if not (folder / INDEX).is_file():
+        if pickles := sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+            raise UnsupportedModelError(
+                f"{folder} has its weights only as pickles ({pickles[0].name}), which can run any code when opened; "
+                "prunus never does. Convert them to safetensors, or use a revision of the model that has them"
+            )
+        raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; fetch the model again")
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map; fetch the model again")
+    shards: dict[Path, set[str]] = {}
+    for name, file_name in weight_map.items():
+        shards.setdefault(folder / file_name, set()).add(name)
+    if absent := sorted(shard.name for shard in shards if not shard.is_file()):
+        raise CheckpointError(
+            f"{folder} lacks {len(absent)} of the {len(shards)} weight files that {INDEX} lists, first {absent[0]}; "
+            "fetch them again"
+        )
+    return shards
+
+
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file: dtype, shape and place of each tensor.
+
+    Raises:
+        CheckpointError: the file is not safetensors, or shorter or longer than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise CheckpointError(
+                f"{path} is truncated or not safetensors: {size} bytes, too few for its header; fetch it again"
+            )
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read ({error})") from error
+    if size != end:
+        raise CheckpointError(
+            f"{path} is {'truncated' if size < end else 'damaged'}: {size} bytes, its header says {end}; fetch it again"
+        )
+    return header
