@@ -1,20 +1,28 @@
 """Reading and writing model folders, and the classes of models whose layers differ in width."""
 
 from prunus.checkpoint.architecture import empty_model, is_ragged, pruned_config, register
-from prunus.checkpoint.load import check_finite, load_model
+from prunus.checkpoint.card import CalibrationFacts, CardFacts, PerplexityFacts, license_of, model_card
+from prunus.checkpoint.load import check_finite, check_folder, load_model, locate
 from prunus.checkpoint.placement import resolve_device, resolve_dtype
 from prunus.checkpoint.save import check_disk, check_output, model_bytes, save_checkpoint
 
 register()
 
 __all__ = [
+    "CalibrationFacts",
+    "CardFacts",
+    "PerplexityFacts",
     "check_disk",
     "check_finite",
+    "check_folder",
     "check_output",
     "empty_model",
     "is_ragged",
+    "license_of",
     "load_model",
+    "locate",
     "model_bytes",
+    "model_card",
     "pruned_config",
     "register",
     "resolve_device",

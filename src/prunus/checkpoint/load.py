@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 #: what a model id of the Hub is fetched for: never a pickle
-HUB_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "model*.safetensors"]
+HUB_FILES = ["README.md", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "model*.safetensors"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 #: dtypes of safetensors whose weights can be cut
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
