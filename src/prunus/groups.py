@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import UnsupportedModelError
-from prunus.families import AXES, Axis, Family, Projection, Space, family_of
+from prunus.errors import PlanError, UnsupportedModelError
+from prunus.families import AXES, FAMILIES, Axis, Family, Projection, Space, family_of
 
 __all__ = ["SPACE_AXIS", "Geometry", "LayerWidths", "layer_widths_of", "submodule"]
 
@@ -97,13 +97,49 @@ class Geometry:
                 groups = widths[layer_idx][axis]
                 if groups:
                     block = family.block(axis)
-                    in_groups = sum(_parameters_in_groups(projection, submodule(layer, projection.path))
-                                    for projection in block.projections)
+                    in_groups = sum(
+                        _parameters_in_groups(projection, submodule(layer, projection.path))
+                        for projection in block.projections
+                    )
                     modules = [submodule(layer, path) for path in (block.module, *block.norms)]
                     whole = sum(p.numel() for module in modules for p in module.parameters())
                     group_parameters[axis] = in_groups // groups
                     block_parameters[axis] = whole - in_groups
         return cls(**{**geometry.__dict__, "group_parameters": group_parameters, "block_parameters": block_parameters})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "model_type": self.family.model_type,
+            "hidden_size": self.hidden_size,
+            "head_dim": self.head_dim,
+            "num_key_value_groups": self.num_key_value_groups,
+            "layers": [[widths[axis] for axis in AXES] for widths in self.widths],
+            "total_parameters": self.total_parameters,
+            "group_parameters": dict(self.group_parameters),
+            "block_parameters": dict(self.block_parameters),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Geometry:
+        """Inverse of `to_dict`.
+
+        Raises:
+            PlanError: fields are missing or malformed.
+        """
+        try:
+            return cls(
+                family=FAMILIES[values["model_type"]],
+                hidden_size=int(values["hidden_size"]),
+                head_dim=int(values["head_dim"]),
+                num_key_value_groups=int(values["num_key_value_groups"]),
+                widths=tuple(LayerWidths(*(int(groups) for groups in layer)) for layer in values["layers"]),
+                total_parameters=int(values["total_parameters"]),
+                group_parameters={axis: int(values["group_parameters"][axis]) for axis in AXES},
+                block_parameters={axis: int(values["block_parameters"][axis]) for axis in AXES},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"malformed model geometry: {type(error).__name__} {error}") from error
 
     def unit(self, space: Space) -> int:
         """How many consecutive indices of a dimension one group owns."""
@@ -142,20 +178,28 @@ class Geometry:
         Returns:
             float64 on the CPU, shape (groups,).
         """
-        groups = self.widths[layer_idx][axis]
-        total = torch.zeros(groups, dtype=torch.float64)
+        total = torch.zeros(self.widths[layer_idx][axis], dtype=torch.float64)
         for projection in self.family.block(axis).projections:
-            weight = values.get(f"{projection.path}.weight")
-            bias = values.get(f"{projection.path}.bias")
-            for space, start, stop in self.output_parts(layer_idx, projection):
-                if space == "residual":
-                    continue
-                if weight is not None:
-                    total += _sum_units(weight[start:stop].sum(dim=1), groups)
-                if bias is not None:
-                    total += _sum_units(bias[start:stop], groups)
-            if weight is not None and projection.inputs != "residual":
-                total += _sum_units(weight.sum(dim=0), groups)
+            for parameter in ("weight", "bias"):
+                value = values.get(f"{projection.path}.{parameter}")
+                if value is not None:
+                    total += self.sum_projection_to_groups(layer_idx, axis, projection, value).cpu()
+        return total
+
+    def sum_projection_to_groups(self, layer_idx: int, axis: Axis, projection: Projection, values: Tensor) -> Tensor:
+        """Sum one value per weight, or per bias, of a single projection to one value per group of its block.
+
+        Returns:
+            float64 on the device of `values`, shape (groups,). The output bias of a block belongs to no group.
+        """
+        groups = self.widths[layer_idx][axis]
+        total = torch.zeros(groups, dtype=torch.float64, device=values.device)
+        for space, start, stop in self.output_parts(layer_idx, projection):
+            if space in SPACE_AXIS:
+                rows = values[start:stop]
+                total += _sum_units(rows if rows.ndim == 1 else rows.sum(dim=1), groups)
+        if values.ndim == 2 and projection.inputs in SPACE_AXIS:
+            total += _sum_units(values.sum(dim=0), groups)
         return total
 
     def parameters_left(self, kept: Sequence[LayerWidths]) -> int:
@@ -224,7 +268,7 @@ def submodule(model: nn.Module, path: str) -> Any:
 
 
 def _sum_units(values: Tensor, groups: int) -> Tensor:
-    return values.double().reshape(groups, -1).sum(dim=1).cpu() if groups else torch.zeros(0, dtype=torch.float64)
+    return values.double().reshape(groups, -1).sum(dim=1) if groups else values.new_zeros(0, dtype=torch.float64)
 
 
 def _parameters_in_groups(projection: Projection, module: nn.Linear) -> int:

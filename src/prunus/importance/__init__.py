@@ -1,0 +1,9 @@
+"""What each method says a group is worth. A method is a pure function of one layer's statistics and weights.
+
+`METHODS` is the registry; each file of this package registers the method it is named after.
+"""
+
+from prunus.importance import magnitude, random, taylor, taylor_2nd, wanda  # noqa: F401 (each registers itself)
+from prunus.importance.registry import METHODS, LayerEvidence, Method, MethodOptions, get_method, score_groups
+
+__all__ = ["METHODS", "LayerEvidence", "Method", "MethodOptions", "get_method", "score_groups"]

@@ -1,0 +1,22 @@
+"""Chance."""
+
+import torch
+from torch import Tensor
+
+from prunus.families import AXES, Axis
+from prunus.importance.registry import LayerEvidence, MethodOptions, method
+
+
+@method("random")
+def random(layer: LayerEvidence, options: MethodOptions) -> dict[Axis, Tensor]:
+    """Random: uniform scores; the control every method must beat.
+
+    The score per cost is uniform in [0, 1), so that attention groups and channels go in equal shares. Each layer and
+    axis has a generator of its own: the same seed gives the same numbers whatever else is scored.
+    """
+    importance: dict[Axis, Tensor] = {}
+    for number, axis in enumerate(AXES):
+        generator = torch.Generator().manual_seed((options.seed * 1_000_003 + layer.layer_idx) * len(AXES) + number)
+        uniform = torch.rand(layer.geometry.widths[layer.layer_idx][axis], generator=generator, dtype=torch.float64)
+        importance[axis] = uniform * layer.geometry.group_parameters[axis]
+    return importance

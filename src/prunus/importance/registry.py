@@ -1,0 +1,183 @@
+"""The registry of methods, and how a method is applied to a whole model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunus.errors import OptionError, StatisticsError
+from prunus.families import AXES, Axis
+from prunus.groups import Geometry, submodule
+from prunus.statistics import ActivationStatistics, GateGradients, Statistic, Statistics, WeightGradients
+from prunus.statistics.activations import ACTIVATION_STATISTICS, ActivationStatistic
+from prunus.statistics.gradients import LossScale
+
+__all__ = [
+    "METHODS",
+    "LayerEvidence",
+    "Method",
+    "MethodOptions",
+    "get_method",
+    "method",
+    "score_groups",
+    "statistics_for",
+]
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What a method can be told.
+
+    Attributes:
+        fisher_scale: scale of the loss of a sequence, `mean` or `sum` over its tokens; it weighs the second order
+            against the first in `taylor_2nd`.
+        activation: which statistic of the activations `wanda` multiplies weights with.
+        seed: of the `random` control.
+    """
+
+    fisher_scale: LossScale = "mean"
+    activation: ActivationStatistic = "mean_abs"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.fisher_scale not in ("mean", "sum"):
+            raise OptionError(f"fisher scale {self.fisher_scale!r} is unknown; choose mean or sum")
+        if self.activation not in ACTIVATION_STATISTICS:
+            raise OptionError(
+                f"activation statistic {self.activation!r} is unknown; choose one of {', '.join(ACTIVATION_STATISTICS)}"
+            )
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """All that a method may look at for one layer.
+
+    Attributes:
+        geometry: shape of the model.
+        layer_idx: the decoder layer.
+        weights: parameters of the layer's projections by name inside the layer, e.g. `mlp.up_proj.weight`.
+        statistics: what the sweep took for this layer.
+    """
+
+    geometry: Geometry
+    layer_idx: int
+    weights: Mapping[str, Tensor]
+    statistics: Mapping[str, Tensor]
+
+    def sum_to_groups(self, axis: Axis, values: Mapping[str, Tensor]) -> Tensor:
+        """One value per weight to one per group, see `Geometry.sum_to_groups`."""
+        return self.geometry.sum_to_groups(self.layer_idx, axis, values)
+
+    def projection_weights(self, axis: Axis) -> Iterable[tuple[str, Tensor]]:
+        """Names and tensors of an axis' weights and biases that belong to groups."""
+        for projection in self.geometry.family.block(axis).projections:
+            for parameter in ("weight", "bias"):
+                name = f"{projection.path}.{parameter}"
+                if name in self.weights:
+                    yield name, self.weights[name]
+
+
+LayerImportance = Callable[[LayerEvidence, MethodOptions], dict[Axis, Tensor]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of saying what groups are worth.
+
+    Attributes:
+        name: as users write it.
+        summary: one line.
+        needs: what it reads of the statistics: any of gradients, squares, activations, gates; empty = weights alone.
+        importance: one layer's evidence → axis → importance, float64 (groups,).
+        comparable: whether raw scores of different layers are on one scale.
+    """
+
+    name: str
+    summary: str
+    needs: frozenset[str]
+    importance: LayerImportance
+    comparable: bool
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str, *, needs: Iterable[str] = (), comparable: bool = True
+) -> Callable[[LayerImportance], LayerImportance]:
+    """Register a method under a name; its summary is the first line of the function's docstring."""
+
+    def register(function: LayerImportance) -> LayerImportance:
+        summary = (function.__doc__ or "").partition("\n")[0]
+        METHODS[name] = Method(name, summary, frozenset(needs), function, comparable)
+        return function
+
+    return register
+
+
+def get_method(name: str) -> Method:
+    """Look a method up.
+
+    Raises:
+        OptionError: there is none of that name; close names are suggested.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    close = difflib.get_close_matches(name, METHODS, n=2, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise OptionError(f"method {name!r} is unknown.{hint} Choose one of {', '.join(METHODS)}.")
+
+
+def statistics_for(methods: Iterable[Method], options: MethodOptions) -> list[Statistic]:
+    """The statistics that some methods need together, each kind taken once."""
+    needs = frozenset[str]().union(*(method.needs for method in methods))
+    statistics: list[Statistic] = []
+    if needs & {"gradients", "squares"}:
+        statistics.append(WeightGradients(squares="squares" in needs, loss_scale=options.fisher_scale))
+    if "activations" in needs:
+        statistics.append(ActivationStatistics())
+    if "gates" in needs:
+        statistics.append(GateGradients())
+    return statistics
+
+
+def score_groups(
+    model: Any, method: Method, statistics: Statistics | None = None, options: MethodOptions | None = None
+) -> list[dict[Axis, Tensor]]:
+    """Importance of every group of a model.
+
+    Args:
+        model: a transformers causal language model.
+        method: see `get_method`.
+        statistics: from a sweep with `statistics_for([method], …)`; None for a method that needs none.
+        options: see `MethodOptions`.
+
+    Returns:
+        One mapping per decoder layer: axis → float64 (groups,) on the CPU.
+
+    Raises:
+        StatisticsError: statistics that the method needs are missing, or are of another model.
+    """
+    geometry = Geometry.of(model)
+    options = options or MethodOptions()
+    layers = submodule(model, geometry.family.layers)
+    by_layer: Sequence[Mapping[str, Tensor]] = statistics.layers if statistics else [{}] * len(layers)
+    if len(by_layer) != len(layers):
+        raise StatisticsError(f"the statistics are of {len(by_layer)} layers, the model has {len(layers)}")
+    importance = []
+    for layer_idx, (layer, seen) in enumerate(zip(layers, by_layer, strict=True)):
+        weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+        try:
+            groups = method.importance(LayerEvidence(geometry, layer_idx, weights, seen), options)
+        except KeyError as error:
+            raise StatisticsError(
+                f"layer {layer_idx}: method {method.name!r} needs the statistic {error}, which was not taken; "
+                f"it needs a sweep that takes {', '.join(sorted(method.needs)) or 'nothing'}"
+            ) from error
+        importance.append({axis: groups[axis].to("cpu", torch.float64) for axis in AXES})
+    return importance

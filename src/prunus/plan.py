@@ -1,0 +1,225 @@
+"""The decision: which groups stay in every layer. Frozen, readable, and enough to redo a cut.
+
+A plan knows nothing about how it was made or about weights. As JSON it is a short text: kept groups are written as ranges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunus.errors import PlanError
+from prunus.families import AXES, Axis
+from prunus.groups import Geometry, LayerWidths
+
+__all__ = ["KeptGroups", "Plan"]
+
+_FORMAT = "prunus-plan"
+_VERSION = 1
+_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+
+
+@dataclass(frozen=True)
+class KeptGroups:
+    """The groups of one decoder layer that stay, per axis, each in ascending order."""
+
+    attention: tuple[int, ...]
+    mlp: tuple[int, ...]
+
+    def __getitem__(self, axis: Axis) -> tuple[int, ...]:
+        """Kept groups of one axis."""
+        return self.attention if axis == "attention" else self.mlp
+
+    @property
+    def widths(self) -> LayerWidths:
+        """How many groups of each axis stay."""
+        return LayerWidths(len(self.attention), len(self.mlp))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which groups of which layer stay.
+
+    Attributes:
+        model_type: the family the plan is for.
+        widths: groups per axis of every decoder layer of the model that the plan applies to.
+        layers: the groups that stay, one entry per decoder layer of that model.
+    """
+
+    model_type: str
+    widths: tuple[LayerWidths, ...]
+    layers: tuple[KeptGroups, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.widths) != len(self.layers):
+            raise PlanError(f"the plan describes {len(self.layers)} layers for a model of {len(self.widths)}")
+        for layer_idx, (before, kept) in enumerate(zip(self.widths, self.layers, strict=True)):
+            for axis in AXES:
+                groups = kept[axis]
+                if any(b <= a for a, b in zip(groups, groups[1:], strict=False)):
+                    raise PlanError(f"layer {layer_idx}, {axis}: kept groups must ascend without repetition")
+                if groups and not 0 <= groups[0] <= groups[-1] < before[axis]:
+                    raise PlanError(
+                        f"layer {layer_idx}, {axis}: kept groups {groups[0]}..{groups[-1]} are outside the "
+                        f"{before[axis]} groups of the model"
+                    )
+        if not any(kept.attention or kept.mlp for kept in self.layers):
+            raise PlanError("the plan removes every layer; nothing would be left of the model")
+
+    @classmethod
+    def keep_all(cls, geometry: Geometry) -> Plan:
+        """The plan that changes nothing."""
+        return cls.from_kept(geometry, [{axis: range(widths[axis]) for axis in AXES} for widths in geometry.widths])
+
+    @classmethod
+    def from_kept(cls, geometry: Geometry, kept: Sequence[dict[Axis, Iterable[int]]]) -> Plan:
+        """Build a plan for a model from the kept groups of every layer, in any order."""
+        layers = tuple(
+            KeptGroups(*(tuple(sorted(int(group) for group in layer[axis])) for axis in AXES)) for layer in kept
+        )
+        return cls(geometry.family.model_type, geometry.widths, layers)
+
+    @property
+    def surviving_layers(self) -> tuple[int, ...]:
+        """Indices of the decoder layers that keep at least one block."""
+        return tuple(i for i, kept in enumerate(self.layers) if kept.attention or kept.mlp)
+
+    @property
+    def kept_widths(self) -> tuple[LayerWidths, ...]:
+        """Groups per axis after the cut, one entry per decoder layer of the model before it."""
+        return tuple(kept.widths for kept in self.layers)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON: equal for equal decisions."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def check_fits(self, geometry: Geometry) -> None:
+        """Raise unless the plan was made for a model of this shape.
+
+        Raises:
+            PlanError: another family, number of layers or number of groups.
+        """
+        if self.model_type != geometry.family.model_type:
+            raise PlanError(f"the plan is for family {self.model_type!r}, the model is {geometry.family.model_type!r}")
+        if len(self.widths) != len(geometry.widths):
+            raise PlanError(f"the plan is for {len(self.widths)} decoder layers, the model has {len(geometry.widths)}")
+        for layer_idx, (expected, found) in enumerate(zip(self.widths, geometry.widths, strict=True)):
+            if expected != found:
+                raise PlanError(f"layer {layer_idx}: the plan is for {expected}, the model has {found}")
+
+    def compose(self, later: Plan) -> Plan:
+        """This cut followed by another one, as one plan for the model before this cut.
+
+        Args:
+            later: a plan for the model that this plan leaves.
+
+        Raises:
+            PlanError: `later` does not fit what this plan leaves.
+        """
+        survivors = self.surviving_layers
+        left = tuple(self.layers[i].widths for i in survivors)
+        if later.widths != left or later.model_type != self.model_type:
+            raise PlanError("the second plan was not made for the model that the first one leaves")
+        layers = [KeptGroups((), ())] * len(self.layers)
+        for layer_idx, kept in zip(survivors, later.layers, strict=True):
+            before = self.layers[layer_idx]
+            layers[layer_idx] = KeptGroups(*(tuple(before[axis][group] for group in kept[axis]) for axis in AXES))
+        return Plan(self.model_type, self.widths, tuple(layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; kept groups as ranges such as `0-5,8`."""
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "model_type": self.model_type,
+            "layers": [
+                {axis: {"groups": before[axis], "kept": _to_ranges(kept[axis])} for axis in AXES}
+                for before, kept in zip(self.widths, self.layers, strict=True)
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Plan:
+        """Inverse of `to_dict`.
+
+        Raises:
+            PlanError: not a plan, a newer version, or kept groups that do not exist.
+        """
+        if not isinstance(values, dict) or values.get("format") != _FORMAT:
+            raise PlanError(f"not a prunus plan: the field 'format' must be {_FORMAT!r}")
+        if values.get("version") != _VERSION:
+            raise PlanError(f"plan version {values.get('version')!r} is not {_VERSION}, which this prunus reads")
+        try:
+            entries = [
+                {axis: (int(layer[axis]["groups"]), layer[axis]["kept"]) for axis in AXES} for layer in values["layers"]
+            ]
+            model_type = str(values["model_type"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"malformed plan: {type(error).__name__} {error} while reading its layers") from error
+        widths, layers = [], []
+        for layer_idx, entry in enumerate(entries):
+            for axis in AXES:
+                if entry[axis][0] < 0:
+                    raise PlanError(f"layer {layer_idx}, {axis}: {entry[axis][0]} groups")
+            widths.append(LayerWidths(*(entry[axis][0] for axis in AXES)))
+            layers.append(
+                KeptGroups(
+                    *(_from_ranges(entry[axis][1], entry[axis][0], f"layer {layer_idx}, {axis}") for axis in AXES)
+                )
+            )
+        return cls(model_type, tuple(widths), tuple(layers))
+
+    def to_json(self) -> str:
+        """The plan as indented JSON."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON; a reader never sees a half-written file."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: the file is missing, is not JSON, or is not a plan.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan {path}: {error}") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise PlanError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(values)
+
+
+def _to_ranges(groups: Sequence[int]) -> str:
+    ranges: list[list[int]] = []
+    for group in groups:
+        if ranges and ranges[-1][1] == group - 1:
+            ranges[-1][1] = group
+        else:
+            ranges.append([group, group])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def _from_ranges(text: Any, groups: int, where: str) -> tuple[int, ...]:
+    if not isinstance(text, str) or (text and not _RANGES.fullmatch(text)):
+        raise PlanError(f"{where}: kept groups {text!r} are not ranges such as '0-5,8'")
+    kept: list[int] = []
+    for part in text.split(",") if text else ():
+        first, _, last = part.partition("-")
+        # Checked before the range is expanded: a damaged file must not make us allocate its numbers.
+        if len(first) > 9 or len(last) > 9 or int(last or first) >= groups:
+            raise PlanError(f"{where}: kept groups {part!r} are outside the {groups} groups of the model")
+        kept.extend(range(int(first), int(last or first) + 1))
+    return tuple(kept)

@@ -1,0 +1,177 @@
+"""From the global table to a plan: cut the groups with the lowest scores until the budget is met. Never sees the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from prunus.errors import BudgetError, OptionError, PlanError
+from prunus.families import AXES, Axis
+from prunus.groups import Geometry
+from prunus.plan import Plan
+from prunus.table import check_table
+
+__all__ = ["Constraints", "cut_candidates", "select"]
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What selection may cut.
+
+    Attributes:
+        axes: the kinds of group that may be cut.
+        freeze_first: number of leading decoder layers that stay whole.
+        freeze_last: number of trailing decoder layers that stay whole.
+        layer_start: first decoder layer that may be cut.
+        layer_end: one past the last decoder layer that may be cut; None = all.
+        min_keep_attention: attention groups that every layer keeps at least.
+        min_keep_mlp: MLP channels that every layer keeps at least.
+        align: kept MLP widths are multiples of this, unless the layer is not cut at all.
+    """
+
+    axes: tuple[Axis, ...] = AXES
+    freeze_first: int = 0
+    freeze_last: int = 0
+    layer_start: int = 0
+    layer_end: int | None = None
+    min_keep_attention: int = 0
+    min_keep_mlp: int = 0
+    align: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.axes or set(self.axes) - set(AXES):
+            raise OptionError(f"axes {','.join(self.axes)!r}: choose from {', '.join(AXES)}")
+        for name in ("freeze_first", "freeze_last", "layer_start", "min_keep_attention", "min_keep_mlp"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.align < 1:
+            raise OptionError(f"align is {self.align}; it must be at least 1")
+
+    def min_keep(self, axis: Axis) -> int:
+        """Groups of an axis that every layer keeps at least."""
+        return self.min_keep_attention if axis == "attention" else self.min_keep_mlp
+
+    def layers(self, num_layers: int) -> range:
+        """The decoder layers that may be cut.
+
+        Raises:
+            OptionError: the layer range is empty or lies outside the model.
+        """
+        end = num_layers if self.layer_end is None else self.layer_end
+        if not 0 <= self.layer_start < end <= num_layers:
+            raise OptionError(
+                f"layers {self.layer_start}..{end} are not a range within the model's {num_layers} layers"
+            )
+        return range(max(self.layer_start, self.freeze_first), min(end, num_layers - self.freeze_last))
+
+
+def select(table: pd.DataFrame, geometry: Geometry, ratio: float, constraints: Constraints | None = None) -> Plan:
+    """Cut the cheapest groups of the whole model until `ratio` of all its parameters is gone.
+
+    With `align` 1 the unit of cutting is a group, and the budget is passed by less than one group (and the norm of a
+    block that empties with it). With a larger `align`, channels of a layer are cut in bundles, ranked by the mean score.
+
+    Args:
+        table: the global table, see `prunus.table`.
+        geometry: shape of the model the table was made for.
+        ratio: share of all parameters to remove, in [0, 1).
+        constraints: what may be cut.
+
+    Returns:
+        The plan.
+
+    Raises:
+        OptionError: ratio outside [0, 1), or constraints that do not fit the model.
+        BudgetError: the constraints leave too little to cut; the reachable ratio is named.
+        PlanError: the table is malformed or was made for a model of another shape.
+    """
+    constraints = constraints or Constraints()
+    if not 0 <= ratio < 1:
+        raise OptionError(f"ratio is {ratio}; it is a share of all parameters and must lie in [0, 1)")
+    _check_same_shape(check_table(table), geometry)
+    candidates = cut_candidates(table, geometry, constraints)
+    target = ratio * geometry.total_parameters
+    removed = candidates["cost"].cumsum().to_numpy()
+    reachable = removed[-1] if len(removed) else 0
+    if target > reachable:
+        raise BudgetError(
+            f"ratio {ratio:g} means removing {target:,.0f} of {geometry.total_parameters:,} parameters, but only "
+            f"{reachable:,} can go under these constraints: the largest reachable ratio is "
+            f"{np.floor(reachable / geometry.total_parameters * 1e4) / 1e4:g}. Lower the ratio, or relax freeze, "
+            "layer range, min-keep or axes."
+        )
+    count = int(np.searchsorted(removed, target)) + 1 if target > 0 else 0
+    cut = {(int(layer_idx), axis): set() for layer_idx, axis in table.groupby(["layer_idx", "group_type"]).groups}
+    for row in candidates.iloc[:count].itertuples():
+        cut[row.layer_idx, row.group_type].update(row.groups)
+    kept = [
+        {axis: [group for group in range(widths[axis]) if group not in cut.get((layer_idx, axis), ())] for axis in AXES}
+        for layer_idx, widths in enumerate(geometry.widths)
+    ]
+    if not any(groups for layer in kept for groups in layer.values()):
+        raise BudgetError(f"ratio {ratio:g} would remove every decoder layer; choose a smaller ratio or set min-keep")
+    return Plan.from_kept(geometry, kept)
+
+
+def cut_candidates(table: pd.DataFrame, geometry: Geometry, constraints: Constraints) -> pd.DataFrame:
+    """The units that may be cut, cheapest first.
+
+    Returns:
+        Columns layer_idx, group_type, groups (tuple of group indices cut together), score (of the bundle) and cost
+        (parameters, including those of a block's norms for the bundle that empties it).
+    """
+    bundles = []
+    allowed = set(constraints.layers(len(geometry.widths)))
+    for (layer_idx, axis), rows in table.groupby(["layer_idx", "group_type"], sort=True):
+        if layer_idx not in allowed or axis not in constraints.axes:
+            continue
+        rows = rows.sort_values(["score", "group_idx"], kind="stable")
+        groups, importance = rows["group_idx"].to_numpy(), (rows["score"] * rows["cost"]).to_numpy()
+        cost = rows["cost"].to_numpy()
+        for start, stop in _bundle_bounds(
+            len(rows), constraints.min_keep(axis), constraints.align if axis == "mlp" else 1
+        ):
+            empties = geometry.block_parameters[axis] if stop == len(rows) else 0
+            bundles.append(
+                (
+                    layer_idx,
+                    axis,
+                    start,
+                    tuple(groups[start:stop]),
+                    importance[start:stop].sum() / cost[start:stop].sum(),
+                    int(cost[start:stop].sum()) + empties,
+                )
+            )
+    frame = pd.DataFrame(bundles, columns=["layer_idx", "group_type", "order", "groups", "score", "cost"])
+    return frame.sort_values(["score", "layer_idx", "group_type", "order"], kind="stable", ignore_index=True)
+
+
+def _bundle_bounds(groups: int, min_keep: int, align: int) -> list[tuple[int, int]]:
+    """Split a layer's groups, in cutting order, into bundles such that every width on the way is a multiple of align."""
+    bounds, cut = [], 0
+    while cut < groups:
+        after = (groups - cut - 1) // align * align  # the largest allowed width below the present one
+        if after < min_keep:
+            break
+        bounds.append((cut, groups - after))
+        cut = groups - after
+    return bounds
+
+
+def _check_same_shape(table: pd.DataFrame, geometry: Geometry) -> None:
+    counts = table.groupby(["layer_idx", "group_type"]).size()
+    expected = {
+        (layer_idx, axis): widths[axis]
+        for layer_idx, widths in enumerate(geometry.widths)
+        for axis in AXES
+        if widths[axis]
+    }
+    found = {(int(layer_idx), str(axis)): int(size) for (layer_idx, axis), size in counts.items()}
+    for key in sorted(expected.keys() | found.keys()):
+        if expected.get(key, 0) != found.get(key, 0):  # type: ignore[call-overload]
+            raise PlanError(
+                f"layer {key[0]} {key[1]}: the table lists {found.get(key, 0)} groups, the model has "
+                f"{expected.get(key, 0)}"
+            )  # type: ignore[call-overload]

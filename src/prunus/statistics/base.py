@@ -1,0 +1,152 @@
+"""The interface between a sweep, which runs the model, and the statistics that are taken on the way."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prunus.errors import StatisticsError
+from prunus.families import Projection
+from prunus.groups import Geometry
+
+__all__ = ["Flow", "Statistic", "Statistics"]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One projection of one layer at work on one batch.
+
+    Attributes:
+        geometry: shape of the model.
+        layer_idx: the decoder layer.
+        projection: which projection.
+        module: its linear module.
+        mask: bool, (batch, seq_len), True where there is a token; None = no padding.
+        targets: float32, (batch,): number of tokens of each sequence that have a loss.
+        x: input of the projection, (batch, seq_len, in_features), detached.
+        output_gradient: gradient of the summed token losses by the projection's output, (batch, seq_len,
+            out_features); None outside `on_output_gradient`.
+        input_gradient: the same by its input; None outside `on_input_gradient`.
+    """
+
+    geometry: Geometry
+    layer_idx: int
+    projection: Projection
+    module: nn.Linear
+    mask: Tensor | None
+    targets: Tensor
+    x: Tensor
+    output_gradient: Tensor | None = None
+    input_gradient: Tensor | None = None
+
+    def tokens(self, values: Tensor) -> Tensor:
+        """Drop padding: (batch, seq_len, features) → (tokens, features)."""
+        return values.flatten(0, 1) if self.mask is None else values[self.mask]
+
+
+class Statistic(ABC):
+    """Accumulates something about the projections of a layer.
+
+    Subclasses say what they listen to, and override the matching `on_…` method. Losses are summed over tokens and
+    sequences, so that the gradient of any sequence is there unscaled; `Flow.targets` gives the number of tokens to
+    divide by where a mean is wanted.
+    """
+
+    #: the table of names under which `finish_layer` reports
+    keys: tuple[str, ...] = ()
+
+    def listens_to_input(self, geometry: Geometry, projection: Projection) -> bool:
+        """Whether `on_input` wants this projection."""
+        return False
+
+    def listens_to_output_gradient(self, geometry: Geometry, projection: Projection) -> bool:
+        """Whether `on_output_gradient` wants this projection."""
+        return False
+
+    def listens_to_input_gradient(self, geometry: Geometry, projection: Projection) -> bool:
+        """Whether `on_input_gradient` wants this projection."""
+        return False
+
+    def on_input(self, flow: Flow) -> None:
+        """Called in the forward pass with what enters a projection."""
+
+    def on_output_gradient(self, flow: Flow) -> None:
+        """Called in the backward pass with a projection's input and the gradient by its output."""
+
+    def on_input_gradient(self, flow: Flow) -> None:
+        """Called in the backward pass with a projection's input and the gradient by it."""
+
+    @abstractmethod
+    def finish_layer(self, geometry: Geometry, layer_idx: int, layer: nn.Module, sequences: int) -> dict[str, Tensor]:
+        """Reduce what was accumulated for a layer, and free it.
+
+        Args:
+            geometry: shape of the model.
+            layer_idx: the decoder layer.
+            layer: the decoder layer, for its weights.
+            sequences: number of calibration sequences that were seen.
+
+        Returns:
+            Named tensors on the CPU.
+        """
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of a whole model.
+
+    Attributes:
+        layers: per decoder layer, tensors by name.
+        sequences: calibration sequences seen.
+        loss: mean loss per token on them in nats, or None where no loss was computed.
+        provenance: what they were made from, for a reader and for comparing.
+    """
+
+    layers: tuple[Mapping[str, Tensor], ...]
+    sequences: int
+    loss: float | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors; a reader never sees a half-written file."""
+        path = Path(path)
+        tensors = {
+            f"layers.{i}.{name}": tensor.contiguous()
+            for i, layer in enumerate(self.layers)
+            for name, tensor in layer.items()
+        }
+        about = {
+            "layers": len(self.layers),
+            "sequences": self.sequences,
+            "loss": self.loss,
+            "provenance": dict(self.provenance),
+        }
+        partial = path.with_name(path.name + ".partial")
+        save_file(tensors, partial, metadata={"prunus_statistics": json.dumps(about)})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read statistics back.
+
+        Raises:
+            StatisticsError: missing, damaged, or not a statistics file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["prunus_statistics"])
+                layers: list[dict[str, Tensor]] = [{} for _ in range(about["layers"])]
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    number, _, name = key.removeprefix("layers.").partition(".")
+                    layers[int(number)][name] = file.get_tensor(key)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise StatisticsError(f"{path} is not a prunus statistics file: {error}") from error
+        return cls(tuple(layers), about["sequences"], about["loss"], about["provenance"])

@@ -1,0 +1,106 @@
+"""Weight gradients, reduced to groups: what first- and second-order Taylor importance is made of."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from prunus.errors import OptionError
+from prunus.families import AXES, Axis, Projection
+from prunus.groups import SPACE_AXIS, Geometry, submodule
+from prunus.statistics.base import Flow, Statistic
+
+__all__ = ["LossScale", "WeightGradients"]
+
+LossScale = Literal["mean", "sum"]
+
+
+class WeightGradients(Statistic):
+    """Mean gradient over all sequences, and mean squared gradient of each single sequence.
+
+    With gᵢ the gradient of the loss of sequence i by a weight θ, a layer reports per axis, summed over the weights of
+    each group (float64, (groups,)):
+
+        first_order.<axis>   Σ |θ · ḡ|,    ḡ = (1/N) Σᵢ gᵢ
+        second_order.<axis>  Σ |θ² · H|,   H = (1/N) Σᵢ gᵢ²      (only with `squares`)
+
+    The gradient of a linear module is gᵢ = δᵢᵀ xᵢ, from its input and the gradient by its output, so each sequence's
+    own gradient costs the same products as the batch's sum. ḡ must be kept whole until the end, since |θ · ḡ| does
+    not commute with the sum over sequences; (θ gᵢ)² does, and is reduced to groups at once. All in float32 or wider.
+
+    Args:
+        squares: also take the second order.
+        loss_scale: `mean` for the loss of a sequence as the mean over its tokens, `sum` for the sum.
+    """
+
+    def __init__(self, squares: bool = False, loss_scale: LossScale = "mean"):
+        if loss_scale not in get_args(LossScale):
+            raise OptionError(f"loss scale {loss_scale!r} is unknown; choose mean or sum")
+        self.squares = squares
+        self.loss_scale = loss_scale
+        orders = ("first_order", "second_order") if squares else ("first_order",)
+        self.keys = tuple(f"{order}.{axis}" for order in orders for axis in AXES)
+        self._gradients: dict[int, dict[str, Tensor]] = {}
+        self._squares: dict[int, dict[Axis, Tensor]] = {}
+
+    def listens_to_output_gradient(self, geometry: Geometry, projection: Projection) -> bool:
+        """All projections: every weight of a decoder layer's projections belongs to a group."""
+        return True
+
+    def on_output_gradient(self, flow: Flow) -> None:
+        """Add a batch's gradients of one projection's weight and bias."""
+        delta, x = flow.output_gradient, flow.x
+        assert delta is not None
+        if self.squares:
+            for sequence in range(len(x)):
+                self._add(flow, delta[sequence], x[sequence], float(flow.targets[sequence]))
+            return
+        if self.loss_scale == "mean":
+            targets = flow.targets
+            if bool((targets == targets[0]).all()):
+                self._add(flow, delta.flatten(0, 1), x.flatten(0, 1), float(targets[0]))
+                return
+            delta = delta / targets.to(delta.dtype).clamp(min=1)[:, None, None]
+        self._add(flow, delta.flatten(0, 1), x.flatten(0, 1), 1.0)
+
+    def _add(self, flow: Flow, delta: Tensor, x: Tensor, targets: float) -> None:
+        """Add the gradient δᵀx of one or more sequences that have `targets` tokens each."""
+        scale = 1.0 / max(targets, 1.0) if self.loss_scale == "mean" else 1.0
+        self._add_parameter(flow, "weight", delta.T @ x, scale)
+        if flow.module.bias is not None:
+            self._add_parameter(flow, "bias", delta.sum(dim=0, dtype=torch.float32), scale)
+
+    def _add_parameter(self, flow: Flow, parameter: str, gradient: Tensor, scale: float) -> None:
+        name = f"{flow.projection.path}.{parameter}"
+        sums = self._gradients.setdefault(flow.layer_idx, {})
+        if name not in sums:
+            sums[name] = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
+        sums[name].add_(gradient, alpha=scale)
+        if self.squares:
+            product = flow.module.get_parameter(parameter).detach().float() * gradient.float()
+            squared = product.mul_(scale).square_()
+            axis = _axis(flow.projection)
+            reduced = flow.geometry.sum_projection_to_groups(flow.layer_idx, axis, flow.projection, squared)
+            squares = self._squares.setdefault(flow.layer_idx, {})
+            squares[axis] = squares[axis] + reduced if axis in squares else reduced
+
+    def finish_layer(self, geometry: Geometry, layer_idx: int, layer: nn.Module, sequences: int) -> dict[str, Tensor]:
+        """Reduce ḡ of a layer to |θ · ḡ| per group, and free it."""
+        first = {}
+        for name, gradient in self._gradients.pop(layer_idx, {}).items():
+            path, _, parameter = name.rpartition(".")
+            weight = submodule(layer, path).get_parameter(parameter).detach()
+            first[name] = gradient.mul_(weight).abs_().div_(sequences)
+        report = {f"first_order.{axis}": geometry.sum_to_groups(layer_idx, axis, first) for axis in AXES}
+        if self.squares:
+            squares = self._squares.pop(layer_idx, {})
+            empty = torch.zeros(0, dtype=torch.float64)
+            report |= {f"second_order.{axis}": squares.get(axis, empty).cpu() / sequences for axis in AXES}
+        return report
+
+
+def _axis(projection: Projection) -> Axis:
+    """The axis whose groups a projection's weights belong to."""
+    return SPACE_AXIS[projection.inputs if projection.inputs in SPACE_AXIS else projection.outputs[0]]

@@ -1,0 +1,116 @@
+"""Applying a plan to weights. The only code that reshapes them.
+
+`cut_tensors` works on a stream of named tensors, so that the same function serves a model in memory and a model that is
+read tensor by tensor from disk. A plan that keeps everything passes every tensor through unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunus.checkpoint.architecture import empty_model, pruned_config
+from prunus.families import Block, Projection
+from prunus.groups import SPACE_AXIS, Geometry
+from prunus.plan import KeptGroups, Plan
+
+__all__ = ["apply_plan", "cut_tensors"]
+
+
+def apply_plan(model: Any, plan: Plan) -> Any:
+    """Cut a model.
+
+    Args:
+        model: a transformers causal language model; it stays as it is.
+        plan: which groups stay.
+
+    Returns:
+        A new, smaller model with its own weights: the family's stock class if every layer keeps the same widths, else
+        the class of ragged models that prunus ships with the checkpoint. Dtype, device and generation config are kept.
+
+    Raises:
+        PlanError: the plan was made for a model of another shape.
+        UnsupportedModelError: see `Geometry.of`.
+    """
+    geometry = Geometry.of(model)
+    plan.check_fits(geometry)
+    survivors = plan.surviving_layers
+    config = pruned_config(model.config, [plan.layers[i].widths for i in survivors], layer_indices=survivors)
+    with torch.no_grad():
+        smaller = empty_model(config, dtype=model.dtype)
+        tensors = model.state_dict()
+        untouched = {id(tensor) for tensor in tensors.values()}
+        cut = {
+            name: tensor.clone() if id(tensor) in untouched else tensor
+            for name, tensor in cut_tensors(tensors.items(), geometry, plan)
+        }
+        smaller.load_state_dict(cut, strict=True, assign=True)
+        smaller.tie_weights()
+        smaller.to(model.device)
+    if getattr(model, "generation_config", None) is not None:
+        smaller.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
+    smaller.train(model.training)
+    return smaller
+
+
+def cut_tensors(tensors: Iterable[tuple[str, Tensor]], geometry: Geometry, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """Cut named tensors one at a time.
+
+    Args:
+        tensors: names as in the model's state dict, and their tensors.
+        geometry: shape of the model before the cut.
+        plan: which groups stay.
+
+    Yields:
+        Names as in the smaller model's state dict (layers renumbered), and contiguous tensors; what no cut touches is
+        passed through as the same object.
+    """
+    new_index = {old: new for new, old in enumerate(plan.surviving_layers)}
+    prefix = geometry.family.layers + "."
+    for name, tensor in tensors:
+        if not name.startswith(prefix):
+            yield name, tensor
+            continue
+        number, _, inside = name.removeprefix(prefix).partition(".")
+        layer_idx = int(number)
+        if layer_idx in new_index:
+            cut = _cut_layer_tensor(inside, tensor, geometry, layer_idx, plan.layers[layer_idx])
+            if cut is not None:
+                yield f"{prefix}{new_index[layer_idx]}.{inside}", cut
+
+
+def _cut_layer_tensor(name: str, tensor: Tensor, geometry: Geometry, layer_idx: int, kept: KeptGroups) -> Tensor | None:
+    module, _, parameter = name.rpartition(".")
+    for block in geometry.family.blocks:
+        if not _belongs_to(name, block):
+            continue
+        groups = kept[block.axis]
+        if not groups:
+            return None
+        for projection in block.projections:
+            if projection.path == module and len(groups) < geometry.widths[layer_idx][block.axis]:
+                return _cut_projection(tensor, parameter, projection, geometry, layer_idx, groups)
+    return tensor
+
+
+def _cut_projection(
+    tensor: Tensor, parameter: str, projection: Projection, geometry: Geometry, layer_idx: int, groups: Sequence[int]
+) -> Tensor:
+    if any(space in SPACE_AXIS for space in projection.outputs):
+        rows = torch.cat(
+            [
+                start + geometry.indices(groups, space) if space in SPACE_AXIS else torch.arange(start, stop)
+                for space, start, stop in geometry.output_parts(layer_idx, projection)
+            ]
+        )
+        tensor = tensor.index_select(0, rows.to(tensor.device))
+    if parameter == "weight" and projection.inputs in SPACE_AXIS:
+        tensor = tensor.index_select(1, geometry.indices(groups, projection.inputs).to(tensor.device))
+    return tensor
+
+
+def _belongs_to(name: str, block: Block) -> bool:
+    return any(name.startswith(path + ".") for path in (block.module, *block.norms))

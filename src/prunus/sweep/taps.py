@@ -1,0 +1,107 @@
+"""Hooks on the projections of a layer, which hand what flows through them to the statistics that listen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from prunus.families import Projection
+from prunus.groups import Geometry, submodule
+from prunus.statistics.base import Flow, Statistic
+
+__all__ = ["Taps"]
+
+
+class Taps:
+    """Connects statistics to layers.
+
+    Weights never need a gradient of their own: a statistic that wants one makes it from a projection's input and the
+    gradient by its output, and an input is let go as soon as its statistics have seen it.
+
+    Args:
+        geometry: shape of the model.
+        statistics: who listens.
+    """
+
+    def __init__(self, geometry: Geometry, statistics: Sequence[Statistic]):
+        self._geometry = geometry
+        self._statistics = statistics
+        self._mask: Tensor | None = None
+        self._targets: Tensor | None = None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether any statistic listens to the backward pass."""
+        return any(
+            statistic.listens_to_output_gradient(self._geometry, projection)
+            or statistic.listens_to_input_gradient(self._geometry, projection)
+            for statistic in self._statistics
+            for projection in self._geometry.family.projections
+        )
+
+    def start_batch(self, mask: Tensor | None, targets: Tensor) -> None:
+        """Say what the next forward and backward pass is about; see `Flow.mask` and `Flow.targets`."""
+        self._mask, self._targets = mask, targets
+
+    @contextmanager
+    def on(self, layers: Sequence[tuple[int, nn.Module]]) -> Iterator[None]:
+        """Listen to some layers while the context lasts.
+
+        Args:
+            layers: indices and modules of decoder layers.
+        """
+        handles: list[RemovableHandle] = []
+        try:
+            for layer_idx, layer in layers:
+                for block in self._geometry.family.blocks:
+                    if self._geometry.widths[layer_idx][block.axis]:
+                        for projection in block.projections:
+                            handles += self._listen(layer_idx, layer, projection)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _listen(self, layer_idx: int, layer: nn.Module, projection: Projection) -> list[RemovableHandle]:
+        geometry = self._geometry
+        on_input = [s.on_input for s in self._statistics if s.listens_to_input(geometry, projection)]
+        on_output_gradient = [
+            s.on_output_gradient for s in self._statistics if s.listens_to_output_gradient(geometry, projection)
+        ]
+        on_input_gradient = [
+            s.on_input_gradient for s in self._statistics if s.listens_to_input_gradient(geometry, projection)
+        ]
+        if not (on_input or on_output_gradient or on_input_gradient):
+            return []
+
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x: Tensor = args[0]
+            assert self._targets is not None
+            assert isinstance(module, nn.Linear)
+            flow = Flow(geometry, layer_idx, projection, module, self._mask, self._targets, x.detach())
+            for listener in on_input:
+                listener(flow)
+            if on_output_gradient and output.requires_grad:
+                output.register_hook(_gradient_hook(flow, "output_gradient", on_output_gradient))
+            if on_input_gradient and x.requires_grad:
+                x.register_hook(_gradient_hook(flow, "input_gradient", on_input_gradient))
+
+        return [submodule(layer, projection.path).register_forward_hook(forward_hook)]
+
+
+def _gradient_hook(flow: Flow, kind: str, listeners: Sequence[Callable[[Flow], None]]) -> Callable[[Tensor], None]:
+    # The list lets the hook drop its hold on the input once it has run; the graph, and with it every hook, lives on
+    # until the whole backward pass is over.
+    waiting = [flow]
+
+    def hook(gradient: Tensor) -> None:
+        seen = replace(waiting.pop(), **{kind: gradient.detach()})
+        for listener in listeners:
+            listener(seen)
+
+    return hook
