@@ -19,7 +19,6 @@ __all__ = ["CalibrationFacts", "CardFacts", "PerplexityFacts", "license_of", "mo
 logger = logging.getLogger(__name__)
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class CardFacts:
 
     Attributes:
         name: of the pruned model, the card's title.
-        base_model: Hub id of the base model, or its folder, of which only the last part is shown.
+        base_model: Hub id or folder of the base model; of a folder only the last part is shown.
         method: importance method.
         ratio: share of all parameters that was to be removed.
         parameters_before: of the base model, tied ones counted once.
@@ -77,6 +76,7 @@ class CardFacts:
         ragged: whether it needs the modelling files that lie beside the weights.
         command: what was typed to make it.
         version: of prunus.
+        on_hub: whether `base_model` is a Hub id.
         license: license fields of the base model's card (`license`, `license_name`, `license_link`).
         calibration: None for a method that needs no text.
         perplexities: measurements.
@@ -96,6 +96,7 @@ class CardFacts:
     ragged: bool
     command: str
     version: str
+    on_hub: bool = False
     license: Mapping[str, str] = field(default_factory=dict)
     calibration: CalibrationFacts | None = None
     perplexities: Sequence[PerplexityFacts] = ()
@@ -133,14 +134,14 @@ def model_card(facts: CardFacts) -> str:
 def _front_matter(facts: CardFacts) -> str:
     # A JSON string is a YAML string, whatever is in it.
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- prunus", "- pruned"]
-    if HUB_ID.fullmatch(facts.base_model):
+    if facts.on_hub:
         lines.append(f"base_model: {json.dumps(facts.base_model)}")
     lines += [f"{name}: {json.dumps(facts.license[name])}" for name in LICENSE_FIELDS if name in facts.license]
     return "\n".join([*lines, "---"])
 
 
 def _base(facts: CardFacts) -> str:
-    if HUB_ID.fullmatch(facts.base_model):
+    if facts.on_hub:
         return f"[{_text(facts.base_model)}](https://huggingface.co/{facts.base_model})"
     return _text(PurePath(facts.base_model).name or facts.base_model)
 
@@ -149,8 +150,7 @@ def _summary(facts: CardFacts) -> str:
     removed = 1 - facts.parameters_after / facts.parameters_before
     return (
         f"{_base(facts)} without {removed:.1%} of its parameters: whole attention groups (a key/value head with its "
-        "query heads) and MLP channels were removed, chosen in one ranking over all layers by "
-        "[prunus](https://pypi.org/project/prunus/).\n\n"
+        "query heads) and MLP channels were removed, chosen in one ranking over all layers by prunus.\n\n"
         "| | base | this model |\n|---|---:|---:|\n"
         f"| parameters | {facts.parameters_before:,} | {facts.parameters_after:,} |\n"
         f"| decoder layers | {len(facts.base_widths)} | {sum(map(_is_left, facts.widths))} |"
@@ -170,8 +170,8 @@ def _loading(facts: CardFacts) -> str:
             f"{_block(imports + model + tokenizer, 'python')}"
         )
     return (
-        "Its layers differ in width, which the stock classes of transformers cannot express. With prunus installed "
-        f"(`pip install prunus`):\n\n{_block(with_prunus + model + tokenizer, 'python')}\n\n"
+        "Its layers differ in width, which the stock classes of transformers cannot express. With the package prunus "
+        f"installed:\n\n{_block(with_prunus + model + tokenizer, 'python')}\n\n"
         "Without it, the two files `configuration_prunus.py` and `modeling_prunus.py` beside the weights define the "
         f"model:\n\n{_block(imports + remote + tokenizer, 'python')}"
     )
