@@ -77,7 +77,10 @@ def resolve_model(spec: str) -> str:
 
 
 def cache_root() -> Path:
-    """Where prunus keeps what it can make again: `$PRUNUS_CACHE`, else `$XDG_CACHE_HOME/prunus`, else `~/.cache/prunus`."""
+    """Where prunus keeps what it can make again.
+
+    `$PRUNUS_CACHE`, else `$XDG_CACHE_HOME/prunus`, else `~/.cache/prunus`.
+    """
     if own := os.environ.get("PRUNUS_CACHE"):
         return Path(own).expanduser()
     if xdg := os.environ.get("XDG_CACHE_HOME"):

@@ -9,8 +9,6 @@ for the same model; the result says which protocol it followed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunus.errors import NonFiniteError, OptionError
+from prunus.evaluation.mode import evaluation_mode
 from prunus.loss import chunked_cross_entropy, head_function, next_token_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PerplexityResult", "perplexity", "read_text"]
+__all__ = ["PerplexityResult", "perplexity", "perplexity_of_windows", "read_text"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,44 @@ def perplexity(
         left_out = f"; only the first {max_windows} of {len(windows)} windows"
         windows = windows[:max_windows]
 
+    return _score(
+        model,
+        windows,
+        tokens,
+        "text tokenised once as one raw string (lines not re-joined), no special tokens",
+        left_out,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+@torch.no_grad()
+def perplexity_of_windows(
+    model: nn.Module, windows: Tensor, *, batch_size: int = 1, progress: bool = True
+) -> PerplexityResult:
+    """Measure a model's perplexity on token sequences of equal length, such as held-out calibration sequences.
+
+    Args:
+        model: a transformers causal language model.
+        windows: int64, (windows, seq_len), without padding.
+        batch_size: windows per forward pass.
+        progress: show a bar on a terminal.
+
+    Raises:
+        OptionError: the sequences are longer than the model's context, or hold token ids that it does not embed.
+        NonFiniteError: the loss of a window is NaN or infinite.
+    """
+    _check_options(model, windows.shape[1], batch_size, None)
+    _check_ids(model, windows)
+    return _score(
+        model, windows, windows.numel(), "packed token sequences", "", batch_size=batch_size, progress=progress
+    )
+
+
+def _score(
+    model: nn.Module, windows: Tensor, tokens: int, source: str, left_out: str, *, batch_size: int, progress: bool
+) -> PerplexityResult:
+    window_len = windows.shape[1]
     total = 0.0
     head = head_function(model)
     with (
@@ -144,8 +181,8 @@ def perplexity(
         tokens_scored=scored,
         seq_len=window_len,
         protocol=(
-            "text tokenised once as one raw string (lines not re-joined), no special tokens; non-overlapping windows "
-            f"of {window_len}, {window_len - 1} tokens predicted in each; {dtype} model, float32 loss{left_out}"
+            f"{source}; non-overlapping windows of {window_len}, {window_len - 1} tokens predicted in each; {dtype} "
+            f"model, float32 loss{left_out}"
         ),
     )
 
@@ -187,14 +224,3 @@ def _window_losses(model: Any, head: Any, windows: Tensor) -> Tensor:
     input_ids = windows.to(model.device)
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     return chunked_cross_entropy(hidden, head, next_token_labels(input_ids))
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

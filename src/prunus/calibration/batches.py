@@ -1,0 +1,151 @@
+"""Calibration data once it is tokens: the sequences, where they came from, and how they are handed out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunus.errors import CalibrationError, OptionError
+
+__all__ = ["Batch", "Calibration", "Provenance", "hash_tokens"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some calibration sequences.
+
+    Attributes:
+        input_ids: int64, shape (batch, seq_len).
+        attention_mask: int64, shape (batch, seq_len), 1 for a token and 0 for padding; None when nothing is padded.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, padding not counted."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where calibration tokens came from: enough to make them again, and to see whether they are the same.
+
+    Attributes:
+        source: name of the source; of a file only its last part, never its place on a machine.
+        kind: `text`, `jsonl`, `parquet`, `hub`, `embedded`, `model`, `texts` or `tokens`.
+        seed: what decided the order of documents and windows; None where nothing was drawn.
+        samples: number of sequences.
+        seq_len: tokens in a sequence.
+        tokens: tokens in all sequences, padding not counted.
+        documents: documents that were used; None where the source has none.
+        sha256: hash of the token ids (and of the mask, if anything is padded).
+        part: `all`, or which side of `Calibration.split` this is.
+    """
+
+    source: str
+    kind: str
+    seed: int | None
+    samples: int
+    seq_len: int
+    tokens: int
+    documents: int | None
+    sha256: str
+    part: str = "all"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
+        """Read back what `to_dict` wrote.
+
+        Raises:
+            CalibrationError: a field is missing or unknown.
+        """
+        known = {field.name for field in fields(cls)}
+        required = known - {"part"}
+        if (missing := required - values.keys()) or (values.keys() - known):
+            raise CalibrationError(
+                f"this is not the provenance of calibration data: missing {sorted(missing)}, "
+                f"unknown {sorted(values.keys() - known)}"
+            )
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The token sequences that statistics are taken on.
+
+    Attributes:
+        input_ids: int64 on the CPU, shape (samples, seq_len).
+        provenance: where they came from.
+        attention_mask: int64, shape (samples, seq_len), 1 for a token and 0 for padding; None when nothing is padded,
+            which is always so for calibration made from text.
+    """
+
+    input_ids: Tensor
+    provenance: Provenance
+    attention_mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """The sequences in order, `batch_size` at a time; the last batch may be smaller.
+
+        Raises:
+            OptionError: `batch_size` is below 1.
+        """
+        if batch_size < 1:
+            raise OptionError(f"batch_size is {batch_size}: it must be at least 1")
+        masks = self.attention_mask.split(batch_size) if self.attention_mask is not None else None
+        # Checked here, not in a generator: the error must come with the call, not with the first batch.
+        return (
+            Batch(ids, masks[number] if masks is not None else None)
+            for number, ids in enumerate(self.input_ids.split(batch_size))
+        )
+
+    def split(self, held_out: int) -> tuple[Calibration, Calibration]:
+        """Part the last `held_out` sequences from the others.
+
+        Returns:
+            The others, and the held-out ones.
+
+        Raises:
+            OptionError: one of the two would be empty.
+        """
+        if not 0 < held_out < len(self):
+            raise OptionError(
+                f"cannot hold out {held_out} of {len(self)} calibration sequences: both parts need at least one"
+            )
+        cut = len(self) - held_out
+        return self._part(slice(None, cut), "fitted"), self._part(slice(cut, None), "held_out")
+
+    def _part(self, which: slice, name: str) -> Calibration:
+        ids = self.input_ids[which]
+        mask = self.attention_mask[which] if self.attention_mask is not None else None
+        provenance = replace(
+            self.provenance,
+            samples=len(ids),
+            tokens=ids.numel() if mask is None else int(mask.sum()),
+            sha256=hash_tokens(ids, mask),
+            part=name if self.provenance.part == "all" else f"{self.provenance.part}/{name}",
+        )
+        return Calibration(ids, provenance, mask)
+
+
+def hash_tokens(input_ids: Tensor, attention_mask: Tensor | None = None) -> str:
+    """SHA-256 of the shape and the ids as little-endian int64, and of the mask as bytes if there is one."""
+    digest = hashlib.sha256(repr(tuple(input_ids.shape)).encode())
+    digest.update(input_ids.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes())
+    if attention_mask is not None:
+        digest.update(attention_mask.to("cpu", torch.uint8).contiguous().numpy().tobytes())
+    return digest.hexdigest()

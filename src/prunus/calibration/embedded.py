@@ -1,0 +1,50 @@
+"""The calibration text that is always there: the manual inside Python's standard library.
+
+`pydoc_data.topics` holds the language reference as text, some 110,000 tokens of English prose with code in it. The text
+differs between Python versions, so the same seed gives other tokens on another version: the provenance names the
+version and carries the hash of the tokens.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+
+__all__ = ["embedded_documents", "embedded_name"]
+
+_RULE = re.compile(r"[*=\-~^\"'#+]{3,}")
+_LIST_ITEM = re.compile(r"([*+-]|\d+\.|[A-Za-z]\.)\s")
+
+
+def embedded_name() -> str:
+    """Name of the source for the provenance, with the Python version that its text depends on."""
+    return f"pydoc_data.topics of Python {'.'.join(platform.python_version_tuple()[:2])}"
+
+
+def embedded_documents() -> list[str]:
+    """The topics of Python's built-in help, one document each, in a fixed order and without layout.
+
+    Lines under headings go, and paragraphs of prose are put back on one line, so that the text looks more like text
+    elsewhere; code stays as it is.
+    """
+    from pydoc_data import topics
+
+    return [_without_layout(topics.topics[name]) for name in sorted(topics.topics)]
+
+
+def _without_layout(text: str) -> str:
+    paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
+    return "\n\n".join(flowed for paragraph in paragraphs if (flowed := _flow(paragraph)))
+
+
+def _flow(paragraph: str) -> str:
+    lines = [line.rstrip() for line in paragraph.split("\n") if not _RULE.fullmatch(line.strip())]
+    if not lines:
+        return ""
+    margin = len(lines[0]) - len(lines[0].lstrip())
+    if margin > 2 and not _LIST_ITEM.match(lines[0].lstrip()):
+        return "\n".join(lines)
+    joined = lines[0].strip()
+    for line in lines[1:]:
+        joined += ("\n" if _LIST_ITEM.match(line.lstrip()) else " ") + line.strip()
+    return joined

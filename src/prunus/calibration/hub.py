@@ -1,0 +1,119 @@
+"""Calibration text from data sets on the Hugging Face hub, through the optional package `datasets`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prunus.errors import CalibrationError
+
+__all__ = ["HUB_NAMES", "HubText", "hub_documents", "hub_text"]
+
+#: Rows are shuffled within a buffer of this many while they are streamed.
+_SHUFFLE_BUFFER = 1024
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A text data set of the hub.
+
+    Attributes:
+        path: id of the data set.
+        config: its configuration; None for the only one.
+        split: its split.
+        text_column: the column with the text.
+        joiner: what the rows are joined by when all of them are one running text; None when a row is a document.
+        revision: branch to read; None for the main one.
+    """
+
+    path: str
+    config: str | None
+    split: str
+    text_column: str
+    joiner: str | None = None
+    revision: str | None = None
+
+
+HUB_NAMES: Mapping[str, HubText] = {
+    "c4": HubText("allenai/c4", "en", "train", "text"),
+    # rows are lines that carry their own line ends
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", joiner=""),
+    # Rows are sentences. The main branch holds only a loading script, which `datasets` no longer runs.
+    "ptb": HubText(
+        "ptb-text-only/ptb_text_only",
+        "penn_treebank",
+        "train",
+        "sentence",
+        joiner=" ",
+        revision="refs/convert/parquet",
+    ),
+}
+
+
+def hub_text(source: str, text_column: str) -> HubText:
+    """The data set that a name stands for: a short name, or `owner/name[:config[:split]]`."""
+    if source in HUB_NAMES:
+        return HUB_NAMES[source]
+    path, config, split, *_ = [*source.split(":"), "", ""]
+    return HubText(path, config or None, split or "train", text_column)
+
+
+def hub_documents(text: HubText, *, seed: int) -> Iterator[str]:
+    """Stream a data set's documents, shuffled with the seed, downloading no more than is read.
+
+    A data set that is one running text comes as a single document, its rows in order.
+
+    Raises:
+        CalibrationError: `datasets` is not installed, the data set cannot be reached, or it has no such column.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            f"the data set {text.path!r} needs the package `datasets`, which is not installed. Run: "
+            'pip install "prunus[hub-data]" — or use --calibration default, which needs nothing.'
+        ) from error
+    try:
+        rows: Any = datasets.load_dataset(
+            text.path, text.config, split=text.split, streaming=True, revision=text.revision
+        )
+        if text.joiner is None:
+            rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        rows = iter(rows)
+        first = next(rows, None)
+    except Exception as error:
+        # What goes wrong out there has no common type: no network, no such data set or split, access refused, …
+        raise _unreachable(text, error) from error
+    if first is None:
+        return iter(())
+    if text.text_column not in first:
+        raise CalibrationError(
+            f"the data set {text.path!r} has no column {text.text_column!r}. Columns: {', '.join(map(str, first))}; "
+            "choose the one with the text by --text-column"
+        )
+    if not isinstance(first[text.text_column], str | None):
+        raise CalibrationError(
+            f"the data set {text.path!r}: column {text.text_column!r} holds "
+            f"a {type(first[text.text_column]).__name__}, not text. Columns: {', '.join(map(str, first))}; "
+            "choose one of text by --text-column"
+        )
+    documents = _documents(itertools.chain([first], rows), text)
+    return documents if text.joiner is None else iter([text.joiner.join(documents)])
+
+
+def _documents(rows: Iterator[Mapping[str, Any]], text: HubText) -> Iterator[str]:
+    try:
+        for row in rows:
+            yield row[text.text_column] or ""
+    except Exception as error:
+        raise _unreachable(text, error) from error
+
+
+def _unreachable(text: HubText, error: Exception) -> CalibrationError:
+    what = ":".join(filter(None, (text.path, text.config, text.split)))
+    return CalibrationError(
+        f"cannot read the data set {what} from the hub: {type(error).__name__}: {error}. Check its name and the "
+        "network, or calibrate on a file or on --calibration default, which need no network."
+    )

@@ -1,0 +1,235 @@
+"""From what a user wrote for a calibration source to token sequences with provenance."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prunus.calibration.batches import Calibration, Provenance, hash_tokens
+from prunus.calibration.embedded import embedded_documents, embedded_name
+from prunus.calibration.files import TEXT_KINDS, json_documents, parquet_documents, text_passages
+from prunus.calibration.hub import HUB_NAMES, hub_documents, hub_text
+from prunus.calibration.packing import Packed, pack_documents, pack_windows
+from prunus.calibration.sampled import sample_from_model
+from prunus.errors import CalibrationError, OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["DEFAULT_SOURCE", "SELF_SOURCE", "calibration_from_texts", "calibration_from_tokens", "load_calibration"]
+
+#: the text that ships with Python, see `prunus.calibration.embedded`
+DEFAULT_SOURCE = "default"
+#: text that the model writes, see `prunus.calibration.sampled`
+SELF_SOURCE = "self"
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
+
+
+def load_calibration(
+    source: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+    text_column: str = "text",
+    model: PreTrainedModel | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Make `samples` sequences of `seq_len` tokens from a source of text.
+
+    Documents are shuffled with the seed, tokenised without special tokens, joined by the end-of-text token and cut
+    every `seq_len` tokens: no padding. A source that is one long text gives non-overlapping windows from places drawn
+    with the seed instead. No more is read and tokenised than is needed. The same source, tokenizer and options give the
+    same tokens in every process.
+
+    Args:
+        source: None or `default` for the text that ships with Python; `self` for text the model writes; a `.txt`,
+            `.md`, `.jsonl`, `.json` or `.parquet` file; `c4`, `wikitext2`, `ptb` or `owner/name[:config[:split]]` for a
+            data set of the hub.
+        tokenizer: of the model that will be calibrated.
+        samples: number of sequences.
+        seq_len: tokens in each.
+        seed: of the shuffling, and of the sampling for `self`.
+        text_column: column with the text in JSON lines, parquet, and data sets given by owner and name.
+        model: needed only for `self`.
+        progress: show a bar on a terminal where it takes long (`self`).
+
+    Raises:
+        OptionError: `samples` or `seq_len` is out of range.
+        CalibrationError: the source is missing, unreadable, of an unknown kind, has no such column, or is too short.
+    """
+    _check_counts(samples, seq_len)
+    if source is None or source == DEFAULT_SOURCE:
+        source, kind = embedded_name(), "embedded"
+    elif source == SELF_SOURCE:
+        kind = "model"
+    else:
+        kind = _kind_of(source)
+
+    sizes: dict[str, Any] = {"samples": samples, "seq_len": seq_len}
+    path = Path(source).expanduser()
+    documents: Iterable[str]
+    each: int | None = None
+    running_text = False
+    try:
+        if kind == "model":
+            if model is None:
+                raise CalibrationError(f"the source {SELF_SOURCE!r} samples text from the model: pass it as `model`")
+            ids = sample_from_model(model, tokenizer, **sizes, seed=seed, progress=progress)
+            return _calibration(Packed(ids, samples), "sampled from the model", kind, seed)
+        if kind == "embedded":
+            documents = _shuffled(embedded_documents(), seed)
+        elif kind == "hub":
+            text = hub_text(source, text_column)
+            documents, running_text = hub_documents(text, seed=seed), text.joiner is not None
+        elif kind == "text":
+            documents, each = text_passages(path, **sizes, seed=seed)
+            running_text = True
+        elif kind == "jsonl":
+            documents = json_documents(path, text_column=text_column, seed=seed)
+        else:
+            documents = parquet_documents(path, text_column=text_column, seed=seed)
+        if running_text:
+            packed = pack_windows(documents, tokenizer, **sizes, seed=seed, each=each, name=source)
+        else:
+            packed = pack_documents(documents, tokenizer, **sizes, name=source)
+    except OSError as error:
+        raise CalibrationError(f"cannot read the calibration text {source}: {error.strerror or error}") from error
+    return _calibration(packed, path.name if kind in TEXT_KINDS.values() else source, kind, seed)
+
+
+def calibration_from_texts(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+    source: str = "texts",
+) -> Calibration:
+    """Make calibration sequences from texts in memory, by the rules of `load_calibration`.
+
+    Args:
+        texts: documents; a single one (or a plain string) counts as one long text.
+        tokenizer: of the model that will be calibrated.
+        samples: number of sequences.
+        seq_len: tokens in each.
+        seed: of the shuffling.
+        source: a name for the provenance.
+
+    Raises:
+        OptionError: `samples` or `seq_len` is out of range.
+        CalibrationError: the texts are too short.
+    """
+    _check_counts(samples, seq_len)
+    documents = [texts] if isinstance(texts, str) else list(texts)
+    if len(documents) == 1:
+        packed = pack_windows(
+            documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, each=None, name=repr(source)
+        )
+    else:
+        packed = pack_documents(
+            _shuffled(documents, seed), tokenizer, samples=samples, seq_len=seq_len, name=repr(source)
+        )
+    return _calibration(packed, source, "texts", seed)
+
+
+def calibration_from_tokens(
+    input_ids: Tensor, attention_mask: Tensor | None = None, *, source: str = "tokens"
+) -> Calibration:
+    """Use ready token sequences as calibration data, padded ones too.
+
+    Args:
+        input_ids: integers, shape (samples, seq_len).
+        attention_mask: shape (samples, seq_len), 1 (or True) for a token and 0 for padding, on either side; None when
+            nothing is padded.
+        source: a name for the provenance.
+
+    Raises:
+        CalibrationError: a shape or type is wrong, or a sequence has fewer than two tokens.
+    """
+    if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.numel() == 0:
+        raise CalibrationError(
+            "calibration tokens must be integers of shape (samples, seq_len), and these are "
+            f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise CalibrationError(
+            f"the attention mask has shape {tuple(attention_mask.shape)}, the tokens have {tuple(input_ids.shape)}: "
+            "they must be equal"
+        )
+    ids = input_ids.detach().to("cpu", torch.int64)
+    mask = attention_mask.detach().to("cpu").bool().long() if attention_mask is not None else None
+    if mask is not None and bool(mask.all()):
+        mask = None
+    lengths = mask.sum(dim=1) if mask is not None else torch.full((len(ids),), ids.shape[1])
+    if int(lengths.min()) < 2:
+        raise CalibrationError(
+            f"calibration sequence {int(lengths.argmin())} has {int(lengths.min())} token(s) that are not padding: "
+            "each needs at least 2, one to predict the other"
+        )
+    return _calibration(Packed(ids, len(ids)), source, "tokens", None, mask)
+
+
+def _calibration(
+    packed: Packed, source: str, kind: str, seed: int | None, attention_mask: Tensor | None = None
+) -> Calibration:
+    ids = packed.input_ids
+    provenance = Provenance(
+        source=source,
+        kind=kind,
+        seed=seed,
+        samples=len(ids),
+        seq_len=ids.shape[1],
+        tokens=ids.numel() if attention_mask is None else int(attention_mask.sum()),
+        documents=packed.documents,
+        sha256=hash_tokens(ids, attention_mask),
+    )
+    return Calibration(ids, provenance, attention_mask)
+
+
+def _check_counts(samples: int, seq_len: int) -> None:
+    if samples < 1:
+        raise OptionError(f"samples is {samples}: calibration needs at least one sequence")
+    if seq_len < 2:
+        raise OptionError(f"seq_len is {seq_len}: a calibration sequence needs at least 2 tokens to predict one")
+
+
+def _kind_of(source: str) -> str:
+    path = Path(source).expanduser()
+    extensions = ", ".join(TEXT_KINDS)
+    if path.is_dir():
+        raise CalibrationError(f"the calibration source {source!r} is a folder. Give one file in it ({extensions}).")
+    if path.is_file():
+        if kind := TEXT_KINDS.get(path.suffix.lower()):
+            return kind
+        raise CalibrationError(
+            f"the calibration file {source!r} has the extension {path.suffix!r}, and prunus reads {extensions}. "
+            "Convert it, or rename it if it holds one of these."
+        )
+    if source in HUB_NAMES:
+        return "hub"
+    if path.suffix.lower() in TEXT_KINDS:
+        raise CalibrationError(f"the calibration file {source!r} does not exist. Check the path.")
+    if not _HUB_NAME.fullmatch(source):
+        names = [DEFAULT_SOURCE, SELF_SOURCE, *HUB_NAMES]
+        close = difflib.get_close_matches(source, names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise CalibrationError(
+            f"there is no calibration source {source!r}: no such file, and not one of the names {', '.join(names)}."
+            f"{hint} Give a file ({extensions}), one of these names, or owner/name of a data set on the hub."
+        )
+    return "hub"
+
+
+def _shuffled(documents: list[str], seed: int) -> list[str]:
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [documents[index] for index in order]
