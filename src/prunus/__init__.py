@@ -1,1 +1,54 @@
-"""prunus."""
+"""prunus makes Hugging Face language models smaller by global structured pruning.
+
+>>> import prunus, transformers
+>>> model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+>>> tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+>>> calibration = prunus.load_calibration("c4-sample.jsonl", tokenizer, samples=128, seq_len=512)
+>>> result = prunus.prune(model, 0.2, calibration)
+>>> result.model.generate(...)
+
+Importing prunus registers its checkpoints' classes with transformers: `AutoModelForCausalLM.from_pretrained` then loads
+a pruned folder without further flags.
+"""
+
+__version__ = "0.1.0"
+
+from prunus import errors
+from prunus.calibration import Calibration, calibration_from_texts, calibration_from_tokens, load_calibration
+from prunus.checkpoint import load_model, save_checkpoint
+from prunus.errors import PrunusError
+from prunus.evaluation.perplexity import PerplexityResult, perplexity
+from prunus.groups import Geometry
+from prunus.importance import METHODS, MethodOptions
+from prunus.pipeline import PruneResult, apply_checkpoint, prune, prune_checkpoint
+from prunus.plan import Plan
+from prunus.scoring import Score, ScoringOptions, score
+from prunus.selection import Constraints, select
+from prunus.surgery import apply_plan
+
+__all__ = [
+    "METHODS",
+    "Calibration",
+    "Constraints",
+    "Geometry",
+    "MethodOptions",
+    "PerplexityResult",
+    "Plan",
+    "PruneResult",
+    "PrunusError",
+    "Score",
+    "ScoringOptions",
+    "apply_checkpoint",
+    "apply_plan",
+    "calibration_from_texts",
+    "calibration_from_tokens",
+    "errors",
+    "load_calibration",
+    "load_model",
+    "perplexity",
+    "prune",
+    "prune_checkpoint",
+    "save_checkpoint",
+    "score",
+    "select",
+]

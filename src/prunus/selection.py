@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from prunus.groups import Geometry
 from prunus.plan import Plan
 from prunus.table import check_table
 
-__all__ = ["Constraints", "cut_candidates", "select"]
+__all__ = ["Constraints", "check_reachable", "cut_candidates", "select"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Constraints:
         """Groups of an axis that every layer keeps at least."""
         return self.min_keep_attention if axis == "attention" else self.min_keep_mlp
 
+    def bundle(self, axis: Axis) -> int:
+        """Kept widths of an axis are multiples of this."""
+        return self.align if axis == "mlp" else 1
+
     def layers(self, num_layers: int) -> range:
         """The decoder layers that may be cut.
 
@@ -88,20 +93,11 @@ def select(table: pd.DataFrame, geometry: Geometry, ratio: float, constraints: C
         PlanError: the table is malformed or was made for a model of another shape.
     """
     constraints = constraints or Constraints()
-    if not 0 <= ratio < 1:
-        raise OptionError(f"ratio is {ratio}; it is a share of all parameters and must lie in [0, 1)")
+    check_reachable(geometry, ratio, constraints)
     _check_same_shape(check_table(table), geometry)
     candidates = cut_candidates(table, geometry, constraints)
     target = ratio * geometry.total_parameters
     removed = candidates["cost"].cumsum().to_numpy()
-    reachable = removed[-1] if len(removed) else 0
-    if target > reachable:
-        raise BudgetError(
-            f"ratio {ratio:g} means removing {target:,.0f} of {geometry.total_parameters:,} parameters, but only "
-            f"{reachable:,} can go under these constraints: the largest reachable ratio is "
-            f"{np.floor(reachable / geometry.total_parameters * 1e4) / 1e4:g}. Lower the ratio, or relax freeze, "
-            "layer range, min-keep or axes."
-        )
     count = int(np.searchsorted(removed, target)) + 1 if target > 0 else 0
     cut = {(int(layer_idx), axis): set() for layer_idx, axis in table.groupby(["layer_idx", "group_type"]).groups}
     for row in candidates.iloc[:count].itertuples():
@@ -110,9 +106,45 @@ def select(table: pd.DataFrame, geometry: Geometry, ratio: float, constraints: C
         {axis: [group for group in range(widths[axis]) if group not in cut.get((layer_idx, axis), ())] for axis in AXES}
         for layer_idx, widths in enumerate(geometry.widths)
     ]
-    if not any(groups for layer in kept for groups in layer.values()):
-        raise BudgetError(f"ratio {ratio:g} would remove every decoder layer; choose a smaller ratio or set min-keep")
     return Plan.from_kept(geometry, kept)
+
+
+def check_reachable(geometry: Geometry, ratio: float, constraints: Constraints | None = None) -> None:
+    """Raise if no table whatever could reach a ratio under the constraints; needs no scores, so it can come first.
+
+    Args:
+        geometry: shape of the model.
+        ratio: share of all parameters to remove.
+        constraints: what may be cut.
+
+    Raises:
+        OptionError: ratio outside [0, 1), or constraints that do not fit the model.
+        BudgetError: the constraints leave too little to cut; the reachable ratio is named.
+    """
+    constraints = constraints or Constraints()
+    if not 0 <= ratio < 1:
+        raise OptionError(f"ratio is {ratio}; it is a share of all parameters and must lie in [0, 1)")
+    reachable, spared = 0, False
+    allowed = constraints.layers(len(geometry.widths))
+    for layer_idx, widths in enumerate(geometry.widths):
+        for axis in AXES:
+            bounds = []
+            if layer_idx in allowed and axis in constraints.axes:
+                bounds = _bundle_bounds(widths[axis], constraints.min_keep(axis), constraints.bundle(axis))
+            cut = bounds[-1][1] if bounds else 0
+            empties = geometry.block_parameters[axis] if cut and cut == widths[axis] else 0
+            reachable += cut * geometry.group_parameters[axis] + empties
+            spared = spared or cut < widths[axis]
+    if not spared:
+        # Nothing is protected, but a model without any block is none: the most expensive group has to stay.
+        reachable -= max(geometry.group_parameters[axis] + geometry.block_parameters[axis] for axis in AXES)
+    if ratio * geometry.total_parameters > reachable:
+        raise BudgetError(
+            f"ratio {ratio:g} means removing {ratio * geometry.total_parameters:,.0f} of {geometry.total_parameters:,} "
+            f"parameters, but only {reachable:,} can go under these constraints: the largest reachable ratio is "
+            f"{math.floor(reachable / geometry.total_parameters * 1e4) / 1e4:g}. Lower the ratio, or relax freeze, layer "
+            "range, min-keep or axes."
+        )
 
 
 def cut_candidates(table: pd.DataFrame, geometry: Geometry, constraints: Constraints) -> pd.DataFrame:
@@ -130,9 +162,7 @@ def cut_candidates(table: pd.DataFrame, geometry: Geometry, constraints: Constra
         rows = rows.sort_values(["score", "group_idx"], kind="stable")
         groups, importance = rows["group_idx"].to_numpy(), (rows["score"] * rows["cost"]).to_numpy()
         cost = rows["cost"].to_numpy()
-        for start, stop in _bundle_bounds(
-            len(rows), constraints.min_keep(axis), constraints.align if axis == "mlp" else 1
-        ):
+        for start, stop in _bundle_bounds(len(rows), constraints.min_keep(axis), constraints.bundle(axis)):
             empties = geometry.block_parameters[axis] if stop == len(rows) else 0
             bundles.append(
                 (

@@ -216,6 +216,7 @@ def _write_files(
     _save_model(folder, model, max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        _keep_readable_by_transformers_4(folder / "tokenizer_config.json", tokenizer)
     for path in folder.glob("*.json"):
         _drop_local_fields(path)
 
@@ -235,13 +236,29 @@ def _save_model(folder: Path, model: Any, max_shard_size: int | str) -> None:
     generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
 
 
+def _keep_readable_by_transformers_4(path: Path, tokenizer: Any) -> None:
+    """Say in the words of transformers 4, which 5 understands as well, what only 5 would understand."""
+    config = _read_json(path)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.setdefault("model_input_names", list(tokenizer.model_input_names))
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    _write_json(path, config)
+
+
 def _drop_local_fields(path: Path) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    local = [field for field in LOCAL_FIELDS if isinstance(content, dict) and field in content]
-    if local:
-        for field in local:
-            del content[field]
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = _read_json(path)
+    if isinstance(content, dict) and not content.keys().isdisjoint(LOCAL_FIELDS):
+        _write_json(path, {name: value for name, value in content.items() if name not in LOCAL_FIELDS})
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _flush(folder: Path) -> None:

@@ -155,7 +155,7 @@ def _score(
     total = 0.0
     head = head_function(model)
     with (
-        _evaluation_mode(model),
+        evaluation_mode(model),
         tqdm(total=len(windows), desc="perplexity", unit="window", disable=None if progress else True) as bar,
     ):
         for start in range(0, len(windows), batch_size):

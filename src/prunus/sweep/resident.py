@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from prunus.calibration import Batch
 from prunus.errors import CalibrationError, NonFiniteError
+from prunus.evaluation.mode import evaluation_mode
 from prunus.groups import Geometry, submodule
 from prunus.loss import IGNORE_INDEX, head_function, next_token_labels
 from prunus.statistics.base import Statistic, Statistics
@@ -113,16 +114,14 @@ def _run_batch(
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for gradients, and dropout is off, while the context lasts."""
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = model.training
-    try:
-        model.eval()
-        for parameter in required:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in required:
-            parameter.requires_grad_(True)
-        model.train(training)
+    with evaluation_mode(model):
+        try:
+            for parameter in required:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in required:
+                parameter.requires_grad_(True)
 
 
 def _first_non_finite(model: Any, geometry: Geometry, batch: Batch) -> str:
