@@ -44,7 +44,13 @@ class LayerWidthsMixin:
     _auto_class = "AutoConfig"
 
     def __init__(self, *, layer_widths: list[dict[str, int]] | None = None, **kwargs: Any):
-        # Only transformers 4 comes here: from 5 on a configuration is a dataclass, whose __init__ is generated.
+        # Only transformers 4 comes here: from 5 on a configuration is a dataclass, whose __init__ is generated. What 5
+        # writes as `rope_parameters`, 4 reads from two fields, with a default that would go unnoticed.
+        rope_parameters = kwargs.get("rope_parameters") or {}
+        if "rope_theta" in rope_parameters:
+            kwargs.setdefault("rope_theta", rope_parameters["rope_theta"])
+        if rope_parameters.get("rope_type", "default") != "default":
+            kwargs.setdefault("rope_scaling", rope_parameters)
         super().__init__(**kwargs)
         self.layer_widths = layer_widths
         self._complete()

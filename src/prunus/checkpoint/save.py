@@ -234,6 +234,21 @@ def _save_model(folder: Path, model: Any, max_shard_size: int | str) -> None:
     finally:
         model.generation_config = generation_config
     generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
+    _keep_rope_readable(folder / "config.json")
+
+
+def _keep_rope_readable(path: Path) -> None:
+    """Write the rotary frequencies also where transformers 4, and tools made for it, look for them.
+
+    Those ignore `rope_parameters` and silently fall back to a default base; transformers 5 accepts both forms at once.
+    """
+    config = _read_json(path)
+    rope_parameters = config.get("rope_parameters") or {}
+    if "rope_theta" in rope_parameters:
+        config["rope_theta"] = rope_parameters["rope_theta"]
+        scaling = {name: value for name, value in rope_parameters.items() if name != "rope_theta"}
+        config["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+        _write_json(path, config)
 
 
 def _keep_readable_by_transformers_4(path: Path, tokenizer: Any) -> None:
