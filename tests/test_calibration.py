@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import re
@@ -154,7 +155,7 @@ def test_windows_of_a_text_file_lie_apart_and_all_over_it(tmp_path, tokenizer, m
     found = positions(tokenizer, calibration, text)
     assert found != sorted(found)
     ordered = sorted(found)
-    assert all(b - a >= 50 for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(b - a >= 50 for a, b in itertools.pairwise(ordered))
     assert ordered[-1] - ordered[0] > len(text) / 2
     assert calibration.provenance.documents == 1
     other = load_calibration(str(path), tokenizer, samples=12, seq_len=50, seed=1)
@@ -524,14 +525,14 @@ def test_a_wrong_column_lists_the_columns(tmp_path, tokenizer, name):
         path.write_text(json.dumps(rows if name.endswith(".json") else rows[0]))
     with pytest.raises(CalibrationError, match=r"no column 'text'. Columns: id, body"):
         load_calibration(str(path), tokenizer)
-    with pytest.raises(CalibrationError, match="column 'id' holds .*int.*, not text"):
+    with pytest.raises(CalibrationError, match=r"column 'id' holds .*int.*, not text"):
         load_calibration(str(path), tokenizer, text_column="id")
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path, tokenizer):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"text": "fine"}\n' * 6 + "{broken\n")
-    with pytest.raises(CalibrationError, match="broken.jsonl, line 7 is not JSON"):
+    with pytest.raises(CalibrationError, match=r"broken\.jsonl, line 7 is not JSON"):
         load_calibration(str(path), tokenizer)
     path.write_text('{"text": "fine"}\n["a list"]\n')
     with pytest.raises(CalibrationError, match="line 2 holds a list"):

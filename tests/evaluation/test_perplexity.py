@@ -126,9 +126,16 @@ def test_every_mode_is_put_back(model, tokenizer):
     modes = {name: module.training for name, module in model.named_modules()}
     perplexity(model, tokenizer, "Hello", seq_len=4)
     assert {name: module.training for name, module in model.named_modules()} == modes
-    with pytest.raises(ValueError, match="inside"), evaluation_mode(model):
-        assert not any(module.training for module in model.modules())
-        raise ValueError("inside")
+    during = []
+
+    def measure():
+        with evaluation_mode(model):
+            during.extend(module.training for module in model.modules())
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        measure()
+    assert not any(during)
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 
