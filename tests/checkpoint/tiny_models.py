@@ -108,9 +108,9 @@ def cut(model: Any, kept: Sequence[Kept]) -> Any:
             tensor = tensor[key_value]
         elif "gate_proj" in inside or "up_proj" in inside:
             tensor = tensor[channels]
-        elif "o_proj" in inside:
+        elif "o_proj.weight" in inside:
             tensor = tensor[:, query]
-        elif "down_proj" in inside:
+        elif "down_proj.weight" in inside:
             tensor = tensor[:, channels]
         weights[f"model.layers.{survivors.index(int(number))}.{inside}"] = tensor.clone()
     smaller.load_state_dict(weights, assign=True)

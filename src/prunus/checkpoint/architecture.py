@@ -156,7 +156,7 @@ def _fields_of_layers(config: Any, layer_indices: Sequence[int]) -> dict[str, An
     for name in PER_LAYER_FIELDS:
         if fields.get(name) is not None:
             fields[name] = [fields[name][layer_idx] for layer_idx in layer_indices]
-    if fields.get("max_window_layers") is not None:
+    if fields.get("max_window_layers") is not None and len(layer_indices) < config.num_hidden_layers:
         # Layers from this one on have a sliding window. transformers 5 reads layer_types, other readers this.
         fields["max_window_layers"] = sum(layer_idx < fields["max_window_layers"] for layer_idx in layer_indices)
     return fields

@@ -210,7 +210,7 @@ def _write_files(
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "prunus").mkdir()
     for name, content in extras.items():
-        if Path(name).name != name:
+        if not name or Path(name).name != name:
             raise CheckpointError(f"{name!r} cannot be written into prunus/: it must be a plain file name")
         (folder / "prunus" / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     _save_model(folder, model, max_shard_size)
