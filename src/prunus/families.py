@@ -149,7 +149,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Any) -> Family:
-    """The family a transformers config belongs to; a checkpoint that prunus wrote belongs to the family it was cut from.
+    """The family a config belongs to; that of a checkpoint that prunus wrote is the one it was cut from.
 
     Args:
         config: a transformers `PreTrainedConfig`.
@@ -165,7 +165,7 @@ def family_of(config: Any) -> Family:
     if close := difflib.get_close_matches(model_type, FAMILIES, n=1):
         hint = f" The closest described family is {close[0]!r}, but a cut is never made by guessing."
     raise UnsupportedModelError(
-        f"model type {model_type!r} is not supported: no entry in prunus.families.FAMILIES says which projections carry "
-        f"its attention groups and MLP channels.{hint} Supported: {', '.join(sorted(FAMILIES))}. "
+        f"model type {model_type!r} is not supported: no entry in prunus.families.FAMILIES says which projections "
+        f"carry its attention groups and MLP channels.{hint} Supported: {', '.join(sorted(FAMILIES))}. "
         "To add it, describe its decoder layer in src/prunus/families.py (about 15 lines)."
     )

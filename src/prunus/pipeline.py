@@ -34,7 +34,7 @@ from prunus.metering import metered
 from prunus.packaged_model import resolve_model
 from prunus.plan import Plan
 from prunus.scoring import Score, ScoringOptions, score
-from prunus.selection import Constraints, check_reachable, select
+from prunus.selection import Constraints, check_ratio, check_reachable, select
 from prunus.surgery import apply_plan
 
 __all__ = [
@@ -88,15 +88,16 @@ class EvaluationOptions:
     """How the models before and after are compared.
 
     Attributes:
-        text: a text file to measure perplexity on; None = calibration sequences that were held out.
-        seq_len: tokens per window of `text`.
-        max_windows: only the first so many windows of `text`; None = all.
+        eval_text: a text file to measure perplexity on, before and after; without it, calibration sequences that were
+            held out.
+        eval_seq_len: tokens per window of the text.
+        eval_windows: only the first so many windows of the text.
         held_out: number of held-out calibration sequences, where no text is given; 0 = measure nothing.
     """
 
-    text: str | None = None
-    seq_len: int = 2048
-    max_windows: int | None = None
+    eval_text: str | None = None
+    eval_seq_len: int = 2048
+    eval_windows: int | None = None
     held_out: int = 16
 
     def __post_init__(self) -> None:
@@ -192,8 +193,9 @@ def prune_checkpoint(
     calibration, scoring = calibration or CalibrationOptions(), scoring or ScoringOptions()
     evaluation, model_options = evaluation or EvaluationOptions(), model_options or ModelOptions()
     # Everything that can fail for a wrong option fails here, before the model is loaded.
+    check_ratio(ratio)
     check_output(out, overwrite)
-    text = read_text(evaluation.text) if evaluation.text else None
+    text = read_text(evaluation.eval_text) if evaluation.eval_text else None
     source = resolve_model(model)
     dense, tokenizer = load_model(source, dtype=model_options.dtype, device=model_options.device)
     geometry = Geometry.of(dense)
@@ -216,13 +218,13 @@ def prune_checkpoint(
 
     metrics = {
         "prunus": prunus.__version__,
-        "base_model": model,
+        "base_model": Path(model).name if Path(model).is_dir() else model,
         "ratio": ratio,
         "parameters_before": geometry.total_parameters,
         "parameters_after": result.model.num_parameters(),
         "perplexity_before": before.perplexity if before else None,
         "perplexity_after": after.perplexity if after else None,
-        "perplexity_text": _text_name(evaluation, calibration) if after else None,
+        "perplexity_text": text_name(evaluation, calibration) if after else None,
         "perplexity_protocol": after.protocol if after else None,
         "plan": result.plan.fingerprint,
         "seconds_to_prune": round(cost.seconds, 1),
@@ -275,12 +277,11 @@ def apply_checkpoint(
     del dense
     metrics = {
         "prunus": prunus.__version__,
-        "base_model": model,
+        "base_model": Path(model).name if Path(model).is_dir() else model,
         "ratio": 1 - smaller.num_parameters() / geometry.total_parameters,
         "parameters_before": geometry.total_parameters,
         "parameters_after": smaller.num_parameters(),
         "plan": plan.fingerprint,
-        "method": "plan",
     }
     _save(
         smaller,
@@ -336,16 +337,17 @@ def measure(
     """Perplexity on the evaluation text, else on held-out calibration sequences, else nothing."""
     if text is not None:
         return perplexity(
-            model, tokenizer, text, seq_len=options.seq_len, max_windows=options.max_windows, progress=progress
+            model, tokenizer, text, seq_len=options.eval_seq_len, max_windows=options.eval_windows, progress=progress
         )
     if held_out is not None:
         return perplexity_of_windows(model, held_out.input_ids, progress=progress)
     return None
 
 
-def _text_name(evaluation: EvaluationOptions, calibration: CalibrationOptions) -> str:
-    if evaluation.text:
-        return Path(evaluation.text).name
+def text_name(evaluation: EvaluationOptions, calibration: CalibrationOptions) -> str:
+    """What `measure` measures on, for a reader."""
+    if evaluation.eval_text:
+        return Path(evaluation.eval_text).name
     name = Path(calibration.calibration).name
     return f"held-out calibration sequences ({name})"
 
@@ -382,7 +384,7 @@ def _card_facts(
     config = smaller.config
     provenance = metrics.get("calibration")
     facts = ("source", "samples", "seq_len", "seed", "sha256")
-    perplexities = ()
+    perplexities: tuple[PerplexityFacts, ...] = ()
     if metrics.get("perplexity_after") is not None:
         perplexities = (
             PerplexityFacts(
@@ -395,7 +397,7 @@ def _card_facts(
     return CardFacts(
         name=name,
         base_model=metrics["base_model"],
-        method=metrics["method"],
+        method=metrics["scoring"]["method"] if "scoring" in metrics else "a given plan",
         ratio=metrics["ratio"],
         parameters_before=metrics["parameters_before"],
         parameters_after=metrics["parameters_after"],
@@ -409,5 +411,5 @@ def _card_facts(
         license=license_of(locate(source)),
         calibration=CalibrationFacts(**{key: provenance[key] for key in facts}) if provenance else None,
         perplexities=perplexities,
-        details={"normalisation": metrics["normalize"]} if metrics.get("normalize", "none") != "none" else {},
+        details={name: str(value) for name, value in metrics.get("scoring", {}).items() if name != "method"},
     )

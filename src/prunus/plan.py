@@ -1,6 +1,6 @@
 """The decision: which groups stay in every layer. Frozen, readable, and enough to redo a cut.
 
-A plan knows nothing about how it was made or about weights. As JSON it is a short text: kept groups are written as ranges.
+A plan knows nothing about how it was made or about weights. Its JSON is short: kept groups are written as ranges.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Plan:
         for layer_idx, (before, kept) in enumerate(zip(self.widths, self.layers, strict=True)):
             for axis in AXES:
                 groups = kept[axis]
-                if any(b <= a for a, b in zip(groups, groups[1:], strict=False)):
+                if any(b <= a for a, b in pairwise(groups)):
                     raise PlanError(f"layer {layer_idx}, {axis}: kept groups must ascend without repetition")
                 if groups and not 0 <= groups[0] <= groups[-1] < before[axis]:
                     raise PlanError(

@@ -1,13 +1,11 @@
 """The first half of the job: from a model and text to the global table."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
@@ -29,22 +27,25 @@ TABLE_FILE, ABOUT_FILE, STATISTICS_FILE = "groups.csv", "score.json", "statistic
 
 
 @dataclass(frozen=True)
-class ScoringOptions:
+class ScoringOptions(MethodOptions):
     """How groups are scored.
 
     Attributes:
-        method: name of an importance method.
+        method: importance method: taylor, taylor_2nd, wanda, magnitude or random.
         normalize: how importances of different layers are made comparable.
         batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
-        method_options: see `MethodOptions`.
+        fisher_scale: scale of the loss of a sequence, mean or sum over its tokens; weighs the second order against the
+            first in taylor_2nd.
+        activation: the statistic of activations that wanda multiplies weights with.
+        random_seed: of the random control.
     """
 
     method: str = "taylor"
     normalize: Normalization = "none"
     batch_size: int = 1
-    method_options: MethodOptions = field(default_factory=MethodOptions)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         get_method(self.method)
         if self.normalize not in NORMALIZATIONS:
             raise OptionError(f"normalization {self.normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
@@ -82,7 +83,7 @@ class Score:
         return json.dumps({"geometry": self.geometry.to_dict(), **self.about}, indent=1) + "\n"
 
     @classmethod
-    def load(cls, table: str | Path) -> Score:
+    def load(cls, table: str | Path) -> Self:
         """Read a table and the score.json beside it.
 
         Args:
@@ -127,7 +128,7 @@ def score(
     method = get_method(options.method)
     with metered(model.device) as cost:
         statistics = take_statistics(model, calibration, [options.method], options, progress=progress)
-        importance = score_groups(model, method, statistics, options.method_options)
+        importance = score_groups(model, method, statistics, options)
     if not method.comparable and options.normalize == "none":
         logger.warning(
             "raw %s scores of different layers are not on one scale, and a global ranking of them cuts whole layers "
@@ -136,9 +137,7 @@ def score(
         )
     geometry = Geometry.of(model)
     about = {
-        "method": options.method,
-        "normalize": options.normalize,
-        "method_options": asdict(options.method_options),
+        "scoring": asdict(options),
         "calibration": calibration.provenance.to_dict() if calibration is not None and method.needs else None,
         "calibration_loss": statistics.loss if statistics else None,
         "seconds": round(cost.seconds, 2),
@@ -157,7 +156,7 @@ def take_statistics(
 ) -> Statistics | None:
     """One sweep that takes what several methods need together; None if they need nothing."""
     chosen = [get_method(name) for name in methods]
-    wanted = statistics_for(chosen, options.method_options)
+    wanted = statistics_for(chosen, options)
     if not wanted:
         return None
     if calibration is None:

@@ -1,8 +1,9 @@
-"""From the global table to a plan: cut the groups with the lowest scores until the budget is met. Never sees the model."""
+"""From the global table to a plan: cut the lowest scores until the budget is met. Never sees the model."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from prunus.groups import Geometry
 from prunus.plan import Plan
 from prunus.table import check_table
 
-__all__ = ["Constraints", "check_reachable", "cut_candidates", "select"]
+__all__ = ["Constraints", "check_ratio", "check_reachable", "cut_candidates", "reachable_parameters", "select"]
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,26 @@ def select(table: pd.DataFrame, geometry: Geometry, ratio: float, constraints: C
     target = ratio * geometry.total_parameters
     removed = candidates["cost"].cumsum().to_numpy()
     count = int(np.searchsorted(removed, target)) + 1 if target > 0 else 0
-    cut = {(int(layer_idx), axis): set() for layer_idx, axis in table.groupby(["layer_idx", "group_type"]).groups}
+    cut: dict[tuple[int, str], set[int]] = {
+        (int(layer_idx), axis): set() for layer_idx, axis in table.groupby(["layer_idx", "group_type"]).groups
+    }
     for row in candidates.iloc[:count].itertuples():
         cut[row.layer_idx, row.group_type].update(row.groups)
-    kept = [
+    kept: list[dict[Axis, Iterable[int]]] = [
         {axis: [group for group in range(widths[axis]) if group not in cut.get((layer_idx, axis), ())] for axis in AXES}
         for layer_idx, widths in enumerate(geometry.widths)
     ]
     return Plan.from_kept(geometry, kept)
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise unless a ratio is one.
+
+    Raises:
+        OptionError: it is not in [0, 1).
+    """
+    if not 0 <= ratio < 1:
+        raise OptionError(f"ratio is {ratio}; it is a share of all parameters and must lie in [0, 1)")
 
 
 def check_reachable(geometry: Geometry, ratio: float, constraints: Constraints | None = None) -> None:
@@ -121,9 +134,20 @@ def check_reachable(geometry: Geometry, ratio: float, constraints: Constraints |
         OptionError: ratio outside [0, 1), or constraints that do not fit the model.
         BudgetError: the constraints leave too little to cut; the reachable ratio is named.
     """
+    check_ratio(ratio)
     constraints = constraints or Constraints()
-    if not 0 <= ratio < 1:
-        raise OptionError(f"ratio is {ratio}; it is a share of all parameters and must lie in [0, 1)")
+    reachable = reachable_parameters(geometry, constraints)
+    if ratio * geometry.total_parameters > reachable:
+        raise BudgetError(
+            f"ratio {ratio:g} means removing {ratio * geometry.total_parameters:,.0f} of {geometry.total_parameters:,} "
+            f"parameters, but only {reachable:,} can go under these constraints: the largest reachable ratio is "
+            f"{math.floor(reachable / geometry.total_parameters * 1e4) / 1e4:g}. Lower the ratio, or relax freeze, layer "
+            "range, min-keep or axes."
+        )
+
+
+def reachable_parameters(geometry: Geometry, constraints: Constraints) -> int:
+    """Number of parameters that can go at most under the constraints, leaving a model with at least one block."""
     reachable, spared = 0, False
     allowed = constraints.layers(len(geometry.widths))
     for layer_idx, widths in enumerate(geometry.widths):
@@ -138,13 +162,7 @@ def check_reachable(geometry: Geometry, ratio: float, constraints: Constraints |
     if not spared:
         # Nothing is protected, but a model without any block is none: the most expensive group has to stay.
         reachable -= max(geometry.group_parameters[axis] + geometry.block_parameters[axis] for axis in AXES)
-    if ratio * geometry.total_parameters > reachable:
-        raise BudgetError(
-            f"ratio {ratio:g} means removing {ratio * geometry.total_parameters:,.0f} of {geometry.total_parameters:,} "
-            f"parameters, but only {reachable:,} can go under these constraints: the largest reachable ratio is "
-            f"{math.floor(reachable / geometry.total_parameters * 1e4) / 1e4:g}. Lower the ratio, or relax freeze, layer "
-            "range, min-keep or axes."
-        )
+    return reachable
 
 
 def cut_candidates(table: pd.DataFrame, geometry: Geometry, constraints: Constraints) -> pd.DataFrame:
@@ -192,7 +210,7 @@ def _bundle_bounds(groups: int, min_keep: int, align: int) -> list[tuple[int, in
 
 def _check_same_shape(table: pd.DataFrame, geometry: Geometry) -> None:
     counts = table.groupby(["layer_idx", "group_type"]).size()
-    expected = {
+    expected: dict[tuple[int, str], int] = {
         (layer_idx, axis): widths[axis]
         for layer_idx, widths in enumerate(geometry.widths)
         for axis in AXES
@@ -200,8 +218,8 @@ def _check_same_shape(table: pd.DataFrame, geometry: Geometry) -> None:
     }
     found = {(int(layer_idx), str(axis)): int(size) for (layer_idx, axis), size in counts.items()}
     for key in sorted(expected.keys() | found.keys()):
-        if expected.get(key, 0) != found.get(key, 0):  # type: ignore[call-overload]
+        if expected.get(key, 0) != found.get(key, 0):
             raise PlanError(
                 f"layer {key[0]} {key[1]}: the table lists {found.get(key, 0)} groups, the model has "
                 f"{expected.get(key, 0)}"
-            )  # type: ignore[call-overload]
+            )

@@ -7,11 +7,13 @@ Source:
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from prunus.errors import CalibrationError, NonFiniteError
 from prunus.evaluation.mode import evaluation_mode
@@ -51,6 +53,8 @@ def sample_from_model(
             "text cannot be sampled from the model: its tokenizer has neither a begin-of-text nor an end-of-text token "
             "to start from. Give a calibration text."
         )
+    # transformers renames this argument in the course of version 5.
+    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     generator = torch.Generator().manual_seed(seed)
     written: list[Tensor] = []
     bar = tqdm(total=samples * seq_len, desc="sampling text", unit="token", disable=None if progress else True)
@@ -58,12 +62,9 @@ def sample_from_model(
         for first in range(0, samples, batch_size):
             size = min(batch_size, samples - first)
             sequences = [torch.full((size, 1), int(start), dtype=torch.int64)]
-            cache = None
+            cache = {cache_name: DynamicCache()}
             for _ in range(seq_len - 1):
-                output = model(
-                    input_ids=sequences[-1].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
-                cache = output.past_key_values
+                output = model(input_ids=sequences[-1].to(model.device), **cache, use_cache=True, logits_to_keep=1)
                 logits = output.logits[:, -1].float().cpu()
                 if not logits.isfinite().all():
                     raise NonFiniteError("the model's logits are not finite: check its weights for NaN")

@@ -1,7 +1,5 @@
 """The registry of methods, and how a method is applied to a whole model."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,12 +35,12 @@ class MethodOptions:
         fisher_scale: scale of the loss of a sequence, `mean` or `sum` over its tokens; it weighs the second order
             against the first in `taylor_2nd`.
         activation: which statistic of the activations `wanda` multiplies weights with.
-        seed: of the `random` control.
+        random_seed: of the `random` control.
     """
 
     fisher_scale: LossScale = "mean"
     activation: ActivationStatistic = "mean_abs"
-    seed: int = 0
+    random_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.fisher_scale not in ("mean", "sum"):

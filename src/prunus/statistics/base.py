@@ -75,13 +75,13 @@ class Statistic(ABC):
         """Whether `on_input_gradient` wants this projection."""
         return False
 
-    def on_input(self, flow: Flow) -> None:
+    def on_input(self, flow: Flow) -> None:  # noqa: B027 (optional to override)
         """Called in the forward pass with what enters a projection."""
 
-    def on_output_gradient(self, flow: Flow) -> None:
+    def on_output_gradient(self, flow: Flow) -> None:  # noqa: B027 (optional to override)
         """Called in the backward pass with a projection's input and the gradient by its output."""
 
-    def on_input_gradient(self, flow: Flow) -> None:
+    def on_input_gradient(self, flow: Flow) -> None:  # noqa: B027 (optional to override)
         """Called in the backward pass with a projection's input and the gradient by it."""
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -94,13 +94,18 @@ class Taps:
         return [submodule(layer, projection.path).register_forward_hook(forward_hook)]
 
 
-def _gradient_hook(flow: Flow, kind: str, listeners: Sequence[Callable[[Flow], None]]) -> Callable[[Tensor], None]:
+def _gradient_hook(
+    flow: Flow,
+    kind: Literal["output_gradient", "input_gradient"],
+    listeners: Sequence[Callable[[Flow], None]],
+) -> Callable[[Tensor], None]:
     # The list lets the hook drop its hold on the input once it has run; the graph, and with it every hook, lives on
     # until the whole backward pass is over.
     waiting = [flow]
 
     def hook(gradient: Tensor) -> None:
-        seen = replace(waiting.pop(), **{kind: gradient.detach()})
+        gradients: dict[str, Any] = {kind: gradient.detach()}
+        seen = replace(waiting.pop(), **gradients)
         for listener in listeners:
             listener(seen)
 

@@ -1,0 +1,431 @@
+"""The command line: one function per command, each a few calls of the package."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from cyclopts import App, CycloptsError, Group, Parameter, Token
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+import prunus
+from prunus.calibration.embedded import embedded_documents
+from prunus.calibration.loading import DEFAULT_SOURCE
+from prunus.checkpoint import check_output, load_model
+from prunus.comparison import compare as compare_methods
+from prunus.errors import OptionError, PrunusError
+from prunus.evaluation.perplexity import perplexity, read_text
+from prunus.families import AXES, Axis
+from prunus.importance import get_method
+from prunus.inspection import inspect as inspect_model
+from prunus.packaged_model import resolve_model
+from prunus.pipeline import (
+    CalibrationOptions,
+    EvaluationOptions,
+    ModelOptions,
+    apply_checkpoint,
+    draw_calibration,
+    prune_checkpoint,
+)
+from prunus.plan import Plan
+from prunus.scoring import Score, ScoringOptions
+from prunus.scoring import score as score_model
+from prunus.selection import Constraints, select
+from prunus.table import Normalization, rank_table
+
+__all__ = ["app", "main"]
+
+HELP = """Make Hugging Face language models smaller by global structured pruning.
+
+Every attention group (a key/value head with its query heads) and every MLP channel of the whole model goes into one
+ranking by importance per parameter; the cheapest are cut until a share of all parameters is gone.
+
+MODEL is a folder, a Hub id, or `smollm2-135m` for the packaged SmolLM2-135M-Instruct.
+"""
+
+app = App(name="prunus", help=HELP, version=prunus.__version__, help_format="markdown")
+out_console = Console()
+
+
+def _split_commas(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    return tuple(part.strip() for token in tokens for part in token.value.split(",") if part.strip())
+
+
+def _split_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in _split_commas(type_, tokens))
+    except ValueError as error:
+        raise OptionError(f"{error}; write numbers such as 0.1,0.2,0.4") from error
+
+
+@dataclass(frozen=True)
+class _ScoringFlags(ScoringOptions):
+    __doc__ = ScoringOptions.__doc__
+    # One --seed for a run, that of the calibration options.
+    random_seed: Annotated[int, Parameter(parse=False)] = 0
+
+
+@dataclass(frozen=True)
+class _SelectionFlags(Constraints):
+    __doc__ = Constraints.__doc__
+    axes: Annotated[tuple[Axis, ...], Parameter(converter=_split_commas, negative="")] = AXES
+
+
+ModelName = Annotated[str, Parameter(name="MODEL")]
+ModelFlags = Annotated[ModelOptions, Parameter(name="*", group=Group("Model", sort_key=1))]
+CalibrationFlags = Annotated[CalibrationOptions, Parameter(name="*", group=Group("Calibration", sort_key=2))]
+ScoringFlags = Annotated[_ScoringFlags, Parameter(name="*", group=Group("Scoring", sort_key=3))]
+SelectionFlags = Annotated[_SelectionFlags, Parameter(name="*", group=Group("Selection", sort_key=4))]
+EvaluationFlags = Annotated[EvaluationOptions, Parameter(name="*", group=Group("Evaluation", sort_key=5))]
+Flag = Annotated[bool, Parameter(negative="")]
+
+
+@app.command
+def prune(
+    model: ModelName,
+    /,
+    *,
+    out: Path,
+    ratio: float = 0.25,
+    calibration: CalibrationFlags = CalibrationOptions(),
+    scoring: ScoringFlags = _ScoringFlags(),
+    selection: SelectionFlags = _SelectionFlags(),
+    evaluation: EvaluationFlags = EvaluationOptions(),
+    where: ModelFlags = ModelOptions(),
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Prune a model and save the smaller one: score, plan, apply and measure in one go.
+
+    Args:
+        model: folder, Hub id or `smollm2-135m`.
+        out: folder for the result; it appears when it is complete.
+        ratio: share of all parameters to remove, in [0, 1).
+        overwrite: replace an earlier result in the folder.
+        json: print the metrics as JSON.
+    """
+    metrics = prune_checkpoint(
+        model,
+        out,
+        ratio,
+        calibration=calibration,
+        scoring=_seeded(scoring, calibration),
+        constraints=selection,
+        evaluation=evaluation,
+        model_options=where,
+        overwrite=overwrite,
+        command=_typed_command(),
+    )
+    if json:
+        _print_json(metrics)
+        return
+    _print_rows(
+        f"{metrics['base_model']} → {out}",
+        ("", "before", "after"),
+        [
+            ("parameters", f"{metrics['parameters_before']:,}", f"{metrics['parameters_after']:,}"),
+            *_perplexity_row(metrics),
+        ],
+    )
+
+
+@app.command
+def score(
+    model: ModelName,
+    /,
+    *,
+    out: Path,
+    calibration: CalibrationFlags = CalibrationOptions(),
+    scoring: ScoringFlags = _ScoringFlags(),
+    where: ModelFlags = ModelOptions(),
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Score every group of a model: writes groups.csv and what it was made from.
+
+    Args:
+        model: folder, Hub id or `smollm2-135m`.
+        out: folder for groups.csv, score.json and statistics.safetensors.
+        overwrite: replace an earlier result in the folder.
+        json: print what was done as JSON.
+    """
+    check_output(out, overwrite)
+    live, tokenizer = load_model(resolve_model(model), dtype=where.dtype, device=where.device)
+    needed = bool(get_method(scoring.method).needs)
+    sequences, _ = draw_calibration(live, tokenizer, calibration, held_out=0, needed=needed)
+    result = score_model(live, sequences, _seeded(scoring, calibration))
+    result.save(out)
+    if json:
+        _print_json({"groups": len(result.table), **result.about})
+        return
+    shown = [*result.table.head(5).itertuples(index=False), None, *result.table.tail(5).itertuples(index=False)]
+    rows = [("…",) * 6 if row is None else tuple(_short(value) for value in row) for row in shown]
+    _print_rows(f"{len(result.table):,} groups, cheapest first → {out}", tuple(result.table.columns), rows)
+
+
+@app.command
+def plan(
+    table: Path,
+    /,
+    *,
+    ratio: float,
+    out: Path = Path("plan.json"),
+    normalize: Normalization | None = None,
+    selection: SelectionFlags = _SelectionFlags(),
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Choose what to cut from a table of scores; needs no model.
+
+    Args:
+        table: groups.csv, or the folder that `prunus score` wrote.
+        ratio: share of all parameters to remove, in [0, 1).
+        out: the plan file to write.
+        normalize: make importances of different layers comparable in another way than when they were scored.
+        overwrite: replace an existing file.
+        json: print a summary as JSON.
+    """
+    if out.exists() and not overwrite:
+        raise OptionError(f"{out} exists; choose another --out or add --overwrite")
+    if out.is_dir():
+        raise OptionError(f"{out} is a folder; --out is the plan file to write, e.g. {out / 'plan.json'}")
+    result = Score.load(table)
+    ranked = result.table if normalize is None else rank_table(result.table, normalize)
+    chosen = select(ranked, result.geometry, ratio, selection)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.save(out)
+    left = result.geometry.parameters_left(chosen.kept_widths)
+    facts = {
+        "parameters_before": result.geometry.total_parameters,
+        "parameters_after": left,
+        "removed": 1 - left / result.geometry.total_parameters,
+        "layers_left": len(chosen.surviving_layers),
+        "fingerprint": chosen.fingerprint,
+    }
+    if json:
+        _print_json(facts)
+        return
+    rows = [
+        (str(layer_idx), *(f"{len(kept[axis])} of {before[axis]}" for axis in AXES))
+        for layer_idx, (before, kept) in enumerate(zip(chosen.widths, chosen.layers, strict=True))
+    ]
+    _print_rows(f"{facts['removed']:.2%} of all parameters go → {out}", ("layer", *AXES), rows)
+
+
+@app.command
+def apply(
+    model: ModelName,
+    plan: Path,
+    /,
+    *,
+    out: Path,
+    where: ModelFlags = ModelOptions(),
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Cut a model by a plan and save the result; nothing is measured.
+
+    Args:
+        model: folder, Hub id or `smollm2-135m`.
+        plan: plan.json, from `prunus plan` or from the folder prunus/ of a pruned model.
+        out: folder for the result; it appears when it is complete.
+        overwrite: replace an earlier result in the folder.
+        json: print the metrics as JSON.
+    """
+    metrics = apply_checkpoint(
+        model, Plan.load(plan), out, model_options=where, overwrite=overwrite, command=_typed_command()
+    )
+    if json:
+        _print_json(metrics)
+    else:
+        before, after = metrics["parameters_before"], metrics["parameters_after"]
+        _print_rows(
+            f"{metrics['base_model']} → {out}", ("", "before", "after"), [("parameters", f"{before:,}", f"{after:,}")]
+        )
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelName,
+    /,
+    *,
+    text: Path | None = None,
+    seq_len: int = 2048,
+    batch_size: int = 1,
+    max_windows: int | None = None,
+    where: ModelFlags = ModelOptions(),
+    json: Flag = False,
+) -> None:
+    """Measure the perplexity of a model, pruned or not, on a text.
+
+    Args:
+        model: folder, Hub id or `smollm2-135m`.
+        text: a UTF-8 text file, read as one string; without it, the text that ships with Python.
+        seq_len: tokens per window; windows do not overlap.
+        batch_size: windows per forward pass.
+        max_windows: only the first so many windows.
+        json: print the result as JSON.
+    """
+    content = read_text(text) if text else "\n\n".join(embedded_documents())
+    live, tokenizer = load_model(resolve_model(model), dtype=where.dtype, device=where.device)
+    result = perplexity(live, tokenizer, content, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows)
+    facts = {
+        "model": Path(model).name,
+        "text": text.name if text else DEFAULT_SOURCE,
+        **result.to_dict(),
+        "parameters": live.num_parameters(),
+    }
+    if json:
+        _print_json(facts)
+    else:
+        _print_rows(str(facts.pop("model")), ("", ""), [(name, _short(value)) for name, value in facts.items()])
+
+
+@app.command
+def inspect(model: ModelName, /, *, ratio: float | None = None, json: Flag = False) -> None:
+    """Show what a model consists of, what a ratio would remove, and what was removed from a pruned one.
+
+    Args:
+        model: folder, Hub id or `smollm2-135m`; its weights are not read.
+        ratio: also say what removing this share of all parameters means.
+        json: print the facts as JSON.
+    """
+    facts = inspect_model(model, ratio)
+    if json:
+        _print_json(facts)
+        return
+    layers, removed = facts.pop("layers"), facts.pop("removed", None)
+    _print_rows(str(facts.pop("model")), ("", ""), [(name, _short(value)) for name, value in facts.items()])
+    if removed is None:
+        rows = [(str(i), *(f"{count:,}" for count in layer.values())) for i, layer in enumerate(layers)]
+        _print_rows("groups per layer", ("layer", *AXES), rows)
+    else:
+        rows = [(str(row["layer_idx"]), *(f"{row[axis]:,} of {row['of'][axis]:,}" for axis in AXES)) for row in removed]
+        _print_rows("groups removed, by layer of the base model", ("layer", *AXES), rows)
+
+
+@app.command
+def compare(
+    model: ModelName,
+    /,
+    *,
+    methods: Annotated[tuple[str, ...], Parameter(converter=_split_commas, negative="")],
+    ratios: Annotated[tuple[float, ...], Parameter(converter=_split_numbers, negative="")],
+    out: Path,
+    calibration: CalibrationFlags = CalibrationOptions(),
+    scoring: ScoringFlags = _ScoringFlags(),
+    selection: SelectionFlags = _SelectionFlags(),
+    evaluation: EvaluationFlags = EvaluationOptions(),
+    where: ModelFlags = ModelOptions(),
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Prune by several methods at several ratios and measure each: a table and a plot.
+
+    Args:
+        model: folder, Hub id or `smollm2-135m`.
+        methods: importance methods, e.g. `taylor,wanda`; methods of one kind share their statistics pass.
+        ratios: shares of all parameters to remove, e.g. `0.1,0.2,0.4`.
+        out: folder for comparison.csv, comparison.json, comparison.png and the plans.
+        overwrite: replace an earlier comparison in the folder.
+        json: print the rows as JSON.
+    """
+    comparison = compare_methods(
+        model,
+        methods,
+        ratios,
+        out,
+        calibration=calibration,
+        scoring=_seeded(scoring, calibration),
+        constraints=selection,
+        evaluation=evaluation,
+        model_options=where,
+        overwrite=overwrite,
+    )
+    if json:
+        _print_json(jsonlib.loads(comparison.to_json(orient="records")))
+        return
+    rows = [tuple(_short(value) for value in row) for row in comparison.itertuples(index=False)]
+    _print_rows(f"{model} → {out}", tuple(comparison.columns), rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        Exit status: 0 success, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        app(argv, exit_on_error=False, print_error=True, result_action="return_value")
+    except CycloptsError:
+        return 2
+    except PrunusError as error:
+        errors.print("[bold red]error:[/] ", end="")
+        errors.print(str(error), markup=False)
+        return 1
+    except torch.OutOfMemoryError as error:
+        errors.print(
+            f"error: the device ran out of memory ({str(error).splitlines()[0]}). Use a smaller --batch-size or "
+            "--seq-len, --dtype bfloat16, or --device cpu.",
+            markup=False,
+        )
+        return 1
+    except KeyboardInterrupt:
+        errors.print("interrupted; no output folder was left half-written")
+        return 130
+    return 0
+
+
+def _seeded(scoring: ScoringOptions, calibration: CalibrationOptions) -> ScoringOptions:
+    return ScoringOptions(**{**scoring.__dict__, "random_seed": calibration.seed})
+
+
+def _typed_command() -> str:
+    return shlex.join(["prunus", *sys.argv[1:]])
+
+
+def _perplexity_row(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    if metrics["perplexity_after"] is None:
+        return []
+    before, after = metrics["perplexity_before"], metrics["perplexity_after"]
+    return [(f"perplexity, {metrics['perplexity_text']}", f"{before:.2f}", f"{after:.2f}")]
+
+
+def _print_json(values: Any) -> None:
+    print(jsonlib.dumps(values, indent=1))
+
+
+def _print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    out_console.print(table)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:,.5g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(inner)}" for name, inner in value.items())
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What a model consists of, what a ratio would remove, and what was removed from a pruned folder. Reads no weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from prunus.checkpoint import empty_model, locate
+from prunus.errors import CheckpointError
+from prunus.families import AXES, family_of
+from prunus.groups import Geometry
+from prunus.packaged_model import resolve_model
+from prunus.plan import Plan
+from prunus.selection import Constraints, reachable_parameters
+
+__all__ = ["inspect"]
+
+
+def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
+    """Describe a model by its config alone.
+
+    Args:
+        model: a folder, a Hub id, or `smollm2-135m`.
+        ratio: also say what removing this share would mean.
+
+    Returns:
+        Plain values: family, parameters, groups per axis and their cost, widths per layer, and for a folder that
+        prunus wrote, what was removed from each layer.
+
+    Raises:
+        CheckpointError: there is no such model, or its config cannot be read.
+        UnsupportedModelError: the family is not described.
+    """
+    folder = locate(resolve_model(model))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the config in {folder} cannot be read: {error}") from error
+    family = family_of(config)
+    geometry = Geometry.of(empty_model(config, torch.float32))
+    facts: dict[str, Any] = {
+        "model": Path(model).name,
+        "family": family.model_type,
+        "family_title": family.title,
+        "parameters": geometry.total_parameters,
+        "head_dim": geometry.head_dim,
+        "query_heads_per_group": geometry.num_key_value_groups,
+        "groups": {axis: sum(widths[axis] for widths in geometry.widths) for axis in AXES},
+        "parameters_per_group": dict(geometry.group_parameters),
+        "prunable_parameters": reachable_parameters(geometry, Constraints()),
+        "layers": [asdict(widths) for widths in geometry.widths],
+    }
+    if ratio is not None:
+        target = ratio * geometry.total_parameters
+        facts["ratio"] = {
+            "ratio": ratio,
+            "parameters_to_remove": round(target),
+            "of_what_can_be_cut": target / max(facts["prunable_parameters"], 1),
+            "mlp_channels_if_only_mlp": round(target / geometry.group_parameters["mlp"]),
+        }
+    plan_file = folder / "prunus" / "plan.json"
+    if plan_file.is_file():
+        plan = Plan.load(plan_file)
+        facts["removed"] = [
+            {
+                "layer_idx": layer_idx,
+                **{axis: before[axis] - len(kept[axis]) for axis in AXES},
+                "of": {axis: before[axis] for axis in AXES},
+            }
+            for layer_idx, (before, kept) in enumerate(zip(plan.widths, plan.layers, strict=True))
+        ]
+    return facts
