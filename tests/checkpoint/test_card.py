@@ -1,0 +1,151 @@
+"""The model card says what was done, and is valid for the Hub whatever is in the strings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from huggingface_hub import ModelCard, metadata_load
+
+from prunus.checkpoint import CalibrationFacts, CardFacts, PerplexityFacts, license_of, model_card
+from prunus.groups import LayerWidths
+
+DENSE = LayerWidths(3, 100)
+FACTS = CardFacts(
+    name="llama-taylor-0.2",
+    base_model="someone/llama",
+    method="taylor",
+    ratio=0.2,
+    parameters_before=1_000_000,
+    parameters_after=801_234,
+    base_widths=(DENSE,) * 4,
+    widths=(DENSE, LayerWidths(0, 0), LayerWidths(1, 64), LayerWidths(0, 7)),
+    num_key_value_groups=4,
+    model_type="prunus_llama",
+    ragged=True,
+    command="prunus prune someone/llama --ratio 0.2 --out out",
+    version="0.1.0",
+    on_hub=True,
+    license={"license": "other", "license_name": "llama3", "license_link": "LICENSE"},
+    calibration=CalibrationFacts("c4", 128, 512, 7, "ab" * 32),
+    perplexities=(
+        PerplexityFacts("wikitext-2", "windows of 2048", 21.784, 40.55),
+        PerplexityFacts("ptb", "p", None, 9.0),
+    ),
+    details={"normalisation": "layer_sum"},
+)
+
+
+def card(**changes) -> str:
+    return model_card(dataclasses.replace(FACTS, **changes))
+
+
+def rows(text: str, start: str) -> list[list[str]]:
+    """Cells of the table rows that begin with `start`."""
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith(start)
+    ]
+
+
+def test_front_matter():
+    metadata = ModelCard(card()).data.to_dict()
+    assert metadata == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["prunus", "pruned"],
+        "base_model": "someone/llama",
+        "license": "other",
+        "license_name": "llama3",
+        "license_link": "LICENSE",
+    }
+
+
+def test_a_local_base_is_named_without_its_path():
+    text = card(base_model="/home/somebody/models/my-llama", on_hub=False, license={})
+    assert "/home/somebody" not in text
+    assert "my-llama" in text
+    metadata = ModelCard(text).data.to_dict()
+    assert "base_model" not in metadata
+    assert "license" not in metadata
+
+
+def test_facts_are_told():
+    text = card()
+    assert ["parameters", "1,000,000", "801,234"] in rows(text, "| parameters")
+    assert ["decoder layers", "4", "3"] in rows(text, "| decoder")
+    assert "19.9%" in text
+    assert ["wikitext-2", "21.78", "40.55", "windows of 2048"] in rows(text, "| wikitext")
+    assert ["ptb", "", "9.00", "p"] in rows(text, "| ptb")
+    for part in ("`taylor`", "0.2 of all", "128 sequences of 512 tokens, seed 7", "ab" * 32, "layer\\_sum", "0.1.0"):
+        assert part in text
+    assert "```sh\nprunus prune someone/llama --ratio 0.2 --out out\n```" in text
+
+
+def test_widths_of_every_layer():
+    table = rows(card().split("## Widths")[1], "| ")[1:]
+    assert table == [
+        ["0", "12", "3", "100"],
+        ["1", "removed", "removed", "removed"],
+        ["2", "4 of 12", "1 of 3", "64 of 100"],
+        ["3", "0 of 12", "0 of 3", "7 of 100"],
+    ]
+
+
+def test_loading_instructions():
+    ragged = card()
+    assert "import prunus\nfrom transformers" in ragged
+    assert ragged.count("trust_remote_code=True") == 1
+    stock = card(ragged=False, model_type="mistral")
+    assert "trust_remote_code" not in stock
+    assert "import prunus" not in stock
+    assert "`mistral`" in stock
+    for text in (ragged, stock):
+        for block in text.split("```python\n")[1:]:
+            compile(block.split("```")[0], "card", "exec")
+
+
+def test_methods_without_calibration():
+    text = card(calibration=None, perplexities=())
+    assert "needs no text" in text
+    assert "## Perplexity" not in text
+
+
+@pytest.mark.parametrize(
+    "text", ['"', "'", ": #", "a|b", "`x`", "````", "---", "é 你好", "\\", "<b>", "{x}", "[a](b)", "a\nb"]
+)
+def test_any_string_leaves_the_card_whole(text):
+    metadata = ModelCard(card(license={"license": text, "license_link": text})).data.to_dict()
+    assert metadata["license"] == text
+    assert metadata["license_link"] == text
+    plain = card()
+    facts = {
+        "name": text,
+        "base_model": text,
+        "on_hub": False,
+        "method": text,
+        "command": text,
+        "version": text,
+        "calibration": CalibrationFacts(text, 1, 2, 3, text),
+        "perplexities": (PerplexityFacts(text, text, 1.0, 2.0), FACTS.perplexities[1]),
+        "details": {text: text},
+    }
+    changed = card(**facts)
+    assert ModelCard(changed).data.to_dict()["tags"] == ["prunus", "pruned"]
+    # The same tables with the same number of cells, and the same headings.
+    bars = [line.replace("\\|", "").count("|") for line in changed.splitlines() if line.startswith("| ")]
+    assert bars == [line.count("|") for line in plain.splitlines() if line.startswith("| ")]
+    headings = [line for line in changed.splitlines() if line.startswith("## ")]
+    assert headings == [line for line in plain.splitlines() if line.startswith("## ")]
+
+
+def test_license_is_read_off_the_base_models_card(tmp_path):
+    assert license_of(tmp_path) == {}
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# Base\n")
+    assert license_of(tmp_path) == {"license": "apache-2.0"}
+    (tmp_path / "README.md").write_text("# No front matter\n")
+    assert license_of(tmp_path) == {}
+    (tmp_path / "README.md").write_text("---\nlicense: [unclosed\n---\n")
+    assert license_of(tmp_path) == {}
+    (tmp_path / "README.md").write_text(card())
+    assert license_of(tmp_path) == dict(FACTS.license)
+    assert metadata_load(tmp_path / "README.md")["base_model"] == "someone/llama"

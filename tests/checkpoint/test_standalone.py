@@ -1,0 +1,79 @@
+"""Checkpoints load where prunus is not installed."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import ALL, FAMILIES, LAYERS, RAGGED, Kept, cut, dense_model
+
+from prunus.checkpoint import configuration_prunus, modeling_prunus, save_checkpoint
+
+CHILD = """
+import sys
+sys.modules["prunus"] = None  # importing it raises, wherever it may be installed
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+folder, results, remote = sys.argv[1], sys.argv[2], sys.argv[3] == "remote"
+logits = {}
+for name in sys.argv[4:]:
+    source = f"{folder}/{name}"
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=remote)
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=remote, dtype="auto")
+    input_ids = tokenizer("a few words", return_tensors="pt").input_ids
+    again = f"{folder}/{name}-again"
+    model.save_pretrained(again)
+    reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=remote, dtype="auto")
+    decoder = AutoModel.from_pretrained(again, trust_remote_code=remote, dtype="auto")
+    with torch.no_grad():
+        logits[f"{name}.logits"] = model(input_ids).logits
+        logits[f"{name}.again"] = reloaded(input_ids).logits
+        logits[f"{name}.decoder"] = decoder(input_ids).last_hidden_state @ model.lm_head.weight.T
+    logits[f"{name}.tokens"] = model.generate(input_ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert type(model).__module__.startswith("transformers_modules." if remote else "transformers.models."), type(model)
+assert not any(module.split(".")[0] == "prunus" for module in sys.modules if sys.modules[module] is not None)
+save_file(logits, results)
+"""
+
+
+@pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "stock"])
+def test_without_prunus(ragged, tokenizer, tmp_path):
+    models = {}
+    for family, dtype in zip(FAMILIES, (torch.float32, torch.float32, torch.bfloat16, torch.float32), strict=True):
+        kept = RAGGED if ragged else (Kept((1,), ALL[:7]),) * LAYERS
+        models[family] = cut(dense_model(family, tie_word_embeddings=family == "qwen2").to(dtype), kept)
+        save_checkpoint(models[family], tokenizer, tmp_path / family, card="", extras={})
+    results = tmp_path / "results.safetensors"
+    command = [sys.executable, "-I", "-c", CHILD, str(tmp_path), str(results), "remote" if ragged else "plain"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    child = subprocess.run([*command, *models], env=environment, capture_output=True, text=True, timeout=300)
+    assert child.returncode == 0, child.stderr
+    actual = load_file(results)
+    for family, model in models.items():
+        input_ids = tokenizer("a few words", return_tensors="pt").input_ids
+        with torch.no_grad():
+            expected = model(input_ids).logits
+        for name in ("logits", "again", "decoder"):
+            torch.testing.assert_close(actual[f"{family}.{name}"], expected, msg=f"{family} {name}")
+        tokens = model.generate(input_ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        assert torch.equal(actual[f"{family}.tokens"], tokens)
+
+
+@pytest.mark.parametrize("module", [configuration_prunus, modeling_prunus])
+def test_travelling_files_import_nothing_of_the_package(module):
+    imported = set()
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add("." * node.level + (node.module or "").split(".")[0])
+    allowed = {"torch", "transformers", "huggingface_hub", ".configuration_prunus"}
+    assert imported - sys.stdlib_module_names <= allowed
