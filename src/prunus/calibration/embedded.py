@@ -10,6 +10,8 @@ from __future__ import annotations
 import platform
 import re
 
+from prunus.errors import CalibrationError
+
 __all__ = ["embedded_documents", "embedded_name"]
 
 _RULE = re.compile(r"[*=\-~^\"'#+]{3,}")
@@ -26,8 +28,17 @@ def embedded_documents() -> list[str]:
 
     Lines under headings go, and paragraphs of prose are put back on one line, so that the text looks more like text
     elsewhere; code stays as it is.
+
+    Raises:
+        CalibrationError: this Python was packaged without its manual.
     """
-    from pydoc_data import topics
+    try:
+        from pydoc_data import topics
+    except ImportError as error:
+        raise CalibrationError(
+            "the default calibration text is the manual in Python's standard library (pydoc_data.topics), which this "
+            "Python was packaged without. Give a calibration text, or use --calibration self."
+        ) from error
 
     return [_without_layout(topics.topics[name]) for name in sorted(topics.topics)]
 

@@ -103,8 +103,10 @@ def parquet_documents(path: Path, *, text_column: str, seed: int) -> Iterator[st
 
 def _passages(path: Path, size: int, passage: int, seed: int) -> Iterator[str]:
     with path.open("rb") as file:
-        for number in _permutation(size // passage, seed):
-            start = number * passage
+        # Passages that lie apart where the file is large enough, so that their number stays small.
+        stride = max(passage, size // _MOST_SLICES)
+        for number in _permutation(size // stride, seed):
+            start = number * stride
             file.seek(start)
             # A slice may begin and end inside a character, and inside a word.
             raw = file.read(passage)

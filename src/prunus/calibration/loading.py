@@ -127,10 +127,16 @@ def calibration_from_texts(
 
     Raises:
         OptionError: `samples` or `seq_len` is out of range.
-        CalibrationError: the texts are too short.
+        CalibrationError: the texts are too short, or not texts.
     """
     _check_counts(samples, seq_len)
     documents = [texts] if isinstance(texts, str) else list(texts)
+    for index, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise CalibrationError(
+                f"calibration text {index} is a {type(document).__name__}, not a string. For token ids use "
+                "calibration_from_tokens."
+            )
     if len(documents) == 1:
         packed = pack_windows(
             documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, each=None, name=repr(source)
@@ -204,6 +210,8 @@ def _check_counts(samples: int, seq_len: int) -> None:
 
 
 def _kind_of(source: str) -> str:
+    if source in HUB_NAMES:
+        return "hub"
     path = Path(source).expanduser()
     extensions = ", ".join(TEXT_KINDS)
     if path.is_dir():
@@ -215,8 +223,6 @@ def _kind_of(source: str) -> str:
             f"the calibration file {source!r} has the extension {path.suffix!r}, and prunus reads {extensions}. "
             "Convert it, or rename it if it holds one of these."
         )
-    if source in HUB_NAMES:
-        return "hub"
     if path.suffix.lower() in TEXT_KINDS:
         raise CalibrationError(f"the calibration file {source!r} does not exist. Check the path.")
     if not _HUB_NAME.fullmatch(source):

@@ -108,8 +108,10 @@ def too_short(name: str, tokens: int, samples: int, seq_len: int) -> Calibration
 
 
 def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    # Text off the web holds broken characters (lone surrogates) that tokenizers refuse.
+    sound = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
     # verbose=False: documents longer than the model's context are cut right afterwards
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(sound, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
