@@ -1,0 +1,1 @@
+"""Importance and selection under their original names; see `core.methods.global_pruning`."""
