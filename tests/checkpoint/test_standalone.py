@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-folder, results, remote = sys.argv[1], sys.argv[2], sys.argv[3] == "remote"
+folder, results, *names = sys.argv[1:]
 logits = {}
-for name in sys.argv[4:]:
+for name in names:
+    remote = name.startswith("ragged")
     source = f"{folder}/{name}"
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=remote)
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=remote, dtype="auto")
@@ -44,27 +45,29 @@ save_file(logits, results)
 """
 
 
-@pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "stock"])
-def test_without_prunus(ragged, tokenizer, tmp_path):
+def test_without_prunus(tokenizer, tmp_path):
     models = {}
-    for family, dtype in zip(FAMILIES, (torch.float32, torch.float32, torch.bfloat16, torch.float32), strict=True):
-        kept = RAGGED if ragged else (Kept((1,), ALL[:7]),) * LAYERS
-        models[family] = cut(dense_model(family, tie_word_embeddings=family == "qwen2").to(dtype), kept)
-        save_checkpoint(models[family], tokenizer, tmp_path / family, card="", extras={})
+    dtypes = {"llama": torch.float32, "mistral": torch.float32, "qwen2": torch.bfloat16, "qwen3": torch.float32}
+    for shape, kept in (("ragged", RAGGED), ("stock", (Kept((1,), ALL[:7]),) * LAYERS)):
+        for family in FAMILIES:
+            name = f"{shape}-{family}"
+            dense = dense_model(family, tie_word_embeddings=family == "qwen2").to(dtypes[family])
+            models[name] = cut(dense, kept)
+            save_checkpoint(models[name], tokenizer, tmp_path / name, card="", extras={})
     results = tmp_path / "results.safetensors"
-    command = [sys.executable, "-I", "-c", CHILD, str(tmp_path), str(results), "remote" if ragged else "plain"]
+    command = [sys.executable, "-I", "-c", CHILD, str(tmp_path), str(results)]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     child = subprocess.run([*command, *models], env=environment, capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stderr
     actual = load_file(results)
-    for family, model in models.items():
+    for name, model in models.items():
         input_ids = tokenizer("a few words", return_tensors="pt").input_ids
         with torch.no_grad():
             expected = model(input_ids).logits
-        for name in ("logits", "again", "decoder"):
-            torch.testing.assert_close(actual[f"{family}.{name}"], expected, msg=f"{family} {name}")
+        for kind in ("logits", "again", "decoder"):
+            torch.testing.assert_close(actual[f"{name}.{kind}"], expected, msg=f"{name} {kind}")
         tokens = model.generate(input_ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-        assert torch.equal(actual[f"{family}.tokens"], tokens)
+        assert torch.equal(actual[f"{name}.tokens"], tokens)
 
 
 @pytest.mark.parametrize("module", [configuration_prunus, modeling_prunus])
