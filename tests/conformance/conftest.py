@@ -1,0 +1,28 @@
+"""Every family × axis × method, on models of two layers: the parameters of the conformance suite.
+
+All of them come from the registries `FAMILIES` and `METHODS`: a new entry is tested with no line changed here, but for
+a tiny model of a new family (`tests/tiny_families.py`) and an oracle for a new method (`test_oracles.py`).
+"""
+
+from __future__ import annotations
+
+import pytest
+from cut_cases import CUTS, Tiny
+from tiny_families import CASES, case_id
+
+from prunus.importance import METHODS
+
+
+@pytest.fixture(params=CASES, ids=case_id)
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    return Tiny(*request.param)
+
+
+@pytest.fixture(params=CUTS)
+def axes(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param

@@ -1,0 +1,80 @@
+"""The steps from a tiny model to a cut one, each made once and shared by the tests of the suite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from tiny_families import random_tokens, shared_model
+from torch import Tensor
+
+from prunus.calibration import Batch
+from prunus.families import AXES, FAMILIES, Axis, Family
+from prunus.groups import Geometry
+from prunus.importance import METHODS, MethodOptions, get_method, score_groups
+from prunus.importance.registry import statistics_for
+from prunus.plan import Plan
+from prunus.selection import Constraints, reachable_parameters, select
+from prunus.statistics import Statistics
+from prunus.surgery import apply_plan
+from prunus.sweep import sweep
+from prunus.table import Importance, build_table
+
+CUTS: dict[str, tuple[Axis, ...]] = {"attention": ("attention",), "mlp": ("mlp",), "both": AXES}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A small model of a family. The model, and all that is made from it, is shared: leave it as it is."""
+
+    model_type: str
+    variant: str
+
+    @property
+    def model(self) -> Any:
+        return shared_model(self.model_type, self.variant)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry.of(self.model)
+
+    @property
+    def input_ids(self) -> Tensor:
+        return random_tokens()
+
+    @lru_cache(maxsize=64)  # noqa: B019 (a handful of models, for the whole run)
+    def statistics(self) -> Statistics:
+        """What all methods need, from one sweep."""
+        return sweep_for(self, list(METHODS))
+
+    @lru_cache(maxsize=512)  # noqa: B019
+    def importance(self, method: str) -> Importance:
+        return score_groups(self.model, get_method(method), self.statistics())
+
+    @lru_cache(maxsize=512)  # noqa: B019
+    def plan(self, axes: str, method: str) -> Plan:
+        """Half of what can go on these axes goes."""
+        return half(self, axes, method, self.importance(method))
+
+    @lru_cache(maxsize=512)  # noqa: B019
+    def pruned(self, axes: str, method: str) -> Any:
+        """The model after that plan."""
+        return apply_plan(self.model, self.plan(axes, method))
+
+
+def sweep_for(tiny: Tiny, methods: list[str]) -> Statistics:
+    batches = [Batch(random_tokens(2, 10, seed), None) for seed in (5, 6)]
+    wanted = statistics_for([METHODS[name] for name in methods], MethodOptions())
+    return sweep(tiny.model, batches, wanted, progress=False)
+
+
+def half(tiny: Tiny, axes: str, method: str, importance: Importance) -> Plan:
+    geometry, constraints = tiny.geometry, Constraints(axes=CUTS[axes])
+    ratio = 0.5 * reachable_parameters(geometry, constraints) / geometry.total_parameters
+    normalization = "none" if METHODS[method].comparable else "layer_sum"
+    return select(build_table(geometry, importance, normalization), geometry, ratio, constraints)

@@ -1,0 +1,43 @@
+"""The same input gives the same plan every time, and a plan survives being written down."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from cut_cases import half, sweep_for
+
+from prunus.importance import METHODS, score_groups
+from prunus.plan import Plan
+from prunus.surgery import apply_plan
+
+
+def test_plan_round_trip(tiny, axes, method, tmp_path):
+    plan = tiny.plan(axes, method)
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert again.fingerprint == plan.fingerprint
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    again.check_fits(tiny.geometry)
+
+
+def test_a_plan_is_enough_to_redo_the_cut(tiny, axes, method):
+    plan = Plan.from_dict(json.loads(tiny.plan(axes, method).to_json()))
+    redone, expected = apply_plan(tiny.model, plan).state_dict(), tiny.pruned(axes, method).state_dict()
+    assert redone.keys() == expected.keys()
+    assert all(torch.equal(redone[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_same_seed_gives_the_same_plan(tiny, axes, method):
+    """All of it made again, with a sweep that takes nothing but what this method needs."""
+    statistics = sweep_for(tiny, [method]) if METHODS[method].needs else None
+    importance = score_groups(tiny.model, METHODS[method], statistics)
+    for ours, shared in zip(importance, tiny.importance(method), strict=True):
+        for axis, values in ours.items():
+            # Taking squares as well, the sweep multiplies one sequence at a time: equal but for rounding.
+            torch.testing.assert_close(values, shared[axis], rtol=1e-4, atol=1e-9)
+    plan = half(tiny, axes, method, importance)
+    repeated = sweep_for(tiny, [method]) if METHODS[method].needs else None
+    assert half(tiny, axes, method, score_groups(tiny.model, METHODS[method], repeated)) == plan

@@ -1,0 +1,359 @@
+"""Importances against slow, obvious computations of the formulas, and what every method has to respect."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from tiny_families import (
+    CASES,
+    ONE_EACH,
+    VOCABULARY,
+    case_id,
+    groups_of,
+    make_model,
+    random_tokens,
+    shared_model,
+    weights_of_group,
+)
+from torch import Tensor
+
+from prunus.calibration import Batch
+from prunus.families import AXES, FAMILIES
+from prunus.groups import Geometry
+from prunus.importance import METHODS, MethodOptions, score_groups
+from prunus.importance.registry import statistics_for
+from prunus.plan import Plan
+from prunus.statistics.activations import ACTIVATION_STATISTICS
+from prunus.surgery import apply_plan
+from prunus.sweep import sweep
+
+CLOSE = {"rtol": 2e-4, "atol": 1e-9}
+#: methods that look at nothing of the model but its shape
+BLIND = {"random"}
+LENGTHS = (12, 5, 9, 2)
+
+
+def sequences(lengths=LENGTHS) -> list[Tensor]:
+    """Token sequences of unequal length."""
+    return [random_tokens(1, length, seed=20 + i)[0] for i, length in enumerate(lengths)]
+
+
+def padded(rows: list[Tensor], side: str, batch_size: int) -> list[Batch]:
+    """The sequences in batches, filled up with random tokens that must not count."""
+    width = max(map(len, rows))
+    ids = random_tokens(len(rows), width, seed=30)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    return [Batch(i, m) for i, m in zip(ids.split(batch_size), mask.split(batch_size), strict=True)]
+
+
+def measure(model, method: str, batches: list[Batch], options: MethodOptions | None = None):
+    """What the package says."""
+    options = options or MethodOptions()
+    statistics = sweep(model, batches, statistics_for([METHODS[method]], options), progress=False)
+    return score_groups(model, METHODS[method], statistics, options)
+
+
+# --- the oracles: one sequence at a time, no padding, whole weights, loops ---
+
+
+def sequence_gradients(model, row: Tensor, scale: str) -> dict[str, Tensor]:
+    """Gradient of the loss of one sequence by every parameter, by autograd."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    log_probabilities = torch.log_softmax(model(row[None]).logits[0].float(), dim=-1)
+    losses = [-log_probabilities[t, row[t + 1]] for t in range(len(row) - 1)]
+    loss = sum(losses) / len(losses) if scale == "mean" else sum(losses)
+    loss.backward()
+    return {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+
+
+def all_gradients(model, rows: list[Tensor], options: MethodOptions) -> list[dict[str, Tensor]]:
+    return [sequence_gradients(model, row, options.fisher_scale) for row in rows]
+
+
+def taylor(model, rows, options) -> dict[str, Tensor]:
+    gradients = all_gradients(model, rows, options)
+    return {
+        name: (parameter.double() * sum(g[name] for g in gradients) / len(rows)).abs()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def taylor_2nd(model, rows, options) -> dict[str, Tensor]:
+    gradients = all_gradients(model, rows, options)
+    result = {}
+    for name, parameter in model.named_parameters():
+        theta = parameter.double()
+        mean = sum(g[name] for g in gradients) / len(rows)
+        mean_square = sum(g[name] ** 2 for g in gradients) / len(rows)
+        result[name] = (theta * mean).abs() + 0.5 * (theta**2 * mean_square).abs()
+    return result
+
+
+def recorded_inputs(model, rows) -> dict[str, Tensor]:
+    """What entered each linear module, over all tokens of all sequences: (tokens, in_features)."""
+    inputs: dict[str, list[Tensor]] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0][0]))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        for row in rows:
+            model(row[None])
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(values).double() for name, values in inputs.items()}
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean_abs": lambda x: x.abs().mean(dim=0),
+    "l1": lambda x: x.abs().sum(dim=0),
+    "l2": lambda x: (x**2).sum(dim=0).sqrt(),
+    "mean": lambda x: x.mean(dim=0),
+    "max": lambda x: x.abs().max(dim=0).values,
+    "std": lambda x: x.std(dim=0, unbiased=False),
+}
+
+
+def wanda(model, rows, options) -> dict[str, Tensor]:
+    inputs = recorded_inputs(model, rows)
+    result = {}
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if kind == "bias":
+            result[name] = parameter.double().abs()
+        elif module in inputs:
+            activation = ACTIVATIONS[options.activation](inputs[module])
+            result[name] = (parameter.double() * activation[None, :]).abs()
+    return result
+
+
+def magnitude(model, rows, options) -> dict[str, Tensor]:
+    return {name: parameter.double().abs() for name, parameter in model.named_parameters()}
+
+
+#: method → importance of every single weight, by parameter name
+ORACLES: dict[str, Callable[..., Mapping[str, Tensor]]] = {
+    "taylor": taylor,
+    "taylor_2nd": taylor_2nd,
+    "wanda": wanda,
+    "magnitude": magnitude,
+}
+
+
+def expected(model, method: str, rows: list[Tensor], options: MethodOptions | None = None) -> list[dict[str, Tensor]]:
+    """The oracle's weights summed over each group, one group at a time."""
+    if method not in ORACLES:
+        pytest.fail(
+            f"method {method!r} has no oracle: write its formula for one weight into ORACLES in "
+            "tests/conformance/test_oracles.py (or add it to BLIND, if it looks at neither weights nor data)"
+        )
+    prefix = FAMILIES[model.config.model_type.removeprefix("prunus_")].layers
+    values = ORACLES[method](model, rows, options or MethodOptions())
+    result = []
+    for layer_idx, layer in enumerate(model.get_submodule(prefix)):
+        by_axis = {}
+        for axis in AXES:
+            sums = []
+            for group in range(groups_of(layer, axis, model.config)):
+                places = weights_of_group(layer, axis, group, model.config)
+                sums.append(
+                    sum(values[f"{prefix}.{layer_idx}.{name}"].detach()[index].sum().item() for name, index in places)
+                )
+            by_axis[axis] = torch.tensor(sums, dtype=torch.float64)
+        result.append(by_axis)
+    return result
+
+
+def assert_equal_importance(actual, wanted, **close) -> None:
+    for layer_idx, (ours, theirs) in enumerate(zip(actual, wanted, strict=True)):
+        for axis in AXES:
+            torch.testing.assert_close(
+                ours[axis],
+                theirs[axis],
+                **(close or CLOSE),
+                msg=lambda m, where=f"layer {layer_idx} {axis}": f"{where}: {m}",
+            )
+
+
+# --- the formulas ---
+
+
+@pytest.fixture(params=[name for name in METHODS if name not in BLIND])
+def seeing(request) -> str:
+    """A method that looks at weights or data."""
+    return request.param
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_unpadded(tiny, seeing, batch_size):
+    rows = sequences((9,) * 4)
+    batches = [Batch(ids, None) for ids in torch.stack(rows).split(batch_size)]
+    assert_equal_importance(measure(tiny.model, seeing, batches), expected(tiny.model, seeing, rows))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded(tiny, seeing, side, batch_size):
+    """Padding never counts, and every sequence weighs the same whatever its length and its batch."""
+    rows = sequences()
+    actual = measure(tiny.model, seeing, padded(rows, side, batch_size))
+    assert_equal_importance(actual, expected(tiny.model, seeing, rows))
+
+
+@pytest.mark.parametrize("method", ["taylor", "taylor_2nd"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_summed_losses(case, method, batch_size):
+    """`fisher_scale` sum: the loss of a sequence is the sum over its tokens."""
+    model, rows, options = shared_model(*case), sequences(), MethodOptions(fisher_scale="sum")
+    actual = measure(model, method, padded(rows, "right", batch_size), options)
+    assert_equal_importance(actual, expected(model, method, rows, options))
+    mean = expected(model, method, rows)
+    assert not torch.allclose(actual[0]["mlp"], mean[0]["mlp"], rtol=0.1), "the scale must matter"
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_STATISTICS)
+@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+def test_activation_statistics(case, activation):
+    model, rows, options = shared_model(*case), sequences(), MethodOptions(activation=activation)
+    actual = measure(model, "wanda", padded(rows, "left", 3), options)
+    assert_equal_importance(actual, expected(model, "wanda", rows, options))
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+def test_methods_are_told_apart(case):
+    """The oracles would not notice if all methods computed the same: here is that they do not."""
+    model, rows = shared_model(*case), sequences()
+    last_batch = expected(model, "taylor", rows[-1:])
+    together = expected(model, "taylor", [torch.cat(rows)])
+    found = {method: expected(model, method, rows) for method in ORACLES}
+    for other in (last_batch, together, found["taylor_2nd"], found["wanda"], found["magnitude"]):
+        assert not torch.allclose(found["taylor"][0]["mlp"], other[0]["mlp"], rtol=1e-2)
+    wrong = expected(model, "taylor_2nd", [torch.cat(rows)] * 2)
+    assert not torch.allclose(found["taylor_2nd"][0]["attention"], wrong[0]["attention"], rtol=1e-2)
+
+
+# --- what holds for every method ---
+
+
+def test_shape_and_range(tiny, method):
+    importance = tiny.importance(method)
+    assert len(importance) == tiny.model.config.num_hidden_layers
+    for widths, by_axis in zip(tiny.geometry.widths, importance, strict=True):
+        for axis in AXES:
+            values = by_axis[axis]
+            assert values.shape == (widths[axis],)
+            assert values.dtype == torch.float64
+            assert values.device.type == "cpu"
+            assert torch.isfinite(values).all()
+            assert (values >= 0).all()
+            assert not values.requires_grad
+    assert any(len(by_axis["mlp"].unique()) > 10 for by_axis in importance), "groups are told apart"
+
+
+def permuted(model, axis: str, layer_idx: int, order: list[int]):
+    """The same function with the groups of one layer in another order."""
+    other = copy.deepcopy(model)
+    prefix = FAMILIES[model.config.model_type].layers
+    source, target = (m.get_submodule(f"{prefix}.{layer_idx}") for m in (model, other))
+    with torch.no_grad():
+        for new, old in enumerate(order):
+            there = weights_of_group(target, axis, new, model.config)
+            here = weights_of_group(source, axis, old, model.config)
+            for (name, to), (_, index) in zip(there, here, strict=True):
+                target.get_parameter(name)[to] = source.get_parameter(name)[index]
+    return other
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_permuting_groups_permutes_importance(tiny, seeing, axis):
+    groups = tiny.geometry.widths[1][axis]
+    order = torch.randperm(groups, generator=torch.Generator().manual_seed(3)).tolist()
+    if order == sorted(order):
+        order.reverse()
+    other = permuted(tiny.model, axis, 1, order)
+    torch.testing.assert_close(other(tiny.input_ids).logits, tiny.model(tiny.input_ids).logits, rtol=1e-4, atol=1e-4)
+    batches = padded(sequences(), "right", 2)
+    before, after = measure(tiny.model, seeing, batches), measure(other, seeing, batches)
+    wanted = [dict(by_axis) for by_axis in before]
+    wanted[1][axis] = before[1][axis][order]
+    assert_equal_importance(after, wanted)
+
+
+def test_of_a_pruned_model(tiny, seeing):
+    """Importances of ragged models, with absent blocks: a second cut needs them."""
+    groups = tiny.geometry.widths[0]
+    kept = [{"attention": [], "mlp": [0, 3, 4]}, {"attention": range(groups["attention"])[:1], "mlp": []}]
+    ragged = apply_plan(tiny.model, Plan.from_kept(tiny.geometry, kept))
+    rows = sequences()
+    actual = measure(ragged, seeing, padded(rows, "left", 2))
+    assert [{axis: len(by_axis[axis]) for axis in AXES} for by_axis in actual] == [
+        {"attention": 0, "mlp": 3},
+        {"attention": 1, "mlp": 0},
+    ]
+    assert_equal_importance(actual, expected(ragged, seeing, rows))
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+def test_in_bfloat16(case, seeing):
+    """Half the precision gives about the same importances, accumulated in more."""
+    model = make_model(*case)
+    batches = padded(sequences(), "right", 2)
+    wanted = measure(model, seeing, batches)
+    actual = measure(model.to(torch.bfloat16), seeing, batches)
+    assert_equal_importance(actual, wanted, rtol=0.2, atol=0.05 * float(wanted[0]["mlp"].max()))
+
+
+def test_a_dead_group_is_worth_nothing(tiny, seeing):
+    """A channel whose weights are all zero cannot matter to any method that looks."""
+    model = copy.deepcopy(tiny.model)
+    layer = model.get_submodule(tiny.family.layers)[1]
+    with torch.no_grad():
+        for name, index in weights_of_group(layer, "mlp", 4, model.config):
+            layer.get_parameter(name)[index] = 0
+    importance = measure(model, seeing, padded(sequences(), "right", 4))[1]["mlp"]
+    assert float(importance[4]) == 0
+    assert int((importance == 0).sum()) == 1
+
+
+@pytest.mark.parametrize("method", sorted(BLIND))
+def test_blind_methods_look_at_nothing(method):
+    """The control depends on the shape, the layer and its seed; groups cost-weighted, so that both axes go alike."""
+    model, other = make_model("llama", "gqa"), make_model("llama", "gqa", seed=1)
+    geometry = Geometry.of(model)
+    values = score_groups(model, METHODS[method], None)
+    assert_equal_importance(score_groups(other, METHODS[method], None), values, rtol=0, atol=0)
+    reseeded = score_groups(model, METHODS[method], None, MethodOptions(random_seed=1))
+    for axis in AXES:
+        scores = values[0][axis] / geometry.group_parameters[axis]
+        assert bool(((scores >= 0) & (scores < 1)).all())
+        assert not torch.equal(values[0][axis], values[1][axis])
+        assert not torch.equal(values[0][axis], reseeded[0][axis])
+    wide = score_groups(make_model("llama", intermediate_size=20_000), METHODS[method], None)[0]["mlp"]
+    shares = wide / geometry.group_parameters["mlp"]
+    assert float(shares.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(shares.std()) == pytest.approx(12**-0.5, abs=0.02)
+
+
+def test_every_method_has_an_oracle():
+    assert METHODS.keys() == ORACLES.keys() | BLIND
+    with pytest.raises(pytest.fail.Exception, match=r"'unheard_of' has no oracle.*ORACLES"):
+        expected(shared_model(*CASES[0]), "unheard_of", [])
+
+
+def test_padding_would_show():
+    """The filling of padded batches is ordinary tokens: counting them changes importances."""
+    rows = sequences()
+    model = shared_model(*CASES[0])
+    for method in ("taylor", "taylor_2nd", "wanda"):
+        honest = measure(model, method, padded(rows, "left", 4))
+        counted = measure(model, method, [Batch(b.input_ids, None) for b in padded(rows, "left", 4)])
+        assert not torch.allclose(honest[0]["mlp"], counted[0]["mlp"], rtol=0.02), method
+    assert int(padded(rows, "left", 4)[0].input_ids.max()) < VOCABULARY

@@ -1,0 +1,50 @@
+"""Fixtures and settings for the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from tiny_families import make_model, random_tokens
+from torch import Tensor
+
+from prunus.groups import Geometry
+
+# The same examples in every run: a failure in CI is one at home. `--hypothesis-profile=search` looks for new ones.
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile(
+    "search", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models this small are slower on many threads, and several test processes would fight over the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., Any]:
+    """Makes models of a family: `tiny_model("qwen3", "gqa-wide-heads", num_hidden_layers=4)`."""
+    return make_model
+
+
+@pytest.fixture
+def llama() -> Any:
+    """A Llama of four layers, three attention groups of two query heads, and twenty channels."""
+    return make_model("llama", "gqa", num_hidden_layers=4)
+
+
+@pytest.fixture
+def geometry(llama: Any) -> Geometry:
+    return Geometry.of(llama)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """Two sequences of twelve tokens."""
+    return random_tokens()

@@ -1,0 +1,179 @@
+"""Tiny models of every family, and what a cut must do to them, written down apart from the package.
+
+A new family needs an entry in `VARIANTS`; the conformance suite then runs on it by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prunus.families import FAMILIES
+from prunus.plan import KeptGroups
+
+VOCABULARY, HIDDEN, HEAD_DIM, CHANNELS = 96, 48, 8, 20
+
+BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": CHANNELS,
+    "num_hidden_layers": 2,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
+MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}
+MQA = {"num_attention_heads": 4, "num_key_value_heads": 1}
+TIED = {"tie_word_embeddings": True}
+
+#: model type → variant → fields of its config; together they cover head layouts, ties, biases and head sizes
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "gqa": GQA,
+        "mha-tied": {**MHA, **TIED},
+        "mqa-biases": {**MQA, "attention_bias": True, "mlp_bias": True},
+        "gqa-biases": {**GQA, "attention_bias": True, "mlp_bias": True},
+    },
+    "mistral": {
+        "gqa-tied": {**GQA, **TIED, "sliding_window": None},
+        "mha": {**MHA, "sliding_window": None},
+        "mqa-window": {**MQA, "sliding_window": 6},
+    },
+    "qwen2": {
+        "gqa-tied": {**GQA, **TIED},
+        "mha": MHA,
+        "mqa": MQA,
+    },
+    "qwen3": {
+        "gqa-wide-heads": {**GQA, "head_dim": 12},
+        "mha-narrow-heads-tied": {**MHA, **TIED, "head_dim": 6},
+        "mqa-biases": {**MQA, "attention_bias": True},
+    },
+}
+
+#: every family of the registry with each of its variants; a family that has none is listed too, so that it fails
+CASES: list[tuple[str, str]] = [
+    (model_type, variant) for model_type in FAMILIES for variant in VARIANTS.get(model_type, {"missing": {}})
+]
+#: one variant per family, for what does not depend on the variant
+ONE_EACH: list[tuple[str, str]] = [next(case for case in CASES if case[0] == model_type) for model_type in FAMILIES]
+
+
+def case_id(case: tuple[str, str]) -> str:
+    return "-".join(case)
+
+
+def tiny_config(model_type: str, variant: str, **fields: Any) -> Any:
+    """The config of a variant, with some fields changed."""
+    if model_type not in VARIANTS:
+        pytest.fail(
+            f"family {model_type!r} has no tiny model to be tested on: add an entry to VARIANTS in "
+            "tests/tiny_families.py, with GQA, MHA and MQA, tied and untied embeddings, and its biases if it has any"
+        )
+    return AutoConfig.for_model(model_type, **{**BASE, **VARIANTS[model_type][variant], **fields})
+
+
+def make_model(model_type: str, variant: str | None = None, *, seed: int = 0, **fields: Any) -> Any:
+    """A model of random weights in which every weight, norm and bias matters."""
+    config = tiny_config(model_type, variant or next(iter(VARIANTS[model_type])), **fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(mean=float("norm" in name), std=0.25)
+    model.tie_weights()
+    return model
+
+
+@lru_cache(maxsize=64)
+def shared_model(model_type: str, variant: str) -> Any:
+    """The same model for many tests, which must leave it as it is."""
+    return make_model(model_type, variant)
+
+
+def random_tokens(batch: int = 2, seq_len: int = 12, seed: int = 1) -> Tensor:
+    """Token ids without the special ones."""
+    return torch.randint(3, VOCABULARY, (batch, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids, **kwargs).logits
+
+
+def count_parameters(model: Any) -> int:
+    """Parameters, tied ones once, counted one storage at a time."""
+    return sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
+
+
+def zeroed(model: Any, kept: Sequence[KeptGroups]) -> Any:
+    """The model at full size with the output columns of every group that is not kept set to zero.
+
+    The output bias of a block is nobody's as long as the block is there, and goes with it.
+    """
+    oracle = copy.deepcopy(model)
+    family = FAMILIES[model.config.model_type.removeprefix("prunus_")]
+    for layer, groups in zip(oracle.get_submodule(family.layers), kept, strict=True):
+        for block in family.blocks:
+            if not any(True for _ in layer.get_submodule(block.module).parameters()):
+                continue  # was cut away before
+            projection = layer.get_submodule(block.output.path)
+            total = groups_of(layer, block.axis, model.config)
+            width = projection.in_features // total
+            for group in set(range(total)) - set(groups[block.axis]):
+                projection.weight.data[:, group * width : (group + 1) * width] = 0
+            if not groups[block.axis] and projection.bias is not None:
+                projection.bias.data.zero_()
+    return oracle
+
+
+def groups_of(layer: Any, axis: str, config: Any) -> int:
+    """How many groups a decoder layer has, read off the shape of its weights."""
+    if axis == "attention":
+        return layer.self_attn.k_proj.out_features // config.head_dim if hasattr(layer.self_attn, "k_proj") else 0
+    return layer.mlp.up_proj.out_features if hasattr(layer.mlp, "up_proj") else 0
+
+
+def weights_of_group(layer: Any, axis: str, group: int, config: Any) -> Iterator[tuple[str, Any]]:
+    """Where the weights of a group are: names inside the decoder layer, with an index into each parameter.
+
+    Spelt out by hand for decoder layers with separate projections. A family with other projections makes the tests
+    that use this fail, until what its groups own is said here.
+    """
+    if axis == "attention":
+        query_heads = config.num_attention_heads // config.num_key_value_heads
+        query = slice(group * query_heads * config.head_dim, (group + 1) * query_heads * config.head_dim)
+        key_value = slice(group * config.head_dim, (group + 1) * config.head_dim)
+        rows = {"self_attn.q_proj": query, "self_attn.k_proj": key_value, "self_attn.v_proj": key_value}
+        columns = {"self_attn.o_proj": query}
+        shared = {"self_attn.q_norm", "self_attn.k_norm"}
+    else:
+        rows = {"mlp.gate_proj": slice(group, group + 1), "mlp.up_proj": slice(group, group + 1)}
+        columns = {"mlp.down_proj": slice(group, group + 1)}
+        shared = set()
+    block = "self_attn" if axis == "attention" else "mlp"
+    for path, module in layer.named_modules():
+        if path.startswith(block + ".") and any(True for _ in module.parameters(recurse=False)):
+            if path in rows:
+                yield f"{path}.weight", (rows[path], slice(None))
+                if module.bias is not None:
+                    yield f"{path}.bias", (rows[path],)
+            elif path in columns:
+                yield f"{path}.weight", (slice(None), columns[path])
+            elif path not in shared:
+                pytest.fail(
+                    f"the tests do not know which weights of {path!r} a group owns: say so in weights_of_group in "
+                    "tests/tiny_families.py"
+                )
