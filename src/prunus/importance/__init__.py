@@ -3,7 +3,7 @@
 `METHODS` is the registry; each file of this package registers the method it is named after.
 """
 
-from prunus.importance import magnitude, random, taylor, taylor_2nd, wanda  # noqa: F401 (each registers itself)
+from prunus.importance import gate_fisher, magnitude, random, taylor, taylor_2nd, wanda  # noqa: F401 (each registers itself)
 from prunus.importance.registry import METHODS, LayerEvidence, Method, MethodOptions, get_method, score_groups
 
 __all__ = ["METHODS", "LayerEvidence", "Method", "MethodOptions", "get_method", "score_groups"]

@@ -1,0 +1,81 @@
+"""Running a model layer by layer: what enters the first layer, and what each layer is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.calibration.batches import Batch
+from prunus.groups import submodule
+
+__all__ = ["LayerCalls", "StopForward", "layer_calls", "run_layer", "stopped"]
+
+
+@dataclass(frozen=True)
+class LayerCalls:
+    """How the decoder layers are called for one batch.
+
+    Attributes:
+        hidden: what enters the first layer, (batch, seq_len, hidden_size).
+        arguments: keyword arguments of each layer's call: positions, masks; layers may differ in their masks.
+    """
+
+    hidden: Tensor
+    arguments: Sequence[dict[str, Any]]
+
+
+@torch.no_grad()
+def layer_calls(model: Any, layers_path: str, batch: Batch) -> LayerCalls:
+    """What the decoder layers of a model are called with for a batch.
+
+    The model's own forward runs with its layers replaced by ones that only note their arguments: whatever a family or a
+    version of transformers hands to its layers is seen as it is, and nothing of it is written again here.
+
+    Args:
+        model: a transformers causal language model.
+        layers_path: path of its list of decoder layers.
+        batch: the tokens.
+    """
+    layers = submodule(model, layers_path)
+    decoder = submodule(model, layers_path.rpartition(".")[0])
+    entered: list[Tensor] = []
+    arguments: list[dict[str, Any]] = []
+
+    def note(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        entered.append(hidden_states)
+        arguments.append(kwargs)
+        return hidden_states
+
+    try:
+        for layer in layers:
+            layer.forward = note
+        mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
+        decoder(input_ids=batch.input_ids.to(model.device), attention_mask=mask, use_cache=False)
+    finally:
+        for layer in layers:
+            del layer.forward  # the class' own forward shows again
+    return LayerCalls(entered[0], arguments)
+
+
+class StopForward(Exception):  # noqa: N818 (not an error)
+    """Raised by a hook when a forward pass has come far enough."""
+
+
+@contextmanager
+def stopped() -> Iterator[None]:
+    """A forward pass that a hook may end early by raising `StopForward`."""
+    try:
+        yield
+    except StopForward:
+        return
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Call a decoder layer; some families answer with a tuple."""
+    output = layer(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
