@@ -1,18 +1,18 @@
 """Closed-form repair: what is left of each block learns to answer like the whole one did, by least squares.
 
 After a cut, the last projection of each block (`o_proj`, `down_proj`) is solved again, in layer order. Its inputs X are
-those of the pruned model as it is by then, repaired up to this block; its target is what brings the residual stream back
-to where the dense model has it:
+those of the pruned model as it is by then, repaired up to this block; its target is what brings the residual stream
+back to where the dense model has it:
 
     W' = argmin_W ‖X Wᵀ − T‖² + λ ‖W − W_S‖²,      T = B + α (R − R̂)
     W' = (XᵀX + λ I)⁻¹ (XᵀT + λ W_Sᵀ), transposed;   λ = damping · mean diag(XᵀX)
 
-with B the dense block's output, R and R̂ the residual streams of the dense and the pruned model before the block, and W_S
-the columns that were kept. α = 0 asks for the dense block's output, α = 1 for the dense residual stream after it, so that
-each block also takes back what earlier blocks got wrong. No bias is added.
+with B the dense block's output, R and R̂ the residual streams of the dense and the pruned model before the block, and
+W_S the columns that were kept. α = 0 asks for the dense block's output, α = 1 for the dense residual stream after it,
+so that each block also takes back what earlier blocks got wrong. No bias is added.
 
-Source: reconstruction of kept channels by least squares, He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural
-Networks", eq. 5; the ridge towards the old weights is that of the design of prunus.
+Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", eq. 5 and section 3.2 (least
+squares reconstruction of the remaining channels, in layer order, on the pruned network's own inputs).
 """
 
 from __future__ import annotations

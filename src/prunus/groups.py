@@ -242,7 +242,7 @@ class Geometry:
         if type(module) is not nn.Linear:
             raise UnsupportedModelError(
                 f"layer {layer_idx}: {projection.path} is a {type(module).__name__}, not a plain torch.nn.Linear. "
-                "Quantised weights and adapters cannot be cut: load the model in bf16 or fp32, and merge adapters first."
+                "Quantised weights and adapters cannot be cut: load in bf16 or fp32, and merge adapters first."
             )
         rows = sum(self.size(layer_idx, space) for space in projection.outputs)
         columns = self.size(layer_idx, projection.inputs)

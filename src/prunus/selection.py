@@ -77,7 +77,7 @@ def select(table: pd.DataFrame, geometry: Geometry, ratio: float, constraints: C
     """Cut the cheapest groups of the whole model until `ratio` of all its parameters is gone.
 
     With `align` 1 the unit of cutting is a group, and the budget is passed by less than one group (and the norm of a
-    block that empties with it). With a larger `align`, channels of a layer are cut in bundles, ranked by the mean score.
+    block that empties with it). With a larger `align`, channels of a layer go in bundles, ranked by their mean score.
 
     Args:
         table: the global table, see `prunus.table`.
@@ -141,8 +141,8 @@ def check_reachable(geometry: Geometry, ratio: float, constraints: Constraints |
         raise BudgetError(
             f"ratio {ratio:g} means removing {ratio * geometry.total_parameters:,.0f} of {geometry.total_parameters:,} "
             f"parameters, but only {reachable:,} can go under these constraints: the largest reachable ratio is "
-            f"{math.floor(reachable / geometry.total_parameters * 1e4) / 1e4:g}. Lower the ratio, or relax freeze, layer "
-            "range, min-keep or axes."
+            f"{math.floor(reachable / geometry.total_parameters * 1e4) / 1e4:g}. Lower the ratio, or relax "
+            "freeze, layer range, min-keep or axes."
         )
 
 
@@ -197,7 +197,7 @@ def cut_candidates(table: pd.DataFrame, geometry: Geometry, constraints: Constra
 
 
 def _bundle_bounds(groups: int, min_keep: int, align: int) -> list[tuple[int, int]]:
-    """Split a layer's groups, in cutting order, into bundles such that every width on the way is a multiple of align."""
+    """Split a layer's groups, in cutting order, into bundles that leave multiples of `align`."""
     bounds, cut = [], 0
     while cut < groups:
         after = (groups - cut - 1) // align * align  # the largest allowed width below the present one

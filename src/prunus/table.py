@@ -62,8 +62,8 @@ def build_table(geometry: Geometry, importance: Importance, normalization: Norma
             if not np.isfinite(values).all():
                 raise NonFiniteError(
                     f"layer {layer_idx}, {axis}: {np.count_nonzero(~np.isfinite(values))} of {values.size} importances "
-                    "are NaN or infinite. Check the weights and the calibration loss; fp16 overflows easily, use bf16 or "
-                    "fp32."
+                    "are NaN or infinite. Check the weights and the calibration loss; fp16 overflows easily, use "
+                    "bf16 or fp32."
                 )
             parts.append(
                 pd.DataFrame(

@@ -62,7 +62,7 @@ def layer_calls(model: Any, layers_path: str, batch: Batch) -> LayerCalls:
     return LayerCalls(entered[0], arguments)
 
 
-class StopForward(Exception):  # noqa: N818 (not an error)
+class StopForward(Exception):
     """Raised by a hook when a forward pass has come far enough."""
 
 
