@@ -22,6 +22,7 @@ from prunus.calibration.embedded import embedded_documents
 from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.checkpoint import check_output, load_model
 from prunus.comparison import compare as compare_methods
+from prunus.compensation import CompensationOptions
 from prunus.errors import OptionError, PrunusError
 from prunus.evaluation.perplexity import perplexity, read_text
 from prunus.families import AXES, Axis
@@ -85,7 +86,9 @@ ModelFlags = Annotated[ModelOptions, Parameter(name="*", group=Group("Model", so
 CalibrationFlags = Annotated[CalibrationOptions, Parameter(name="*", group=Group("Calibration", sort_key=2))]
 ScoringFlags = Annotated[_ScoringFlags, Parameter(name="*", group=Group("Scoring", sort_key=3))]
 SelectionFlags = Annotated[_SelectionFlags, Parameter(name="*", group=Group("Selection", sort_key=4))]
-EvaluationFlags = Annotated[EvaluationOptions, Parameter(name="*", group=Group("Evaluation", sort_key=5))]
+_COMPENSATION = Group("Compensation", sort_key=5)
+CompensationFlags = Annotated[CompensationOptions, Parameter(name="*", group=_COMPENSATION)]
+EvaluationFlags = Annotated[EvaluationOptions, Parameter(name="*", group=Group("Evaluation", sort_key=6))]
 Flag = Annotated[bool, Parameter(negative="")]
 
 
@@ -99,6 +102,8 @@ def prune(
     calibration: CalibrationFlags = CalibrationOptions(),
     scoring: ScoringFlags = _ScoringFlags(),
     selection: SelectionFlags = _SelectionFlags(),
+    compensate: Annotated[bool, Parameter(group=_COMPENSATION)] = False,
+    compensation: CompensationFlags = CompensationOptions(),
     evaluation: EvaluationFlags = EvaluationOptions(),
     where: ModelFlags = ModelOptions(),
     overwrite: Flag = False,
@@ -110,6 +115,7 @@ def prune(
         model: folder, Hub id or `smollm2-135m`.
         out: folder for the result; it appears when it is complete.
         ratio: share of all parameters to remove, in [0, 1).
+        compensate: repair the remaining weights by least squares on the calibration sequences.
         overwrite: replace an earlier result in the folder.
         json: print the metrics as JSON.
     """
@@ -120,6 +126,7 @@ def prune(
         calibration=calibration,
         scoring=_seeded(scoring, calibration),
         constraints=selection,
+        compensation=compensation if compensate else None,
         evaluation=evaluation,
         model_options=where,
         overwrite=overwrite,
@@ -324,6 +331,8 @@ def compare(
     calibration: CalibrationFlags = CalibrationOptions(),
     scoring: ScoringFlags = _ScoringFlags(),
     selection: SelectionFlags = _SelectionFlags(),
+    compensate: Annotated[bool, Parameter(group=_COMPENSATION)] = False,
+    compensation: CompensationFlags = CompensationOptions(),
     evaluation: EvaluationFlags = EvaluationOptions(),
     where: ModelFlags = ModelOptions(),
     overwrite: Flag = False,
@@ -336,6 +345,7 @@ def compare(
         methods: importance methods, e.g. `taylor,wanda`; methods of one kind share their statistics pass.
         ratios: shares of all parameters to remove, e.g. `0.1,0.2,0.4`.
         out: folder for comparison.csv, comparison.json, comparison.png and the plans.
+        compensate: measure each result also with the remaining weights repaired by least squares.
         overwrite: replace an earlier comparison in the folder.
         json: print the rows as JSON.
     """
@@ -347,6 +357,7 @@ def compare(
         calibration=calibration,
         scoring=_seeded(scoring, calibration),
         constraints=selection,
+        compensation=compensation if compensate else None,
         evaluation=evaluation,
         model_options=where,
         overwrite=overwrite,
@@ -354,8 +365,9 @@ def compare(
     if json:
         _print_json(jsonlib.loads(comparison.to_json(orient="records")))
         return
+    comparison["peak_bytes"] = (comparison["peak_bytes"] / 2**20).round()
     rows = [tuple(_short(value) for value in row) for row in comparison.itertuples(index=False)]
-    _print_rows(f"{model} → {out}", tuple(comparison.columns), rows)
+    _print_rows(f"{model} → {out}", tuple(comparison.columns.str.replace("peak_bytes", "peak MiB")), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

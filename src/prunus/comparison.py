@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 import prunus
 from prunus.calibration import Calibration
 from prunus.checkpoint import check_output, load_model
+from prunus.compensation import CompensationOptions, compensate_
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import read_text
 from prunus.groups import Geometry
@@ -44,6 +45,7 @@ def compare(
     calibration: CalibrationOptions | None = None,
     scoring: ScoringOptions | None = None,
     constraints: Constraints | None = None,
+    compensation: CompensationOptions | None = None,
     evaluation: EvaluationOptions | None = None,
     model_options: ModelOptions | None = None,
     overwrite: bool = False,
@@ -62,15 +64,16 @@ def compare(
         calibration: the text that importance is measured on.
         scoring: normalisation and method options; its `method` is not read.
         constraints: what may be cut.
+        compensation: also measure each result with the remaining weights repaired; None = plain slicing only.
         evaluation: how the models are compared.
         model_options: device and dtype.
         overwrite: replace an earlier comparison.
         progress: show progress bars on a terminal.
 
     Returns:
-        One row for the dense model and one per method and ratio, with the columns method, ratio, parameters,
-        perplexity, relative (to dense), seconds and peak_bytes (of the pass that the method's statistics came from,
-        shared or not, and of scoring).
+        One row for the dense model and one per result, with the columns method, ratio, compensated, parameters,
+        perplexity, relative (to dense), seconds and peak_bytes (of the pass that took the method's statistics, shared
+        or not, of scoring, and of compensation).
     """
     calibration, scoring = calibration or CalibrationOptions(), scoring or ScoringOptions()
     evaluation, model_options = evaluation or EvaluationOptions(), model_options or ModelOptions()
@@ -92,7 +95,7 @@ def compare(
         tokenizer,
         calibration,
         held_out=0 if text else evaluation.held_out,
-        needed=any(method.needs for method in chosen),
+        needed=any(method.needs for method in chosen) or compensation is not None,
         progress=progress,
     )
     folder = Path(out)
@@ -111,7 +114,15 @@ def compare(
         about["evaluation"] = {"text": text_name(evaluation, calibration), "protocol": result.protocol}
         return result.perplexity
 
-    rows = [{"method": DENSE, "ratio": 0.0, "parameters": geometry.total_parameters, "perplexity": evaluate(dense)}]
+    rows: list[dict[str, Any]] = [
+        {
+            "method": DENSE,
+            "ratio": 0.0,
+            "compensated": False,
+            "parameters": geometry.total_parameters,
+            "perplexity": evaluate(dense),
+        }
+    ]
     for method in chosen:
         statistics, cost = passes[method.name]
         with metered(dense.device) as scoring_cost:
@@ -121,18 +132,32 @@ def compare(
             plan = select(table, geometry, ratio, constraints)
             plan.save(folder / "plans" / f"{method.name}-{ratio:g}.json")
             smaller = apply_plan(dense, plan)
-            rows.append(
-                {
-                    "method": method.name,
-                    "ratio": ratio,
-                    "parameters": smaller.num_parameters(),
-                    "perplexity": evaluate(smaller),
-                    "seconds": round(cost.seconds + scoring_cost.seconds, 1),
-                    "peak_bytes": max(filter(None, (cost.peak_bytes, scoring_cost.peak_bytes)), default=None),
-                }
-            )
+            row = {
+                "method": method.name,
+                "ratio": ratio,
+                "compensated": False,
+                "parameters": smaller.num_parameters(),
+                "perplexity": evaluate(smaller),
+                "seconds": round(cost.seconds + scoring_cost.seconds, 1),
+                "peak_bytes": max(filter(None, (cost.peak_bytes, scoring_cost.peak_bytes)), default=None),
+            }
+            rows.append(row)
             _write(folder, rows, about)
-            logger.info("%s at %g: perplexity %.2f", method.name, ratio, rows[-1]["perplexity"])
+            if compensation is not None:
+                assert sequences is not None
+                batches = list(sequences.batches(scoring.batch_size))
+                with metered(dense.device) as repair_cost:
+                    compensate_(smaller, dense, plan, batches, compensation, progress=progress)
+                rows.append(
+                    {
+                        **row,
+                        "compensated": True,
+                        "perplexity": evaluate(smaller),
+                        "seconds": round(row["seconds"] + repair_cost.seconds, 1),
+                        "peak_bytes": max(filter(None, (row["peak_bytes"], repair_cost.peak_bytes)), default=None),
+                    }
+                )
+                _write(folder, rows, about)
     comparison = _write(folder, rows, about)
     plot_comparison(comparison, folder / "comparison.png")
     return comparison
@@ -156,8 +181,10 @@ def _passes(
 
 
 def _write(folder: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> pd.DataFrame:
-    frame = pd.DataFrame(rows, columns=["method", "ratio", "parameters", "perplexity", "seconds", "peak_bytes"])
-    frame.insert(4, "relative", frame["perplexity"] / frame["perplexity"].iloc[0])
+    frame = pd.DataFrame(
+        rows, columns=["method", "ratio", "compensated", "parameters", "perplexity", "seconds", "peak_bytes"]
+    )
+    frame.insert(5, "relative", frame["perplexity"] / frame["perplexity"].iloc[0])
     frame.to_csv(folder / "comparison.csv", index=False)
     records = json.loads(frame.to_json(orient="records"))
     (folder / "comparison.json").write_text(json.dumps({**about, "rows": records}, indent=1) + "\n", encoding="utf-8")
@@ -176,9 +203,18 @@ def plot_comparison(comparison: pd.DataFrame, path: str | Path) -> None:
     # Figure without pyplot: no global state, and no need for a display.
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     curve, time, memory = figure.subplots(1, 3, width_ratios=[2, 1, 1])
-    for name in methods:
-        rows = comparison[comparison["method"] == name].sort_values("ratio")
-        curve.plot([0.0, *rows["ratio"] * 100], [dense, *rows["perplexity"]], marker="o", label=name)
+    for (name, compensated), rows in comparison[comparison["method"] != DENSE].groupby(
+        ["method", "compensated"], sort=False
+    ):
+        rows = rows.sort_values("ratio")
+        curve.plot(
+            [0.0, *rows["ratio"] * 100],
+            [dense, *rows["perplexity"]],
+            marker="o",
+            linestyle="--" if compensated else "-",
+            color=f"C{methods.index(name)}",
+            label=f"{name}, compensated" if compensated else name,
+        )
     curve.axhline(dense, color="grey", linewidth=1, linestyle=":")
     curve.set(yscale="log", xlabel="parameters removed (%)", ylabel="perplexity", title="Quality")
     curve.legend()

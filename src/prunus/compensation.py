@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,8 +149,8 @@ class _NormalEquations:
 
     @classmethod
     def of(cls, module: nn.Linear) -> _NormalEquations:
-        shape = (module.in_features, module.in_features), (module.in_features, module.out_features)
-        return cls(*(torch.zeros(size, dtype=torch.float32, device=module.weight.device) for size in shape))
+        zeros = partial(torch.zeros, dtype=torch.float32, device=module.weight.device)
+        return cls(zeros(module.in_features, module.in_features), zeros(module.in_features, module.out_features))
 
     def add(self, x: Tensor, target: Tensor) -> None:
         """Add tokens: x (tokens, in_features), target (tokens, out_features), both float32."""
@@ -243,7 +244,7 @@ def _repair_block(
     before = equations.error(weight)
     try:
         solution, condition = solve_ridge(equations.gram, equations.cross, weight, options.damping)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         logger.warning(
             "layer %d, %s: kept as sliced, the normal equations cannot be solved (%s); a larger damping "
             "than %g may help",

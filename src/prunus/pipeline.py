@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from prunus.checkpoint import (
     model_card,
     save_checkpoint,
 )
-from prunus.errors import OptionError
+from prunus.compensation import CompensationOptions, Repair, compensate_
+from prunus.errors import CalibrationError, OptionError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows, read_text
 from prunus.groups import Geometry
 from prunus.importance import get_method
@@ -113,11 +114,13 @@ class PruneResult:
         model: the smaller model.
         plan: which groups stayed.
         score: the global table, and what it was made from.
+        repairs: what compensation did to each block; empty without compensation.
     """
 
     model: Any
     plan: Plan
     score: Score
+    repairs: Sequence[Repair] = ()
 
 
 def prune(
@@ -127,6 +130,7 @@ def prune(
     *,
     scoring: ScoringOptions | None = None,
     constraints: Constraints | None = None,
+    compensation: CompensationOptions | None = None,
     progress: bool = True,
 ) -> PruneResult:
     """Prune a live transformers model.
@@ -138,6 +142,7 @@ def prune(
             method that needs none.
         scoring: method and normalisation; default: first-order Taylor.
         constraints: what may be cut; default: everything.
+        compensation: repair the remaining weights by least squares, see `prunus.compensation`; None = plain slicing.
         progress: show progress bars on a terminal.
 
     Returns:
@@ -150,9 +155,19 @@ def prune(
         UnsupportedModelError: the model's family is not described.
     """
     check_reachable(Geometry.of(model), ratio, constraints)
+    if compensation is not None and calibration is None:
+        raise CalibrationError("compensation needs calibration sequences; give some, or leave compensation out")
     scored = score(model, calibration, scoring, progress=progress)
     plan = select(scored.table, scored.geometry, ratio, constraints)
-    return PruneResult(apply_plan(model, plan), plan, scored)
+    smaller = apply_plan(model, plan)
+    repairs: list[Repair] = []
+    if compensation is not None:
+        assert calibration is not None
+        batch_size = (scoring or ScoringOptions()).batch_size
+        repairs = compensate_(
+            smaller, model, plan, list(calibration.batches(batch_size)), compensation, progress=progress
+        )
+    return PruneResult(smaller, plan, scored, repairs)
 
 
 def prune_checkpoint(
@@ -163,6 +178,7 @@ def prune_checkpoint(
     calibration: CalibrationOptions | None = None,
     scoring: ScoringOptions | None = None,
     constraints: Constraints | None = None,
+    compensation: CompensationOptions | None = None,
     evaluation: EvaluationOptions | None = None,
     model_options: ModelOptions | None = None,
     overwrite: bool = False,
@@ -178,6 +194,7 @@ def prune_checkpoint(
         calibration: the text that importance is measured on.
         scoring: method and normalisation.
         constraints: what may be cut.
+        compensation: repair the remaining weights by least squares; None = plain slicing.
         evaluation: how the models before and after are compared.
         model_options: device and dtype.
         overwrite: replace an earlier result.
@@ -206,12 +223,20 @@ def prune_checkpoint(
         tokenizer,
         calibration,
         held_out=0 if text else evaluation.held_out,
-        needed=bool(get_method(scoring.method).needs),
+        needed=bool(get_method(scoring.method).needs) or compensation is not None,
         progress=progress,
     )
 
     with metered(dense.device) as cost:
-        result = prune(dense, ratio, sequences, scoring=scoring, constraints=constraints, progress=progress)
+        result = prune(
+            dense,
+            ratio,
+            sequences,
+            scoring=scoring,
+            constraints=constraints,
+            compensation=compensation,
+            progress=progress,
+        )
     before = measure(dense, tokenizer, text, held_out, evaluation, progress=progress)
     del dense
     after = measure(result.model, tokenizer, text, held_out, evaluation, progress=progress)
@@ -227,6 +252,7 @@ def prune_checkpoint(
         "perplexity_text": text_name(evaluation, calibration) if after else None,
         "perplexity_protocol": after.protocol if after else None,
         "plan": result.plan.fingerprint,
+        "compensation": asdict(compensation) if compensation else None,
         "seconds_to_prune": round(cost.seconds, 1),
         "peak_bytes": cost.peak_bytes,
         **{key: value for key, value in result.score.about.items() if key not in ("seconds", "peak_bytes")},
@@ -411,5 +437,8 @@ def _card_facts(
         license=license_of(locate(source)),
         calibration=CalibrationFacts(**{key: provenance[key] for key in facts}) if provenance else None,
         perplexities=perplexities,
-        details={name: str(value) for name, value in metrics.get("scoring", {}).items() if name != "method"},
+        details={
+            **{name: str(value) for name, value in metrics.get("scoring", {}).items() if name != "method"},
+            "compensation": str(metrics.get("compensation") or "none"),
+        },
     )

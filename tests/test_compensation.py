@@ -1,0 +1,154 @@
+"""Closed-form repair against least squares done another way."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from tiny_families import ONE_EACH, case_id, logits, make_model, random_tokens
+
+from prunus.calibration import Batch
+from prunus.compensation import CompensationOptions, compensate_, solve_ridge
+from prunus.errors import OptionError
+from prunus.families import AXES, FAMILIES
+from prunus.groups import Geometry
+from prunus.plan import Plan
+from prunus.surgery import apply_plan
+
+
+def half(geometry: Geometry) -> Plan:
+    """Keep every other group of both axes."""
+    return Plan.from_kept(geometry, [{axis: range(0, widths[axis], 2) for axis in AXES} for widths in geometry.widths])
+
+
+def as_batches(input_ids, size=2):
+    return [Batch(ids, None) for ids in input_ids.split(size)]
+
+
+def test_solve_ridge_is_the_least_squares_solution_of_the_augmented_system():
+    generator = torch.Generator().manual_seed(0)
+    x, target, weight = (torch.randn(*shape, generator=generator) for shape in ((50, 7), (50, 3), (3, 7)))
+    damping = 0.1
+    gram = x.T @ x
+    root = (damping * gram.diagonal().mean()).sqrt()
+    stacked = torch.cat([x, root * torch.eye(7)]).double(), torch.cat([target, root * weight.T]).double()
+    expected = torch.linalg.lstsq(*stacked).solution.T
+    solution, condition = solve_ridge(gram, x.T @ target, weight, damping)
+    torch.testing.assert_close(solution, expected, rtol=1e-5, atol=1e-6)
+    assert condition >= 1
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+@pytest.mark.parametrize("residual", [0.0, 1.0])
+def test_every_block_gets_the_solution_that_a_walk_by_hand_finds(case, residual):
+    model = make_model(*case)
+    geometry = Geometry.of(model)
+    plan, ids = half(geometry), random_tokens(batch=6, seq_len=16)
+    pruned = apply_plan(model, plan)
+    oracle = copy.deepcopy(pruned)
+    options = CompensationOptions(damping=1e-3, residual=residual)
+    compensate_(pruned, model, plan, as_batches(ids), options, progress=False)
+
+    def recorded(run, *paths):
+        """Inputs of the projections at these paths in one whole forward pass of a model."""
+        seen = {}
+        handles = [
+            run.get_submodule(path).register_forward_hook(
+                lambda module, args, output, path=path: seen.update({path: (args[0], output)})
+            )
+            for path in paths
+        ]
+        logits(run, ids)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    # The oracle runs the whole model anew for each block, from what is repaired so far.
+    outputs = [f"model.layers.{i}.{path}" for i, path in product(range(2), ("self_attn.o_proj", "mlp.down_proj"))]
+    dense = recorded(model, *outputs)
+    embedding = model.model.embed_tokens(ids)
+    for number, path in enumerate(outputs):
+        now = recorded(oracle, *outputs)
+        dense_before = embedding + sum(dense[earlier][1] for earlier in outputs[:number])
+        pruned_before = embedding + sum(now[earlier][1] for earlier in outputs[:number])
+        target = (dense[path][1] + residual * (dense_before - pruned_before)).flatten(0, 1).double()
+        module = oracle.get_submodule(path)
+        if module.bias is not None:
+            target = target - module.bias.double()
+        x = now[path][0].flatten(0, 1).double()
+        root = (options.damping * x.square().sum(0).mean()).sqrt()
+        left = torch.cat([x, root * torch.eye(x.shape[1])])
+        right = torch.cat([target, root * module.weight.double().T])
+        module.weight.data = torch.linalg.lstsq(left, right).solution.T.float()
+        torch.testing.assert_close(
+            pruned.get_submodule(path).weight, module.weight, rtol=2e-2, atol=2e-3, msg=lambda m, p=path: f"{p}: {m}"
+        )
+
+
+def test_only_output_projections_change_and_the_output_comes_closer():
+    model = make_model("llama", "gqa", num_hidden_layers=4)
+    plan = half(Geometry.of(model))
+    ids, unseen = random_tokens(batch=32, seq_len=24), random_tokens(batch=8, seq_len=24, seed=9)
+    pruned = apply_plan(model, plan)
+    before = copy.deepcopy(pruned)
+    repairs = compensate_(pruned, model, plan, as_batches(ids, 8), progress=False)
+    changed = {
+        name for name, weight in pruned.state_dict().items() if not torch.equal(weight, before.state_dict()[name])
+    }
+    assert changed == {
+        f"model.layers.{i}.{block.output.path}.weight" for i in range(4) for block in FAMILIES["llama"].blocks
+    }
+    assert all(repair.error_after < repair.error_before for repair in repairs)
+    truth = logits(model, unseen)
+    assert (logits(pruned, unseen) - truth).square().mean() < (logits(before, unseen) - truth).square().mean()
+
+
+def test_a_plan_that_keeps_everything_needs_no_repair():
+    model = make_model("qwen2")
+    plan = Plan.keep_all(Geometry.of(model))
+    same = apply_plan(model, plan)
+    ids = random_tokens(batch=4)
+    compensate_(same, model, plan, as_batches(ids), progress=False)
+    torch.testing.assert_close(logits(same, ids), logits(model, ids), rtol=1e-3, atol=1e-3)
+
+
+def test_removed_blocks_and_layers_are_stepped_over():
+    model = make_model("llama", "gqa", num_hidden_layers=4)
+    geometry = Geometry.of(model)
+    kept = [
+        {"attention": range(0), "mlp": range(20)},
+        {"attention": range(0), "mlp": range(0)},
+        {"attention": range(3), "mlp": range(0)},
+        {"attention": range(2), "mlp": range(5)},
+    ]
+    plan = Plan.from_kept(geometry, kept)
+    pruned = apply_plan(model, plan)
+    repairs = compensate_(pruned, model, plan, as_batches(random_tokens(batch=8)), progress=False)
+    assert [(repair.layer_idx, repair.axis) for repair in repairs] == [
+        (0, "mlp"),
+        (2, "attention"),
+        (3, "attention"),
+        (3, "mlp"),
+    ]
+
+
+def test_padding_does_not_count():
+    model = make_model("llama", "gqa")
+    plan = half(Geometry.of(model))
+    ids = random_tokens(batch=6, seq_len=10)
+    padded = torch.cat([ids, torch.zeros(6, 4, dtype=torch.int64)], dim=1)
+    mask = torch.cat([torch.ones(6, 10, dtype=torch.int64), torch.zeros(6, 4, dtype=torch.int64)], dim=1)
+    plain, masked = apply_plan(model, plan), apply_plan(model, plan)
+    compensate_(plain, model, plan, [Batch(ids, None)], progress=False)
+    compensate_(masked, model, plan, [Batch(padded, mask)], progress=False)
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(masked.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_options_are_checked():
+    with pytest.raises(OptionError, match="damping is 0"):
+        CompensationOptions(damping=0)
+    with pytest.raises(OptionError, match="residual is 2"):
+        CompensationOptions(residual=2)
