@@ -1,0 +1,315 @@
+"""The commands as a user types them, on a tiny model folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_families import make_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import prunus
+from prunus.cli import main
+
+TEXT = "".join(f"Line {i}: the quick brown fox jumps over the lazy dog, {i * i} times.\n" for i in range(400))
+SIZES = ["--samples", "6", "--seq-len", "24"]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<eos>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny Llama with a tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    make_model("llama", "gqa", num_hidden_layers=3, vocab_size=260).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def run(capsys, *words) -> str:
+    """What a command prints; it must succeed."""
+    status = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    return captured.out
+
+
+def fails(capsys, *words) -> str:
+    """The message of a command that must fail with one line."""
+    status = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert status == 1
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_prune_writes_a_whole_folder(capsys, tmp_path, folder, text):
+    out = tmp_path / "small"
+    printed = run(
+        capsys,
+        "prune",
+        folder,
+        "--out",
+        out,
+        "--ratio",
+        "0.2",
+        "--calibration",
+        text,
+        *SIZES,
+        "--held-out",
+        "2",
+        "--json",
+    )
+    metrics = json.loads(printed)
+    assert metrics == json.loads((out / "prunus" / "metrics.json").read_text())
+    assert {p.name for p in (out / "prunus").iterdir()} == {"plan.json", "groups.csv", "score.json", "metrics.json"}
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.num_parameters() == metrics["parameters_after"]
+    one_group = 48 * 8 * 6
+    assert 0 <= metrics["parameters_before"] * 0.8 - metrics["parameters_after"] <= one_group
+    assert metrics["perplexity_before"] > 1
+    card = (out / "README.md").read_text()
+    assert str(folder.parent) not in (out / "config.json").read_text()
+    assert f"{metrics['perplexity_after']:.2f}" in card
+    assert metrics["calibration"]["sha256"] in card
+
+
+def test_the_stages_one_by_one_give_what_prune_gives(capsys, tmp_path, folder, text):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--calibration", text, *SIZES, "--method", "taylor_2nd"]
+    run(capsys, "prune", folder, "--out", whole, "--ratio", "0.3", *options, "--held-out", "0", "--min-keep-mlp", "3")
+    run(capsys, "score", folder, "--out", tmp_path / "scores", *options)
+    run(
+        capsys,
+        "plan",
+        tmp_path / "scores" / "groups.csv",
+        "--ratio",
+        "0.3",
+        "--min-keep-mlp",
+        "3",
+        "--out",
+        tmp_path / "plan.json",
+    )
+    run(capsys, "apply", folder, tmp_path / "plan.json", "--out", parts)
+    assert (tmp_path / "plan.json").read_text() == (whole / "prunus" / "plan.json").read_text()
+    first, second = (load_file(path / "model.safetensors") for path in (whole, parts))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_prune_as_a_python_call_gives_the_same_model(capsys, tmp_path, folder, text):
+    out = tmp_path / "small"
+    run(capsys, "prune", folder, "--out", out, "--ratio", "0.25", "--calibration", text, *SIZES, "--held-out", "0")
+    model, tokenizer = prunus.load_model(folder)
+    calibration = prunus.load_calibration(str(text), tokenizer, samples=6, seq_len=24)
+    result = prunus.prune(model, 0.25, calibration, progress=False)
+    saved = load_file(out / "model.safetensors")
+    state = result.model.state_dict()
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+
+
+def test_compensation_changes_weights_but_not_the_plan(capsys, tmp_path, folder, text):
+    options = ["--ratio", "0.3", "--calibration", text, "--samples", "24", "--seq-len", "24", "--held-out", "0"]
+    run(capsys, "prune", folder, "--out", tmp_path / "plain", *options)
+    run(capsys, "prune", folder, "--out", tmp_path / "repaired", *options, "--compensate")
+    plans = [(tmp_path / name / "prunus" / "plan.json").read_text() for name in ("plain", "repaired")]
+    assert plans[0] == plans[1]
+    plain, repaired = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "repaired"))
+    changed = {name for name in plain if not torch.equal(plain[name], repaired[name])}
+    assert changed
+    assert all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in changed)
+
+
+def test_eval_reports_what_programs_read(capsys, folder, text):
+    facts = json.loads(run(capsys, "eval", folder, "--text", text, "--seq-len", "32", "--max-windows", "3", "--json"))
+    assert facts["tokens"] == len(TEXT)
+    assert facts["windows"] == 3
+    assert facts["perplexity"] > 1
+    assert facts["parameters"] == AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+
+
+def test_inspect_counts_and_shows_what_was_removed(capsys, tmp_path, folder, text):
+    facts = json.loads(run(capsys, "inspect", folder, "--ratio", "0.2", "--json"))
+    assert facts["family"] == "llama"
+    assert facts["groups"] == {"attention": 9, "mlp": 60}
+    assert facts["parameters_per_group"] == {"attention": 48 * 8 * 6, "mlp": 48 * 3}
+    assert facts["ratio"]["parameters_to_remove"] == round(0.2 * facts["parameters"])
+    out = tmp_path / "small"
+    run(capsys, "prune", folder, "--out", out, "--ratio", "0.2", "--method", "random", "--held-out", "0")
+    pruned = json.loads(run(capsys, "inspect", out, "--json"))
+    for before, now, removed in zip(facts["layers"], pruned["layers"], pruned["removed"], strict=True):
+        assert before["intermediate_size"] - now["intermediate_size"] == removed["mlp"]
+        assert before["num_key_value_heads"] - now["num_key_value_heads"] == removed["attention"]
+    assert "of 20" in run(capsys, "inspect", out)
+
+
+def test_compare_shares_passes_and_writes_table_and_plot(capsys, tmp_path, folder, text):
+    out = tmp_path / "comparison"
+    run(
+        capsys,
+        "compare",
+        folder,
+        "--methods",
+        "taylor,wanda,random",
+        "--ratios",
+        "0.1,0.3",
+        "--out",
+        out,
+        "--calibration",
+        text,
+        *SIZES,
+        "--eval-text",
+        text,
+        "--eval-seq-len",
+        "32",
+        "--eval-windows",
+        "2",
+    )
+    rows = pd.read_csv(out / "comparison.csv")
+    assert list(rows["method"]) == ["dense", "taylor", "taylor", "wanda", "wanda", "random", "random"]
+    assert (rows["relative"] == rows["perplexity"] / rows["perplexity"][0]).all()
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    plan = prunus.Plan.load(out / "plans" / "taylor-0.3.json")
+    model, tokenizer = prunus.load_model(folder)
+    pruned = prunus.apply_plan(model, plan)
+    again = prunus.perplexity(pruned, tokenizer, TEXT, seq_len=32, max_windows=2, progress=False).perplexity
+    assert rows.query("method == 'taylor' and ratio == 0.3")["perplexity"].item() == pytest.approx(again, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ratio", "1.2"], "ratio is 1.2"),
+        (["--ratio", "0.95"], "largest reachable ratio is"),
+        (["--ratio", "0.2", "--min-keep-mlp", "20", "--min-keep-attention", "3"], "largest reachable ratio is 0"),
+        (["--ratio", "0.2", "--method", "tailor"], "Did you mean taylor"),
+        (["--ratio", "0.2", "--axes", "attention,heads"], "axes 'attention,heads'"),
+        (["--ratio", "0.2", "--layer-start", "7"], "layers 7"),
+        (["--ratio", "0.2", "--samples", "100000"], "tokens"),
+        (["--ratio", "0.2", "--calibration", "missing.txt"], "missing.txt"),
+        (["--ratio", "0.2", "--eval-text", "missing.txt"], "missing.txt"),
+        (["--ratio", "0.2", "--device", "tpu"], "tpu"),
+        (["--ratio", "0.2", "--dtype", "int3"], "int3"),
+    ],
+)
+def test_wrong_values_are_named_and_nothing_is_written(capsys, tmp_path, folder, text, words, message):
+    out = tmp_path / "out"
+    default = [] if "--calibration" in words else ["--calibration", text]
+    assert message in fails(capsys, "prune", folder, "--out", out, *default, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_there_is_not_overwritten(capsys, tmp_path, folder):
+    out = tmp_path / "out"
+    words = ["prune", folder, "--out", out, "--ratio", "0.1", "--method", "random", "--held-out", "0"]
+    run(capsys, *words)
+    assert "overwrite" in fails(capsys, *words)
+    run(capsys, *words, "--overwrite")
+
+
+def test_weights_with_nan_are_refused_by_layer(capsys, tmp_path, folder):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    message = fails(capsys, "prune", broken, "--out", tmp_path / "out", "--ratio", "0.1", "--method", "random")
+    assert "layers.1.mlp.up_proj" in message
+
+
+@pytest.mark.parametrize("missing", ["score.json", "groups.csv"])
+def test_plan_says_which_file_is_missing(capsys, tmp_path, folder, missing):
+    scores = tmp_path / "scores"
+    run(capsys, "score", folder, "--out", scores, "--method", "magnitude")
+    (scores / missing).unlink()
+    assert missing in fails(capsys, "plan", scores, "--ratio", "0.1", "--out", tmp_path / "plan.json")
+
+
+def test_a_plan_for_another_model_is_refused(capsys, tmp_path, folder):
+    run(capsys, "score", folder, "--out", tmp_path / "scores", "--method", "magnitude")
+    run(capsys, "plan", tmp_path / "scores", "--ratio", "0.1", "--out", tmp_path / "plan.json")
+    other = tmp_path / "other"
+    make_model("llama", "gqa", num_hidden_layers=2, vocab_size=260).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    message = fails(capsys, "apply", other, tmp_path / "plan.json", "--out", tmp_path / "out")
+    assert "3 decoder layers" in message
+
+
+def test_unknown_flags_are_wrong_usage(capsys, folder):
+    assert main(["prune", str(folder), "--out", "x", "--rato", "0.2"]) == 2
+    assert "rato" in capsys.readouterr().err
+
+
+def test_wanda_warns_that_raw_scores_do_not_compare(capsys, caplog, tmp_path, folder, text):
+    words = ["score", folder, "--method", "wanda", "--calibration", text, *SIZES]
+    run(capsys, *words, "--out", tmp_path / "raw")
+    assert "not on one scale" in caplog.text
+    caplog.clear()
+    run(capsys, *words, "--out", tmp_path / "shares", "--normalize", "layer_sum")
+    assert caplog.text == ""
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing_behind(tmp_path, folder, text):
+    out = tmp_path / "out"
+    words = [
+        "prune",
+        str(folder),
+        "--out",
+        str(out),
+        "--ratio",
+        "0.2",
+        "--calibration",
+        str(text),
+        "--samples",
+        "800",
+        "--seq-len",
+        "32",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # The child says when it has begun its passes: then it is in the middle of the work.
+    program = (
+        "import sys, prunus.sweep.resident as r; run = r._run_batch\n"
+        "def told(*a, **k): print('sweeping', flush=True); return run(*a, **k)\n"
+        "r._run_batch = told\nfrom prunus.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert child.stdout.readline() == "sweeping\n"
+    time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
