@@ -53,7 +53,10 @@ ranking by importance per parameter; the cheapest are cut until a share of all p
 MODEL is a folder, a Hub id, or `smollm2-135m` for the packaged SmolLM2-135M-Instruct.
 """
 
-app = App(name="prunus", help=HELP, version=prunus.__version__, help_format="markdown")
+# main() answers Ctrl-C itself.
+app = App(
+    name="prunus", help=HELP, version=prunus.__version__, help_format="markdown", suppress_keyboard_interrupt=False
+)
 out_console = Console()
 
 

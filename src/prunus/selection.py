@@ -148,7 +148,7 @@ def check_reachable(geometry: Geometry, ratio: float, constraints: Constraints |
 
 def reachable_parameters(geometry: Geometry, constraints: Constraints) -> int:
     """Number of parameters that can go at most under the constraints, leaving a model with at least one block."""
-    reachable, spared = 0, False
+    reachable, spared, dearest = 0, False, 0
     allowed = constraints.layers(len(geometry.widths))
     for layer_idx, widths in enumerate(geometry.widths):
         for axis in AXES:
@@ -159,9 +159,13 @@ def reachable_parameters(geometry: Geometry, constraints: Constraints) -> int:
             empties = geometry.block_parameters[axis] if cut and cut == widths[axis] else 0
             reachable += cut * geometry.group_parameters[axis] + empties
             spared = spared or cut < widths[axis]
+            if bounds:
+                start, stop = bounds[-1]
+                dearest = max(dearest, (stop - start) * geometry.group_parameters[axis] + empties)
     if not spared:
-        # Nothing is protected, but a model without any block is none: the most expensive group has to stay.
-        reachable -= max(geometry.group_parameters[axis] + geometry.block_parameters[axis] for axis in AXES)
+        # Nothing is protected, but a model without any block is none: the last bundle of some block, which for all we
+        # know is the dearest, has to stay.
+        reachable -= dearest
     return reachable
 
 
@@ -169,7 +173,7 @@ def cut_candidates(table: pd.DataFrame, geometry: Geometry, constraints: Constra
     """The units that may be cut, cheapest first.
 
     Returns:
-        Columns layer_idx, group_type, groups (tuple of group indices cut together), score (of the bundle) and cost
+        Columns layer_idx, group_type, groups (tuple of group indices cut together), score (the bundle's mean) and cost
         (parameters, including those of a block's norms for the bundle that empties it).
     """
     bundles = []
@@ -178,20 +182,15 @@ def cut_candidates(table: pd.DataFrame, geometry: Geometry, constraints: Constra
         if layer_idx not in allowed or axis not in constraints.axes:
             continue
         rows = rows.sort_values(["score", "group_idx"], kind="stable")
-        groups, importance = rows["group_idx"].to_numpy(), (rows["score"] * rows["cost"]).to_numpy()
-        cost = rows["cost"].to_numpy()
-        for start, stop in _bundle_bounds(len(rows), constraints.min_keep(axis), constraints.bundle(axis)):
+        groups, scores = rows["group_idx"].to_numpy(), rows["score"].to_numpy()
+        bounds = _bundle_bounds(len(rows), constraints.min_keep(axis), constraints.bundle(axis))
+        # Never below the bundle before: the means of equal scores differ in their last digit, and a bundle that
+        # overtook another would leave a width that is no multiple.
+        means = np.maximum.accumulate([scores[start:stop].mean() for start, stop in bounds])
+        for (start, stop), mean in zip(bounds, means, strict=True):
             empties = geometry.block_parameters[axis] if stop == len(rows) else 0
-            bundles.append(
-                (
-                    layer_idx,
-                    axis,
-                    start,
-                    tuple(groups[start:stop]),
-                    importance[start:stop].sum() / cost[start:stop].sum(),
-                    int(cost[start:stop].sum()) + empties,
-                )
-            )
+            cost = (stop - start) * geometry.group_parameters[axis] + empties
+            bundles.append((layer_idx, axis, start, tuple(groups[start:stop]), mean, cost))
     frame = pd.DataFrame(bundles, columns=["layer_idx", "group_type", "order", "groups", "score", "cost"])
     return frame.sort_values(["score", "layer_idx", "group_type", "order"], kind="stable", ignore_index=True)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunus.checkpoint.placement import resolve_device, resolve_dtype
 from prunus.errors import CheckpointError, NonFiniteError, UnsupportedModelError
@@ -57,6 +57,10 @@ def load_model(
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
     folder = locate(source)
     check_folder(folder)
+    try:
+        AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers' validators raise several kinds
+        raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever a tokenizer's parser raises

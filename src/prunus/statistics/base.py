@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -118,8 +119,9 @@ class Statistics:
     def save(self, path: str | Path) -> None:
         """Write as safetensors; a reader never sees a half-written file."""
         path = Path(path)
+        # Projections that share an input share their tensors, which safetensors refuses: each name gets its own copy.
         tensors = {
-            f"layers.{i}.{name}": tensor.contiguous()
+            f"layers.{i}.{name}": tensor.clone(memory_format=torch.contiguous_format)
             for i, layer in enumerate(self.layers)
             for name, tensor in layer.items()
         }
