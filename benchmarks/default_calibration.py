@@ -59,25 +59,29 @@ def main() -> None:
                     "provenance": calibration.provenance.to_dict(),
                 }
             )
+        if options.out:  # after every source: the runs are long
+            save(rows, options)
     show(rows, list(texts), options)
-    if options.out:
-        record = {
-            "model": Path(options.model).name,
-            "method": options.method,
-            "dtype": options.dtype,
-            "evaluation": {"seq_len": options.eval_seq_len, "windows": options.windows},
-            "prunus": prunus.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "rows": rows,
-        }
-        Path(options.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def save(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    record = {
+        "model": Path(options.model).name,
+        "method": options.method,
+        "dtype": options.dtype,
+        "evaluation": {"seq_len": options.eval_seq_len, "windows": options.windows},
+        "prunus": prunus.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "rows": rows,
+    }
+    Path(options.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=PACKAGED_MODEL)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--method", default="taylor")
     parser.add_argument("--sources", nargs="+", default=["default", "self"], help="calibration sources to compare")
     parser.add_argument("--reference", action="append", default=[], help="a further source that users may not have")
