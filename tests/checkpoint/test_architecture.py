@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tiny_models import ALL, HEAD_DIM, LAYERS, RAGGED, Kept, cut, dense_config, dense_model, zeroed
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -127,6 +128,13 @@ def test_inconsistent_widths_are_refused(family, fields, complaint):
     config = cut(dense_model(family), RAGGED).config
     with pytest.raises(ValueError, match=complaint):
         type(config)(**{**config.to_dict(), **fields})
+
+
+def test_a_config_that_was_edited_into_nonsense_is_not_saved(family, tmp_path):
+    config = cut(dense_model(family), RAGGED).config
+    config.layer_widths.pop()
+    with pytest.raises(StrictDataclassError, match="describes 3 layers"):
+        config.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,16 @@ def test_broken_config(folder, text, no_weights_read):
         load_model(folder)
 
 
+def test_config_that_contradicts_itself(sharded, tokenizer, tmp_path, no_weights_read):
+    edit(sharded / "config.json", num_attention_heads=5)
+    with pytest.raises(CheckpointError, match=r"(?s)config\.json describes no model.*not a multiple"):
+        load_model(sharded)
+    out = save_checkpoint(cut(dense_model("llama"), RAGGED), tokenizer, tmp_path / "out", card="", extras={})
+    edit(out / "config.json", num_hidden_layers=7)
+    with pytest.raises(CheckpointError, match=r"(?s)config\.json describes no model.*layer_widths describes 4 layers"):
+        load_model(out)
+
+
 def test_no_tokenizer(folder, no_weights_read):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
