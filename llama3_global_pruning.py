@@ -27,7 +27,8 @@ from prunus.calibration import Batch, calibration_from_tokens
 from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.errors import CalibrationError, PrunusError
 from prunus.groups import Geometry
-from prunus.pipeline import CalibrationOptions, EvaluationOptions, ModelOptions, prune_checkpoint
+from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
+from prunus.pipeline import prune_checkpoint
 from prunus.scoring import ScoringOptions
 from prunus.selection import Constraints
 from prunus.statistics import ActivationStatistics

@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 
 import prunus
 from prunus.packaged_model import smollm2_135m
-from prunus.pipeline import CalibrationOptions
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -34,7 +33,9 @@ def answers(model, tokenizer) -> list[str]:
         )
         with torch.no_grad():
             output = model.generate(**prompt, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        texts.append(" ".join(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split()))
+        texts.append(
+            " ".join(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split())
+        )
     return texts
 
 
@@ -58,7 +59,7 @@ def main() -> None:
         source = smollm2_135m()
         say(f"pruning {args.ratio:.0%} of all parameters, then measuring perplexity before and after")
         metrics = prunus.prune_checkpoint(
-            str(source), out, args.ratio, calibration=CalibrationOptions(samples=args.samples), overwrite=True
+            str(source), out, args.ratio, calibration=prunus.CalibrationOptions(samples=args.samples), overwrite=True
         )
         before, after = metrics["parameters_before"], metrics["parameters_after"]
         say(f"parameters  {before:,} → {after:,} ({1 - after / before:.1%} removed)")
@@ -75,7 +76,9 @@ def main() -> None:
         probe = tokenizer(QUESTIONS[1], return_tensors="pt")
         with torch.no_grad():
             same = torch.equal(pruned(**probe).logits, again(**probe).logits)
-        say(f"the loaded model and the plan applied to the dense model give {'the same' if same else 'DIFFERENT'} logits")
+        say(
+            f"the loaded model and the plan applied to the dense model give {'the same' if same else 'DIFFERENT'} logits"
+        )
         spoken = answers(pruned, tokenizer)
         for question, dense_answer, pruned_answer in zip(QUESTIONS, answers(dense, tokenizer), spoken, strict=True):
             print(f"\n  {question}\n    dense : {dense_answer}\n    pruned: {pruned_answer}")

@@ -11,37 +11,44 @@ Importing prunus registers its checkpoints' classes with transformers: `AutoMode
 a pruned folder without further flags.
 """
 
-__version__ = "0.1.0"
-
 from prunus import errors
 from prunus.calibration import Calibration, calibration_from_texts, calibration_from_tokens, load_calibration
 from prunus.checkpoint import load_model, save_checkpoint
+from prunus.compensation import CompensationOptions, compensate_
 from prunus.errors import PrunusError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity
 from prunus.groups import Geometry
 from prunus.importance import METHODS, MethodOptions
+from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
 from prunus.pipeline import PruneResult, apply_checkpoint, prune, prune_checkpoint
 from prunus.plan import Plan
 from prunus.scoring import Score, ScoringOptions, score
 from prunus.selection import Constraints, select
 from prunus.surgery import apply_plan
+from prunus.version import __version__
 
 __all__ = [
     "METHODS",
     "Calibration",
+    "CalibrationOptions",
+    "CompensationOptions",
     "Constraints",
+    "EvaluationOptions",
     "Geometry",
     "MethodOptions",
+    "ModelOptions",
     "PerplexityResult",
     "Plan",
     "PruneResult",
     "PrunusError",
     "Score",
     "ScoringOptions",
+    "__version__",
     "apply_checkpoint",
     "apply_plan",
     "calibration_from_texts",
     "calibration_from_tokens",
+    "compensate_",
     "errors",
     "load_calibration",
     "load_model",

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-import prunus
 from prunus.calibration.embedded import embedded_documents
 from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.checkpoint import check_output, load_model
@@ -27,21 +26,16 @@ from prunus.errors import OptionError, PrunusError
 from prunus.evaluation.perplexity import perplexity, read_text
 from prunus.families import AXES, Axis
 from prunus.importance import get_method
+from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, draw_calibration
 from prunus.inspection import inspect as inspect_model
 from prunus.packaged_model import resolve_model
-from prunus.pipeline import (
-    CalibrationOptions,
-    EvaluationOptions,
-    ModelOptions,
-    apply_checkpoint,
-    draw_calibration,
-    prune_checkpoint,
-)
+from prunus.pipeline import apply_checkpoint, prune_checkpoint
 from prunus.plan import Plan
 from prunus.scoring import Score, ScoringOptions
 from prunus.scoring import score as score_model
 from prunus.selection import Constraints, select
 from prunus.table import Normalization, rank_table
+from prunus.version import __version__
 
 __all__ = ["app", "main"]
 
@@ -54,9 +48,7 @@ MODEL is a folder, a Hub id, or `smollm2-135m` for the packaged SmolLM2-135M-Ins
 """
 
 # main() answers Ctrl-C itself.
-app = App(
-    name="prunus", help=HELP, version=prunus.__version__, help_format="markdown", suppress_keyboard_interrupt=False
-)
+app = App(name="prunus", help=HELP, version=__version__, help_format="markdown", suppress_keyboard_interrupt=False)
 out_console = Console()
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-import prunus
 from prunus.calibration import Calibration
 from prunus.checkpoint import check_output, load_model
 from prunus.compensation import CompensationOptions, compensate_
@@ -20,14 +19,15 @@ from prunus.errors import OptionError
 from prunus.evaluation.perplexity import read_text
 from prunus.groups import Geometry
 from prunus.importance import get_method, score_groups
+from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, draw_calibration, measure, text_name
 from prunus.metering import Cost, metered
 from prunus.packaged_model import resolve_model
-from prunus.pipeline import CalibrationOptions, EvaluationOptions, ModelOptions, draw_calibration, measure, text_name
 from prunus.scoring import ScoringOptions, take_statistics
 from prunus.selection import Constraints, check_ratio, check_reachable, select
 from prunus.statistics import Statistics
 from prunus.surgery import apply_plan
 from prunus.table import build_table
+from prunus.version import __version__
 
 __all__ = ["compare", "plot_comparison"]
 
@@ -101,7 +101,7 @@ def compare(
     folder = Path(out)
     (folder / "plans").mkdir(parents=True, exist_ok=True)
     about = {
-        "prunus": prunus.__version__,
+        "prunus": __version__,
         "model": Path(model).name,
         "calibration": sequences.provenance.to_dict() if sequences else None,
         "normalize": scoring.normalize,

@@ -1,0 +1,99 @@
+"""The folder that a user gets: the model, its card, and what it was made by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prunus.checkpoint import (
+    CalibrationFacts,
+    CardFacts,
+    PerplexityFacts,
+    is_ragged,
+    license_of,
+    locate,
+    model_card,
+    save_checkpoint,
+)
+from prunus.plan import Plan
+from prunus.scoring import Score
+from prunus.version import __version__
+
+__all__ = ["save_result"]
+
+
+def save_result(
+    smaller: Any,
+    tokenizer: Any,
+    out: str | Path,
+    plan: Plan,
+    scored: Score | None,
+    metrics: Mapping[str, Any],
+    source: str,
+    command: str,
+    overwrite: bool,
+) -> None:
+    """Write a model folder with its card, and the plan, scores and metrics in its subfolder `prunus/`.
+
+    Args:
+        smaller: the pruned model.
+        tokenizer: its tokenizer.
+        out: the folder to write.
+        plan: the cut.
+        scored: the table it was chosen from; None for a plan that was given.
+        metrics: what was done and measured.
+        source: folder or Hub id of the base model, whose license is carried over.
+        command: what the user typed.
+        overwrite: replace an earlier result.
+    """
+    extras: dict[str, str | bytes] = {
+        "plan.json": plan.to_json(),
+        "metrics.json": json.dumps(metrics, indent=1) + "\n",
+    }
+    if scored is not None:
+        extras["groups.csv"] = scored.table.to_csv(index=False)
+        extras["score.json"] = scored.to_json()
+    card = model_card(_card_facts(smaller, Path(out).name, plan, metrics, source, command))
+    save_checkpoint(smaller, tokenizer, out, card=card, extras=extras, overwrite=overwrite)
+
+
+def _card_facts(
+    smaller: Any, name: str, plan: Plan, metrics: Mapping[str, Any], source: str, command: str
+) -> CardFacts:
+    config = smaller.config
+    provenance = metrics.get("calibration")
+    facts = ("source", "samples", "seq_len", "seed", "sha256")
+    perplexities: tuple[PerplexityFacts, ...] = ()
+    if metrics.get("perplexity_after") is not None:
+        perplexities = (
+            PerplexityFacts(
+                metrics["perplexity_text"],
+                metrics["perplexity_protocol"],
+                metrics["perplexity_before"],
+                metrics["perplexity_after"],
+            ),
+        )
+    return CardFacts(
+        name=name,
+        base_model=metrics["base_model"],
+        method=metrics["scoring"]["method"] if "scoring" in metrics else "a given plan",
+        ratio=metrics["ratio"],
+        parameters_before=metrics["parameters_before"],
+        parameters_after=metrics["parameters_after"],
+        base_widths=plan.widths,
+        widths=plan.kept_widths,
+        num_key_value_groups=config.num_attention_heads // config.num_key_value_heads,
+        model_type=config.model_type,
+        ragged=is_ragged(config),
+        command=command,
+        version=__version__,
+        license=license_of(locate(source)),
+        calibration=CalibrationFacts(**{key: provenance[key] for key in facts}) if provenance else None,
+        perplexities=perplexities,
+        details={
+            **{name: str(value) for name, value in metrics.get("scoring", {}).items() if name != "method"},
+            "compensation": str(metrics.get("compensation") or "none"),
+        },
+    )
