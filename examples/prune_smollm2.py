@@ -80,7 +80,8 @@ def main() -> None:
             f"the loaded model and the plan applied to the dense model give {'the same' if same else 'DIFFERENT'} logits"
         )
         spoken = answers(pruned, tokenizer)
-        for question, dense_answer, pruned_answer in zip(QUESTIONS, answers(dense, tokenizer), spoken, strict=True):
+        original = answers(dense, tokenizer)
+        for question, dense_answer, pruned_answer in zip(QUESTIONS, original, spoken, strict=True):
             print(f"\n  {question}\n    dense : {dense_answer}\n    pruned: {pruned_answer}")
         print()
         if not same:

@@ -195,6 +195,26 @@ def test_compare_shares_passes_and_writes_table_and_plot(capsys, tmp_path, folde
     assert list(rows["method"]) == ["dense", "taylor", "taylor", "wanda", "wanda", "random", "random"]
     assert (rows["relative"] == rows["perplexity"] / rows["perplexity"][0]).all()
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        main(
+            [
+                "compare",
+                str(folder),
+                "--methods",
+                "random",
+                "--ratios",
+                "0.1",
+                "--out",
+                str(out),
+                "--calibration",
+                str(text),
+                *SIZES,
+                "--held-out",
+                "1",
+            ]
+        )
+        == 1
+    )
     plan = prunus.Plan.load(out / "plans" / "taylor-0.3.json")
     model, tokenizer = prunus.load_model(folder)
     pruned = prunus.apply_plan(model, plan)
@@ -313,3 +333,17 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind(tmp_path, folder, text):
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["score", "compare"])
+def test_overwrite_replaces_what_the_same_command_wrote(capsys, tmp_path, folder, text, kind):
+    out = tmp_path / "out"
+    words = {
+        "score": ["score", folder, "--method", "wanda", "--calibration", text, *SIZES],
+        "compare": ["compare", folder, "--methods", "random", "--ratios", "0.1", "--calibration", text, *SIZES],
+    }[kind]
+    run(capsys, *words, "--out", out)
+    before = sorted(path.name for path in out.iterdir())
+    assert "overwrite" in fails(capsys, *words, "--out", out)
+    run(capsys, *words, "--out", out, "--overwrite")
+    assert sorted(path.name for path in out.iterdir()) == before

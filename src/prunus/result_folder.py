@@ -89,6 +89,8 @@ def _card_facts(
         ragged=is_ragged(config),
         command=command,
         version=__version__,
+        # The packaged model is a conversion of a Hub model, and has no page of its own.
+        on_hub="/" in metrics["base_model"] and not Path(source).is_dir(),
         license=license_of(locate(source)),
         calibration=CalibrationFacts(**{key: provenance[key] for key in facts}) if provenance else None,
         perplexities=perplexities,

@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 OUTPUT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "*.md"),
     *("vocab.txt", "merges.txt", "plan.json", "*.csv", "*.png", "*.svg", "LICENSE*", "NOTICE*", ".gitattributes"),
-    *("prunus", "chat_templates", "additional_chat_templates", "__pycache__", ".cache", ".DS_Store"),
+    *("prunus", "plans", "chat_templates", "additional_chat_templates", "__pycache__", ".cache", ".DS_Store"),
 )
 #: a folder without any of these is not an earlier output, whatever else it holds
-OUTPUT_MARKERS = ("config.json", "plan.json", "groups.csv", "prunus")
+OUTPUT_MARKERS = ("config.json", "plan.json", "groups.csv", "comparison.csv", "prunus")
 #: JSON fields in which a path on this machine would travel with the model
 LOCAL_FIELDS = ("_name_or_path", "name_or_path", "_commit_hash", "tokenizer_file", "vocab_file", "merges_file")
 #: room for tokenizer, card and tables, added to the weights
