@@ -116,7 +116,7 @@ def demonstrate(options: argparse.Namespace) -> None:
     smaller = apply_plan(model, select(table, geometry, options.pruning_ratio))
     before, after = (perplexity_of_windows(m, held_out.input_ids).perplexity for m in (model, smaller))
     print(f"parameters: {model.num_parameters():,} → {smaller.num_parameters():,}")
-    print(f"perplexity: {before:.2f} → {after:.2f}")
+    print(f"perplexity: {before:,.2f} → {after:,.2f}")
     print("\nNothing was saved. llama3_global_pruning.py and `prunus prune` save a model that loads and generates.")
 
 

@@ -133,7 +133,7 @@ def _prune(options: argparse.Namespace, command: Sequence[str]) -> None:
     before, after = metrics["parameters_before"], metrics["parameters_after"]
     print(f"parameters: {before:,} → {after:,} ({1 - after / before:.2%} removed)")
     print(
-        f"perplexity: {metrics['perplexity_before']:.2f} → {metrics['perplexity_after']:.2f} "
+        f"perplexity: {metrics['perplexity_before']:,.2f} → {metrics['perplexity_after']:,.2f} "
         f"({metrics['perplexity_text']})"
     )
     print(f"saved to {out}")
