@@ -76,9 +76,7 @@ def main() -> None:
         probe = tokenizer(QUESTIONS[1], return_tensors="pt")
         with torch.no_grad():
             same = torch.equal(pruned(**probe).logits, again(**probe).logits)
-        say(
-            f"the loaded model and the plan applied to the dense model give {'the same' if same else 'DIFFERENT'} logits"
-        )
+        say(f"the loaded model and the plan applied to the dense model give {'equal' if same else 'DIFFERENT'} logits")
         spoken = answers(pruned, tokenizer)
         original = answers(dense, tokenizer)
         for question, dense_answer, pruned_answer in zip(QUESTIONS, original, spoken, strict=True):
