@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo bench bench-quick clean
+.PHONY: help install test lint format demo bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,19 @@ format: $(VENV)/.installed ## sort imports and format
 
 demo: $(VENV)/.installed ## prune SmolLM2-135M by 20 %, save it, load it back, let both models speak
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/prune_smollm2.py
+
+# The files of benchmarks/RESULTS.md: a C4 sample as JSON lines, the raw WikiText-2 test set as one text file.
+CALIBRATION ?= c4-sample.jsonl
+TEXT ?= wikitext2-test.raw.txt
+bench: $(VENV)/.installed ## the tables of benchmarks/RESULTS.md (about an hour; CALIBRATION=… TEXT=…)
+	$(BIN)/prunus compare smollm2-135m --methods taylor,taylor_2nd,wanda,gate_fisher,magnitude,random \
+	    --ratios 0.1,0.2,0.4 --calibration $(CALIBRATION) --samples 128 --seq-len 512 --batch-size 2 \
+	    --eval-text $(TEXT) --eval-windows 40 --out benchmarks/results/methods --overwrite
+	$(BIN)/prunus compare smollm2-135m --methods taylor,gate_fisher --ratios 0.2,0.4 --compensate \
+	    --calibration $(CALIBRATION) --samples 128 --seq-len 512 --batch-size 2 \
+	    --eval-text $(TEXT) --eval-windows 40 --out benchmarks/results/compensation --overwrite
+	$(BIN)/python benchmarks/default_calibration.py --text $(TEXT) --reference $(CALIBRATION) \
+	    --out benchmarks/results/default-calibration.json
 
 clean: ## remove the environment and caches (not the model cache of the user)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -16,7 +16,7 @@ from prunus.calibration import Calibration, calibration_from_texts, calibration_
 from prunus.checkpoint import load_model, save_checkpoint
 from prunus.compensation import CompensationOptions, compensate_
 from prunus.errors import PrunusError
-from prunus.evaluation.perplexity import PerplexityResult, perplexity
+from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows
 from prunus.groups import Geometry
 from prunus.importance import METHODS, MethodOptions
 from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
@@ -53,6 +53,7 @@ __all__ = [
     "load_calibration",
     "load_model",
     "perplexity",
+    "perplexity_of_windows",
     "prune",
     "prune_checkpoint",
     "save_checkpoint",
