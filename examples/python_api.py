@@ -8,11 +8,12 @@ import argparse
 import prunus
 from prunus.packaged_model import resolve_model
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="smollm2-135m")
 parser.add_argument("--ratio", type=float, default=0.2)
 parser.add_argument("--samples", type=int, default=8)
 parser.add_argument("--seq-len", type=int, default=256)
+parser.add_argument("--out", help="folder to save the result in")
 args = parser.parse_args()
 
 model, tokenizer = prunus.load_model(resolve_model(args.model))
@@ -33,7 +34,12 @@ print(f"{len(plan.surviving_layers)} of {len(plan.layers)} layers left")
 smaller = prunus.apply_plan(model, plan)
 prunus.compensate_(smaller, model, plan, list(fit.batches(1)))
 
-# 6. Measure, and save a folder that transformers loads.
+# 6. Measure.
 for name, candidate in (("dense", model), ("pruned", smaller)):
     result = prunus.perplexity_of_windows(candidate, held_out.input_ids)
     print(f"{name}: {candidate.num_parameters():,} parameters, perplexity {result.perplexity:.2f}")
+
+# 7. Save like any other transformers model; `prunus.save_checkpoint` adds a model card and never leaves half a folder.
+if args.out:
+    smaller.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)

@@ -347,3 +347,13 @@ def test_overwrite_replaces_what_the_same_command_wrote(capsys, tmp_path, folder
     assert "overwrite" in fails(capsys, *words, "--out", out)
     run(capsys, *words, "--out", out, "--overwrite")
     assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_the_example_of_the_python_api_runs(tmp_path, folder):
+    example = Path(__file__).parents[1] / "examples" / "python_api.py"
+    words = ["--model", str(folder), "--samples", "4", "--seq-len", "32", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, example, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert f"pruned: {pruned.num_parameters():,} parameters" in done.stdout
