@@ -16,7 +16,7 @@ from prunus.importance import MethodOptions, get_method, score_groups
 from prunus.importance.registry import statistics_for
 from prunus.metering import metered
 from prunus.statistics import Statistics
-from prunus.sweep import sweep
+from prunus.sweep import ENGINES, Engine, sweep
 from prunus.table import NORMALIZATIONS, Normalization, build_table, load_table, save_table
 
 __all__ = ["Score", "ScoringOptions", "score", "take_statistics"]
@@ -34,6 +34,8 @@ class ScoringOptions(MethodOptions):
         method: importance method: taylor, taylor_2nd, wanda, magnitude or random.
         normalize: how importances of different layers are made comparable.
         batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
+        engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
+            time, which takes longer and holds the gradients of one layer only.
         fisher_scale: scale of the loss of a sequence, mean or sum over its tokens; weighs the second order against the
             first in taylor_2nd.
         activation: the statistic of activations that wanda multiplies weights with.
@@ -43,12 +45,15 @@ class ScoringOptions(MethodOptions):
     method: str = "taylor"
     normalize: Normalization = "none"
     batch_size: int = 1
+    engine: Engine = "resident"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         get_method(self.method)
         if self.normalize not in NORMALIZATIONS:
             raise OptionError(f"normalization {self.normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
+        if self.engine not in ENGINES:
+            raise OptionError(f"engine {self.engine!r} is unknown; choose one of {', '.join(ENGINES)}")
         if self.batch_size < 1:
             raise OptionError(f"batch size is {self.batch_size}; it must be at least 1")
 
@@ -166,6 +171,7 @@ def take_statistics(
         model,
         list(calibration.batches(options.batch_size)),
         wanted,
+        engine=options.engine,
         provenance=calibration.provenance.to_dict(),
         progress=progress,
     )

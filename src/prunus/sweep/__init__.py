@@ -1,5 +1,5 @@
-"""How calibration batches go through the model while statistics are taken."""
+"""How calibration batches go through the model while statistics are taken: one interface, two orders."""
 
-from prunus.sweep.resident import sweep
+from prunus.sweep.sweep import ENGINES, Engine, sweep
 
-__all__ = ["sweep"]
+__all__ = ["ENGINES", "Engine", "sweep"]

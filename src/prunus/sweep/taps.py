@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prunus.families import Projection
 from prunus.groups import Geometry, submodule
 from prunus.statistics.base import Flow, Statistic
+from prunus.sweep.prepared import PreparedBatch
 
 __all__ = ["Taps"]
 
@@ -44,9 +46,11 @@ class Taps:
             for projection in self._geometry.family.projections
         )
 
-    def start_batch(self, mask: Tensor | None, targets: Tensor) -> None:
-        """Say what the next forward and backward pass is about; see `Flow.mask` and `Flow.targets`."""
-        self._mask, self._targets = mask, targets
+    def start_batch(self, batch: PreparedBatch, device: torch.device | str) -> None:
+        """Say which batch the next forward and backward pass is about, and where it runs."""
+        mask = batch.batch.attention_mask
+        self._mask = None if mask is None else mask.to(device).bool()
+        self._targets = batch.targets.to(device, torch.float32)
 
     @contextmanager
     def on(self, layers: Sequence[tuple[int, nn.Module]]) -> Iterator[None]:
