@@ -186,8 +186,17 @@ class Geometry:
                     total += self.sum_projection_to_groups(layer_idx, axis, projection, value).cpu()
         return total
 
-    def sum_projection_to_groups(self, layer_idx: int, axis: Axis, projection: Projection, values: Tensor) -> Tensor:
+    def sum_projection_to_groups(
+        self, layer_idx: int, axis: Axis, projection: Projection, values: Tensor, *, squared: bool = False
+    ) -> Tensor:
         """Sum one value per weight, or per bias, of a single projection to one value per group of its block.
+
+        Args:
+            layer_idx: the decoder layer.
+            axis: the axis of the projection's block.
+            projection: whose weight or bias the values are of.
+            values: of the parameter's shape.
+            squared: sum the squares of the values instead, in one pass over them.
 
         Returns:
             float64 on the device of `values`, shape (groups,). The output bias of a block belongs to no group.
@@ -197,9 +206,9 @@ class Geometry:
         for space, start, stop in self.output_parts(layer_idx, projection):
             if space in SPACE_AXIS:
                 rows = values[start:stop]
-                total += _sum_units(rows if rows.ndim == 1 else rows.sum(dim=1), groups)
+                total += _sum_units(rows if rows.ndim == 1 else _sum_along(rows, 1, squared), groups, squared)
         if values.ndim == 2 and projection.inputs in SPACE_AXIS:
-            total += _sum_units(values.sum(dim=0), groups)
+            total += _sum_units(_sum_along(values, 0, squared), groups, squared)
         return total
 
     def parameters_left(self, kept: Sequence[LayerWidths]) -> int:
@@ -267,8 +276,16 @@ def submodule(model: nn.Module, path: str) -> Any:
     return model.get_submodule(path)
 
 
-def _sum_units(values: Tensor, groups: int) -> Tensor:
-    return values.double().reshape(groups, -1).sum(dim=1) if groups else values.new_zeros(0, dtype=torch.float64)
+def _sum_along(values: Tensor, dim: int, squared: bool) -> Tensor:
+    """Sums along a dimension; with `squared`, roots of the sums of squares, which `_sum_units` squares again."""
+    return torch.linalg.vector_norm(values, dim=dim) if squared else values.sum(dim=dim)
+
+
+def _sum_units(values: Tensor, groups: int, squared: bool) -> Tensor:
+    if not groups:
+        return values.new_zeros(0, dtype=torch.float64)
+    units = values.double().reshape(groups, -1)
+    return (units.square() if squared else units).sum(dim=1)
 
 
 def _parameters_in_groups(projection: Projection, module: nn.Linear) -> int:

@@ -77,12 +77,17 @@ class WeightGradients(Statistic):
         sums = self._gradients.setdefault(flow.layer_idx, {})
         if name not in sums:
             sums[name] = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
-        sums[name].add_(gradient, alpha=scale)
-        if self.squares:
-            product = flow.module.get_parameter(parameter).detach().float() * gradient.float()
-            squared = product.mul_(scale).square_()
+        if not self.squares:
+            sums[name].add_(gradient, alpha=scale)
+        else:
+            # One float32 copy serves both orders; it is the passes over it that cost, not the arithmetic.
+            gradient = gradient.float()
+            sums[name].add_(gradient, alpha=scale)
+            product = gradient.mul_(flow.module.get_parameter(parameter).detach())
             axis = _axis(flow.projection)
-            reduced = flow.geometry.sum_projection_to_groups(flow.layer_idx, axis, flow.projection, squared)
+            reduced = scale**2 * flow.geometry.sum_projection_to_groups(
+                flow.layer_idx, axis, flow.projection, product, squared=True
+            )
             squares = self._squares.setdefault(flow.layer_idx, {})
             squares[axis] = squares[axis] + reduced if axis in squares else reduced
 
