@@ -12,9 +12,9 @@ from prunus.groups import Geometry, LayerWidths
 from prunus.plan import KeptGroups, Plan
 from prunus.table import build_table
 
-#: importances whose sums and quotients are exact in floating point, with many ties
-exact_importances = st.integers(0, 12).map(lambda n: n / 4)
-importances = st.one_of(st.just(0.0), st.floats(1e-9, 1e9))
+#: scores whose sums are exact in floating point, with many ties
+exact_scores = st.integers(0, 12).map(lambda n: n / 4)
+any_scores = st.one_of(st.just(0.0), st.floats(1e-9, 1e9))
 
 
 @st.composite
@@ -31,8 +31,9 @@ def layer_widths(draw: Any, max_layers: int = 5, max_attention: int = 4, max_mlp
 def geometries(draw: Any) -> Geometry:
     """Shapes of models; costs are free, as long as they add up."""
     widths = draw(layer_widths())
-    group = {axis: draw(st.integers(1, 40)) for axis in AXES}
-    block = {axis: draw(st.integers(0, 30)) for axis in AXES}
+    there = {axis: any(layer[axis] for layer in widths) for axis in AXES}
+    group = {axis: draw(st.integers(1, 40)) if there[axis] else 0 for axis in AXES}
+    block = {axis: draw(st.integers(0, 30)) if there[axis] else 0 for axis in AXES}
     rest = draw(st.integers(1, 200))
     inside = sum(layer[axis] * group[axis] + bool(layer[axis]) * block[axis] for layer in widths for axis in AXES)
     return Geometry(
@@ -48,13 +49,14 @@ def geometries(draw: Any) -> Geometry:
 
 
 @st.composite
-def tables(draw: Any, geometry: Geometry, values: st.SearchStrategy[float] = importances, **options: Any) -> Any:
-    """A global table for a model of this shape."""
+def tables(draw: Any, geometry: Geometry, scores: st.SearchStrategy[float] = any_scores, **options: Any) -> Any:
+    """A global table for a model of this shape; importance is score times cost."""
     importance = [
         {
             axis: torch.tensor(
-                draw(st.lists(values, min_size=widths[axis], max_size=widths[axis])), dtype=torch.float64
+                draw(st.lists(scores, min_size=widths[axis], max_size=widths[axis])), dtype=torch.float64
             )
+            * geometry.group_parameters[axis]
             for axis in AXES
         }
         for widths in geometry.widths
