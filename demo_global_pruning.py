@@ -10,20 +10,17 @@ how well the smaller model still predicts text.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-from transformers.utils import logging as transformers_logging
 
 import core  # noqa: F401 (makes prunus importable from a checkout)
 from core.methods.global_pruning import select_groups_to_prune
 from prunus.calibration import load_calibration
 from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.checkpoint import load_model
-from prunus.errors import PrunusError
 from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.families import AXES
 from prunus.groups import Geometry
@@ -32,6 +29,7 @@ from prunus.packaged_model import PACKAGED_MODEL, resolve_model
 from prunus.scoring import ScoringOptions, score
 from prunus.selection import check_reachable, select
 from prunus.surgery import apply_plan
+from prunus.terminal import run_command
 
 __all__ = ["main"]
 
@@ -46,18 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 success, 1 an error that the message explains, 130 interrupted. Wrong flags exit with 2.
     """
     options = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        demonstrate(options)
-    except PrunusError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda: demonstrate(options))
 
 
 def demonstrate(options: argparse.Namespace) -> None:

@@ -11,8 +11,6 @@ do. `collect_layer_activations` gives the activations that `core.methods.global_
 from __future__ import annotations
 
 import argparse
-import logging
-import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 import core  # noqa: F401 (makes prunus importable from a checkout)
 from prunus.calibration import Batch, calibration_from_tokens
 from prunus.calibration.loading import DEFAULT_SOURCE
-from prunus.errors import CalibrationError, PrunusError
+from prunus.errors import CalibrationError
 from prunus.groups import Geometry
 from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
 from prunus.pipeline import prune_checkpoint
@@ -35,6 +32,7 @@ from prunus.statistics import ActivationStatistics
 from prunus.statistics.activations import ActivationStatistic, read_activations
 from prunus.sweep import sweep
 from prunus.table import NORMALIZATIONS
+from prunus.terminal import quoted_command, run_command
 
 __all__ = ["collect_layer_activations", "main"]
 
@@ -91,28 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 success, 1 an error that the message explains, 130 interrupted. Wrong flags exit with 2.
     """
     options = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        _prune(options, ["python", Path(__file__).name, *(sys.argv[1:] if argv is None else argv)])
-    except PrunusError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(
-            f"error: the device ran out of memory ({str(error).splitlines()[0]}). Use a smaller --batch_size or "
-            "--seq_len, --dtype bfloat16, or --device cpu",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; no output folder was left half-written", file=sys.stderr)
-        return 130
-    return 0
+    words = sys.argv[1:] if argv is None else argv
+    return run_command(lambda: _prune(options, quoted_command(f"python {Path(__file__).name}", words)))
 
 
-def _prune(options: argparse.Namespace, command: Sequence[str]) -> None:
+def _prune(options: argparse.Namespace, command: str) -> None:
     out = options.output_dir or default_output(options.base_model, options.importance_method, options.pruning_ratio)
     metrics = prune_checkpoint(
         options.base_model,
@@ -128,14 +109,15 @@ def _prune(options: argparse.Namespace, command: Sequence[str]) -> None:
         evaluation=EvaluationOptions(eval_text=options.eval_text),
         model_options=ModelOptions(device=options.device, dtype=options.dtype),
         overwrite=options.overwrite,
-        command=shlex.join(command),
+        command=command,
     )
     before, after = metrics["parameters_before"], metrics["parameters_after"]
     print(f"parameters: {before:,} → {after:,} ({1 - after / before:.2%} removed)")
-    print(
-        f"perplexity: {metrics['perplexity_before']:,.2f} → {metrics['perplexity_after']:,.2f} "
-        f"({metrics['perplexity_text']})"
-    )
+    if metrics["perplexity_after"] is not None:
+        print(
+            f"perplexity: {metrics['perplexity_before']:,.2f} → {metrics['perplexity_after']:,.2f} "
+            f"({metrics['perplexity_text']})"
+        )
     print(f"saved to {out}")
 
 

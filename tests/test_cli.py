@@ -232,6 +232,7 @@ def test_compare_shares_passes_and_writes_table_and_plot(capsys, tmp_path, folde
         (["--ratio", "0.2", "--axes", "attention,heads"], "axes 'attention,heads'"),
         (["--ratio", "0.2", "--layer-start", "7"], "layers 7"),
         (["--ratio", "0.2", "--samples", "100000"], "tokens"),
+        (["--ratio", "0.2", "--samples", "0"], "samples is 0"),
         (["--ratio", "0.2", "--calibration", "missing.txt"], "missing.txt"),
         (["--ratio", "0.2", "--eval-text", "missing.txt"], "missing.txt"),
         (["--ratio", "0.2", "--device", "tpu"], "tpu"),
@@ -261,6 +262,15 @@ def test_weights_with_nan_are_refused_by_layer(capsys, tmp_path, folder):
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     message = fails(capsys, "prune", broken, "--out", tmp_path / "out", "--ratio", "0.1", "--method", "random")
     assert "layers.1.mlp.up_proj" in message
+
+
+def test_a_text_that_is_just_long_enough_is_not_measured_on(capsys, caplog, tmp_path, folder, text):
+    out = tmp_path / "out"
+    words = ["--calibration", text, "--seq-len", "100", "--samples", len(TEXT) // 100]
+    printed = run(capsys, "prune", folder, "--out", out, "--ratio", "0.1", *words, "--json")
+    assert json.loads(printed)["perplexity_after"] is None
+    assert "perplexity is not measured" in caplog.text
+    assert "## Perplexity" not in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("missing", ["score.json", "groups.csv"])

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json as jsonlib
-import logging
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from cyclopts import App, CycloptsError, Group, Parameter, Token
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from prunus.calibration.embedded import embedded_documents
 from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.checkpoint import check_output, load_model
 from prunus.comparison import compare as compare_methods
 from prunus.compensation import CompensationOptions
-from prunus.errors import OptionError, PrunusError
+from prunus.errors import OptionError
 from prunus.evaluation.perplexity import perplexity, read_text
 from prunus.families import AXES, Axis
 from prunus.importance import get_method
@@ -35,6 +31,7 @@ from prunus.scoring import Score, ScoringOptions
 from prunus.scoring import score as score_model
 from prunus.selection import Constraints, select
 from prunus.table import Normalization, rank_table
+from prunus.terminal import quoted_command, run_command
 from prunus.version import __version__
 
 __all__ = ["app", "main"]
@@ -371,29 +368,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 success, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        app(argv, exit_on_error=False, print_error=True, result_action="return_value")
+        return run_command(lambda: app(argv, exit_on_error=False, print_error=True, result_action="return_value"))
     except CycloptsError:
         return 2
-    except PrunusError as error:
-        errors.print("[bold red]error:[/] ", end="")
-        errors.print(str(error), markup=False)
-        return 1
-    except torch.OutOfMemoryError as error:
-        errors.print(
-            f"error: the device ran out of memory ({str(error).splitlines()[0]}). Use a smaller --batch-size or "
-            "--seq-len, --dtype bfloat16, or --device cpu.",
-            markup=False,
-        )
-        return 1
-    except KeyboardInterrupt:
-        errors.print("interrupted; no output folder was left half-written")
-        return 130
-    return 0
 
 
 def _seeded(scoring: ScoringOptions, calibration: CalibrationOptions) -> ScoringOptions:
@@ -401,7 +379,7 @@ def _seeded(scoring: ScoringOptions, calibration: CalibrationOptions) -> Scoring
 
 
 def _typed_command() -> str:
-    return shlex.join(["prunus", *sys.argv[1:]])
+    return quoted_command("prunus", sys.argv[1:])
 
 
 def _perplexity_row(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from prunus.calibration import Calibration
 from prunus.checkpoint import check_output, load_model
 from prunus.compensation import CompensationOptions, compensate_
-from prunus.errors import OptionError
+from prunus.errors import CalibrationError, OptionError
 from prunus.evaluation.perplexity import read_text
 from prunus.groups import Geometry
 from prunus.importance import get_method, score_groups
@@ -98,6 +98,8 @@ def compare(
         needed=any(method.needs for method in chosen) or compensation is not None,
         progress=progress,
     )
+    if text is None and held_out is None:
+        raise CalibrationError("there is no text left to measure perplexity on; give an evaluation text")
     folder = Path(out)
     (folder / "plans").mkdir(parents=True, exist_ok=True)
     about = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prunus.calibration import Calibration, load_calibration
-from prunus.errors import OptionError
+from prunus.errors import CalibrationError, OptionError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "measure",
     "text_name",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,12 @@ class CalibrationOptions:
     seq_len: int = 512
     seed: int = 0
     text_column: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise OptionError(f"samples is {self.samples}; calibration needs at least one sequence")
+        if self.seq_len < 2:
+            raise OptionError(f"seq_len is {self.seq_len}; a sequence needs at least two tokens")
 
 
 @dataclass(frozen=True)
@@ -88,10 +98,10 @@ def draw_calibration(
     samples = options.samples if needed else 0
     if samples + held_out == 0:
         return None, None
-    drawn = load_calibration(
+    load = partial(
+        load_calibration,
         options.calibration,
         tokenizer,
-        samples=samples + held_out,
         seq_len=options.seq_len,
         seed=options.seed,
         text_column=options.text_column,
@@ -99,7 +109,22 @@ def draw_calibration(
         progress=progress,
     )
     if not held_out:
-        return drawn, None
+        return load(samples=samples), None
+    try:
+        drawn = load(samples=samples + held_out)
+    except CalibrationError:
+        # A text that is just long enough to calibrate on is used for that; one that is not fails here again.
+        enough = load(samples=samples) if samples else None
+        if enough is None:
+            raise
+        logger.warning(
+            "%s has no %d sequences beyond the %d to calibrate on, so perplexity is not measured; give an evaluation "
+            "text, or fewer held-out sequences",
+            options.calibration,
+            held_out,
+            samples,
+        )
+        return enough, None
     return drawn.split(held_out) if samples else (None, drawn)
 
 
