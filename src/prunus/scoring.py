@@ -31,7 +31,7 @@ class ScoringOptions(MethodOptions):
     """How groups are scored.
 
     Attributes:
-        method: importance method: taylor, taylor_2nd, wanda, magnitude or random.
+        method: importance method: taylor, taylor_2nd, gate_fisher, wanda, magnitude or random.
         normalize: how importances of different layers are made comparable.
         batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
         engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
