@@ -193,7 +193,8 @@ def _making(facts: CardFacts) -> str:
     return (
         f"{table}\n\nThe command was\n\n{_block(facts.command, 'sh')}\n\n"
         "and the folder `prunus/` holds the plan and the scores: `prunus apply BASE prunus/plan.json --out DIR` cuts "
-        "the base model again without measuring anything."
+        "the base model again without measuring anything; a compensation of the remaining weights is not part of a "
+        "plan."
     )
 
 
