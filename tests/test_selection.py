@@ -246,7 +246,7 @@ def equal_table(geometry: Geometry, value: float) -> pd.DataFrame:
     return build_table(
         geometry,
         [
-            {a: torch.full((w[a],), value * geometry.group_parameters[a]).double() for a in AXES}
+            {a: torch.full((w[a],), value * geometry.group_parameters[a], dtype=torch.float64) for a in AXES}
             for w in geometry.widths
         ],
     )

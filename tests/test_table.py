@@ -157,7 +157,7 @@ def test_layer_sum_gives_every_layer_and_axis_mean_score_one(geometry, importanc
 
 def test_equal_importances_have_no_spread(geometry):
     """Rounding in the mean must not be blown up into differences."""
-    equal = [{axis: torch.full((widths[axis],), 0.1) for axis in AXES} for widths in geometry.widths]
+    equal = [{axis: torch.full((widths[axis],), 0.1, dtype=torch.float64) for axis in AXES} for widths in geometry.widths]
     np.testing.assert_allclose(build_table(geometry, equal, "zscore")["score"], 0.0, atol=1e-12)
 
 

@@ -28,7 +28,7 @@ from prunus.importance.registry import statistics_for
 from prunus.plan import Plan
 from prunus.statistics.activations import ACTIVATION_STATISTICS
 from prunus.surgery import apply_plan
-from prunus.sweep import sweep
+from prunus.sweep import ENGINES, sweep
 
 CLOSE = {"rtol": 2e-4, "atol": 1e-9}
 #: methods that look at nothing of the model but its shape
@@ -52,10 +52,11 @@ def padded(rows: list[Tensor], side: str, batch_size: int) -> list[Batch]:
     return [Batch(i, m) for i, m in zip(ids.split(batch_size), mask.split(batch_size), strict=True)]
 
 
-def measure(model, method: str, batches: list[Batch], options: MethodOptions | None = None):
+def measure(model, method: str, batches: list[Batch], options: MethodOptions | None = None, engine="resident"):
     """What the package says."""
     options = options or MethodOptions()
-    statistics = sweep(model, batches, statistics_for([METHODS[method]], options), progress=False)
+    wanted = statistics_for([METHODS[method]], options)
+    statistics = sweep(model, batches, wanted, engine=engine, progress=False) if wanted else None
     return score_groups(model, METHODS[method], statistics, options)
 
 
@@ -138,6 +139,35 @@ def magnitude(model, rows, options) -> dict[str, Tensor]:
     return {name: parameter.double().abs() for name, parameter in model.named_parameters()}
 
 
+def gate_fisher(model, rows, options) -> list[dict[str, Tensor]]:
+    """A gate of value 1 in front of every group's slice of the last projection's input; always with summed losses."""
+    family = FAMILIES[model.config.model_type.removeprefix("prunus_")]
+    layers = model.get_submodule(family.layers)
+    groups = [{axis: groups_of(layer, axis, model.config) for axis in AXES} for layer in layers]
+    totals = [{axis: torch.zeros(number, dtype=torch.float64) for axis, number in layer.items()} for layer in groups]
+    for row in rows:
+        gates, handles = {}, []
+        for layer_idx, layer in enumerate(layers):
+            for axis, number in groups[layer_idx].items():
+                if number:
+                    gate = gates[layer_idx, axis] = torch.ones(number, requires_grad=True)
+                    projection = layer.get_submodule(family.block(axis).output.path)
+                    handles.append(
+                        projection.register_forward_pre_hook(
+                            lambda _, args, gate=gate: (args[0].unflatten(-1, (len(gate), -1)) * gate[:, None]).flatten(
+                                -2
+                            )
+                        )
+                    )
+        log_probabilities = torch.log_softmax(model(row[None]).logits[0].float(), dim=-1)
+        loss = -sum(log_probabilities[t, row[t + 1]] for t in range(len(row) - 1))
+        for (layer_idx, axis), gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+            totals[layer_idx][axis] += gradient.double() ** 2 / len(rows)
+        for handle in handles:
+            handle.remove()
+    return totals
+
+
 #: method → importance of every single weight, by parameter name
 ORACLES: dict[str, Callable[..., Mapping[str, Tensor]]] = {
     "taylor": taylor,
@@ -145,14 +175,18 @@ ORACLES: dict[str, Callable[..., Mapping[str, Tensor]]] = {
     "wanda": wanda,
     "magnitude": magnitude,
 }
+#: method → importance of every group, for methods that are not a sum over weights
+GROUP_ORACLES: dict[str, Callable[..., list[dict[str, Tensor]]]] = {"gate_fisher": gate_fisher}
 
 
 def expected(model, method: str, rows: list[Tensor], options: MethodOptions | None = None) -> list[dict[str, Tensor]]:
     """The oracle's weights summed over each group, one group at a time."""
+    if method in GROUP_ORACLES:
+        return GROUP_ORACLES[method](model, rows, options or MethodOptions())
     if method not in ORACLES:
         pytest.fail(
-            f"method {method!r} has no oracle: write its formula for one weight into ORACLES in "
-            "tests/conformance/test_oracles.py (or add it to BLIND, if it looks at neither weights nor data)"
+            f"method {method!r} has no oracle: write its formula, for a weight, into ORACLES (or, for a group, into "
+            "GROUP_ORACLES) in tests/conformance/test_oracles.py; or add it to BLIND, if it looks at nothing"
         )
     prefix = FAMILIES[model.config.model_type.removeprefix("prunus_")].layers
     values = ORACLES[method](model, rows, options or MethodOptions())
@@ -207,6 +241,14 @@ def test_padded(tiny, seeing, side, batch_size):
     assert_equal_importance(actual, expected(tiny.model, seeing, rows))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_layer_by_layer(tiny, seeing, side):
+    """The streamed engine, too."""
+    rows = sequences()
+    actual = measure(tiny.model, seeing, padded(rows, side, 3), engine="streamed")
+    assert_equal_importance(actual, expected(tiny.model, seeing, rows))
+
+
 @pytest.mark.parametrize("method", ["taylor", "taylor_2nd"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -233,8 +275,8 @@ def test_methods_are_told_apart(case):
     model, rows = shared_model(*case), sequences()
     last_batch = expected(model, "taylor", rows[-1:])
     together = expected(model, "taylor", [torch.cat(rows)])
-    found = {method: expected(model, method, rows) for method in ORACLES}
-    for other in (last_batch, together, found["taylor_2nd"], found["wanda"], found["magnitude"]):
+    found = {method: expected(model, method, rows) for method in [*ORACLES, *GROUP_ORACLES]}
+    for other in (last_batch, together, *(found[method] for method in found if method != "taylor")):
         assert not torch.allclose(found["taylor"][0]["mlp"], other[0]["mlp"], rtol=1e-2)
     wrong = expected(model, "taylor_2nd", [torch.cat(rows)] * 2)
     assert not torch.allclose(found["taylor_2nd"][0]["attention"], wrong[0]["attention"], rtol=1e-2)
@@ -287,13 +329,14 @@ def test_permuting_groups_permutes_importance(tiny, seeing, axis):
     assert_equal_importance(after, wanted)
 
 
-def test_of_a_pruned_model(tiny, seeing):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_of_a_pruned_model(tiny, seeing, engine):
     """Importances of ragged models, with absent blocks: a second cut needs them."""
     groups = tiny.geometry.widths[0]
     kept = [{"attention": [], "mlp": [0, 3, 4]}, {"attention": range(groups["attention"])[:1], "mlp": []}]
     ragged = apply_plan(tiny.model, Plan.from_kept(tiny.geometry, kept))
     rows = sequences()
-    actual = measure(ragged, seeing, padded(rows, "left", 2))
+    actual = measure(ragged, seeing, padded(rows, "left", 2), engine=engine)
     assert [{axis: len(by_axis[axis]) for axis in AXES} for by_axis in actual] == [
         {"attention": 0, "mlp": 3},
         {"attention": 1, "mlp": 0},
@@ -343,7 +386,7 @@ def test_blind_methods_look_at_nothing(method):
 
 
 def test_every_method_has_an_oracle():
-    assert METHODS.keys() == ORACLES.keys() | BLIND
+    assert METHODS.keys() == ORACLES.keys() | GROUP_ORACLES.keys() | BLIND
     with pytest.raises(pytest.fail.Exception, match=r"'unheard_of' has no oracle.*ORACLES"):
         expected(shared_model(*CASES[0]), "unheard_of", [])
 
@@ -352,7 +395,7 @@ def test_padding_would_show():
     """The filling of padded batches is ordinary tokens: counting them changes importances."""
     rows = sequences()
     model = shared_model(*CASES[0])
-    for method in ("taylor", "taylor_2nd", "wanda"):
+    for method in ("taylor", "taylor_2nd", "wanda", "gate_fisher"):
         honest = measure(model, method, padded(rows, "left", 4))
         counted = measure(model, method, [Batch(b.input_ids, None) for b in padded(rows, "left", 4)])
         assert not torch.allclose(honest[0]["mlp"], counted[0]["mlp"], rtol=0.02), method
