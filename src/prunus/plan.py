@@ -22,7 +22,9 @@ __all__ = ["KeptGroups", "Plan"]
 
 _FORMAT = "prunus-plan"
 _VERSION = 1
-_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*", re.ASCII)
+#: far more groups than any layer has; a damaged file must not make us allocate the numbers it names
+_MOST_GROUPS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class Plan:
         """
         survivors = self.surviving_layers
         left = tuple(self.layers[i].widths for i in survivors)
-        if later.widths != left or later.model_type != self.model_type:
+        # The family is not compared: a Llama whose heads no longer divide its hidden size goes on as a Mistral.
+        if later.widths != left:
             raise PlanError("the second plan was not made for the model that the first one leaves")
         layers = [KeptGroups((), ())] * len(self.layers)
         for layer_idx, kept in zip(survivors, later.layers, strict=True):
@@ -158,16 +161,19 @@ class Plan:
             raise PlanError(f"plan version {values.get('version')!r} is not {_VERSION}, which this prunus reads")
         try:
             entries = [
-                {axis: (int(layer[axis]["groups"]), layer[axis]["kept"]) for axis in AXES} for layer in values["layers"]
+                {axis: (layer[axis]["groups"], layer[axis]["kept"]) for axis in AXES} for layer in values["layers"]
             ]
-            model_type = str(values["model_type"])
-        except (KeyError, TypeError, ValueError) as error:
+            model_type = values["model_type"]
+        except (KeyError, TypeError) as error:
             raise PlanError(f"malformed plan: {type(error).__name__} {error} while reading its layers") from error
+        if not isinstance(model_type, str):
+            raise PlanError(f"malformed plan: model_type is {model_type!r}, not the name of a family")
         widths, layers = [], []
         for layer_idx, entry in enumerate(entries):
             for axis in AXES:
-                if entry[axis][0] < 0:
-                    raise PlanError(f"layer {layer_idx}, {axis}: {entry[axis][0]} groups")
+                groups = entry[axis][0]
+                if type(groups) is not int or not 0 <= groups <= _MOST_GROUPS:
+                    raise PlanError(f"layer {layer_idx}, {axis}: {groups!r} is not a number of groups")
             widths.append(LayerWidths(*(entry[axis][0] for axis in AXES)))
             layers.append(
                 KeptGroups(
@@ -198,7 +204,7 @@ class Plan:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read the plan {path}: {error}") from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
             raise PlanError(f"{path} is not JSON: {error}") from error
         return cls.from_dict(values)
 
@@ -218,9 +224,12 @@ def _from_ranges(text: Any, groups: int, where: str) -> tuple[int, ...]:
         raise PlanError(f"{where}: kept groups {text!r} are not ranges such as '0-5,8'")
     kept: list[int] = []
     for part in text.split(",") if text else ():
-        first, _, last = part.partition("-")
-        # Checked before the range is expanded: a damaged file must not make us allocate its numbers.
-        if len(first) > 9 or len(last) > 9 or int(last or first) >= groups:
+        digits = part.split("-")
+        if max(map(len, digits)) > 9 or int(digits[-1]) >= groups:
             raise PlanError(f"{where}: kept groups {part!r} are outside the {groups} groups of the model")
-        kept.extend(range(int(first), int(last or first) + 1))
+        first, last = int(digits[0]), int(digits[-1])
+        # Checked range by range, so that no more numbers are allocated than there are groups.
+        if first > last or (kept and first <= kept[-1]):
+            raise PlanError(f"{where}: kept groups {part!r} must ascend without repetition")
+        kept.extend(range(first, last + 1))
     return tuple(kept)
