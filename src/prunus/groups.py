@@ -74,7 +74,13 @@ class Geometry:
         widths = layer_widths_of(config)
         hidden_size = int(config.hidden_size)
         head_dim = int(getattr(config, "head_dim", None) or hidden_size // config.num_attention_heads)
-        layers = submodule(model, family.layers)
+        try:
+            layers = submodule(model, family.layers)
+        except AttributeError:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no {family.layers!r}, where the family {family.model_type!r} keeps its "
+                "decoder layers. Give a causal language model (AutoModelForCausalLM), with adapters merged into it."
+            ) from None
         if len(layers) != len(widths):
             raise UnsupportedModelError(
                 f"the config describes {len(widths)} decoder layers, the model has {len(layers)}"
@@ -138,7 +144,7 @@ class Geometry:
                 group_parameters={axis: int(values["group_parameters"][axis]) for axis in AXES},
                 block_parameters={axis: int(values["block_parameters"][axis]) for axis in AXES},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise PlanError(f"malformed model geometry: {type(error).__name__} {error}") from error
 
     def unit(self, space: Space) -> int:
@@ -238,16 +244,18 @@ class Geometry:
         for block in self.family.blocks:
             if self.widths[layer_idx][block.axis] == 0:
                 continue
+            for path in (*(projection.path for projection in block.projections), *block.norms):
+                try:
+                    submodule(layer, path)
+                except AttributeError:
+                    raise UnsupportedModelError(
+                        f"layer {layer_idx} has no {path!r}, which the family {self.family.model_type!r} describes"
+                    ) from None
             for projection in block.projections:
                 self._check_projection(layer_idx, layer, projection)
 
     def _check_projection(self, layer_idx: int, layer: nn.Module, projection: Projection) -> None:
-        try:
-            module = submodule(layer, projection.path)
-        except AttributeError:
-            raise UnsupportedModelError(
-                f"layer {layer_idx} has no {projection.path!r}, which the family {self.family.model_type!r} describes"
-            ) from None
+        module = submodule(layer, projection.path)
         if type(module) is not nn.Linear:
             raise UnsupportedModelError(
                 f"layer {layer_idx}: {projection.path} is a {type(module).__name__}, not a plain torch.nn.Linear. "
