@@ -177,5 +177,11 @@ def score_groups(
                 f"layer {layer_idx}: method {method.name!r} needs the statistic {error}, which was not taken; "
                 f"it needs a sweep that takes {', '.join(sorted(method.needs)) or 'nothing'}"
             ) from error
+        for axis in AXES:
+            if groups[axis].shape != (expected := (geometry.widths[layer_idx][axis],)):
+                raise StatisticsError(
+                    f"layer {layer_idx}, {axis}: the statistics are of another model: they give importances of shape "
+                    f"{tuple(groups[axis].shape)}, the model's groups are {expected}"
+                )
         importance.append({axis: groups[axis].to("cpu", torch.float64) for axis in AXES})
     return importance

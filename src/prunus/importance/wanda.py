@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from prunus.errors import StatisticsError
 from prunus.families import AXES, Axis
 from prunus.importance.registry import LayerEvidence, MethodOptions, method
 from prunus.statistics.activations import read_activations
@@ -27,6 +28,11 @@ def wanda(layer: LayerEvidence, options: MethodOptions) -> dict[Axis, Tensor]:
                 values[name] = weight.float().abs()
             else:
                 activation = read_activations(layer.statistics, projection, options.activation)
+                if activation.shape != weight.shape[1:]:
+                    raise StatisticsError(
+                        f"layer {layer.layer_idx}: the statistics are of another model: {len(activation)} inputs of "
+                        f"{projection}, which has {weight.shape[1]}"
+                    )
                 values[name] = (weight.float() * activation.to(weight.device).float()).abs()
         importance[axis] = layer.sum_to_groups(axis, values)
     return importance

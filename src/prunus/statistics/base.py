@@ -146,9 +146,10 @@ class Statistics:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["prunus_statistics"])
                 layers: list[dict[str, Tensor]] = [{} for _ in range(about["layers"])]
+                by_number = {str(number): layer for number, layer in enumerate(layers)}
                 for key in file.keys():  # noqa: SIM118 (not a mapping)
                     number, _, name = key.removeprefix("layers.").partition(".")
-                    layers[int(number)][name] = file.get_tensor(key)
+                    by_number[number][name] = file.get_tensor(key)
+            return cls(tuple(layers), about["sequences"], about["loss"], about["provenance"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise StatisticsError(f"{path} is not a prunus statistics file: {error}") from error
-        return cls(tuple(layers), about["sequences"], about["loss"], about["provenance"])
+            raise StatisticsError(f"{path} is not a prunus statistics file: {type(error).__name__} {error}") from error
