@@ -16,9 +16,8 @@ def random(layer: LayerEvidence, options: MethodOptions) -> dict[Axis, Tensor]:
     """
     importance: dict[Axis, Tensor] = {}
     for number, axis in enumerate(AXES):
-        generator = torch.Generator().manual_seed(
-            (options.random_seed * 1_000_003 + layer.layer_idx) * len(AXES) + number
-        )
+        seed = (options.random_seed * 1_000_003 + layer.layer_idx) * len(AXES) + number
+        generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger ones
         uniform = torch.rand(layer.geometry.widths[layer.layer_idx][axis], generator=generator, dtype=torch.float64)
         importance[axis] = uniform * layer.geometry.group_parameters[axis]
     return importance
