@@ -51,14 +51,19 @@ def layer_calls(model: Any, layers_path: str, batch: Batch) -> LayerCalls:
         arguments.append(kwargs)
         return hidden_states
 
+    # A layer may have a forward of its own: accelerate wraps it so.
+    own = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
             layer.forward = note
         mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
         decoder(input_ids=batch.input_ids.to(model.device), attention_mask=mask, use_cache=False)
     finally:
-        for layer in layers:
-            del layer.forward  # the class' own forward shows again
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.forward  # that of the class shows again
+            else:
+                layer.forward = forward
     return LayerCalls(entered[0], arguments)
 
 
