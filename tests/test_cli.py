@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -317,16 +316,16 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind(tmp_path, folder, text):
         "--calibration",
         str(text),
         "--samples",
-        "800",
+        "8",
         "--seq-len",
         "32",
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    # The child says when it has begun its passes: then it is in the middle of the work.
+    # The child says when it has begun its passes, and then waits there: it is interrupted in the middle of the work.
     program = (
-        "import sys, prunus.sweep.resident as r; run = r._run_batch\n"
-        "def told(*a, **k): print('sweeping', flush=True); return run(*a, **k)\n"
-        "r._run_batch = told\nfrom prunus.cli import main\nsys.exit(main(sys.argv[1:]))"
+        "import sys, time, prunus.sweep.resident as resident\n"
+        "def told(*args): print('sweeping', flush=True); time.sleep(120)\n"
+        "resident._run_batch = told\nfrom prunus.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", program, *words],
@@ -336,7 +335,6 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind(tmp_path, folder, text):
         env=environment,
     )
     assert child.stdout.readline() == "sweeping\n"
-    time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130

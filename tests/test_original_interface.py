@@ -778,7 +778,7 @@ def test_a_full_folder_is_kept_unless_overwriting(folder, tmp_path, capsys):
 def test_interruption_and_lack_of_memory_leave_no_traceback(monkeypatch, capsys):
     for error, status, message in (
         (KeyboardInterrupt(), 130, "interrupted"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "--batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "smaller batch size"),
     ):
 
         def fail(*arguments, error=error, **options):

@@ -102,7 +102,9 @@ def oracle(groups: pd.DataFrame, normalization: str) -> np.ndarray:
         elif normalization == "layer_mean":
             result[here] = values / values.mean() if values.mean() else values * 0
         elif normalization == "zscore":
-            result[here] = (values - values.mean()) / (values.std() or 1.0) * cost[here]
+            spread = values.std()
+            equal = spread <= 1e-12 * abs(values).max()
+            result[here] = 0.0 if equal else (values - values.mean()) / spread * cost[here]
         else:
             smaller = (values[:, None] > values[None, :]).sum(axis=1)
             before = np.array([(values[:i] == values[i]).sum() for i in range(number)])
@@ -157,7 +159,9 @@ def test_layer_sum_gives_every_layer_and_axis_mean_score_one(geometry, importanc
 
 def test_equal_importances_have_no_spread(geometry):
     """Rounding in the mean must not be blown up into differences."""
-    equal = [{axis: torch.full((widths[axis],), 0.1, dtype=torch.float64) for axis in AXES} for widths in geometry.widths]
+    equal = [
+        {axis: torch.full((widths[axis],), 0.1, dtype=torch.float64) for axis in AXES} for widths in geometry.widths
+    ]
     np.testing.assert_allclose(build_table(geometry, equal, "zscore")["score"], 0.0, atol=1e-12)
 
 

@@ -126,8 +126,10 @@ def normalize(groups: pd.DataFrame, normalization: Normalization) -> pd.Series:
         return by_layer.rank(method="first") / by_layer.transform("size") * cost
     mean = by_layer.transform("mean")
     if normalization == "zscore":
-        spread = by_layer.transform("std", ddof=0).replace(0.0, 1.0)
-        return (importance - mean) / spread * cost
+        spread = by_layer.transform("std", ddof=0)
+        # Equal importances have a spread of rounding errors, which must not be blown up into differences.
+        rounding = 1e-12 * importance.abs().groupby([groups["layer_idx"], groups["group_type"]]).transform("max")
+        return (importance - mean) / spread.where(spread > rounding, 1.0) * cost
     # A layer whose importances are all zero has nothing to share out: its groups stay at zero.
     relative = importance / mean.replace(0.0, 1.0)
     return relative * cost if normalization == "layer_sum" else relative
