@@ -82,12 +82,12 @@ def build_table(geometry: Geometry, importance: Importance, normalization: Norma
 def rank_table(groups: pd.DataFrame, normalization: Normalization = "none") -> pd.DataFrame:
     """Score the groups by their normalised importance per cost, and sort; `importance` itself stays as it was.
 
-    Ties are broken by layer, axis and group, so that the order depends on nothing else.
+    Ties are broken by layer, axis, importance and group, so that the order depends on nothing else.
     """
     # Before the scores, too: ranks of ties, and the rounding of a layer's mean, would follow the order of the rows.
     table = groups.sort_values(["layer_idx", "group_type", "group_idx"], kind="stable", ignore_index=True)
     table["score"] = normalize(table, normalization) / table["cost"]
-    table = table.sort_values("score", kind="stable", ignore_index=True)
+    table = table.sort_values(["score", "layer_idx", "group_type", "importance", "group_idx"], ignore_index=True)
     return table[list(COLUMNS)]
 
 
