@@ -3,6 +3,12 @@
 `pydoc_data.topics` holds the language reference as text, some 110,000 tokens of English prose with code in it. The text
 differs between Python versions, so the same seed gives other tokens on another version: the provenance names the
 version and carries the hash of the tokens.
+
+Why this text: SmolLM2-135M cut by 20 % with `taylor` on 32 x 512 tokens has a perplexity (8 windows of 1024 of
+wikitext-2 / of C4; dense 29.2 / 28.5) of 82.5 / 76.8 with it, of 101.5 / 95.8 with text that the model writes from its
+begin-of-text token, and of 96.2 / 85.6 with the docstrings of the standard library. With C4 itself it is 71.1 / 62.9:
+ordinary text is better where there is some. Another seed moves these figures by 4 to 10 %.
+benchmarks/default_calibration.py repeats the comparison.
 """
 
 from __future__ import annotations
@@ -26,8 +32,8 @@ def embedded_name() -> str:
 def embedded_documents() -> list[str]:
     """The topics of Python's built-in help, one document each, in a fixed order and without layout.
 
-    Lines under headings go, and paragraphs of prose are put back on one line, so that the text looks more like text
-    elsewhere; code stays as it is.
+    Lines under headings go, and paragraphs of prose are put back on one line; code stays as it is. Against the text as
+    it ships this was 4 to 7 % better at 10 % cut and 2 to 4 % worse at 20 %, which is no more than another seed makes.
 
     Raises:
         CalibrationError: this Python was packaged without its manual.
