@@ -323,6 +323,8 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind(tmp_path, folder, text):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     # The child says when it has begun its passes, and then waits there: it is interrupted in the middle of the work.
     program = (
+        # A shell that runs the tests in the background has them ignore SIGINT, and children inherit that.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, time, prunus.sweep.resident as resident\n"
         "def told(*args): print('sweeping', flush=True); time.sleep(120)\n"
         "resident._run_batch = told\nfrom prunus.cli import main\nsys.exit(main(sys.argv[1:]))"
