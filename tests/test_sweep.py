@@ -197,18 +197,15 @@ def test_long_sequences_go_through_the_head_in_chunks(engine):
     """More positions than one chunk of the loss holds, in a batch; the gradient must not know."""
     model = make_model("llama", "gqa", max_position_embeddings=1024)
     ids = random_tokens(2, 600, seed=8)
-    found = sweep(model, [Batch(ids, None)], [WeightGradients()], engine=engine, progress=False).layers[0]
+    statistics = sweep(model, [Batch(ids, None)], [WeightGradients()], engine=engine, progress=False)
     model.zero_grad()
     loss = functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
-    layer = model.model.layers[0]
-    expected = sum(
-        (p.weight * p.weight.grad).abs().sum(dim=1 - (p is layer.mlp.down_proj))
-        if p is not layer.mlp.down_proj
-        else (p.weight * p.weight.grad).abs().sum(dim=0)
-        for p in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-    )
-    torch.testing.assert_close(found["first_order.mlp"], expected.detach().double(), rtol=1e-3, atol=1e-8)
+    assert statistics.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+    mlp = model.model.layers[0].mlp
+    rows = sum((p.weight * p.weight.grad).abs().sum(dim=1) for p in (mlp.gate_proj, mlp.up_proj))
+    expected = (rows + (mlp.down_proj.weight * mlp.down_proj.weight.grad).abs().sum(dim=0)).detach().double()
+    torch.testing.assert_close(statistics.layers[0]["first_order.mlp"], expected, rtol=1e-3, atol=1e-8)
 
 
 # --- what goes wrong ---

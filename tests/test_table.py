@@ -195,6 +195,20 @@ def test_csv_keeps_every_digit(data, tmp_path_factory):
     assert [p.name for p in path.parent.iterdir()] == ["groups.csv"]
 
 
+def test_csv_keeps_every_digit_of_awkward_numbers(geometry, tmp_path):
+    """Random mantissas over many orders of magnitude, which a quick parser misses in the last digit."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(groups: int) -> torch.Tensor:
+        mantissa, exponent = (torch.rand(groups, generator=generator, dtype=torch.float64) for _ in range(2))
+        return mantissa * 10 ** (200 * (exponent - 0.5))
+
+    for _ in range(10):
+        table = build_table(geometry, [{axis: draw(widths[axis]) for axis in AXES} for widths in geometry.widths])
+        save_table(table, tmp_path / "groups.csv")
+        pd.testing.assert_frame_equal(load_table(tmp_path / "groups.csv"), table, check_exact=True)
+
+
 def test_additional_columns_and_any_order_of_rows_are_welcome(table, tmp_path):
     more = table.assign(note="checked by hand").sample(frac=1, random_state=0)
     save_table(more, tmp_path / "groups.csv")

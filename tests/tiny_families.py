@@ -53,7 +53,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "qwen2": {
         "gqa-tied": {**GQA, **TIED},
         "mha": MHA,
-        "mqa": MQA,
+        # A sliding window in layer 1 alone: what is left of the layers has to keep its own kind of attention.
+        "mqa-window": {**MQA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     },
     "qwen3": {
         "gqa-wide-heads": {**GQA, "head_dim": 12},
