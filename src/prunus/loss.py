@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["IGNORE_INDEX", "chunked_cross_entropy", "head_function", "next_token_labels"]
+__all__ = ["IGNORE_INDEX", "chunked_cross_entropy", "head_function", "next_token_labels", "sequence_losses"]
 
 #: label of a position that predicts nothing
 IGNORE_INDEX = -100
@@ -96,13 +96,23 @@ def chunked_cross_entropy(
     for start in range(0, seq_len, step):
         part = hidden[:, start : start + step], labels[:, start : start + step]
         if torch.is_grad_enabled():
-            total = total + checkpoint(_sequence_losses, *part, head_fn, use_reentrant=False)
+            total = total + checkpoint(sequence_losses, *part, head_fn, use_reentrant=False)
         else:
-            total += _sequence_losses(*part, head_fn)
+            total += sequence_losses(*part, head_fn)
     return total
 
 
-def _sequence_losses(hidden: Tensor, labels: Tensor, head_fn: Callable[[Tensor], Tensor]) -> Tensor:
+def sequence_losses(hidden: Tensor, labels: Tensor, head_fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum of the token losses of every sequence, with all logits in memory at once; see `chunked_cross_entropy`.
+
+    Args:
+        hidden: hidden states after the final norm, shape (batch, positions, hidden_size).
+        labels: int64, shape (batch, positions).
+        head_fn: hidden states → logits, see `head_function`.
+
+    Returns:
+        float32, shape (batch,). Differentiable; the backward pass uses the logits of the forward pass.
+    """
     logits = head_fn(hidden).float()
     losses = functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten().to(logits.device), ignore_index=IGNORE_INDEX, reduction="none"

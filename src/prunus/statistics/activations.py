@@ -43,11 +43,12 @@ class ActivationStatistics(Statistic):
     def on_input(self, flow: Flow) -> None:
         """Add a batch."""
         x = flow.tokens(flow.x).float()
+        magnitude = x.abs()
         moments = {
             "sum": x.sum(dim=0).double(),
-            "abs_sum": x.abs().sum(dim=0).double(),
+            "abs_sum": magnitude.sum(dim=0).double(),
             "square": x.square().sum(dim=0).double(),
-            "max": x.abs().amax(dim=0).double(),
+            "max": magnitude.amax(dim=0).double(),
             "tokens": torch.tensor([len(x)], dtype=torch.float64, device=x.device),
         }
         key = (flow.layer_idx, flow.projection.name)

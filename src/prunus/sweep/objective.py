@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunus.loss import chunked_cross_entropy
+from prunus.loss import sequence_losses
 
 __all__ = ["losses_and_gradient"]
 
@@ -37,8 +37,7 @@ def losses_and_gradient(
         part = slice(start, start + step)
         leaf = hidden[:, part].detach().requires_grad_()
         with torch.enable_grad():
-            # The parts are already chunks; a chunk no smaller than the part keeps it from being cut again.
-            loss = chunked_cross_entropy(leaf, head_fn, labels[:, part], chunk=batch * step)
+            loss = sequence_losses(leaf, labels[:, part], head_fn)
             (gradient[:, part],) = torch.autograd.grad(loss.sum(), leaf)
         losses += loss.detach()
     return losses, gradient
