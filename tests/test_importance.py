@@ -90,7 +90,7 @@ def test_a_method_of_ones_own(model, statistics, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fisher_scale": "median"}, "fisher scale 'median' is unknown; choose mean or sum"),
+        ({"hessian": "median"}, "Hessian estimate 'median' is unknown; choose one of mean_loss"),
         ({"activation": "mode"}, "activation statistic 'mode' is unknown; choose one of mean_abs"),
     ],
 )
@@ -109,7 +109,7 @@ def test_each_statistic_is_taken_once():
     assert kinds("wanda", "magnitude") == [ActivationStatistics]
     assert kinds("gate_fisher") == [GateGradients]
     assert kinds(*METHODS) == [WeightGradients, ActivationStatistics, GateGradients]
-    (plain,) = statistics_for([METHODS["taylor"]], MethodOptions(fisher_scale="sum"))
+    (plain,) = statistics_for([METHODS["taylor"]], MethodOptions(hessian="empirical_fisher"))
     assert (plain.squares, plain.loss_scale) == (False, "sum")
     (both,) = statistics_for([METHODS["taylor"], METHODS["taylor_2nd"]], MethodOptions())
     assert (both.squares, both.loss_scale) == (True, "mean")

@@ -21,7 +21,7 @@ from prunus.compensation import CompensationOptions
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import perplexity, read_text
 from prunus.families import AXES, Axis
-from prunus.importance import get_method
+from prunus.importance.hybrid import DEFAULT_MIX, Weights
 from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, draw_calibration
 from prunus.inspection import inspect as inspect_model
 from prunus.packaged_model import resolve_model
@@ -60,9 +60,25 @@ def _split_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[float, ...]:
         raise OptionError(f"{error}; write numbers such as 0.1,0.2,0.4") from error
 
 
+def _split_weights(type_: Any, tokens: Sequence[Token]) -> tuple[tuple[str, float], ...]:
+    try:
+        pairs = [part.split("=") for part in _split_commas(type_, tokens)]
+        return tuple((name.strip(), float(weight)) for name, weight in pairs)
+    except ValueError as error:
+        raise OptionError(f"hybrid: {error}; write methods and weights such as taylor=0.5,wanda=0.5") from error
+
+
+def _join_weights(weights: Weights) -> str:
+    return ",".join(f"{name}={weight:g}" for name, weight in weights)
+
+
 @dataclass(frozen=True)
 class _ScoringFlags(ScoringOptions):
     __doc__ = ScoringOptions.__doc__
+    hybrid: Annotated[Weights, Parameter(converter=_split_weights, negative="", show_default=_join_weights)] = (
+        DEFAULT_MIX
+    )
+    candidates: Annotated[tuple[str, ...], Parameter(converter=_split_commas, negative="")] = ScoringOptions.candidates
     # One --seed for a run, that of the calibration options.
     random_seed: Annotated[int, Parameter(parse=False)] = 0
 
@@ -82,6 +98,7 @@ _COMPENSATION = Group("Compensation", sort_key=5)
 CompensationFlags = Annotated[CompensationOptions, Parameter(name="*", group=_COMPENSATION)]
 EvaluationFlags = Annotated[EvaluationOptions, Parameter(name="*", group=Group("Evaluation", sort_key=6))]
 Flag = Annotated[bool, Parameter(negative="")]
+Rounds = Annotated[int, Parameter(group=Group("Selection", sort_key=4))]
 
 
 @app.command
@@ -96,6 +113,7 @@ def prune(
     selection: SelectionFlags = _SelectionFlags(),
     compensate: Annotated[bool, Parameter(group=_COMPENSATION)] = False,
     compensation: CompensationFlags = CompensationOptions(),
+    rounds: Rounds = 1,
     evaluation: EvaluationFlags = EvaluationOptions(),
     where: ModelFlags = ModelOptions(),
     overwrite: Flag = False,
@@ -108,6 +126,7 @@ def prune(
         out: folder for the result; it appears when it is complete.
         ratio: share of all parameters to remove, in [0, 1).
         compensate: repair the remaining weights by least squares on the calibration sequences.
+        rounds: cut in so many equal parts, scoring what is left (and repaired) before each next one.
         overwrite: replace an earlier result in the folder.
         json: print the metrics as JSON.
     """
@@ -119,6 +138,7 @@ def prune(
         scoring=_seeded(scoring, calibration),
         constraints=selection,
         compensation=compensation if compensate else None,
+        rounds=rounds,
         evaluation=evaluation,
         model_options=where,
         overwrite=overwrite,
@@ -159,8 +179,7 @@ def score(
     """
     check_output(out, overwrite)
     live, tokenizer = load_model(resolve_model(model), dtype=where.dtype, device=where.device)
-    needed = bool(get_method(scoring.method).needs)
-    sequences, _ = draw_calibration(live, tokenizer, calibration, held_out=0, needed=needed)
+    sequences, _ = draw_calibration(live, tokenizer, calibration, held_out=0, needed=scoring.needs_calibration)
     result = score_model(live, sequences, _seeded(scoring, calibration))
     result.save(out)
     if json:
@@ -325,6 +344,7 @@ def compare(
     selection: SelectionFlags = _SelectionFlags(),
     compensate: Annotated[bool, Parameter(group=_COMPENSATION)] = False,
     compensation: CompensationFlags = CompensationOptions(),
+    rounds: Rounds = 1,
     evaluation: EvaluationFlags = EvaluationOptions(),
     where: ModelFlags = ModelOptions(),
     overwrite: Flag = False,
@@ -338,6 +358,7 @@ def compare(
         ratios: shares of all parameters to remove, e.g. `0.1,0.2,0.4`.
         out: folder for comparison.csv, comparison.json, comparison.png and the plans.
         compensate: measure each result also with the remaining weights repaired by least squares.
+        rounds: cut in so many equal parts, scoring what is left (and repaired) before each next one.
         overwrite: replace an earlier comparison in the folder.
         json: print the rows as JSON.
     """
@@ -350,6 +371,7 @@ def compare(
         scoring=_seeded(scoring, calibration),
         constraints=selection,
         compensation=compensation if compensate else None,
+        rounds=rounds,
         evaluation=evaluation,
         model_options=where,
         overwrite=overwrite,
@@ -375,7 +397,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _seeded(scoring: ScoringOptions, calibration: CalibrationOptions) -> ScoringOptions:
-    return ScoringOptions(**{**scoring.__dict__, "random_seed": calibration.seed})
+    # Weights for a mixture ask for one.
+    method = "hybrid" if scoring.hybrid != DEFAULT_MIX else scoring.method
+    if method != scoring.method and scoring.method != ScoringOptions.method:
+        raise OptionError(f"--hybrid goes with --method hybrid, not with --method {scoring.method}")
+    return ScoringOptions(**{**scoring.__dict__, "method": method, "random_seed": calibration.seed})
 
 
 def _typed_command() -> str:

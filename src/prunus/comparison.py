@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,28 +11,21 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from prunus.calibration import Calibration
-from prunus.checkpoint import check_output, load_model
-from prunus.compensation import CompensationOptions, compensate_
+from prunus.compensation import CompensationOptions
 from prunus.errors import CalibrationError, OptionError
-from prunus.evaluation.perplexity import read_text
-from prunus.groups import Geometry
-from prunus.importance import get_method, score_groups
-from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, draw_calibration, measure, text_name
-from prunus.metering import Cost, metered
-from prunus.packaged_model import resolve_model
-from prunus.scoring import ScoringOptions, take_statistics
-from prunus.selection import Constraints, check_ratio, check_reachable, select
-from prunus.statistics import Statistics
-from prunus.surgery import apply_plan
-from prunus.table import build_table
+from prunus.inputs import CalibrationOptions, EvaluationOptions, Inputs, ModelOptions, model_name, open_inputs
+from prunus.metering import metered
+from prunus.pipeline import prune
+from prunus.replacing import replacing
+from prunus.rounds import schedule
+from prunus.scoring import Score, ScoringOptions, score_by_methods
+from prunus.selection import Constraints
 from prunus.version import __version__
 
 __all__ = ["compare", "plot_comparison"]
 
-logger = logging.getLogger(__name__)
-
 DENSE = "dense"
+COLUMNS = ("method", "ratio", "compensated", "parameters", "perplexity", "relative", "seconds", "peak_bytes")
 
 
 def compare(
@@ -46,6 +38,7 @@ def compare(
     scoring: ScoringOptions | None = None,
     constraints: Constraints | None = None,
     compensation: CompensationOptions | None = None,
+    rounds: int = 1,
     evaluation: EvaluationOptions | None = None,
     model_options: ModelOptions | None = None,
     overwrite: bool = False,
@@ -65,6 +58,7 @@ def compare(
         scoring: normalisation and method options; its `method` is not read.
         constraints: what may be cut.
         compensation: also measure each result with the remaining weights repaired; None = plain slicing only.
+        rounds: cut in so many parts, see `prunus.prune`.
         evaluation: how the models are compared.
         model_options: device and dtype.
         overwrite: replace an earlier comparison.
@@ -72,125 +66,115 @@ def compare(
 
     Returns:
         One row for the dense model and one per result, with the columns method, ratio, compensated, parameters,
-        perplexity, relative (to dense), seconds and peak_bytes (of the pass that took the method's statistics, shared
-        or not, of scoring, and of compensation).
+        perplexity, relative (to dense), seconds and peak_bytes (of all passes that led to the result, shared or not).
     """
     calibration, scoring = calibration or CalibrationOptions(), scoring or ScoringOptions()
-    evaluation, model_options = evaluation or EvaluationOptions(), model_options or ModelOptions()
-    chosen = [get_method(name) for name in dict.fromkeys(methods)]
-    if not chosen or not ratios:
+    evaluation = evaluation or EvaluationOptions()
+    each = [replace(scoring, method=name) for name in dict.fromkeys(methods)]
+    if not each or not ratios:
         raise OptionError("compare needs at least one method and one ratio")
     if evaluation.eval_text is None and evaluation.held_out == 0:
         raise OptionError("compare measures perplexity: give an evaluation text, or hold out calibration sequences")
     for ratio in ratios:
-        check_ratio(ratio)
-    check_output(out, overwrite)
-    text = read_text(evaluation.eval_text) if evaluation.eval_text else None
-    dense, tokenizer = load_model(resolve_model(model), dtype=model_options.dtype, device=model_options.device)
-    geometry = Geometry.of(dense)
-    for ratio in ratios:
-        check_reachable(geometry, ratio, constraints)
-    sequences, held_out = draw_calibration(
-        dense,
-        tokenizer,
+        schedule(ratio, rounds)
+    inputs = open_inputs(
+        model,
+        out,
+        ratios,
+        constraints,
         calibration,
-        held_out=0 if text else evaluation.held_out,
-        needed=any(method.needs for method in chosen) or compensation is not None,
+        evaluation,
+        model_options or ModelOptions(),
+        calibrate=any(options.needs_calibration for options in each) or compensation is not None,
+        save_model=False,
+        overwrite=overwrite,
         progress=progress,
     )
-    if text is None and held_out is None:
+    if not inputs.measurable:
         raise CalibrationError("there is no text left to measure perplexity on; give an evaluation text")
-    folder = Path(out)
-    (folder / "plans").mkdir(parents=True, exist_ok=True)
     about = {
         "prunus": __version__,
-        "model": Path(model).name,
-        "calibration": sequences.provenance.to_dict() if sequences else None,
+        "model": model_name(model),
+        "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
         "normalize": scoring.normalize,
+        "rounds": rounds,
     }
-    passes = _passes(dense, sequences, [method.name for method in chosen], scoring, progress)
-
-    def evaluate(candidate: Any) -> float:
-        result = measure(candidate, tokenizer, text, held_out, evaluation, progress=progress)
-        assert result is not None
-        about["evaluation"] = {"text": text_name(evaluation, calibration), "protocol": result.protocol}
-        return result.perplexity
-
-    rows: list[dict[str, Any]] = [
-        {
-            "method": DENSE,
-            "ratio": 0.0,
-            "compensated": False,
-            "parameters": geometry.total_parameters,
-            "perplexity": evaluate(dense),
-        }
-    ]
-    for method in chosen:
-        statistics, cost = passes[method.name]
-        with metered(dense.device) as scoring_cost:
-            importance = score_groups(dense, method, statistics, replace(scoring, method=method.name))
-            table = build_table(geometry, importance, scoring.normalize)
+    record = _Record(inputs, Path(out), about, progress)
+    record.add(inputs.model, method=DENSE, ratio=0.0, compensated=False)
+    scores = score_by_methods(inputs.model, inputs.calibration, each, progress=progress)
+    repairs = [None, compensation] if compensation is not None else [None]
+    for options in each:
         for ratio in ratios:
-            plan = select(table, geometry, ratio, constraints)
-            plan.save(folder / "plans" / f"{method.name}-{ratio:g}.json")
-            smaller = apply_plan(dense, plan)
-            row = {
-                "method": method.name,
-                "ratio": ratio,
-                "compensated": False,
-                "parameters": smaller.num_parameters(),
-                "perplexity": evaluate(smaller),
-                "seconds": round(cost.seconds + scoring_cost.seconds, 1),
-                "peak_bytes": max(filter(None, (cost.peak_bytes, scoring_cost.peak_bytes)), default=None),
-            }
-            rows.append(row)
-            _write(folder, rows, about)
-            if compensation is not None:
-                assert sequences is not None
-                batches = list(sequences.batches(scoring.batch_size))
-                with metered(dense.device) as repair_cost:
-                    compensate_(smaller, dense, plan, batches, compensation, progress=progress)
-                rows.append(
-                    {
-                        **row,
-                        "compensated": True,
-                        "perplexity": evaluate(smaller),
-                        "seconds": round(row["seconds"] + repair_cost.seconds, 1),
-                        "peak_bytes": max(filter(None, (row["peak_bytes"], repair_cost.peak_bytes)), default=None),
-                    }
-                )
-                _write(folder, rows, about)
-    comparison = _write(folder, rows, about)
-    plot_comparison(comparison, folder / "comparison.png")
-    return comparison
+            for repair in repairs:
+                _add_result(record, scores[options.method], options, ratio, constraints, repair, rounds)
+    plot_comparison(record.frame, Path(out) / "comparison.png")
+    return record.frame
 
 
-def _passes(
-    model: Any, sequences: Calibration | None, methods: Sequence[str], scoring: ScoringOptions, progress: bool
-) -> dict[str, tuple[Statistics | None, Cost]]:
-    """The statistics of each method, and what the pass that took them cost."""
-    kinds: dict[str, list[str]] = {}
-    for name in methods:
-        needs = get_method(name).needs
-        kind = "none" if not needs else "forward" if needs <= {"activations"} else "backward"
-        kinds.setdefault(kind, []).append(name)
-    passes: dict[str, tuple[Statistics | None, Cost]] = {}
-    for names in kinds.values():
-        with metered(model.device) as cost:
-            statistics = take_statistics(model, sequences, names, scoring, progress=progress)
-        passes |= dict.fromkeys(names, (statistics, cost))
-    return passes
-
-
-def _write(folder: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> pd.DataFrame:
-    frame = pd.DataFrame(
-        rows, columns=["method", "ratio", "compensated", "parameters", "perplexity", "seconds", "peak_bytes"]
+def _add_result(
+    record: _Record,
+    scored: Score,
+    options: ScoringOptions,
+    ratio: float,
+    constraints: Constraints | None,
+    repair: CompensationOptions | None,
+    rounds: int,
+) -> None:
+    """Prune in one way, keep the plan, and measure."""
+    inputs = record.inputs
+    with metered(inputs.model.device) as cost:
+        result = prune(
+            inputs.model,
+            ratio,
+            inputs.calibration,
+            scoring=options,
+            constraints=constraints,
+            compensation=repair,
+            rounds=rounds,
+            scored=scored,
+            progress=record.progress,
+        )
+    suffix = "-compensated" if repair else ""
+    (record.folder / "plans").mkdir(parents=True, exist_ok=True)
+    result.plan.save(record.folder / "plans" / f"{options.method}-{ratio:g}{suffix}.json")
+    peaks = [peak for peak in (scored.about["peak_bytes"], cost.peak_bytes) if peak is not None]
+    record.add(
+        result.model,
+        method=options.method,
+        ratio=ratio,
+        compensated=repair is not None,
+        seconds=round(scored.about["seconds"] + cost.seconds, 1),
+        peak_bytes=max(peaks, default=None),
     )
-    frame.insert(5, "relative", frame["perplexity"] / frame["perplexity"].iloc[0])
-    frame.to_csv(folder / "comparison.csv", index=False)
-    records = json.loads(frame.to_json(orient="records"))
-    (folder / "comparison.json").write_text(json.dumps({**about, "rows": records}, indent=1) + "\n", encoding="utf-8")
-    return frame
+
+
+class _Record:
+    """The rows so far, which are on disk after each measurement."""
+
+    def __init__(self, inputs: Inputs, folder: Path, about: Mapping[str, Any], progress: bool):
+        self.inputs, self.folder, self.progress = inputs, folder, progress
+        self._about = dict(about)
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, model: Any, **row: Any) -> None:
+        """Measure a model and write its row."""
+        result = self.inputs.measure(model, progress=self.progress)
+        assert result is not None
+        self._about["evaluation"] = {"text": self.inputs.text_name, "protocol": result.protocol}
+        self._rows.append({**row, "parameters": model.num_parameters(), "perplexity": result.perplexity})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.folder / "comparison.csv") as partial:
+            self.frame.to_csv(partial, index=False)
+        records = json.loads(self.frame.to_json(orient="records"))
+        with replacing(self.folder / "comparison.json") as partial:
+            partial.write_text(json.dumps({**self._about, "rows": records}, indent=1) + "\n", encoding="utf-8")
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per measurement."""
+        frame = pd.DataFrame(self._rows, columns=[column for column in COLUMNS if column != "relative"])
+        frame["relative"] = frame["perplexity"] / frame["perplexity"].iloc[0]
+        return frame[list(COLUMNS)]
 
 
 def plot_comparison(comparison: pd.DataFrame, path: str | Path) -> None:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prunus.calibration import Calibration, load_calibration
+from prunus.checkpoint import check_disk, check_output, load_model, model_bytes
 from prunus.errors import CalibrationError, OptionError
-from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows
+from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows, read_text
+from prunus.groups import Geometry
+from prunus.packaged_model import resolve_model
+from prunus.selection import Constraints, check_ratio, check_reachable
 
 __all__ = [
     "CalibrationOptions",
     "EvaluationOptions",
+    "Inputs",
     "ModelOptions",
     "draw_calibration",
-    "measure",
-    "text_name",
+    "model_name",
+    "open_inputs",
 ]
 
 logger = logging.getLogger(__name__)
@@ -128,28 +134,110 @@ def draw_calibration(
     return drawn.split(held_out) if samples else (None, drawn)
 
 
-def measure(
-    model: Any,
-    tokenizer: Any,
-    text: str | None,
-    held_out: Calibration | None,
-    options: EvaluationOptions,
+@dataclass(frozen=True)
+class Inputs:
+    """A model and its texts, checked and loaded.
+
+    Attributes:
+        source: folder or Hub id that the model was loaded from.
+        model: the dense model.
+        tokenizer: its tokenizer.
+        geometry: its shape.
+        calibration: sequences to calibrate on; None where nothing needs any.
+        held_out: sequences to measure perplexity on; None where there is a text, or nothing is measured.
+        text: the text to measure perplexity on, if one was given.
+        text_name: what perplexity is measured on, for a reader.
+        evaluation: how perplexity is measured.
+    """
+
+    source: str
+    model: Any
+    tokenizer: Any
+    geometry: Geometry
+    calibration: Calibration | None
+    held_out: Calibration | None
+    text: str | None
+    text_name: str
+    evaluation: EvaluationOptions
+
+    @property
+    def measurable(self) -> bool:
+        """Whether there is anything to measure perplexity on."""
+        return self.text is not None or self.held_out is not None
+
+    def measure(self, model: Any, *, progress: bool = True) -> PerplexityResult | None:
+        """Perplexity of a model, dense or pruned, on the text, else on held-out sequences, else nothing."""
+        if self.text is not None:
+            return perplexity(
+                model,
+                self.tokenizer,
+                self.text,
+                seq_len=self.evaluation.eval_seq_len,
+                max_windows=self.evaluation.eval_windows,
+                progress=progress,
+            )
+        if self.held_out is not None:
+            return perplexity_of_windows(model, self.held_out.input_ids, progress=progress)
+        return None
+
+
+def open_inputs(
+    model: str,
+    out: str | Path,
+    ratios: Sequence[float],
+    constraints: Constraints | None,
+    calibration: CalibrationOptions,
+    evaluation: EvaluationOptions,
+    model_options: ModelOptions,
     *,
+    calibrate: bool,
+    save_model: bool,
+    overwrite: bool,
     progress: bool = True,
-) -> PerplexityResult | None:
-    """Perplexity on the evaluation text, else on held-out calibration sequences, else nothing."""
-    if text is not None:
-        return perplexity(
-            model, tokenizer, text, seq_len=options.eval_seq_len, max_windows=options.eval_windows, progress=progress
-        )
-    if held_out is not None:
-        return perplexity_of_windows(model, held_out.input_ids, progress=progress)
-    return None
+) -> Inputs:
+    """Check whatever can be checked, cheapest first, then load the model and its texts.
 
+    Args:
+        model: a folder, a Hub id, or `smollm2-135m`.
+        out: folder for the result.
+        ratios: shares of all parameters to remove.
+        constraints: what may be cut.
+        calibration: the text to calibrate on.
+        evaluation: what to measure on.
+        model_options: device and dtype.
+        calibrate: whether anything needs calibration sequences.
+        save_model: whether pruned models will be written to `out`.
+        overwrite: replace an earlier result.
+        progress: show progress bars on a terminal.
 
-def text_name(evaluation: EvaluationOptions, calibration: CalibrationOptions) -> str:
-    """What `measure` measures on, for a reader."""
+    Raises:
+        PrunusError: whatever is wrong with options, model, text or folder.
+    """
+    for ratio in ratios:
+        check_ratio(ratio)
+    check_output(out, overwrite)
+    text = read_text(evaluation.eval_text) if evaluation.eval_text else None
+    source = resolve_model(model)
+    dense, tokenizer = load_model(source, dtype=model_options.dtype, device=model_options.device)
+    geometry = Geometry.of(dense)
+    for ratio in ratios:
+        check_reachable(geometry, ratio, constraints)
+    if save_model:
+        check_disk(out, int(model_bytes(dense) * (1 - min(ratios))))
+    sequences, held_out = draw_calibration(
+        dense,
+        tokenizer,
+        calibration,
+        held_out=0 if text else evaluation.held_out,
+        needed=calibrate,
+        progress=progress,
+    )
+    name = f"held-out calibration sequences ({Path(calibration.calibration).name})"
     if evaluation.eval_text:
-        return Path(evaluation.eval_text).name
-    name = Path(calibration.calibration).name
-    return f"held-out calibration sequences ({name})"
+        name = Path(evaluation.eval_text).name
+    return Inputs(source, dense, tokenizer, geometry, sequences, held_out, text, name, evaluation)
+
+
+def model_name(model: str) -> str:
+    """What a result calls its base model: a Hub id as it is, of a folder its own name."""
+    return Path(model).name if Path(model).is_dir() else model

@@ -96,25 +96,27 @@ def chunked_cross_entropy(
     for start in range(0, seq_len, step):
         part = hidden[:, start : start + step], labels[:, start : start + step]
         if torch.is_grad_enabled():
-            total = total + checkpoint(sequence_losses, *part, head_fn, use_reentrant=False)
+            total = total + checkpoint(_chunk_losses, *part, head_fn, use_reentrant=False)
         else:
-            total += sequence_losses(*part, head_fn)
+            total += _chunk_losses(*part, head_fn)
     return total
 
 
-def sequence_losses(hidden: Tensor, labels: Tensor, head_fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum of the token losses of every sequence, with all logits in memory at once; see `chunked_cross_entropy`.
+def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the token losses of every sequence, from logits that are all in memory; see `chunked_cross_entropy`.
 
     Args:
-        hidden: hidden states after the final norm, shape (batch, positions, hidden_size).
+        logits: shape (batch, positions, vocab_size).
         labels: int64, shape (batch, positions).
-        head_fn: hidden states → logits, see `head_function`.
 
     Returns:
-        float32, shape (batch,). Differentiable; the backward pass uses the logits of the forward pass.
+        float32, shape (batch,).
     """
-    logits = head_fn(hidden).float()
     losses = functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten().to(logits.device), ignore_index=IGNORE_INDEX, reduction="none"
+        logits.float().flatten(0, 1), labels.flatten().to(logits.device), ignore_index=IGNORE_INDEX, reduction="none"
     )
-    return losses.view(labels.shape).sum(dim=1).to(hidden.device)
+    return losses.view(labels.shape).sum(dim=1)
+
+
+def _chunk_losses(hidden: Tensor, labels: Tensor, head_fn: Callable[[Tensor], Tensor]) -> Tensor:
+    return sequence_losses(head_fn(hidden), labels).to(hidden.device)

@@ -1,27 +1,26 @@
-"""The main job, top to bottom: calibrate, score, select, cut, measure, save."""
+"""The main job, top to bottom: calibrate, score, select, cut, repair, measure, save."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prunus.calibration import Calibration
-from prunus.checkpoint import check_disk, check_output, load_model, model_bytes
+from prunus.checkpoint import check_output, load_model
 from prunus.compensation import CompensationOptions, Repair, compensate_
 from prunus.errors import CalibrationError
-from prunus.evaluation.perplexity import read_text
 from prunus.groups import Geometry
-from prunus.importance import get_method
-from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, draw_calibration, measure, text_name
+from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, model_name, open_inputs
 from prunus.metering import metered
 from prunus.packaged_model import resolve_model
 from prunus.plan import Plan
 from prunus.result_folder import save_result
+from prunus.rounds import carry_over, schedule
 from prunus.scoring import Score, ScoringOptions, score
-from prunus.selection import Constraints, check_ratio, check_reachable, select
+from prunus.selection import Constraints, check_reachable, select
 from prunus.surgery import apply_plan
 from prunus.version import __version__
 
@@ -40,8 +39,9 @@ class PruneResult:
     Attributes:
         model: the smaller model.
         plan: which groups stayed.
-        score: the global table, and what it was made from.
-        repairs: what compensation did to each block; empty without compensation.
+        score: the global table the plan was chosen from, and what it was made from. After several rounds the groups of
+            earlier rounds stand in it as `prunus.rounds.carry_over` says.
+        repairs: what compensation did to each block in the last round; empty without compensation.
     """
 
     model: Any
@@ -58,6 +58,8 @@ def prune(
     scoring: ScoringOptions | None = None,
     constraints: Constraints | None = None,
     compensation: CompensationOptions | None = None,
+    rounds: int = 1,
+    scored: Score | None = None,
     progress: bool = True,
 ) -> PruneResult:
     """Prune a live transformers model.
@@ -70,30 +72,34 @@ def prune(
         scoring: method and normalisation; default: first-order Taylor.
         constraints: what may be cut; default: everything.
         compensation: repair the remaining weights by least squares, see `prunus.compensation`; None = plain slicing.
+        rounds: cut in so many equal parts, scoring the model that is left (and repaired) before each next one.
+        scored: the scores of `model` by `scoring`, if they are there already; they are taken otherwise.
         progress: show progress bars on a terminal.
 
-    Returns:
-        The smaller model with its plan and the table it was chosen from.
-
     Raises:
-        OptionError: ratio outside [0, 1), unknown method.
         CalibrationError: the method needs calibration sequences.
         BudgetError: the ratio cannot be reached under the constraints.
         UnsupportedModelError: the model's family is not described.
     """
-    check_reachable(Geometry.of(model), ratio, constraints)
+    shares = schedule(ratio, rounds)
+    geometry = Geometry.of(model)
+    check_reachable(geometry, ratio, constraints)
     if compensation is not None and calibration is None:
         raise CalibrationError("compensation needs calibration sequences; give some, or leave compensation out")
-    scored = score(model, calibration, scoring, progress=progress)
-    plan = select(scored.table, scored.geometry, ratio, constraints)
-    smaller = apply_plan(model, plan)
-    repairs: list[Repair] = []
-    if compensation is not None:
-        assert calibration is not None
-        batch_size = (scoring or ScoringOptions()).batch_size
-        repairs = compensate_(
-            smaller, model, plan, list(calibration.batches(batch_size)), compensation, progress=progress
-        )
+    scored = scored or score(model, calibration, scoring, progress=progress)
+    plan, smaller, table, repairs = Plan.keep_all(geometry), model, scored.table, []
+    for number, share in enumerate(shares):
+        if number:
+            again = score(smaller, calibration, scoring, progress=progress)
+            table = carry_over(table, plan, again.table)
+        further = select(table, geometry, share, constraints)
+        smaller = apply_plan(smaller, further.after(plan, Geometry.of(smaller)))
+        plan = further
+        if compensation is not None:
+            assert calibration is not None
+            batches = list(calibration.batches((scoring or ScoringOptions()).batch_size))
+            repairs = compensate_(smaller, model, plan, batches, compensation, progress=progress)
+    scored = replace(scored, table=table, about={**scored.about, "rounds": rounds})
     return PruneResult(smaller, plan, scored, repairs)
 
 
@@ -106,6 +112,7 @@ def prune_checkpoint(
     scoring: ScoringOptions | None = None,
     constraints: Constraints | None = None,
     compensation: CompensationOptions | None = None,
+    rounds: int = 1,
     evaluation: EvaluationOptions | None = None,
     model_options: ModelOptions | None = None,
     overwrite: bool = False,
@@ -122,6 +129,7 @@ def prune_checkpoint(
         scoring: method and normalisation.
         constraints: what may be cut.
         compensation: repair the remaining weights by least squares; None = plain slicing.
+        rounds: cut in so many equal parts, see `prune`.
         evaluation: how the models before and after are compared.
         model_options: device and dtype.
         overwrite: replace an earlier result.
@@ -135,48 +143,42 @@ def prune_checkpoint(
         PrunusError: whatever is wrong with options, model, text or folder, as far as possible before any long work.
     """
     calibration, scoring = calibration or CalibrationOptions(), scoring or ScoringOptions()
-    evaluation, model_options = evaluation or EvaluationOptions(), model_options or ModelOptions()
-    # Everything that can fail for a wrong option fails here, before the model is loaded.
-    check_ratio(ratio)
-    check_output(out, overwrite)
-    text = read_text(evaluation.eval_text) if evaluation.eval_text else None
-    source = resolve_model(model)
-    dense, tokenizer = load_model(source, dtype=model_options.dtype, device=model_options.device)
-    geometry = Geometry.of(dense)
-    check_reachable(geometry, ratio, constraints)
-    check_disk(out, int(model_bytes(dense) * (1 - ratio)))
-    sequences, held_out = draw_calibration(
-        dense,
-        tokenizer,
+    schedule(ratio, rounds)
+    inputs = open_inputs(
+        model,
+        out,
+        [ratio],
+        constraints,
         calibration,
-        held_out=0 if text else evaluation.held_out,
-        needed=bool(get_method(scoring.method).needs) or compensation is not None,
+        evaluation or EvaluationOptions(),
+        model_options or ModelOptions(),
+        calibrate=scoring.needs_calibration or compensation is not None,
+        save_model=True,
+        overwrite=overwrite,
         progress=progress,
     )
-
-    with metered(dense.device) as cost:
+    with metered(inputs.model.device) as cost:
         result = prune(
-            dense,
+            inputs.model,
             ratio,
-            sequences,
+            inputs.calibration,
             scoring=scoring,
             constraints=constraints,
             compensation=compensation,
+            rounds=rounds,
             progress=progress,
         )
-    before = measure(dense, tokenizer, text, held_out, evaluation, progress=progress)
-    del dense
-    after = measure(result.model, tokenizer, text, held_out, evaluation, progress=progress)
-
+    before = inputs.measure(inputs.model, progress=progress)
+    after = inputs.measure(result.model, progress=progress)
     metrics = {
         "prunus": __version__,
-        "base_model": Path(model).name if Path(model).is_dir() else model,
+        "base_model": model_name(model),
         "ratio": ratio,
-        "parameters_before": geometry.total_parameters,
+        "parameters_before": inputs.geometry.total_parameters,
         "parameters_after": result.model.num_parameters(),
         "perplexity_before": before.perplexity if before else None,
         "perplexity_after": after.perplexity if after else None,
-        "perplexity_text": text_name(evaluation, calibration) if after else None,
+        "perplexity_text": inputs.text_name if after else None,
         "perplexity_protocol": after.protocol if after else None,
         "plan": result.plan.fingerprint,
         "compensation": asdict(compensation) if compensation else None,
@@ -186,12 +188,12 @@ def prune_checkpoint(
     }
     save_result(
         result.model,
-        tokenizer,
+        inputs.tokenizer,
         out,
         result.plan,
         result.score,
         metrics,
-        source,
+        inputs.source,
         command or _command(model, out, ratio, scoring.method),
         overwrite,
     )
@@ -230,7 +232,7 @@ def apply_checkpoint(
     del dense
     metrics = {
         "prunus": __version__,
-        "base_model": Path(model).name if Path(model).is_dir() else model,
+        "base_model": model_name(model),
         "ratio": 1 - smaller.num_parameters() / geometry.total_parameters,
         "parameters_before": geometry.total_parameters,
         "parameters_after": smaller.num_parameters(),

@@ -17,6 +17,7 @@ from typing import Any
 from prunus.errors import PlanError
 from prunus.families import AXES, Axis
 from prunus.groups import Geometry, LayerWidths
+from prunus.replacing import replacing
 
 __all__ = ["KeptGroups", "Plan"]
 
@@ -136,6 +137,33 @@ class Plan:
             layers[layer_idx] = KeptGroups(*(tuple(before[axis][group] for group in kept[axis]) for axis in AXES))
         return Plan(self.model_type, self.widths, tuple(layers))
 
+    def after(self, earlier: Plan, geometry: Geometry) -> Plan:
+        """What is left of this cut to do once an earlier one is done; `earlier.compose` of it is this plan again.
+
+        Args:
+            earlier: a plan for the same model that cut no group which this one keeps.
+            geometry: shape of the model that `earlier` leaves.
+
+        Raises:
+            PlanError: the plans are for different models, or this one keeps a group that is gone.
+        """
+        if self.widths != earlier.widths:
+            raise PlanError("the earlier plan was not made for the same model")
+        kept: list[dict[Axis, Iterable[int]]] = []
+        for layer_idx in earlier.surviving_layers:
+            layer: dict[Axis, Iterable[int]] = {}
+            for axis in AXES:
+                number = {group: position for position, group in enumerate(earlier.layers[layer_idx][axis])}
+                gone = [group for group in self.layers[layer_idx][axis] if group not in number]
+                if gone:
+                    raise PlanError(f"layer {layer_idx}, {axis}: group {gone[0]} is to be kept, but is cut already")
+                layer[axis] = [number[group] for group in self.layers[layer_idx][axis]]
+            kept.append(layer)
+        dead = set(range(len(self.layers))) - set(earlier.surviving_layers)
+        if revived := [i for i in sorted(dead) if self.layers[i].attention or self.layers[i].mlp]:
+            raise PlanError(f"layer {revived[0]} is to be kept, but is cut already")
+        return Plan.from_kept(geometry, kept)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; kept groups as ranges such as `0-5,8`."""
         return {
@@ -188,10 +216,8 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; a reader never sees a half-written file."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

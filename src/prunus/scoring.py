@@ -9,17 +9,20 @@ from typing import Any, Self
 
 import pandas as pd
 
+from prunus.adaptive import AdaptiveOptions, adapt, split_probe
 from prunus.calibration import Calibration
 from prunus.errors import CalibrationError, OptionError, PlanError
 from prunus.groups import Geometry
-from prunus.importance import MethodOptions, get_method, score_groups
+from prunus.importance import COMPOSITES, MethodOptions, get_method, score_groups
+from prunus.importance.hybrid import DEFAULT_MIX, Weights, check_weights, mix
 from prunus.importance.registry import statistics_for
-from prunus.metering import metered
+from prunus.metering import Cost, metered
+from prunus.priors import Prior, PriorOptions, measure_prior, weigh
 from prunus.statistics import Statistics
 from prunus.sweep import ENGINES, Engine, sweep
-from prunus.table import NORMALIZATIONS, Normalization, build_table, load_table, save_table
+from prunus.table import NORMALIZATIONS, Normalization, build_table, load_table, rank_table, save_table
 
-__all__ = ["Score", "ScoringOptions", "score", "take_statistics"]
+__all__ = ["Score", "ScoringOptions", "score", "score_by_methods", "take_statistics"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,35 +30,65 @@ TABLE_FILE, ABOUT_FILE, STATISTICS_FILE = "groups.csv", "score.json", "statistic
 
 
 @dataclass(frozen=True)
-class ScoringOptions(MethodOptions):
+class ScoringOptions(MethodOptions, AdaptiveOptions, PriorOptions):
     """How groups are scored.
 
     Attributes:
-        method: importance method: taylor, taylor_2nd, gate_fisher, wanda, magnitude or random.
+        method: importance method: taylor, taylor_2nd, gate_fisher, wanda, magnitude, random, hybrid or adaptive.
+        hybrid: what the hybrid method is made of, methods and their weights.
+        candidates: methods that the adaptive method chooses from.
+        bands: depth bands for which the adaptive method chooses separately.
         normalize: how importances of different layers are made comparable.
+        prior: weigh scores by what their layer is worth: skip_loss, how far the loss rises without it; cosine, how far
+            it turns the hidden states; none.
+        temperature: exponent of the prior's weight; 0 is no prior.
+        tau: 0 weighs each block by its own prior, 1 by that of its layer.
         batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
         engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
             time, which takes longer and holds the gradients of one layer only.
-        fisher_scale: scale of the loss of a sequence, mean or sum over its tokens; weighs the second order against the
-            first in taylor_2nd.
+        hessian: estimate of the Hessian's diagonal in taylor_2nd (and gate_fisher): mean_loss, empirical_fisher or
+            sampled_fisher, see `prunus.MethodOptions`.
         activation: the statistic of activations that wanda multiplies weights with.
-        random_seed: of the random control.
+        random_seed: of the random control, and of sampled labels.
     """
 
     method: str = "taylor"
+    hybrid: Weights = DEFAULT_MIX
     normalize: Normalization = "none"
     batch_size: int = 1
     engine: Engine = "resident"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        get_method(self.method)
+        for options in (MethodOptions, AdaptiveOptions, PriorOptions):
+            options.__post_init__(self)
+        if self.method not in COMPOSITES:
+            get_method(self.method)
+        check_weights(self.hybrid)
+        for name in self.candidates:
+            get_method(name)
         if self.normalize not in NORMALIZATIONS:
             raise OptionError(f"normalization {self.normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
         if self.engine not in ENGINES:
             raise OptionError(f"engine {self.engine!r} is unknown; choose one of {', '.join(ENGINES)}")
         if self.batch_size < 1:
             raise OptionError(f"batch size is {self.batch_size}; it must be at least 1")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The methods whose importances are needed."""
+        if self.method == "hybrid":
+            return tuple(name for name, _ in self.hybrid)
+        return self.candidates if self.method == "adaptive" else (self.method,)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What these methods read of the statistics."""
+        return frozenset[str]().union(*(get_method(name).needs for name in self.parts))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether scoring needs calibration sequences."""
+        return bool(self.needs) or self.method == "adaptive" or self.prior != "none"
 
 
 @dataclass(frozen=True)
@@ -67,12 +100,14 @@ class Score:
         geometry: shape of the model.
         about: method, options, calibration provenance, loss and cost, as plain values.
         statistics: what the table was made from; None where the method needs none.
+        prior: what the layers are worth, where that was measured.
     """
 
     table: pd.DataFrame
     geometry: Geometry
     about: Mapping[str, Any]
     statistics: Statistics | None = None
+    prior: Prior | None = None
 
     def save(self, folder: str | Path) -> None:
         """Write groups.csv, score.json and, if there are any, statistics.safetensors."""
@@ -85,7 +120,8 @@ class Score:
 
     def to_json(self) -> str:
         """What score.json holds: the model's geometry, and what the table was made from."""
-        return json.dumps({"geometry": self.geometry.to_dict(), **self.about}, indent=1) + "\n"
+        prior = {"layer_priors": self.prior.to_dict()} if self.prior else {}
+        return json.dumps({"geometry": self.geometry.to_dict(), **prior, **self.about}, indent=1) + "\n"
 
     @classmethod
     def load(cls, table: str | Path) -> Self:
@@ -103,6 +139,7 @@ class Score:
         try:
             about = json.loads(about_path.read_text(encoding="utf-8"))
             geometry = Geometry.from_dict(about.pop("geometry"))
+            measured = about.pop("layer_priors", None)
         except OSError as error:
             raise PlanError(
                 f"{about_path} is missing: a table alone does not say how large the model is. Keep groups.csv beside "
@@ -110,7 +147,7 @@ class Score:
             ) from error
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise PlanError(f"{about_path} is malformed: {type(error).__name__} {error}") from error
-        return cls(load_table(path), geometry, about)
+        return cls(load_table(path), geometry, about, prior=Prior.from_dict(measured) if measured else None)
 
 
 def score(
@@ -130,25 +167,94 @@ def score(
         NonFiniteError: NaN or infinity in the loss or the importances.
     """
     options = options or ScoringOptions()
-    method = get_method(options.method)
+    return score_by_methods(model, calibration, [options], progress=progress)[options.method]
+
+
+def score_by_methods(
+    model: Any, calibration: Calibration | None, each: Sequence[ScoringOptions], *, progress: bool = True
+) -> dict[str, Score]:
+    """Score a model by several methods; those that need the same kind of pass share it.
+
+    Args:
+        model: a transformers causal language model; it stays as it is.
+        calibration: token sequences; may be None for methods that need none.
+        each: options that differ in their `method` only.
+        progress: show progress bars on a terminal.
+
+    Returns:
+        method → its score. The seconds and the peak memory of a shared pass count for each method that needs it.
+    """
+    sharing: dict[str, list[ScoringOptions]] = {}
+    for options in each:
+        needs = options.needs
+        kind = "none" if not needs else "forward" if needs <= {"activations"} else "backward"
+        # The adaptive method keeps some sequences for its probes, so that its statistics are of others.
+        sharing.setdefault("adaptive" if options.method == "adaptive" else kind, []).append(options)
+    scores: dict[str, Score] = {}
+    for kind, group in sharing.items():
+        if calibration is None and any(options.needs_calibration for options in group):
+            names = ", ".join(options.method for options in group if options.needs_calibration)
+            raise CalibrationError(f"method {names} needs calibration sequences; give a calibration source")
+        seen = split_probe(calibration)[0] if kind == "adaptive" and calibration is not None else calibration
+        parts = list(dict.fromkeys(part for options in group for part in options.parts))
+        with metered(model.device) as cost:
+            statistics = take_statistics(model, seen, parts, group[0], progress=progress)
+        for options in group:
+            scores[options.method] = _score(model, calibration, options, statistics, cost, progress)
+    return scores
+
+
+def _score(
+    model: Any,
+    calibration: Calibration | None,
+    options: ScoringOptions,
+    statistics: Statistics | None,
+    shared: Cost,
+    progress: bool,
+) -> Score:
+    """From the statistics to the table of one method."""
+    geometry, findings, prior = Geometry.of(model), {}, None
     with metered(model.device) as cost:
-        statistics = take_statistics(model, calibration, [options.method], options, progress=progress)
-        importance = score_groups(model, method, statistics, options)
-    if not method.comparable and options.normalize == "none":
+        tables = {name: _table_of(model, name, statistics, options) for name in options.parts}
+        if options.method == "hybrid":
+            table = rank_table(mix(tables, options.hybrid), options.normalize)
+        elif options.method == "adaptive":
+            assert calibration is not None
+            table, findings["adaptive"] = adapt(model, tables, split_probe(calibration)[1], options, progress=progress)
+        else:
+            table = tables[options.method]
+        if options.prior != "none":
+            assert calibration is not None
+            prior = measure_prior(model, calibration, options.prior, progress=progress)
+            table = weigh(table, prior, options)
+    peaks = [peak for peak in (shared.peak_bytes, cost.peak_bytes) if peak is not None]
+    about = {
+        "scoring": asdict(options),
+        "calibration": calibration.provenance.to_dict()
+        if calibration is not None and options.needs_calibration
+        else None,
+        "calibration_loss": statistics.loss if statistics else None,
+        "seconds": round(shared.seconds + cost.seconds, 2),
+        "peak_bytes": max(peaks, default=None),
+        **findings,
+    }
+    return Score(table, geometry, about, statistics, prior)
+
+
+def _table_of(model: Any, name: str, statistics: Statistics | None, options: ScoringOptions) -> pd.DataFrame:
+    """The global table of one method, on its own or as a part of another."""
+    method = get_method(name)
+    normalization = options.normalize
+    if options.method in COMPOSITES:
+        normalization = "none" if method.comparable else "layer_sum"
+    elif not method.comparable and normalization == "none":
         logger.warning(
             "raw %s scores of different layers are not on one scale, and a global ranking of them cuts whole layers "
             "blindly; --normalize layer_sum makes them comparable",
-            method.name,
+            name,
         )
-    geometry = Geometry.of(model)
-    about = {
-        "scoring": asdict(options),
-        "calibration": calibration.provenance.to_dict() if calibration is not None and method.needs else None,
-        "calibration_loss": statistics.loss if statistics else None,
-        "seconds": round(cost.seconds, 2),
-        "peak_bytes": cost.peak_bytes,
-    }
-    return Score(build_table(geometry, importance, options.normalize), geometry, about, statistics)
+    importance = score_groups(model, method, statistics, options)
+    return build_table(Geometry.of(model), importance, normalization)
 
 
 def take_statistics(
@@ -160,18 +266,18 @@ def take_statistics(
     progress: bool = True,
 ) -> Statistics | None:
     """One sweep that takes what several methods need together; None if they need nothing."""
-    chosen = [get_method(name) for name in methods]
-    wanted = statistics_for(chosen, options)
+    wanted = statistics_for([get_method(name) for name in methods], options)
     if not wanted:
         return None
     if calibration is None:
-        needy = ", ".join(method.name for method in chosen if method.needs)
+        needy = ", ".join(name for name in methods if get_method(name).needs)
         raise CalibrationError(f"method {needy} needs calibration sequences; give a calibration source")
     return sweep(
         model,
         list(calibration.batches(options.batch_size)),
         wanted,
         engine=options.engine,
+        seed=options.random_seed,
         provenance=calibration.provenance.to_dict(),
         progress=progress,
     )

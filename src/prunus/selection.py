@@ -11,7 +11,7 @@ import pandas as pd
 
 from prunus.errors import BudgetError, OptionError, PlanError
 from prunus.families import AXES, Axis
-from prunus.groups import Geometry
+from prunus.groups import Geometry, LayerWidths
 from prunus.plan import Plan
 from prunus.table import check_table
 
@@ -31,6 +31,8 @@ class Constraints:
         min_keep_attention: attention groups that every layer keeps at least.
         min_keep_mlp: MLP channels that every layer keeps at least.
         align: kept MLP widths are multiples of this, unless the layer is not cut at all.
+        epsilon: a layer that would keep a smaller share of its parameters than this goes altogether, and others keep
+            more instead; 0 = never.
     """
 
     axes: tuple[Axis, ...] = AXES
@@ -41,6 +43,7 @@ class Constraints:
     min_keep_attention: int = 0
     min_keep_mlp: int = 0
     align: int = 1
+    epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.axes or set(self.axes) - set(AXES):
@@ -50,6 +53,10 @@ class Constraints:
                 raise OptionError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.align < 1:
             raise OptionError(f"align is {self.align}; it must be at least 1")
+        if not 0 <= self.epsilon < 1:
+            raise OptionError(f"epsilon is {self.epsilon}; it is a share of a layer's parameters, in [0, 1)")
+        if self.epsilon and (self.min_keep_attention or self.min_keep_mlp or set(self.axes) != set(AXES)):
+            raise OptionError("epsilon removes whole layers: it goes with neither min-keep nor a choice of axes")
 
     def min_keep(self, axis: Axis) -> int:
         """Groups of an axis that every layer keeps at least."""
@@ -98,18 +105,43 @@ def select(table: pd.DataFrame, geometry: Geometry, ratio: float, constraints: C
     _check_same_shape(check_table(table), geometry)
     candidates = cut_candidates(table, geometry, constraints)
     target = ratio * geometry.total_parameters
+    collapsed: set[int] = set()
+    while True:
+        # What is to collapse goes first, and all of it; the rest of the budget goes round again.
+        first = candidates["layer_idx"].isin(collapsed)
+        ordered = pd.concat([candidates[first], candidates[~first]], ignore_index=True)
+        plan = _cheapest(ordered, geometry, target, at_least=int(first.sum()))
+        dwindled = {
+            layer_idx
+            for layer_idx, kept in enumerate(plan.layers)
+            if 0 < _share_left(geometry, layer_idx, kept.widths) < constraints.epsilon
+        }
+        if not dwindled:
+            return plan
+        collapsed |= dwindled
+
+
+def _cheapest(candidates: pd.DataFrame, geometry: Geometry, target: float, at_least: int = 0) -> Plan:
+    """Cut candidates from the top until `target` parameters are gone, and so many of them."""
     removed = candidates["cost"].cumsum().to_numpy()
-    count = int(np.searchsorted(removed, target)) + 1 if target > 0 else 0
-    cut: dict[tuple[int, str], set[int]] = {
-        (int(layer_idx), axis): set() for layer_idx, axis in table.groupby(["layer_idx", "group_type"]).groups
-    }
+    count = max(int(np.searchsorted(removed, target)) + 1 if target > 0 else 0, at_least)
+    cut: dict[tuple[int, str], set[int]] = {}
     for row in candidates.iloc[:count].itertuples():
-        cut[row.layer_idx, row.group_type].update(row.groups)
+        cut.setdefault((row.layer_idx, row.group_type), set()).update(row.groups)
     kept: list[dict[Axis, Iterable[int]]] = [
         {axis: [group for group in range(widths[axis]) if group not in cut.get((layer_idx, axis), ())] for axis in AXES}
         for layer_idx, widths in enumerate(geometry.widths)
     ]
     return Plan.from_kept(geometry, kept)
+
+
+def _share_left(geometry: Geometry, layer_idx: int, kept: LayerWidths) -> float:
+    """Share of the parameters in a layer's groups that stay."""
+    before, after = (
+        sum(widths[axis] * geometry.group_parameters[axis] for axis in AXES)
+        for widths in (geometry.widths[layer_idx], kept)
+    )
+    return after / before if before else 0.0
 
 
 def check_ratio(ratio: float) -> None:

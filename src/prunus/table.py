@@ -16,6 +16,7 @@ from torch import Tensor
 from prunus.errors import NonFiniteError, OptionError, PlanError
 from prunus.families import AXES, Axis
 from prunus.groups import Geometry
+from prunus.replacing import replacing
 
 __all__ = [
     "COLUMNS",
@@ -79,14 +80,24 @@ def build_table(geometry: Geometry, importance: Importance, normalization: Norma
     return rank_table(pd.concat(parts, ignore_index=True), normalization)
 
 
-def rank_table(groups: pd.DataFrame, normalization: Normalization = "none") -> pd.DataFrame:
+def rank_table(
+    groups: pd.DataFrame, normalization: Normalization = "none", *, scores: pd.Series | None = None
+) -> pd.DataFrame:
     """Score the groups by their normalised importance per cost, and sort; `importance` itself stays as it was.
 
     Ties are broken by layer, axis, importance and group, so that the order depends on nothing else.
+
+    Args:
+        groups: the columns `COLUMNS` except perhaps score.
+        normalization: see `normalize`.
+        scores: take these, one for each row of `groups`, instead.
     """
+    if scores is not None:
+        groups = groups.assign(score=scores)
     # Before the scores, too: ranks of ties, and the rounding of a layer's mean, would follow the order of the rows.
     table = groups.sort_values(["layer_idx", "group_type", "group_idx"], kind="stable", ignore_index=True)
-    table["score"] = normalize(table, normalization) / table["cost"]
+    if scores is None:
+        table["score"] = normalize(table, normalization) / table["cost"]
     table = table.sort_values(["score", "layer_idx", "group_type", "importance", "group_idx"], ignore_index=True)
     return table[list(COLUMNS)]
 
@@ -137,10 +148,8 @@ def normalize(groups: pd.DataFrame, normalization: Normalization) -> pd.Series:
 
 def save_table(table: pd.DataFrame, path: str | Path) -> None:
     """Write a table as CSV; numbers keep every digit."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    table.to_csv(partial, index=False)
-    partial.replace(path)
+    with replacing(path) as partial:
+        table.to_csv(partial, index=False)
 
 
 def load_table(path: str | Path) -> pd.DataFrame:

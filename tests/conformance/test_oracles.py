@@ -74,7 +74,7 @@ def sequence_gradients(model, row: Tensor, scale: str) -> dict[str, Tensor]:
 
 
 def all_gradients(model, rows: list[Tensor], options: MethodOptions) -> list[dict[str, Tensor]]:
-    return [sequence_gradients(model, row, options.fisher_scale) for row in rows]
+    return [sequence_gradients(model, row, "mean" if options.hessian == "mean_loss" else "sum") for row in rows]
 
 
 def taylor(model, rows, options) -> dict[str, Tensor]:
@@ -253,8 +253,8 @@ def test_layer_by_layer(tiny, seeing, side):
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_summed_losses(case, method, batch_size):
-    """`fisher_scale` sum: the loss of a sequence is the sum over its tokens."""
-    model, rows, options = shared_model(*case), sequences(), MethodOptions(fisher_scale="sum")
+    """`hessian` empirical_fisher: the loss of a sequence is the sum over its tokens."""
+    model, rows, options = shared_model(*case), sequences(), MethodOptions(hessian="empirical_fisher")
     actual = measure(model, method, padded(rows, "right", batch_size), options)
     assert_equal_importance(actual, expected(model, method, rows, options))
     mean = expected(model, method, rows)

@@ -4,6 +4,14 @@
 """
 
 from prunus.importance import gate_fisher, magnitude, random, taylor, taylor_2nd, wanda  # noqa: F401 (each registers itself)
-from prunus.importance.registry import METHODS, LayerEvidence, Method, MethodOptions, get_method, score_groups
+from prunus.importance.registry import (
+    COMPOSITES,
+    METHODS,
+    LayerEvidence,
+    Method,
+    MethodOptions,
+    get_method,
+    score_groups,
+)
 
-__all__ = ["METHODS", "LayerEvidence", "Method", "MethodOptions", "get_method", "score_groups"]
+__all__ = ["COMPOSITES", "METHODS", "LayerEvidence", "Method", "MethodOptions", "get_method", "score_groups"]

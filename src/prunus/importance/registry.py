@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from prunus.statistics.activations import ACTIVATION_STATISTICS, ActivationStati
 from prunus.statistics.gradients import LossScale
 
 __all__ = [
+    "COMPOSITES",
+    "HESSIANS",
     "METHODS",
+    "Hessian",
     "LayerEvidence",
     "Method",
     "MethodOptions",
@@ -26,25 +29,31 @@ __all__ = [
     "statistics_for",
 ]
 
+Hessian = Literal["mean_loss", "empirical_fisher", "sampled_fisher"]
+HESSIANS: tuple[Hessian, ...] = get_args(Hessian)
+
 
 @dataclass(frozen=True)
 class MethodOptions:
     """What a method can be told.
 
     Attributes:
-        fisher_scale: scale of the loss of a sequence, `mean` or `sum` over its tokens; it weighs the second order
-            against the first in `taylor_2nd`.
+        hessian: what stands in for the diagonal of the Hessian where a method wants one. `mean_loss`: mean square of
+            the gradients of single sequences, each of the mean loss of its tokens. `empirical_fisher`: the same of the
+            sum of its tokens' losses, which is the loss's own scale. `sampled_fisher`: of that sum with tokens drawn
+            from the model's own predictions in place of the text's, an unbiased estimate of the Gauss-Newton matrix;
+            it takes a second backward pass. `gate_fisher` knows the last two.
         activation: which statistic of the activations `wanda` multiplies weights with.
-        random_seed: of the `random` control.
+        random_seed: of the `random` control, and of the labels of `sampled_fisher`.
     """
 
-    fisher_scale: LossScale = "mean"
+    hessian: Hessian = "mean_loss"
     activation: ActivationStatistic = "mean_abs"
     random_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.fisher_scale not in ("mean", "sum"):
-            raise OptionError(f"fisher scale {self.fisher_scale!r} is unknown; choose mean or sum")
+        if self.hessian not in HESSIANS:
+            raise OptionError(f"Hessian estimate {self.hessian!r} is unknown; choose one of {', '.join(HESSIANS)}")
         if self.activation not in ACTIVATION_STATISTICS:
             raise OptionError(
                 f"activation statistic {self.activation!r} is unknown; choose one of {', '.join(ACTIVATION_STATISTICS)}"
@@ -103,6 +112,11 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+#: methods made of other methods, which look at the whole table, with one line about each
+COMPOSITES: dict[str, str] = {
+    "hybrid": "Hybrid: a weighted sum of other methods, each normalised first (`prunus.importance.hybrid`).",
+    "adaptive": "Adaptive: for each axis the method and scale that held-out text shows best (`prunus.adaptive`).",
+}
 
 
 def method(
@@ -126,21 +140,35 @@ def get_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    close = difflib.get_close_matches(name, METHODS, n=2, cutoff=0.5)
+    if name in COMPOSITES:
+        raise OptionError(
+            f"method {name!r} is made of other methods and cannot be a part; choose from {', '.join(METHODS)}"
+        )
+    known = [*METHODS, *COMPOSITES]
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    raise OptionError(f"method {name!r} is unknown.{hint} Choose one of {', '.join(METHODS)}.")
+    raise OptionError(f"method {name!r} is unknown.{hint} Choose one of {', '.join(known)}.")
 
 
 def statistics_for(methods: Iterable[Method], options: MethodOptions) -> list[Statistic]:
-    """The statistics that some methods need together, each kind taken once."""
+    """The statistics that some methods need together, each taken once.
+
+    Source: Kunstner et al. 2019, "Limitations of the Empirical Fisher Approximation for Natural Gradient Descent",
+    eqs. 3-5, for the two Fisher matrices.
+    """
     needs = frozenset[str]().union(*(method.needs for method in methods))
+    scale: LossScale = "mean" if options.hessian == "mean_loss" else "sum"
+    sampled = options.hessian == "sampled_fisher"
+    squares = "squares" in needs
     statistics: list[Statistic] = []
     if needs & {"gradients", "squares"}:
-        statistics.append(WeightGradients(squares="squares" in needs, loss_scale=options.fisher_scale))
+        statistics.append(WeightGradients(squares=squares and not sampled, loss_scale=scale))
+    if squares and sampled:
+        statistics.append(WeightGradients(means=False, squares=True, loss_scale=scale, labels="sampled"))
     if "activations" in needs:
         statistics.append(ActivationStatistics())
     if "gates" in needs:
-        statistics.append(GateGradients())
+        statistics.append(GateGradients(labels="sampled" if sampled else "text"))
     return statistics
 
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from prunus.errors import StatisticsError
 from prunus.families import Projection
 from prunus.groups import Geometry
+from prunus.replacing import replacing
 
-__all__ = ["Flow", "Statistic", "Statistics"]
+__all__ = ["Flow", "Labels", "Statistic", "Statistics"]
+
+#: what each position has to predict: the text's next token, or one drawn from the model's own prediction
+Labels = Literal["text", "sampled"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Statistic(ABC):
 
     #: the table of names under which `finish_layer` reports
     keys: tuple[str, ...] = ()
+    #: what the loss is of, where the statistic listens to gradients
+    labels: Labels = "text"
 
     def listens_to_input(self, geometry: Geometry, projection: Projection) -> bool:
         """Whether `on_input` wants this projection."""
@@ -118,7 +124,6 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; a reader never sees a half-written file."""
-        path = Path(path)
         # Projections that share an input share their tensors, which safetensors refuses: each name gets its own copy.
         tensors = {
             f"layers.{i}.{name}": tensor.clone(memory_format=torch.contiguous_format)
@@ -131,9 +136,8 @@ class Statistics:
             "loss": self.loss,
             "provenance": dict(self.provenance),
         }
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"prunus_statistics": json.dumps(about)})
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"prunus_statistics": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from prunus.families import AXES, Axis, Projection
 from prunus.groups import SPACE_AXIS, Geometry
-from prunus.statistics.base import Flow, Statistic
+from prunus.statistics.base import Flow, Labels, Statistic
 
 __all__ = ["GateGradients"]
 
@@ -20,13 +20,17 @@ class GateGradients(Statistic):
 
         gate_square.<axis>   (1/N) Σᵢ (∂Lᵢ/∂ξ)²     float64, (groups,)
 
+    Args:
+        labels: whether the loss is of the text or of tokens drawn from the model's predictions.
+
     Source: Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", eq. 5 (diagonal empirical
     Fisher of masks).
     """
 
     keys = tuple(f"gate_square.{axis}" for axis in AXES)
 
-    def __init__(self) -> None:
+    def __init__(self, labels: Labels = "text") -> None:
+        self.labels = labels
         self._squares: dict[tuple[int, Axis], Tensor] = {}
 
     def listens_to_input_gradient(self, geometry: Geometry, projection: Projection) -> bool:

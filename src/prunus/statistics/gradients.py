@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prunus.errors import OptionError
 from prunus.families import AXES, Axis, Projection
 from prunus.groups import SPACE_AXIS, Geometry, submodule
-from prunus.statistics.base import Flow, Statistic
+from prunus.statistics.base import Flow, Labels, Statistic
 
 __all__ = ["LossScale", "WeightGradients"]
 
@@ -24,23 +24,31 @@ class WeightGradients(Statistic):
     each group (float64, (groups,)):
 
         first_order.<axis>   Σ |θ · ḡ|,    ḡ = (1/N) Σᵢ gᵢ
-        second_order.<axis>  Σ |θ² · H|,   H = (1/N) Σᵢ gᵢ²      (only with `squares`)
+        second_order.<axis>  Σ |θ² · H|,   H = (1/N) Σᵢ gᵢ²
 
     The gradient of a linear module is gᵢ = δᵢᵀ xᵢ, from its input and the gradient by its output, so each sequence's
     own gradient costs the same products as the batch's sum. ḡ must be kept whole until the end, since |θ · ḡ| does
     not commute with the sum over sequences; (θ gᵢ)² does, and is reduced to groups at once. All in float32 or wider.
 
     Args:
-        squares: also take the second order.
+        means: take the first order.
+        squares: take the second order.
         loss_scale: `mean` for the loss of a sequence as the mean over its tokens, `sum` for the sum.
+        labels: whether the loss is of the text or of tokens drawn from the model's predictions.
     """
 
-    def __init__(self, squares: bool = False, loss_scale: LossScale = "mean"):
+    def __init__(
+        self, means: bool = True, squares: bool = False, loss_scale: LossScale = "mean", labels: Labels = "text"
+    ):
         if loss_scale not in get_args(LossScale):
             raise OptionError(f"loss scale {loss_scale!r} is unknown; choose mean or sum")
+        if not (means or squares):
+            raise OptionError("weight gradients without means and squares are nothing to take")
+        self.means = means
         self.squares = squares
         self.loss_scale = loss_scale
-        orders = ("first_order", "second_order") if squares else ("first_order",)
+        self.labels = labels
+        orders = [order for order, wanted in (("first_order", means), ("second_order", squares)) if wanted]
         self.keys = tuple(f"{order}.{axis}" for order in orders for axis in AXES)
         self._gradients: dict[int, dict[str, Tensor]] = {}
         self._squares: dict[int, dict[Axis, Tensor]] = {}
@@ -73,16 +81,16 @@ class WeightGradients(Statistic):
             self._add_parameter(flow, "bias", delta.sum(dim=0, dtype=torch.float32), scale)
 
     def _add_parameter(self, flow: Flow, parameter: str, gradient: Tensor, scale: float) -> None:
-        name = f"{flow.projection.path}.{parameter}"
-        sums = self._gradients.setdefault(flow.layer_idx, {})
-        if name not in sums:
-            sums[name] = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
-        if not self.squares:
-            sums[name].add_(gradient, alpha=scale)
-        else:
+        if self.squares:
             # One float32 copy serves both orders; it is the passes over it that cost, not the arithmetic.
             gradient = gradient.float()
+        if self.means:
+            name = f"{flow.projection.path}.{parameter}"
+            sums = self._gradients.setdefault(flow.layer_idx, {})
+            if name not in sums:
+                sums[name] = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
             sums[name].add_(gradient, alpha=scale)
+        if self.squares:
             product = gradient.mul_(flow.module.get_parameter(parameter).detach())
             axis = _axis(flow.projection)
             reduced = scale**2 * flow.geometry.sum_projection_to_groups(
@@ -93,12 +101,14 @@ class WeightGradients(Statistic):
 
     def finish_layer(self, geometry: Geometry, layer_idx: int, layer: nn.Module, sequences: int) -> dict[str, Tensor]:
         """Reduce ḡ of a layer to |θ · ḡ| per group, and free it."""
-        first = {}
-        for name, gradient in self._gradients.pop(layer_idx, {}).items():
-            path, _, parameter = name.rpartition(".")
-            weight = submodule(layer, path).get_parameter(parameter).detach()
-            first[name] = gradient.mul_(weight).abs_().div_(sequences)
-        report = {f"first_order.{axis}": geometry.sum_to_groups(layer_idx, axis, first) for axis in AXES}
+        report: dict[str, Tensor] = {}
+        if self.means:
+            first = {}
+            for name, gradient in self._gradients.pop(layer_idx, {}).items():
+                path, _, parameter = name.rpartition(".")
+                weight = submodule(layer, path).get_parameter(parameter).detach()
+                first[name] = gradient.mul_(weight).abs_().div_(sequences)
+            report |= {f"first_order.{axis}": geometry.sum_to_groups(layer_idx, axis, first) for axis in AXES}
         if self.squares:
             squares = self._squares.pop(layer_idx, {})
             empty = torch.zeros(0, dtype=torch.float64)

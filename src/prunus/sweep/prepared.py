@@ -24,12 +24,15 @@ class PreparedBatch:
         first: number of its first sequence among all calibration sequences.
         labels: int64, (batch, seq_len), see `prunus.loss.next_token_labels`.
         targets: int64, (batch,): tokens of each sequence that have a loss.
+        sampling_seed: predict tokens drawn with this seed from the model's own predictions, instead of the text's; None
+            = the text's.
     """
 
     batch: Batch
     first: int
     labels: Tensor
     targets: Tensor
+    sampling_seed: int | None = None
 
     def on(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
         """Token ids and mask (or None) on a device."""
@@ -37,8 +40,12 @@ class PreparedBatch:
         return self.batch.input_ids.to(device), None if mask is None else mask.to(device)
 
 
-def prepare(batches: Sequence[Batch]) -> list[PreparedBatch]:
+def prepare(batches: Sequence[Batch], sampling_seed: int | None = None) -> list[PreparedBatch]:
     """Label batches.
+
+    Args:
+        batches: the tokens.
+        sampling_seed: draw what has to be predicted from the model, with a seed of its own for every batch.
 
     Raises:
         CalibrationError: there are none, or a sequence has no token to predict.
@@ -54,7 +61,8 @@ def prepare(batches: Sequence[Batch]) -> list[PreparedBatch]:
                 f"calibration sequence {first + int((targets == 0).nonzero()[0])} has no token to predict; "
                 "every sequence needs at least two tokens"
             )
-        prepared.append(PreparedBatch(batch, first, labels, targets))
+        seed = None if sampling_seed is None else (sampling_seed * 1_000_003 + first) % 2**63
+        prepared.append(PreparedBatch(batch, first, labels, targets, seed))
         first += len(batch.input_ids)
     return prepared
 

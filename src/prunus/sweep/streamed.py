@@ -90,7 +90,9 @@ def run_streamed(
                     output = run_layer(layers[layer_idx], x, calls[number].arguments[layer_idx])
                     if layer_idx == len(layers) - 1:
                         output = norm(output)
-                        losses, gradient = losses_and_gradient(output, head, batch.labels.to(device))
+                        losses, gradient = losses_and_gradient(
+                            output, head, batch.labels.to(device), batch.sampling_seed
+                        )
                         inputs = [*(layer[number] for layer in waiting), entering[number], output]
                         check_losses(losses, batch, partial(_first_non_finite, inputs))
                         loss += float(losses.sum())

@@ -30,6 +30,7 @@ def sweep(
     statistics: Sequence[Statistic],
     *,
     engine: Engine = "resident",
+    seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Statistics:
@@ -38,12 +39,13 @@ def sweep(
     Args:
         model: a transformers causal language model. Its weights, their `requires_grad` and its mode are left as found.
         batches: token batches, padded or not.
-        statistics: what to take; all of them share the passes. Without any that listens to gradients there is no
-            backward pass.
+        statistics: what to take; those of the same labels share the passes. Without any that listens to gradients there
+            is no backward pass.
         engine: `resident` runs each batch through the whole model, forwards and backwards. `streamed` runs all batches
             through one layer at a time: what a statistic accumulates for a layer is reduced before the next layer's
             begins, and only one layer's activations are alive for backpropagation; each layer runs forwards twice.
             Both give the same statistics to rounding.
+        seed: of the tokens that are drawn from the model's predictions, for statistics that want such labels.
         provenance: recorded in the result.
         progress: show a progress bar when stderr is a terminal.
 
@@ -60,22 +62,25 @@ def sweep(
         raise OptionError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
     geometry = Geometry.of(model)
     layers = submodule(model, geometry.family.layers)
+    reports: list[dict[str, Tensor]] = [{} for _ in layers]
     prepared = prepare(batches)
     sequences = sum(len(batch.input_ids) for batch in batches)
-    taps = Taps(geometry, statistics)
-    reports: dict[int, dict[str, Tensor]] = {}
-
-    def finish_layer(layer_idx: int) -> None:
-        reports[layer_idx] = {}
-        for statistic in statistics:
-            reports[layer_idx] |= statistic.finish_layer(geometry, layer_idx, layers[layer_idx], sequences)
-
+    loss = None
     run = run_resident if engine == "resident" else run_streamed
-    with _frozen(model):
-        loss = run(model, geometry, taps, prepared, finish_layer, progress=progress)
-    if loss is not None:
-        loss /= sum(int(batch.targets.sum()) for batch in prepared)
-    return Statistics(tuple(reports[i] for i in range(len(layers))), sequences, loss, dict(provenance or {}))
+    for labels in dict.fromkeys(statistic.labels for statistic in statistics):
+        listening = [statistic for statistic in statistics if statistic.labels == labels]
+
+        def finish_layer(layer_idx: int, listening: Sequence[Statistic] = listening) -> None:
+            for statistic in listening:
+                reports[layer_idx] |= statistic.finish_layer(geometry, layer_idx, layers[layer_idx], sequences)
+
+        if labels == "sampled":
+            prepared = prepare(batches, sampling_seed=seed)
+        with _frozen(model):
+            summed = run(model, geometry, Taps(geometry, listening), prepared, finish_layer, progress=progress)
+        if summed is not None and labels == "text":
+            loss = summed / sum(int(batch.targets.sum()) for batch in prepared)
+    return Statistics(tuple(reports), sequences, loss, dict(provenance or {}))
 
 
 @contextmanager
