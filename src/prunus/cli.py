@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Group, Parameter, Token
 from rich.console import Console
 from rich.table import Table
 
+from prunus.adaptive import AdaptiveOptions
 from prunus.calibration.embedded import embedded_documents
 from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.checkpoint import check_output, load_model
@@ -27,6 +28,7 @@ from prunus.inspection import inspect as inspect_model
 from prunus.packaged_model import resolve_model
 from prunus.pipeline import apply_checkpoint, prune_checkpoint
 from prunus.plan import Plan
+from prunus.priors import PriorOptions
 from prunus.scoring import Score, ScoringOptions
 from prunus.scoring import score as score_model
 from prunus.selection import Constraints, select
@@ -73,12 +75,19 @@ def _join_weights(weights: Weights) -> str:
 
 
 @dataclass(frozen=True)
+class _AdaptiveFlags(AdaptiveOptions):
+    __doc__ = AdaptiveOptions.__doc__
+    candidates: Annotated[tuple[str, ...], Parameter(converter=_split_commas, negative="")] = AdaptiveOptions.candidates
+
+
+@dataclass(frozen=True)
 class _ScoringFlags(ScoringOptions):
     __doc__ = ScoringOptions.__doc__
     hybrid: Annotated[Weights, Parameter(converter=_split_weights, negative="", show_default=_join_weights)] = (
         DEFAULT_MIX
     )
-    candidates: Annotated[tuple[str, ...], Parameter(converter=_split_commas, negative="")] = ScoringOptions.candidates
+    adaptive: Annotated[_AdaptiveFlags, Parameter(name="*")] = field(default_factory=_AdaptiveFlags)
+    priors: Annotated[PriorOptions, Parameter(name="*")] = field(default_factory=PriorOptions)
     # One --seed for a run, that of the calibration options.
     random_seed: Annotated[int, Parameter(parse=False)] = 0
 

@@ -101,7 +101,8 @@ def compare(
     }
     record = _Record(inputs, Path(out), about, progress)
     record.add(inputs.model, method=DENSE, ratio=0.0, compensated=False)
-    scores = score_by_methods(inputs.model, inputs.calibration, each, progress=progress)
+    curvature = compensation is not None and compensation.reselect
+    scores = score_by_methods(inputs.model, inputs.calibration, each, curvature=curvature, progress=progress)
     repairs = [None, compensation] if compensation is not None else [None]
     for options in each:
         for ratio in ratios:

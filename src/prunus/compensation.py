@@ -18,7 +18,7 @@ squares reconstruction of the remaining channels, in layer order, on the pruned 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,12 +30,12 @@ from tqdm import tqdm
 from prunus.calibration import Batch
 from prunus.errors import OptionError
 from prunus.evaluation.mode import evaluation_mode
-from prunus.families import Block
+from prunus.families import Axis, Block
 from prunus.groups import Geometry, submodule
 from prunus.plan import Plan
 from prunus.sweep.blocks import LayerCalls, StopForward, layer_calls, run_layer, stopped
 
-__all__ = ["CompensationOptions", "Repair", "compensate_", "solve_ridge"]
+__all__ = ["Chooser", "CompensationOptions", "NormalEquations", "Repair", "compensate_", "solve_ridge"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,13 @@ class CompensationOptions:
     Attributes:
         damping: ridge towards the old weights, as a share of the mean diagonal of XᵀX.
         residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
+        reselect: where scoring takes gradients, let the repair choose which MLP channels stay in a layer, of the number
+            that the plan keeps there, see `prunus.reselection`.
     """
 
-    damping: float = 1e-2
+    damping: float = 1e-1
     residual: float = 1.0
+    reselect: bool = True
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
@@ -78,6 +81,10 @@ class Repair:
     condition: float
 
 
+#: (layer of the dense model, axis, equations, weight) → inputs that stay, ascending; None = all
+Chooser = Callable[[int, Axis, "NormalEquations", Tensor], Tensor | None]
+
+
 @torch.no_grad()
 def compensate_(
     pruned: Any,
@@ -86,6 +93,7 @@ def compensate_(
     batches: Sequence[Batch],
     options: CompensationOptions | None = None,
     *,
+    choose: Chooser | None = None,
     progress: bool = True,
 ) -> list[Repair]:
     """Repair a pruned model in place.
@@ -99,6 +107,7 @@ def compensate_(
         plan: the cut.
         batches: calibration sequences.
         options: ridge and target.
+        choose: says for a block which inputs of its last projection stay; the columns of the others become zero.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -132,7 +141,10 @@ def compensate_(
                     _block_input(layer, block, kept[:number], hidden, call)
                     for hidden, call in zip(pruned_hidden, arguments, strict=True)
                 )
-                repairs.append(_repair_block(layer, layer_idx, block, inputs, targets[block.axis], masks, options))
+                module = submodule(layer, block.output.path)
+                equations = _normal_equations(module, inputs, targets[block.axis], masks, options)
+                stay = choose(layer_idx, block.axis, equations, module.weight) if choose else None
+                repairs.append(_repair_(module, layer_idx, block, equations, stay, options))
             pruned_hidden = [
                 run_layer(layer, hidden, call) for hidden, call in zip(pruned_hidden, arguments, strict=True)
             ]
@@ -140,15 +152,22 @@ def compensate_(
 
 
 @dataclass
-class _NormalEquations:
-    """Sums over calibration tokens: XᵀX, XᵀT and ‖T‖²."""
+class NormalEquations:
+    """Sums over calibration tokens, float32.
+
+    Attributes:
+        gram: XᵀX, (in_features, in_features).
+        cross: XᵀT, (in_features, out_features).
+        target_square: ‖T‖².
+    """
 
     gram: Tensor
     cross: Tensor
     target_square: float = 0.0
 
     @classmethod
-    def of(cls, module: nn.Linear) -> _NormalEquations:
+    def of(cls, module: nn.Linear) -> NormalEquations:
+        """Empty sums for a projection."""
         zeros = partial(torch.zeros, dtype=torch.float32, device=module.weight.device)
         return cls(zeros(module.in_features, module.in_features), zeros(module.in_features, module.out_features))
 
@@ -221,18 +240,15 @@ def _dense_targets(
     return targets
 
 
-def _repair_block(
-    layer: nn.Module,
-    layer_idx: int,
-    block: Block,
+def _normal_equations(
+    module: nn.Linear,
     inputs: Iterable[tuple[Tensor, Tensor]],
     targets: Sequence[tuple[Tensor, Tensor]],
     masks: Sequence[Tensor | None],
     options: CompensationOptions,
-) -> Repair:
-    """Solve the last projection of one block again, from its inputs in the pruned model as it is now."""
-    module: nn.Linear = submodule(layer, block.output.path)
-    equations = _NormalEquations.of(module)
+) -> NormalEquations:
+    """Add up what the last projection of a block is solved from: its inputs in the pruned model, and its targets."""
+    equations = NormalEquations.of(module)
     for (x, residual), (dense_residual, dense_output), mask in zip(inputs, targets, masks, strict=True):
         target = dense_output.float() + options.residual * (dense_residual.float() - residual.float())
         if module.bias is not None:
@@ -240,32 +256,45 @@ def _repair_block(
         if mask is not None:
             x, target = x[mask.to(x.device)], target[mask.to(x.device)]
         equations.add(x.reshape(-1, module.in_features).float(), target.reshape(-1, module.out_features))
-    weight = module.weight.double()
-    before = equations.error(weight)
+    return equations
+
+
+def _repair_(
+    module: nn.Linear,
+    layer_idx: int,
+    block: Block,
+    equations: NormalEquations,
+    stay: Tensor | None,
+    options: CompensationOptions,
+) -> Repair:
+    """Solve the last projection of a block again, on the inputs that stay; None = all of them."""
+    where = f"layer {layer_idx}, {block.axis}"
+    stay = torch.arange(module.in_features) if stay is None else stay
+    sliced = torch.zeros_like(module.weight, dtype=torch.float64)
+    sliced[:, stay] = module.weight[:, stay].double()
+    solution, condition, before = torch.zeros_like(sliced), float("inf"), equations.error(sliced)
     try:
-        solution, condition = solve_ridge(equations.gram, equations.cross, weight, options.damping)
+        gram, cross = equations.gram[stay][:, stay], equations.cross[stay]
+        solution[:, stay], condition = solve_ridge(gram, cross, sliced[:, stay], options.damping)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         logger.warning(
-            "layer %d, %s: kept as sliced, the normal equations cannot be solved (%s); a larger damping "
-            "than %g may help",
-            layer_idx,
-            block.axis,
+            "%s: kept as sliced, the normal equations cannot be solved (%s); a larger damping than %g may help",
+            where,
             error,
             options.damping,
         )
-        return Repair(layer_idx, block.axis, before, before, float("inf"))
+        solution = sliced
     after = equations.error(solution)
-    if not after < before:
+    if solution is not sliced and not after < before:
         # The ridge optimum cannot be worse in exact arithmetic: this is rounding, or NaN.
         logger.warning(
-            "layer %d, %s: kept as sliced, least squares did not lower the error (%.3g → %.3g, condition %.1e)",
-            layer_idx,
-            block.axis,
+            "%s: kept as sliced, least squares did not lower the error (%.3g → %.3g, condition %.1e)",
+            where,
             before,
             after,
             condition,
         )
-        return Repair(layer_idx, block.axis, before, before, condition)
+        solution, after = sliced, before
     module.weight.copy_(solution)
     return Repair(layer_idx, block.axis, before, after, condition)
 

@@ -17,6 +17,7 @@ from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, m
 from prunus.metering import metered
 from prunus.packaged_model import resolve_model
 from prunus.plan import Plan
+from prunus.reselection import hand_out_scores, reselect
 from prunus.result_folder import save_result
 from prunus.rounds import carry_over, schedule
 from prunus.scoring import Score, ScoringOptions, score
@@ -86,19 +87,29 @@ def prune(
     check_reachable(geometry, ratio, constraints)
     if compensation is not None and calibration is None:
         raise CalibrationError("compensation needs calibration sequences; give some, or leave compensation out")
-    scored = scored or score(model, calibration, scoring, progress=progress)
-    plan, smaller, table, repairs = Plan.keep_all(geometry), model, scored.table, []
+    curvature = compensation is not None and compensation.reselect
+    scored = scored or score(model, calibration, scoring, curvature=curvature, progress=progress)
+    batch_size = (scoring or ScoringOptions()).batch_size
+    batches = list(calibration.batches(batch_size)) if calibration is not None else []
+    plan, smaller, table = Plan.keep_all(geometry), model, scored.table
+    repairs: list[Repair] = []
+    statistics = scored.statistics
     for number, share in enumerate(shares):
         if number:
-            again = score(smaller, calibration, scoring, progress=progress)
-            table = carry_over(table, plan, again.table)
+            again = score(smaller, calibration, scoring, curvature=curvature, progress=progress)
+            table, statistics = carry_over(table, plan, again.table), again.statistics
         further = select(table, geometry, share, constraints)
-        smaller = apply_plan(smaller, further.after(plan, Geometry.of(smaller)))
+        if compensation is None:
+            smaller = apply_plan(smaller, further.after(plan, Geometry.of(smaller)))
+        elif statistics is not None and statistics.has("output_fisher.mlp"):
+            smaller, further, repairs = reselect(
+                smaller, plan, model, further, statistics, batches, compensation, progress=progress
+            )
+            table = hand_out_scores(table, further)
+        else:
+            smaller = apply_plan(smaller, further.after(plan, Geometry.of(smaller)))
+            repairs = compensate_(smaller, model, further, batches, compensation, progress=progress)
         plan = further
-        if compensation is not None:
-            assert calibration is not None
-            batches = list(calibration.batches((scoring or ScoringOptions()).batch_size))
-            repairs = compensate_(smaller, model, plan, batches, compensation, progress=progress)
     scored = replace(scored, table=table, about={**scored.about, "rounds": rounds})
     return PruneResult(smaller, plan, scored, repairs)
 

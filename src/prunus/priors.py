@@ -148,9 +148,11 @@ def _skip_losses(model: Any, geometry: Geometry, windows: Tensor, progress: bool
         for block in geometry.family.blocks:
             with _silent(layer, [block.output.path] if block in present else []):
                 rises[block.axis].append(loss() - whole if block in present else 0.0)
+        if len(present) == 1:
+            rises["layer"].append(rises[present[0].axis][-1])
+            continue
         with _silent(layer, [block.output.path for block in present]):
-            # A layer with one block is worth what that block is.
-            rises["layer"].append(loss() - whole if len(present) > 1 else max(rises[axis][-1] for axis in AXES))
+            rises["layer"].append(loss() - whole)
     return rises
 
 

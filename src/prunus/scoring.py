@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from prunus.importance.hybrid import DEFAULT_MIX, Weights, check_weights, mix
 from prunus.importance.registry import statistics_for
 from prunus.metering import Cost, metered
 from prunus.priors import Prior, PriorOptions, measure_prior, weigh
-from prunus.statistics import Statistics
+from prunus.statistics import ActivationStatistics, OutputFisher, Statistics
 from prunus.sweep import ENGINES, Engine, sweep
 from prunus.table import NORMALIZATIONS, Normalization, build_table, load_table, rank_table, save_table
 
@@ -30,19 +30,15 @@ TABLE_FILE, ABOUT_FILE, STATISTICS_FILE = "groups.csv", "score.json", "statistic
 
 
 @dataclass(frozen=True)
-class ScoringOptions(MethodOptions, AdaptiveOptions, PriorOptions):
+class ScoringOptions(MethodOptions):
     """How groups are scored.
 
     Attributes:
         method: importance method: taylor, taylor_2nd, gate_fisher, wanda, magnitude, random, hybrid or adaptive.
         hybrid: what the hybrid method is made of, methods and their weights.
-        candidates: methods that the adaptive method chooses from.
-        bands: depth bands for which the adaptive method chooses separately.
+        adaptive: what the adaptive method chooses from.
         normalize: how importances of different layers are made comparable.
-        prior: weigh scores by what their layer is worth: skip_loss, how far the loss rises without it; cosine, how far
-            it turns the hidden states; none.
-        temperature: exponent of the prior's weight; 0 is no prior.
-        tau: 0 weighs each block by its own prior, 1 by that of its layer.
+        priors: how scores are weighed by what their layer is worth.
         batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
         engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
             time, which takes longer and holds the gradients of one layer only.
@@ -53,18 +49,19 @@ class ScoringOptions(MethodOptions, AdaptiveOptions, PriorOptions):
     """
 
     method: str = "taylor"
-    hybrid: Weights = DEFAULT_MIX
     normalize: Normalization = "none"
+    hybrid: Weights = DEFAULT_MIX
+    adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
+    priors: PriorOptions = field(default_factory=PriorOptions)
     batch_size: int = 1
     engine: Engine = "resident"
 
     def __post_init__(self) -> None:
-        for options in (MethodOptions, AdaptiveOptions, PriorOptions):
-            options.__post_init__(self)
+        super().__post_init__()
         if self.method not in COMPOSITES:
             get_method(self.method)
         check_weights(self.hybrid)
-        for name in self.candidates:
+        for name in self.adaptive.candidates:
             get_method(name)
         if self.normalize not in NORMALIZATIONS:
             raise OptionError(f"normalization {self.normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
@@ -78,7 +75,7 @@ class ScoringOptions(MethodOptions, AdaptiveOptions, PriorOptions):
         """The methods whose importances are needed."""
         if self.method == "hybrid":
             return tuple(name for name, _ in self.hybrid)
-        return self.candidates if self.method == "adaptive" else (self.method,)
+        return self.adaptive.candidates if self.method == "adaptive" else (self.method,)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -88,7 +85,7 @@ class ScoringOptions(MethodOptions, AdaptiveOptions, PriorOptions):
     @property
     def needs_calibration(self) -> bool:
         """Whether scoring needs calibration sequences."""
-        return bool(self.needs) or self.method == "adaptive" or self.prior != "none"
+        return bool(self.needs) or self.method == "adaptive" or self.priors.prior != "none"
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,12 @@ class Score:
 
 
 def score(
-    model: Any, calibration: Calibration | None = None, options: ScoringOptions | None = None, *, progress: bool = True
+    model: Any,
+    calibration: Calibration | None = None,
+    options: ScoringOptions | None = None,
+    *,
+    curvature: bool = False,
+    progress: bool = True,
 ) -> Score:
     """Score every attention group and MLP channel of a model.
 
@@ -159,6 +161,8 @@ def score(
         model: a transformers causal language model; it stays as it is.
         calibration: token sequences; may be None for methods that need none.
         options: method and normalisation.
+        curvature: where the method takes gradients, also take the output Fisher of the MLP blocks, which
+            `prunus.reselection` reads.
         progress: show progress bars on a terminal.
 
     Raises:
@@ -167,11 +171,16 @@ def score(
         NonFiniteError: NaN or infinity in the loss or the importances.
     """
     options = options or ScoringOptions()
-    return score_by_methods(model, calibration, [options], progress=progress)[options.method]
+    return score_by_methods(model, calibration, [options], curvature=curvature, progress=progress)[options.method]
 
 
 def score_by_methods(
-    model: Any, calibration: Calibration | None, each: Sequence[ScoringOptions], *, progress: bool = True
+    model: Any,
+    calibration: Calibration | None,
+    each: Sequence[ScoringOptions],
+    *,
+    curvature: bool = False,
+    progress: bool = True,
 ) -> dict[str, Score]:
     """Score a model by several methods; those that need the same kind of pass share it.
 
@@ -179,6 +188,7 @@ def score_by_methods(
         model: a transformers causal language model; it stays as it is.
         calibration: token sequences; may be None for methods that need none.
         each: options that differ in their `method` only.
+        curvature: see `score`.
         progress: show progress bars on a terminal.
 
     Returns:
@@ -198,7 +208,7 @@ def score_by_methods(
         seen = split_probe(calibration)[0] if kind == "adaptive" and calibration is not None else calibration
         parts = list(dict.fromkeys(part for options in group for part in options.parts))
         with metered(model.device) as cost:
-            statistics = take_statistics(model, seen, parts, group[0], progress=progress)
+            statistics = take_statistics(model, seen, parts, group[0], curvature=curvature, progress=progress)
         for options in group:
             scores[options.method] = _score(model, calibration, options, statistics, cost, progress)
     return scores
@@ -220,13 +230,15 @@ def _score(
             table = rank_table(mix(tables, options.hybrid), options.normalize)
         elif options.method == "adaptive":
             assert calibration is not None
-            table, findings["adaptive"] = adapt(model, tables, split_probe(calibration)[1], options, progress=progress)
+            table, findings["adaptive"] = adapt(
+                model, tables, split_probe(calibration)[1], options.adaptive, progress=progress
+            )
         else:
             table = tables[options.method]
-        if options.prior != "none":
+        if options.priors.prior != "none":
             assert calibration is not None
-            prior = measure_prior(model, calibration, options.prior, progress=progress)
-            table = weigh(table, prior, options)
+            prior = measure_prior(model, calibration, options.priors.prior, progress=progress)
+            table = weigh(table, prior, options.priors)
     peaks = [peak for peak in (shared.peak_bytes, cost.peak_bytes) if peak is not None]
     about = {
         "scoring": asdict(options),
@@ -263,6 +275,7 @@ def take_statistics(
     methods: Sequence[str],
     options: ScoringOptions,
     *,
+    curvature: bool = False,
     progress: bool = True,
 ) -> Statistics | None:
     """One sweep that takes what several methods need together; None if they need nothing."""
@@ -272,6 +285,8 @@ def take_statistics(
     if calibration is None:
         needy = ", ".join(name for name in methods if get_method(name).needs)
         raise CalibrationError(f"method {needy} needs calibration sequences; give a calibration source")
+    if curvature and not all(isinstance(statistic, ActivationStatistics) for statistic in wanted):
+        wanted.append(OutputFisher())
     return sweep(
         model,
         list(calibration.batches(options.batch_size)),

@@ -63,7 +63,6 @@ def sweep(
     geometry = Geometry.of(model)
     layers = submodule(model, geometry.family.layers)
     reports: list[dict[str, Tensor]] = [{} for _ in layers]
-    prepared = prepare(batches)
     sequences = sum(len(batch.input_ids) for batch in batches)
     loss = None
     run = run_resident if engine == "resident" else run_streamed
@@ -74,8 +73,7 @@ def sweep(
             for statistic in listening:
                 reports[layer_idx] |= statistic.finish_layer(geometry, layer_idx, layers[layer_idx], sequences)
 
-        if labels == "sampled":
-            prepared = prepare(batches, sampling_seed=seed)
+        prepared = prepare(batches, sampling_seed=seed if labels == "sampled" else None)
         with _frozen(model):
             summed = run(model, geometry, Taps(geometry, listening), prepared, finish_layer, progress=progress)
         if summed is not None and labels == "text":

@@ -1,0 +1,225 @@
+r"""Zero-shot accuracy on multiple-choice tasks, from local files of their items.
+
+Protocol, that of lm-evaluation-harness: a model answers with the choice whose text it finds most likely after the
+question. `accuracy` compares summed log-likelihoods, `accuracy_norm` those divided by the number of characters of the
+choice. Nothing is shown before the question, and no special tokens are added.
+
+    arc_easy    "Question: {question}\nAnswer:" + " {choice}"
+    piqa        "Question: {goal}\nAnswer:" + " {solution}"
+    winogrande  the sentence up to the gap with either option + the rest of the sentence, which is what is scored;
+                its length is the same for both, so the two accuracies agree
+
+Source: Gao et al., "A framework for few-shot language model evaluation" (tasks arc_easy, piqa and winogrande).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prunus.errors import NonFiniteError, OptionError
+from prunus.evaluation.mode import evaluation_mode
+from prunus.loss import head_function
+
+__all__ = ["TASKS", "Item", "Task", "ZeroShotResult", "load_task", "zero_shot"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        choices: context and continuation of each choice; the continuation is what is scored.
+        lengths: characters by which each choice's log-likelihood is divided in `accuracy_norm`.
+        gold: number of the right choice.
+    """
+
+    choices: tuple[tuple[str, str], ...]
+    lengths: tuple[int, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's name and its items, in the order of the file."""
+
+    name: str
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class ZeroShotResult:
+    """How a model did on a task.
+
+    Attributes:
+        task: its name.
+        items: questions that were asked.
+        accuracy: share answered right, by log-likelihood.
+        accuracy_norm: by log-likelihood per character.
+        stderr: standard error of `accuracy_norm` from the number of items.
+    """
+
+    task: str
+    items: int
+    accuracy: float
+    accuracy_norm: float
+    stderr: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
+        return asdict(self)
+
+
+def _question(question: str, choices: Sequence[str], gold: int) -> Item:
+    context = f"Question: {question}\nAnswer:"
+    return Item(tuple((context, f" {choice}") for choice in choices), tuple(len(choice) for choice in choices), gold)
+
+
+def _arc_easy(record: Mapping[str, Any]) -> Item:
+    return _question(record["question"], record["choices"], int(record["gold"]))
+
+
+def _piqa(record: Mapping[str, Any]) -> Item:
+    return _question(record["goal"], [record["sol1"], record["sol2"]], int(record["label"]))
+
+
+def _winogrande(record: Mapping[str, Any]) -> Item:
+    before, gap, after = record["sentence"].partition("_")
+    if not gap:
+        raise ValueError("the sentence has no gap '_'")
+    rest = after.strip()
+    options = (record["option1"], record["option2"])
+    return Item(tuple((before + option, f" {rest}") for option in options), (len(rest),) * 2, int(record["answer"]) - 1)
+
+
+#: how a line of a task's file becomes an item
+TASKS: dict[str, Callable[[Mapping[str, Any]], Item]] = {
+    "arc_easy": _arc_easy,
+    "piqa": _piqa,
+    "winogrande": _winogrande,
+}
+
+
+def load_task(path: str | Path, name: str | None = None) -> Task:
+    """Read a task from JSON lines.
+
+    Args:
+        path: the file; fields as the data sets have them (ARC: question, choices, gold; PIQA: goal, sol1, sol2, label;
+            WinoGrande: sentence, option1, option2, answer).
+        name: one of `TASKS`; None = the one that the file is named after.
+
+    Raises:
+        OptionError: no such task, or a line that is not an item of it.
+    """
+    path = Path(path)
+    if name is None:
+        name = next((task for task in TASKS if path.name.startswith(task)), None)
+    if name not in TASKS:
+        raise OptionError(f"{path.name} names no task that is known; name it after one of {', '.join(TASKS)}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read the task file {path}: {error}") from error
+    items = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                item = TASKS[name](json.loads(line))
+                if not 0 <= item.gold < len(item.choices) or not all(item.lengths):
+                    raise ValueError("the right answer is none of the choices, or a choice is empty")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise OptionError(
+                    f"{path}, line {number}: not an item of {name} ({type(error).__name__}: {error})"
+                ) from error
+            items.append(item)
+    if not items:
+        raise OptionError(f"{path} holds no items")
+    return Task(name, tuple(items))
+
+
+@torch.no_grad()
+def zero_shot(
+    model: Any, tokenizer: Any, task: Task, *, limit: int | None = None, batch_size: int = 16, progress: bool = True
+) -> ZeroShotResult:
+    """Let a model answer a task.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        task: see `load_task`.
+        limit: only the first so many items.
+        batch_size: choices per forward pass; it changes the result only by rounding.
+        progress: show a bar on a terminal.
+
+    Raises:
+        OptionError: a limit or batch size below 1.
+        NonFiniteError: a log-likelihood is NaN.
+    """
+    if (limit is not None and limit < 1) or batch_size < 1:
+        raise OptionError(f"limit is {limit}, batch_size {batch_size}; they must be at least 1")
+    items = task.items[:limit]
+    pairs = [_encode(tokenizer, *choice) for item in items for choice in item.choices]
+    longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+    pairs = [(ids[-longest:], min(scored, longest - 1)) for ids, scored in pairs]
+    likelihoods = torch.empty(len(pairs), dtype=torch.float64)
+    # Sequences of like lengths together: little padding.
+    order = sorted(range(len(pairs)), key=lambda number: len(pairs[number][0]))
+    with (
+        evaluation_mode(model),
+        tqdm(total=len(pairs), desc=task.name, unit="choice", disable=None if progress else True) as bar,
+    ):
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            likelihoods[numbers] = _log_likelihoods(model, [pairs[number] for number in numbers])
+            bar.update(len(numbers))
+    if bool(likelihoods.isnan().any()):
+        raise NonFiniteError(f"{task.name}: a log-likelihood is NaN. Check the model's weights, or load it in float32.")
+    right = list(_verdicts(items, likelihoods))
+    accuracy, accuracy_norm = (sum(verdicts) / len(items) for verdicts in zip(*right, strict=True))
+    stderr = (accuracy_norm * (1 - accuracy_norm) / max(1, len(items) - 1)) ** 0.5
+    return ZeroShotResult(task.name, len(items), accuracy, accuracy_norm, stderr)
+
+
+def _encode(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
+    """Token ids of both texts together, and how many of the last ones belong to the continuation.
+
+    They are tokenised as one text, and cut where the context alone would end.
+    """
+    both = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
+    alone = tokenizer(context, add_special_tokens=False)["input_ids"]
+    return both, max(1, len(both) - len(alone))
+
+
+def _log_likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Tensor:
+    """Log-likelihood of the last tokens of each sequence: float64 (len(pairs),)."""
+    width = max(len(ids) for ids, _ in pairs)
+    input_ids = torch.zeros(len(pairs), width, dtype=torch.int64)
+    mask = torch.zeros_like(input_ids)
+    for row, (ids, _) in enumerate(pairs):
+        input_ids[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
+    hidden = model.base_model(
+        input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+    ).last_hidden_state
+    # Only positions that predict a scored token go through the head.
+    rows = torch.tensor([row for row, (_, scored) in enumerate(pairs) for _ in range(scored)])
+    columns = torch.tensor([len(ids) - scored + k for ids, scored in pairs for k in range(scored)])
+    logits = head_function(model)(hidden[rows, columns - 1]).float()
+    losses = torch.nn.functional.cross_entropy(logits, input_ids[rows, columns].to(logits.device), reduction="none")
+    return torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, rows, -losses.double().cpu())
+
+
+def _verdicts(items: Sequence[Item], likelihoods: Tensor) -> Iterator[tuple[bool, bool]]:
+    """For every item whether it was answered right, by the sum and per character."""
+    first = 0
+    for item in items:
+        sums = likelihoods[first : first + len(item.choices)]
+        first += len(item.choices)
+        per_character = sums / torch.tensor(item.lengths, dtype=torch.float64)
+        yield int(sums.argmax()) == item.gold, int(per_character.argmax()) == item.gold

@@ -1,0 +1,171 @@
+"""Which MLP channels stay, chosen by what is left of the error once the others have taken over.
+
+The plan says how many channels each layer keeps. Which ones a layer can best do without depends on what the repair can
+make of the rest, and that is known only when the repair reaches the layer: there the inputs X of down_proj are those of
+the pruned, repaired model, with all channels still in place. With A = XᵀX + λI, W* the least-squares solution on all
+channels, and F the output Fisher of the block, leaving out channel c and solving for the others again raises the
+F-weighted error by
+
+    w*_cᵀ F w*_c / [A⁻¹]_cc
+
+The channels of the smallest rise go, a few at a time, and A⁻¹ and W* are updated for those that are left:
+
+    A⁻¹ ← A⁻¹ − A⁻¹[:, P] (A⁻¹[P, P])⁻¹ A⁻¹[P, :],    W* ← W* − W*[:, P] (A⁻¹[P, P])⁻¹ A⁻¹[P, :]
+
+Source: Hassibi & Stork 1992, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", eq. 5, for columns;
+Frantar & Alistarh 2022, "Optimal Brain Compression", section 4 (updates of the inverse); the factors A and F are those
+of Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from prunus.calibration import Batch
+from prunus.compensation import CompensationOptions, NormalEquations, Repair, compensate_
+from prunus.errors import StatisticsError
+from prunus.families import Axis
+from prunus.groups import Geometry
+from prunus.plan import Plan
+from prunus.statistics import Statistics
+from prunus.surgery import apply_plan
+
+__all__ = ["choose_columns", "hand_out_scores", "reselect"]
+
+#: at most so many steps of elimination in a layer, so that wide layers take out more channels at a time
+STEPS = 192
+
+
+def reselect(
+    model: Any,
+    done: Plan,
+    dense: Any,
+    plan: Plan,
+    statistics: Statistics,
+    batches: Sequence[Batch],
+    options: CompensationOptions,
+    *,
+    progress: bool = True,
+) -> tuple[Any, Plan, list[Repair]]:
+    """Cut and repair a model, choosing anew which MLP channels of each layer stay.
+
+    Args:
+        model: the model before this cut: the dense one, or what earlier rounds left.
+        done: what earlier rounds kept of the dense model.
+        dense: the dense model.
+        plan: what is to stay of the dense model; of its MLP channels only the number in each layer is read.
+        statistics: of `model`, with `output_fisher.mlp`.
+        batches: calibration sequences.
+        options: ridge and target of the repair.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        The smaller, repaired model; the plan with the channels that were chosen; one record per repaired block.
+
+    Raises:
+        StatisticsError: the statistics lack the output Fisher.
+    """
+    geometry = Geometry.of(dense)
+    # Attention is cut at once; the MLP channels stay until the repair reaches them, except where the whole block goes.
+    wide = Plan.from_kept(
+        geometry,
+        [
+            {"attention": wanted.attention, "mlp": before.mlp if wanted.mlp else ()}
+            for wanted, before in zip(plan.layers, done.layers, strict=True)
+        ],
+    )
+    smaller = apply_plan(model, wide.after(done, Geometry.of(model)))
+    fisher = _output_fisher(statistics, done)
+    chosen: dict[int, Tensor] = {}
+
+    def choose(layer_idx: int, axis: Axis, equations: NormalEquations, weight: Tensor) -> Tensor | None:
+        keep = len(plan.layers[layer_idx].mlp)
+        if axis != "mlp" or keep == weight.shape[1]:
+            return None
+        chosen[layer_idx] = choose_columns(equations, weight, fisher[layer_idx], keep, options.damping)
+        return chosen[layer_idx]
+
+    repairs = compensate_(smaller, dense, wide, batches, options, choose=choose, progress=progress)
+    kept: list[dict[Axis, Iterable[int]]] = []
+    for layer_idx, layer in enumerate(wide.layers):
+        numbers = np.asarray(layer.mlp)
+        mlp = numbers[chosen[layer_idx].numpy()] if layer_idx in chosen else numbers
+        kept.append({"attention": layer.attention, "mlp": mlp})
+    final = Plan.from_kept(geometry, kept)
+    return apply_plan(smaller, final.after(wide, Geometry.of(smaller))), final, repairs
+
+
+def choose_columns(equations: NormalEquations, weight: Tensor, fisher: Tensor, keep: int, damping: float) -> Tensor:
+    """The inputs of a projection that stay, by elimination.
+
+    Args:
+        equations: of all inputs.
+        weight: W, towards which the ridge pulls, (out_features, in_features).
+        fisher: F, (out_features, out_features).
+        keep: how many inputs stay.
+        damping: λ as a share of the mean diagonal of XᵀX.
+
+    Returns:
+        int64 on the CPU, (keep,), ascending.
+    """
+    gram = equations.gram.double()
+    ridge = damping * float(gram.diagonal().mean())
+    gram.diagonal().add_(ridge)
+    inverse = torch.linalg.inv(gram)
+    solution = inverse @ (equations.cross.double() + ridge * weight.double().T)
+    # ‖F^½ w‖² for every column at once. float32 from here on: the order needs no more.
+    values, vectors = torch.linalg.eigh(fisher.to(gram.device).double())
+    root = values.clamp(min=0).sqrt()[:, None] * vectors.T
+    weighed, inverse = (root @ solution.T).float(), inverse.float()
+    left = torch.arange(gram.shape[0], device=gram.device)
+    step = max(8, -(-len(left) // STEPS))
+    while len(left) > keep:
+        rise = weighed.square().sum(dim=0) / inverse.diagonal()
+        goes = rise.topk(min(step, len(left) - keep), largest=False).indices
+        rows = torch.linalg.solve(inverse[goes][:, goes].double(), inverse[goes].double()).float()
+        weighed -= weighed[:, goes] @ rows
+        inverse -= inverse[:, goes] @ rows
+        stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
+        stays[goes] = False
+        left, weighed, inverse = left[stays], weighed[:, stays], inverse[stays][:, stays]
+    return left.sort().values.cpu()
+
+
+def hand_out_scores(table: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """The table with scores given anew within each layer and axis: the groups that stay get the higher ones.
+
+    Which layer a score belongs to stays as it was, so that the same budget leads to this plan.
+
+    Args:
+        table: the table whose layers' numbers of groups the plan was made from.
+        plan: as many groups in each layer as selection from the table keeps, but perhaps others.
+    """
+    parts = []
+    for (layer_idx, axis), rows in table.groupby(["layer_idx", "group_type"], sort=False):
+        rows = rows.sort_values(["score", "importance", "group_idx"], kind="stable")
+        stays = rows["group_idx"].isin(plan.layers[layer_idx][axis]).to_numpy()
+        groups = rows["group_idx"].to_numpy()
+        parts.append(rows.assign(group_idx=np.concatenate([groups[~stays], groups[stays]])))
+    return pd.concat(parts).sort_values(
+        ["score", "layer_idx", "group_type", "importance", "group_idx"], ignore_index=True
+    )
+
+
+def _output_fisher(statistics: Statistics, done: Plan) -> Mapping[int, Tensor]:
+    """The output Fisher of each MLP, by layer of the dense model."""
+    try:
+        return {
+            layer_idx: layer["output_fisher.mlp"]
+            for layer_idx, layer in zip(done.surviving_layers, statistics.layers, strict=True)
+        }
+    except (KeyError, ValueError) as error:
+        raise StatisticsError(
+            "choosing channels again needs the statistic output_fisher.mlp of every layer; take it, or repair without "
+            f"reselect ({type(error).__name__}: {error})"
+        ) from error

@@ -1,0 +1,142 @@
+"""Zero-shot accuracy against one choice at a time, unpadded, through the whole model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_families import make_model
+
+from prunus.errors import NonFiniteError, OptionError
+from prunus.evaluation.zero_shot import TASKS, load_task, zero_shot
+
+RECORDS = {
+    "arc_easy": [
+        {"id": "a", "question": "What is wet?", "choices": ["water", "a dry stone", "x", "fire"], "gold": 0},
+        {"id": "b", "question": "Why?", "choices": ["because of the sun", "no", "yes"], "gold": 2},
+        {"id": "c", "question": "Where does it occur?", "choices": ["here", "over there"], "gold": 1},
+    ],
+    "piqa": [
+        {"goal": "open a jar", "sol1": "turn the lid", "sol2": "sing to the jar quietly", "label": 0},
+        {"goal": "ice", "sol1": "freeze water", "sol2": "boil it", "label": 1},
+    ],
+    "winogrande": [
+        {"sentence": "Ann thanked Bea because _ had helped.", "option1": "Ann", "option2": "Bea", "answer": "2"},
+        {"sentence": "The cup did not fit the box as _ was big.", "option1": "cup", "option2": "box", "answer": "1"},
+    ],
+}
+
+
+class LetterTokenizer:
+    """One token per letter: what is right of the cut is then known without looking."""
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [ord(letter) % 90 for letter in text]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("llama", "gqa")
+
+
+def write(tmp_path, name, records=None):
+    path = tmp_path / f"{name}_test.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records or RECORDS[name]))
+    return path
+
+
+def prompts(name, record):
+    """Context and continuation of every choice, by the task's description."""
+    if name == "arc_easy":
+        return [(f"Question: {record['question']}\nAnswer:", f" {choice}") for choice in record["choices"]]
+    if name == "piqa":
+        return [(f"Question: {record['goal']}\nAnswer:", f" {record[key]}") for key in ("sol1", "sol2")]
+    head, tail = record["sentence"].split("_")
+    return [(head + record[key], " " + tail.strip()) for key in ("option1", "option2")]
+
+
+def gold(name, record):
+    return {"arc_easy": lambda: record["gold"], "piqa": lambda: record["label"]}.get(
+        name, lambda: int(record["answer"]) - 1
+    )()
+
+
+@torch.no_grad()
+def likelihood(model, context, continuation):
+    ids = LetterTokenizer()(context + continuation, False)["input_ids"]
+    log_probabilities = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
+    first = len(context)
+    return sum(float(log_probabilities[t - 1, ids[t]]) for t in range(first, len(ids)))
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_accuracies_are_those_of_one_choice_at_a_time(model, tmp_path, name, batch_size):
+    right, right_norm = [], []
+    for record in RECORDS[name]:
+        pairs = prompts(name, record)
+        sums = [likelihood(model, *pair) for pair in pairs]
+        per_character = [total / len(pair[1].strip()) for total, pair in zip(sums, pairs, strict=True)]
+        right.append(sums.index(max(sums)) == gold(name, record))
+        right_norm.append(per_character.index(max(per_character)) == gold(name, record))
+    result = zero_shot(model, LetterTokenizer(), load_task(write(tmp_path, name)), batch_size=batch_size)
+    assert (result.task, result.items) == (name, len(RECORDS[name]))
+    assert result.accuracy == pytest.approx(sum(right) / len(right))
+    assert result.accuracy_norm == pytest.approx(sum(right_norm) / len(right_norm))
+    share = result.accuracy_norm
+    assert result.stderr == pytest.approx((share * (1 - share) / (len(right) - 1)) ** 0.5)
+
+
+def test_log_likelihoods_themselves(model, tmp_path):
+    """Accuracies are coarse: the numbers behind them agree too."""
+    from prunus.evaluation.zero_shot import _encode, _log_likelihoods
+
+    pairs = [pair for name in TASKS for record in RECORDS[name] for pair in prompts(name, record)]
+    encoded = [_encode(LetterTokenizer(), *pair) for pair in pairs]
+    actual = _log_likelihoods(model, encoded)
+    expected = torch.tensor([likelihood(model, *pair) for pair in pairs], dtype=torch.float64)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_limit(model, tmp_path):
+    task = load_task(write(tmp_path, "arc_easy"))
+    assert zero_shot(model, LetterTokenizer(), task, limit=2).items == 2
+    with pytest.raises(OptionError, match="limit is 0"):
+        zero_shot(model, LetterTokenizer(), task, limit=0)
+
+
+def test_files_that_are_no_tasks(tmp_path):
+    with pytest.raises(OptionError, match=r"other\.jsonl names no task that is known; name it after one of arc_easy"):
+        load_task(tmp_path / "other.jsonl")
+    with pytest.raises(OptionError, match="cannot read the task file"):
+        load_task(tmp_path / "piqa.jsonl")
+    empty = tmp_path / "piqa_empty.jsonl"
+    empty.write_text("\n")
+    with pytest.raises(OptionError, match="holds no items"):
+        load_task(empty)
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("arc_easy", {"question": "?", "choices": ["a", "b"], "gold": 2}),
+        ("arc_easy", {"question": "?", "choices": ["a", ""], "gold": 0}),
+        ("piqa", {"goal": "?", "sol1": "a", "label": 0}),
+        ("winogrande", {"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}),
+        ("winogrande", {"sentence": "a _ gap", "option1": "a", "option2": "b", "answer": "one"}),
+    ],
+)
+def test_lines_that_are_no_items(tmp_path, name, record):
+    path = write(tmp_path, name, [RECORDS[name][0], record])
+    with pytest.raises(OptionError, match=rf"line 2: not an item of {name}"):
+        load_task(path)
+
+
+def test_nan(tmp_path):
+    model = make_model("llama", "gqa")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="piqa: a log-likelihood is NaN"):
+        zero_shot(model, LetterTokenizer(), load_task(write(tmp_path, "piqa")))
