@@ -36,6 +36,14 @@ GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
 MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}
 MQA = {"num_attention_heads": 4, "num_key_value_heads": 1}
 TIED = {"tie_word_embeddings": True}
+#: as published: `head_dim` is no field of this family's config, and follows from the number of heads
+DERIVED_HEADS = {"head_dim": None}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.25,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.5,
+}
 
 #: model type → variant → fields of its config; together they cover head layouts, ties, biases and head sizes
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -61,6 +69,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "mha-narrow-heads-tied": {**MHA, **TIED, "head_dim": 6},
         "mqa-biases": {**MQA, "attention_bias": True},
     },
+    "granite": {
+        "gqa": {**GQA, **GRANITE, **DERIVED_HEADS},
+        "mha-tied-biases": {**MHA, **GRANITE, **TIED, "attention_bias": True, "mlp_bias": True},
+        "mqa": {**MQA, **GRANITE},
+    },
 }
 
 #: every family of the registry with each of its variants; a family that has none is listed too, so that it fails
@@ -82,7 +95,15 @@ def tiny_config(model_type: str, variant: str, **fields: Any) -> Any:
             f"family {model_type!r} has no tiny model to be tested on: add an entry to VARIANTS in "
             "tests/tiny_families.py, with GQA, MHA and MQA, tied and untied embeddings, and its biases if it has any"
         )
-    return AutoConfig.for_model(model_type, **{**BASE, **VARIANTS[model_type][variant], **fields})
+    fields = {**BASE, **VARIANTS[model_type][variant], **fields}
+    if fields["head_dim"] is None:
+        del fields["head_dim"]
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def head_dim_of(config: Any) -> int:
+    """Width of a head: stated, or what the hidden size leaves for each."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def make_model(model_type: str, variant: str | None = None, *, seed: int = 0, **fields: Any) -> Any:
@@ -143,7 +164,7 @@ def zeroed(model: Any, kept: Sequence[KeptGroups]) -> Any:
 def groups_of(layer: Any, axis: str, config: Any) -> int:
     """How many groups a decoder layer has, read off the shape of its weights."""
     if axis == "attention":
-        return layer.self_attn.k_proj.out_features // config.head_dim if hasattr(layer.self_attn, "k_proj") else 0
+        return layer.self_attn.k_proj.out_features // head_dim_of(config) if hasattr(layer.self_attn, "k_proj") else 0
     return layer.mlp.up_proj.out_features if hasattr(layer.mlp, "up_proj") else 0
 
 
@@ -155,8 +176,9 @@ def weights_of_group(layer: Any, axis: str, group: int, config: Any) -> Iterator
     """
     if axis == "attention":
         query_heads = config.num_attention_heads // config.num_key_value_heads
-        query = slice(group * query_heads * config.head_dim, (group + 1) * query_heads * config.head_dim)
-        key_value = slice(group * config.head_dim, (group + 1) * config.head_dim)
+        head_dim = head_dim_of(config)
+        query = slice(group * query_heads * head_dim, (group + 1) * query_heads * head_dim)
+        key_value = slice(group * head_dim, (group + 1) * head_dim)
         rows = {"self_attn.q_proj": query, "self_attn.k_proj": key_value, "self_attn.v_proj": key_value}
         columns = {"self_attn.o_proj": query}
         shared = {"self_attn.q_norm", "self_attn.k_norm"}

@@ -9,7 +9,10 @@ back to where the dense model has it:
 
 with B the dense block's output, R and R̂ the residual streams of the dense and the pruned model before the block, and
 W_S the columns that were kept. α = 0 asks for the dense block's output, α = 1 for the dense residual stream after it,
-so that each block also takes back what earlier blocks got wrong. No bias is added.
+so that each block also takes back what earlier blocks got wrong. No bias is added. Where the model multiplies what its
+blocks add to the residual stream by a factor (Granite), R − R̂ is divided by it. Where a norm stands between the block and
+the residual stream (Gemma, OLMo-2), nothing that the projection could answer makes up for a difference in the stream, and
+α is 0.
 
 Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", eq. 5 and section 3.2 (least
 squares reconstruction of the remaining channels, in layer order, on the pruned network's own inputs).
@@ -116,7 +119,7 @@ def compensate_(
     options = options or CompensationOptions()
     geometry = Geometry.of(dense)
     plan.check_fits(geometry)
-    path = geometry.family.layers
+    path, scale = geometry.family.layers, geometry.family.residual_scale(dense.config)
     repairs = []
     with evaluation_mode(dense), evaluation_mode(pruned):
         dense_calls = [layer_calls(dense, path, batch) for batch in batches]
@@ -129,7 +132,7 @@ def compensate_(
         for layer_idx, dense_layer in enumerate(
             tqdm(dense_layers, desc="compensation", unit="layer", disable=None if progress else True)
         ):
-            targets = _dense_targets(geometry, dense_layer, layer_idx, dense_calls, dense_hidden)
+            targets = _dense_targets(geometry, dense_layer, layer_idx, dense_calls, dense_hidden, scale)
             if layer_idx not in new_index:
                 continue
             layer = pruned_layers[new_index[layer_idx]]
@@ -138,11 +141,12 @@ def compensate_(
             for number, block in enumerate(kept):
                 # A generator: one batch's inputs exist at a time.
                 inputs = (
-                    _block_input(layer, block, kept[:number], hidden, call)
+                    _block_input(layer, block, kept[:number], hidden, call, scale)
                     for hidden, call in zip(pruned_hidden, arguments, strict=True)
                 )
                 module = submodule(layer, block.output.path)
-                equations = _normal_equations(module, inputs, targets[block.axis], masks, options)
+                pull = 0.0 if block.post_norm else options.residual / scale
+                equations = _normal_equations(module, inputs, targets[block.axis], masks, pull)
                 stay = choose(layer_idx, block.axis, equations, module.weight) if choose else None
                 repairs.append(_repair_(module, layer_idx, block, equations, stay, options))
             pruned_hidden = [
@@ -210,30 +214,36 @@ def solve_ridge(gram: Tensor, cross: Tensor, weight: Tensor, damping: float) -> 
 
 
 def _dense_targets(
-    geometry: Geometry, layer: nn.Module, layer_idx: int, calls: Sequence[LayerCalls], hidden: list[Tensor]
+    geometry: Geometry,
+    layer: nn.Module,
+    layer_idx: int,
+    calls: Sequence[LayerCalls],
+    hidden: list[Tensor],
+    scale: float,
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Run a dense layer on all batches: per axis, the residual stream before the block and the block's output.
 
-    `hidden` is replaced by what leaves the layer.
+    `hidden` is replaced by what leaves the layer. `scale` is the factor on what a block adds to the residual stream.
     """
     targets: dict[str, list[tuple[Tensor, Tensor]]] = {block.axis: [] for block in geometry.family.blocks}
     outputs: dict[str, Tensor] = {}
 
-    def keep(axis: str) -> Any:
+    def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            outputs[axis] = output
+            outputs[path] = output
 
         return hook
 
     present = [block for block in geometry.family.blocks if geometry.widths[layer_idx][block.axis]]
-    handles = [submodule(layer, block.output.path).register_forward_hook(keep(block.axis)) for block in present]
+    paths = {path for block in present for path in (block.output.path, block.adds)}
+    handles = [submodule(layer, path).register_forward_hook(keep(path)) for path in paths]
     try:
         for number, call in enumerate(calls):
             residual = hidden[number]
             hidden[number] = run_layer(layer, residual, call.arguments[layer_idx])
             for block in present:
-                targets[block.axis].append((residual, outputs[block.axis]))
-                residual = residual + outputs[block.axis]
+                targets[block.axis].append((residual, outputs[block.output.path]))
+                residual = residual + scale * outputs[block.adds]
     finally:
         for handle in handles:
             handle.remove()
@@ -245,12 +255,15 @@ def _normal_equations(
     inputs: Iterable[tuple[Tensor, Tensor]],
     targets: Sequence[tuple[Tensor, Tensor]],
     masks: Sequence[Tensor | None],
-    options: CompensationOptions,
+    pull: float,
 ) -> NormalEquations:
-    """Add up what the last projection of a block is solved from: its inputs in the pruned model, and its targets."""
+    """Add up what the last projection of a block is solved from: its inputs in the pruned model, and its targets.
+
+    `pull` is the share of the residual stream's error that the target takes back, in units of the projection's output.
+    """
     equations = NormalEquations.of(module)
     for (x, residual), (dense_residual, dense_output), mask in zip(inputs, targets, masks, strict=True):
-        target = dense_output.float() + options.residual * (dense_residual.float() - residual.float())
+        target = dense_output.float() + pull * (dense_residual.float() - residual.float())
         if module.bias is not None:
             target -= module.bias.float()
         if mask is not None:
@@ -300,7 +313,7 @@ def _repair_(
 
 
 def _block_input(
-    layer: nn.Module, block: Block, earlier: Sequence[Block], hidden: Tensor, arguments: dict[str, Any]
+    layer: nn.Module, block: Block, earlier: Sequence[Block], hidden: Tensor, arguments: dict[str, Any], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Input of a block's last projection, and the residual stream before the block, for one batch.
 
@@ -311,13 +324,13 @@ def _block_input(
 
     def add_earlier_block(module: nn.Module, args: Any, output: Tensor) -> None:
         nonlocal residual
-        residual = residual + output
+        residual = residual + scale * output
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
         raise StopForward
 
-    handles = [submodule(layer, other.output.path).register_forward_hook(add_earlier_block) for other in earlier]
+    handles = [submodule(layer, other.adds).register_forward_hook(add_earlier_block) for other in earlier]
     handles.append(submodule(layer, block.output.path).register_forward_pre_hook(stop))
     try:
         with stopped():

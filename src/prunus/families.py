@@ -59,6 +59,8 @@ class Block:
         norms: paths of the norms that serve only this block and leave with it.
         projections: its linear modules.
         untouched: modules inside the block that no cut changes (per-head norms, which all heads share).
+        post_norm: that one of `norms` which stands between the block and the residual stream; None where the output
+            projection is added to it directly.
     """
 
     axis: Axis
@@ -66,11 +68,17 @@ class Block:
     norms: tuple[str, ...]
     projections: tuple[Projection, ...]
     untouched: tuple[str, ...] = ()
+    post_norm: str | None = None
 
     @property
     def output(self) -> Projection:
         """The projection that writes back into the residual stream: `o_proj` or `down_proj`."""
         return next(p for p in self.projections if p.outputs == ("residual",))
+
+    @property
+    def adds(self) -> str:
+        """Path of the module whose output the decoder layer adds to the residual stream."""
+        return self.post_norm or self.output.path
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ class Family:
         layers: path of the list of decoder layers.
         final_norm: path of the norm before the head.
         head: path of the output head.
+        residual_multiplier: config field that holds a factor on all that blocks add to the residual stream; None where
+            there is no such factor.
     """
 
     model_type: str
@@ -94,6 +104,7 @@ class Family:
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    residual_multiplier: str | None = None
 
     def block(self, axis: Axis) -> Block:
         """The block of one axis."""
@@ -103,6 +114,10 @@ class Family:
     def projections(self) -> tuple[Projection, ...]:
         """All projections of a decoder layer."""
         return tuple(projection for block in self.blocks for projection in block.projections)
+
+    def residual_scale(self, config: Any) -> float:
+        """The factor on all that the blocks of a model with this config add to the residual stream."""
+        return float(getattr(config, self.residual_multiplier)) if self.residual_multiplier else 1.0
 
 
 def _attention(*, norms: tuple[str, ...] = ("input_layernorm",), untouched: tuple[str, ...] = ()) -> Block:
@@ -144,6 +159,7 @@ FAMILIES: dict[str, Family] = {
             "Qwen3",
             (_attention(untouched=("self_attn.q_norm", "self_attn.k_norm")), _gated_mlp()),
         ),
+        Family("granite", "Granite 3", (_attention(), _gated_mlp()), residual_multiplier="residual_multiplier"),
     )
 }
 

@@ -12,13 +12,14 @@ from them.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import is_dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+#: families whose configuration, in transformers 4, refuses a `rope_scaling` with any but the keys it knows
+COUNTS_ROPE_SCALING = ("phi3",)
 WIDTH_FIELDS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
@@ -28,6 +29,33 @@ def strict_if_dataclass(cls: type) -> type:
     Without it transformers 5 keeps running the validators of the stock class instead of the ones overridden here.
     """
     return strict(cls) if is_dataclass(cls) else cls
+
+
+def rope_fields_of_transformers_4(model_type: str, rope_parameters: dict[str, Any]) -> dict[str, Any]:
+    """The fields in which transformers 4 looks for what transformers 5 keeps in `rope_parameters`.
+
+    Args:
+        model_type: of the configuration.
+        rope_parameters: one dict, or one per type of attention (Gemma 3).
+
+    Returns:
+        `rope_theta`, `rope_scaling` (None for plain rotary positions) and, where they are in use,
+        `partial_rotary_factor` and `rope_local_base_freq`; nothing if there is no `rope_theta` to be found.
+    """
+    everywhere = rope_parameters.get("full_attention") or rope_parameters
+    if "rope_theta" not in everywhere:
+        return {}
+    scaling = dict(everywhere)
+    fields = {"rope_theta": scaling.pop("rope_theta")}
+    if "sliding_attention" in rope_parameters:
+        fields["rope_local_base_freq"] = rope_parameters["sliding_attention"]["rope_theta"]
+    if "partial_rotary_factor" in scaling:
+        fields["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    if model_type.removeprefix("prunus_") in COUNTS_ROPE_SCALING:
+        scaling["type"] = scaling.pop("rope_type", scaling.get("type"))
+        scaling.pop("original_max_position_embeddings", None)  # a field of the configuration itself
+    plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
+    return {**fields, "rope_scaling": None if plain else scaling}
 
 
 class LayerWidthsMixin:
@@ -40,17 +68,15 @@ class LayerWidthsMixin:
 
     # Head counts that differ by layer are not divisible by a tensor-parallel size in general.
     base_model_tp_plan = None
+    model_type: str
     # `save_pretrained` copies this file next to the weights, as it does for any code that is not in transformers.
     _auto_class = "AutoConfig"
 
     def __init__(self, *, layer_widths: list[dict[str, int]] | None = None, **kwargs: Any):
         # Only transformers 4 comes here: from 5 on a configuration is a dataclass, whose __init__ is generated. What 5
-        # writes as `rope_parameters`, 4 reads from two fields, with a default that would go unnoticed.
-        rope_parameters = kwargs.get("rope_parameters") or {}
-        if "rope_theta" in rope_parameters:
-            kwargs.setdefault("rope_theta", rope_parameters["rope_theta"])
-        if rope_parameters.get("rope_type", "default") != "default":
-            kwargs.setdefault("rope_scaling", rope_parameters)
+        # writes as `rope_parameters`, 4 reads from other fields, with defaults that would go unnoticed.
+        for field, value in rope_fields_of_transformers_4(self.model_type, kwargs.get("rope_parameters") or {}).items():
+            kwargs.setdefault(field, value)
         super().__init__(**kwargs)
         self.layer_widths = layer_widths
         self._complete()
@@ -99,17 +125,33 @@ class LayerWidthsMixin:
                 )
 
     def layer_config(self: Any, layer_idx: int) -> Any:
-        """A copy of this configuration whose global widths are those of one layer.
+        """This configuration with the global widths of one layer.
 
         An absent block gets the smallest width that the stock classes can build; the model replaces it anyway.
         """
-        narrow = copy.copy(self)
         widths = self.layer_widths[layer_idx]
         num_key_value_heads = widths["num_key_value_heads"] or 1
-        narrow.num_key_value_heads = num_key_value_heads
-        narrow.num_attention_heads = num_key_value_heads * (self.num_attention_heads // self.num_key_value_heads)
-        narrow.intermediate_size = widths["intermediate_size"] or 1
-        return narrow
+        return LayerConfig(
+            self,
+            num_key_value_heads=num_key_value_heads,
+            num_attention_heads=num_key_value_heads * (self.num_attention_heads // self.num_key_value_heads),
+            intermediate_size=widths["intermediate_size"] or 1,
+        )
+
+
+class LayerConfig:
+    """What one decoder layer takes for the configuration: widths of its own, all else as in the model's configuration.
+
+    No copy: what is changed there later (the attention implementation: eager, sdpa, …) changes for the layer, too.
+    """
+
+    def __init__(self, config: Any, **widths: int):
+        self.__dict__.update(widths, _config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked for by copy and pickle, while there is no `_config` yet
+            raise AttributeError(name)
+        return getattr(self.__dict__["_config"], name)
 
 
 @strict_if_dataclass
@@ -144,4 +186,18 @@ class PrunusQwen3Config(LayerWidthsMixin, Qwen3Config):
     layer_widths: list[dict[str, int]] | None = None
 
 
-__all__ = ["PrunusLlamaConfig", "PrunusMistralConfig", "PrunusQwen2Config", "PrunusQwen3Config"]
+@strict_if_dataclass
+class PrunusGraniteConfig(LayerWidthsMixin, GraniteConfig):
+    """Granite with one set of widths per decoder layer."""
+
+    model_type = "prunus_granite"
+    layer_widths: list[dict[str, int]] | None = None
+
+
+__all__ = [
+    "PrunusGraniteConfig",
+    "PrunusLlamaConfig",
+    "PrunusMistralConfig",
+    "PrunusQwen2Config",
+    "PrunusQwen3Config",
+]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    GraniteForCausalLM,
+    GraniteModel,
     LlamaForCausalLM,
     LlamaModel,
     MistralForCausalLM,
@@ -24,12 +26,19 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from .configuration_prunus import PrunusLlamaConfig, PrunusMistralConfig, PrunusQwen2Config, PrunusQwen3Config
+from .configuration_prunus import (
+    PrunusGraniteConfig,
+    PrunusLlamaConfig,
+    PrunusMistralConfig,
+    PrunusQwen2Config,
+    PrunusQwen3Config,
+)
 
 
 class AbsentBlock(nn.Module):
@@ -102,8 +111,8 @@ class LayerWidthsModel:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any):
         with without_layers(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        # `base_model` is the model itself, or the decoder inside a model with a head.
-        self.base_model.layers.extend(self._build_layer(layer_idx) for layer_idx in range(config.num_hidden_layers))
+        decoder = getattr(self, "model", self)  # inside a model with a head, or the model itself
+        decoder.layers.extend(self._build_layer(layer_idx) for layer_idx in range(config.num_hidden_layers))
         # Again, for the layers: initialise them (under from_pretrained: nothing) and collect what they declare.
         self.post_init()
 
@@ -113,13 +122,9 @@ class LayerWidthsModel:
         return None
 
     def _build_layer(self: Any, layer_idx: int) -> nn.Module:
-        config = self.config
-        layer: Any = self.decoder_layer(config.layer_config(layer_idx), layer_idx)
-        widths = config.layer_widths[layer_idx]
-        if widths["num_key_value_heads"]:
-            # The attention implementation (eager, sdpa, …) may be switched later, on the model's own configuration.
-            layer.self_attn.config = config
-        else:
+        layer: Any = self.decoder_layer(self.config.layer_config(layer_idx), layer_idx)
+        widths = self.config.layer_widths[layer_idx]
+        if not widths["num_key_value_heads"]:
             layer.self_attn = AbsentAttention(layer_idx)
             for norm in self.attention_norms:
                 setattr(layer, norm, nn.Identity())
@@ -194,7 +199,25 @@ class PrunusQwen3ForCausalLM(LayerWidthsModel, Qwen3ForCausalLM):
     _auto_class = "AutoModelForCausalLM"
 
 
+class PrunusGraniteModel(LayerWidthsModel, GraniteModel):
+    """Granite decoder with one set of widths per layer."""
+
+    config_class = PrunusGraniteConfig
+    decoder_layer = GraniteDecoderLayer
+    _auto_class = "AutoModel"
+
+
+class PrunusGraniteForCausalLM(LayerWidthsModel, GraniteForCausalLM):
+    """Granite language model with one set of widths per layer."""
+
+    config_class = PrunusGraniteConfig
+    decoder_layer = GraniteDecoderLayer
+    _auto_class = "AutoModelForCausalLM"
+
+
 __all__ = [
+    "PrunusGraniteForCausalLM",
+    "PrunusGraniteModel",
     "PrunusLlamaForCausalLM",
     "PrunusLlamaModel",
     "PrunusMistralForCausalLM",

@@ -26,6 +26,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
+from prunus.checkpoint.configuration_prunus import rope_fields_of_transformers_4
 from prunus.errors import CheckpointError
 
 __all__ = ["check_disk", "check_output", "model_bytes", "save_checkpoint"]
@@ -243,12 +244,8 @@ def _keep_rope_readable(path: Path) -> None:
     Those ignore `rope_parameters` and silently fall back to a default base; transformers 5 accepts both forms at once.
     """
     config = _read_json(path)
-    rope_parameters = config.get("rope_parameters") or {}
-    if "rope_theta" in rope_parameters:
-        config["rope_theta"] = rope_parameters["rope_theta"]
-        scaling = {name: value for name, value in rope_parameters.items() if name != "rope_theta"}
-        config["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
-        _write_json(path, config)
+    if fields := rope_fields_of_transformers_4(config["model_type"], config.get("rope_parameters") or {}):
+        _write_json(path, {**config, **fields})
 
 
 def _keep_readable_by_transformers_4(path: Path, tokenizer: Any) -> None:
