@@ -52,28 +52,38 @@ def test_every_block_gets_the_solution_that_a_walk_by_hand_finds(case, residual)
     compensate_(pruned, model, plan, as_batches(ids), options, progress=False)
 
     def recorded(run, *paths):
-        """Inputs of the projections at these paths in one whole forward pass of a model."""
+        """Inputs and outputs of the modules at these paths in one whole forward pass of a model."""
         seen = {}
-        handles = [
-            run.get_submodule(path).register_forward_hook(
-                lambda module, args, output, path=path: seen.update({path: (args[0], output)})
-            )
-            for path in paths
-        ]
+
+        def note(path):
+            def hook(module, args, kwargs, output):
+                entered = args[0] if args else kwargs["hidden_states"]
+                seen[path] = entered, output
+
+            return hook
+
+        handles = [run.get_submodule(path).register_forward_hook(note(path), with_kwargs=True) for path in paths]
         logits(run, ids)
         for handle in handles:
             handle.remove()
         return seen
 
-    # The oracle runs the whole model anew for each block, from what is repaired so far.
-    outputs = [f"model.layers.{i}.{path}" for i, path in product(range(2), ("self_attn.o_proj", "mlp.down_proj"))]
-    dense = recorded(model, *outputs)
-    embedding = model.model.embed_tokens(ids)
-    for number, path in enumerate(outputs):
-        now = recorded(oracle, *outputs)
-        dense_before = embedding + sum(dense[earlier][1] for earlier in outputs[:number])
-        pruned_before = embedding + sum(now[earlier][1] for earlier in outputs[:number])
-        target = (dense[path][1] + residual * (dense_before - pruned_before)).flatten(0, 1).double()
+    # The oracle runs the whole model anew for each block, from what is repaired so far. The residual stream before a
+    # block is what enters the decoder layer, or the norm in front of the MLP.
+    before_mlp = "pre_feedforward_layernorm" if case[0].startswith("gemma") else "post_attention_layernorm"
+    outputs = {
+        f"model.layers.{i}.{path}": f"model.layers.{i}.{entrance}".rstrip(".")
+        for i, (path, entrance) in product(range(2), (("self_attn.o_proj", ""), ("mlp.down_proj", before_mlp)))
+    }
+    if case[0].startswith("gemma"):
+        residual = 0.0  # a norm follows
+    dense = recorded(model, *outputs.keys(), *outputs.values())
+    for path, entrance in outputs.items():
+        now = recorded(oracle, *outputs.keys(), *outputs.values())
+        difference = dense[entrance][0] - now[entrance][0]
+        if case[0] == "granite":
+            difference = difference / model.config.residual_multiplier
+        target = (dense[path][1] + residual * difference).flatten(0, 1).double()
         module = oracle.get_submodule(path)
         if module.bias is not None:
             target = target - module.bias.double()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import geometries, plans
-from tiny_families import CASES, case_id, count_parameters, make_model, shared_model
+from tiny_families import CASES, case_id, count_parameters, head_dim_of, make_model, shared_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaModel
 
@@ -34,11 +34,11 @@ def test_shape(model):
     geometry, config = Geometry.of(model), model.config
     assert geometry.family is FAMILIES[config.model_type] is family_of(config)
     assert geometry.hidden_size == config.hidden_size
-    assert geometry.head_dim == config.head_dim
+    assert geometry.head_dim == head_dim_of(config)
     assert geometry.widths == (LayerWidths(config.num_key_value_heads, config.intermediate_size),) * 2
     assert geometry.size(0, "residual") == config.hidden_size
-    assert geometry.size(1, "query") == config.num_attention_heads * config.head_dim
-    assert geometry.size(0, "key_value") == config.num_key_value_heads * config.head_dim
+    assert geometry.size(1, "query") == config.num_attention_heads * head_dim_of(config)
+    assert geometry.size(0, "key_value") == config.num_key_value_heads * head_dim_of(config)
     assert geometry.size(0, "channel") == config.intermediate_size
 
 
@@ -48,7 +48,9 @@ def test_costs_are_what_smaller_models_lack(model):
     assert geometry.total_parameters == count_parameters(model)
 
     def size(**fields) -> int:
-        smaller = type(config).from_dict({**config.to_dict(), **fields})
+        # Rotary positions have no weights, but refuse other numbers of heads.
+        same = {**config.to_dict(), "head_dim": head_dim_of(config), "rope_parameters": None}
+        smaller = type(config).from_dict({**same, **fields})
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(smaller).num_parameters()
 
@@ -77,10 +79,15 @@ def test_block_parameters(model):
     head_norms = [
         getattr(layer.self_attn, name).weight for name in ("q_norm", "k_norm") if hasattr(layer.self_attn, name)
     ]
+    norms = {"attention": ["input_layernorm"], "mlp": ["post_attention_layernorm"]}
+    if model.config.model_type.startswith("gemma"):
+        norms["attention"].append("post_attention_layernorm")
+        norms["mlp"] = ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    weights = {axis: [layer.get_submodule(name).weight for name in names] for axis, names in norms.items()}
     bias = [b for b in (layer.self_attn.o_proj.bias,) if b is not None]
-    assert geometry.block_parameters["attention"] == numel(layer.input_layernorm.weight, *head_norms, *bias)
+    assert geometry.block_parameters["attention"] == numel(*weights["attention"], *head_norms, *bias)
     bias = [b for b in (layer.mlp.down_proj.bias,) if b is not None]
-    assert geometry.block_parameters["mlp"] == numel(layer.post_attention_layernorm.weight, *bias)
+    assert geometry.block_parameters["mlp"] == numel(*weights["mlp"], *bias)
 
 
 def test_on_the_meta_device(model):

@@ -36,8 +36,19 @@ GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
 MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}
 MQA = {"num_attention_heads": 4, "num_key_value_heads": 1}
 TIED = {"tie_word_embeddings": True}
+#: as in Llama 3.2
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 #: as published: `head_dim` is no field of this family's config, and follows from the number of heads
 DERIVED_HEADS = {"head_dim": None}
+#: a sliding window in every second layer
+GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": 6, "sliding_window_pattern": 2}
 GRANITE = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.25,
@@ -49,7 +60,7 @@ GRANITE = {
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         "gqa": GQA,
-        "mha-tied": {**MHA, **TIED},
+        "mha-tied": {**MHA, **TIED, "rope_parameters": LLAMA3_ROPE},
         "mqa-biases": {**MQA, "attention_bias": True, "mlp_bias": True},
         "gqa-biases": {**GQA, "attention_bias": True, "mlp_bias": True},
     },
@@ -69,10 +80,44 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "mha-narrow-heads-tied": {**MHA, **TIED, "head_dim": 6},
         "mqa-biases": {**MQA, "attention_bias": True},
     },
+    # A head layout is a matter of the projections: those above stand for all families that have the same ones.
     "granite": {
-        "gqa": {**GQA, **GRANITE, **DERIVED_HEADS},
-        "mha-tied-biases": {**MHA, **GRANITE, **TIED, "attention_bias": True, "mlp_bias": True},
-        "mqa": {**MQA, **GRANITE},
+        "gqa-tied-biases": {**GQA, **TIED, **GRANITE, **DERIVED_HEADS, "attention_bias": True, "mlp_bias": True}
+    },
+    "smollm3": {
+        # No positions but a sliding window in every second layer.
+        "gqa": {**GQA, **DERIVED_HEADS, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
+    },
+    "phi3": {
+        "gqa-half-rotary": {
+            **GQA,
+            **DERIVED_HEADS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+        "mha-tied-window": {**MHA, **TIED, **DERIVED_HEADS, "sliding_window": 6},
+        "mqa-longrope": {
+            **MQA,
+            **DERIVED_HEADS,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 3.0],
+                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+            },
+        },
+    },
+    "gemma2": {"gqa-tied": {**GQA, **TIED, **GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}},
+    "gemma3_text": {
+        "gqa-wide-heads": {
+            **GQA,
+            **GEMMA,
+            "head_dim": 12,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 2.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
     },
 }
 
@@ -164,28 +209,37 @@ def zeroed(model: Any, kept: Sequence[KeptGroups]) -> Any:
 def groups_of(layer: Any, axis: str, config: Any) -> int:
     """How many groups a decoder layer has, read off the shape of its weights."""
     if axis == "attention":
-        return layer.self_attn.k_proj.out_features // head_dim_of(config) if hasattr(layer.self_attn, "k_proj") else 0
-    return layer.mlp.up_proj.out_features if hasattr(layer.mlp, "up_proj") else 0
+        query_heads = config.num_attention_heads // config.num_key_value_heads
+        width = query_heads * head_dim_of(config)
+        return layer.self_attn.o_proj.in_features // width if hasattr(layer.self_attn, "o_proj") else 0
+    return layer.mlp.down_proj.in_features if hasattr(layer.mlp, "down_proj") else 0
 
 
 def weights_of_group(layer: Any, axis: str, group: int, config: Any) -> Iterator[tuple[str, Any]]:
     """Where the weights of a group are: names inside the decoder layer, with an index into each parameter.
 
-    Spelt out by hand for decoder layers with separate projections. A family with other projections makes the tests
-    that use this fail, until what its groups own is said here.
+    Spelt out by hand for decoder layers with separate projections, and for those of Phi-3. A family with other
+    projections makes the tests that use this fail, until what its groups own is said here.
     """
     if axis == "attention":
         query_heads = config.num_attention_heads // config.num_key_value_heads
         head_dim = head_dim_of(config)
-        query = slice(group * query_heads * head_dim, (group + 1) * query_heads * head_dim)
-        key_value = slice(group * head_dim, (group + 1) * head_dim)
+        query = list(range(group * query_heads * head_dim, (group + 1) * query_heads * head_dim))
+        key_value = list(range(group * head_dim, (group + 1) * head_dim))
         rows = {"self_attn.q_proj": query, "self_attn.k_proj": key_value, "self_attn.v_proj": key_value}
         columns = {"self_attn.o_proj": query}
         shared = {"self_attn.q_norm", "self_attn.k_norm"}
+        if hasattr(layer.self_attn, "qkv_proj"):
+            groups = groups_of(layer, axis, config)
+            first_key, first_value = groups * query_heads * head_dim, groups * (query_heads + 1) * head_dim
+            keys, values = [first_key + i for i in key_value], [first_value + i for i in key_value]
+            rows["self_attn.qkv_proj"] = query + keys + values
     else:
-        rows = {"mlp.gate_proj": slice(group, group + 1), "mlp.up_proj": slice(group, group + 1)}
-        columns = {"mlp.down_proj": slice(group, group + 1)}
+        rows = {"mlp.gate_proj": [group], "mlp.up_proj": [group]}
+        columns = {"mlp.down_proj": [group]}
         shared = set()
+        if hasattr(layer.mlp, "gate_up_proj"):
+            rows["mlp.gate_up_proj"] = [group, groups_of(layer, axis, config) + group]
     block = "self_attn" if axis == "attention" else "mlp"
     for path, module in layer.named_modules():
         if path.startswith(block + ".") and any(True for _ in module.parameters(recurse=False)):

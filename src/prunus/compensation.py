@@ -10,9 +10,8 @@ back to where the dense model has it:
 with B the dense block's output, R and R̂ the residual streams of the dense and the pruned model before the block, and
 W_S the columns that were kept. α = 0 asks for the dense block's output, α = 1 for the dense residual stream after it,
 so that each block also takes back what earlier blocks got wrong. No bias is added. Where the model multiplies what its
-blocks add to the residual stream by a factor (Granite), R − R̂ is divided by it. Where a norm stands between the block and
-the residual stream (Gemma, OLMo-2), nothing that the projection could answer makes up for a difference in the stream, and
-α is 0.
+blocks add to the residual stream by a factor (Granite), R − R̂ is divided by it. Where a norm stands between the block
+and the residual stream (Gemma), no answer of the projection makes up for a difference in the stream, and α is 0.
 
 Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", eq. 5 and section 3.2 (least
 squares reconstruction of the remaining channels, in layer order, on the pruned network's own inputs).

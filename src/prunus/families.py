@@ -120,7 +120,13 @@ class Family:
         return float(getattr(config, self.residual_multiplier)) if self.residual_multiplier else 1.0
 
 
-def _attention(*, norms: tuple[str, ...] = ("input_layernorm",), untouched: tuple[str, ...] = ()) -> Block:
+#: norms that work on each head by itself, with weights that all heads share
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+
+def _attention(
+    *, norms: tuple[str, ...] = ("input_layernorm",), untouched: tuple[str, ...] = (), post_norm: str | None = None
+) -> Block:
     return Block(
         axis="attention",
         module="self_attn",
@@ -132,10 +138,11 @@ def _attention(*, norms: tuple[str, ...] = ("input_layernorm",), untouched: tupl
             Projection("self_attn.o_proj", ("residual",), "query"),
         ),
         untouched=untouched,
+        post_norm=post_norm,
     )
 
 
-def _gated_mlp(*, norms: tuple[str, ...] = ("post_attention_layernorm",)) -> Block:
+def _gated_mlp(*, norms: tuple[str, ...] = ("post_attention_layernorm",), post_norm: str | None = None) -> Block:
     return Block(
         axis="mlp",
         module="mlp",
@@ -145,8 +152,50 @@ def _gated_mlp(*, norms: tuple[str, ...] = ("post_attention_layernorm",)) -> Blo
             Projection("mlp.up_proj", ("channel",), "residual"),
             Projection("mlp.down_proj", ("residual",), "channel"),
         ),
+        post_norm=post_norm,
     )
 
+
+def _between_norms(*, untouched: tuple[str, ...] = ()) -> tuple[Block, Block]:
+    """Attention and MLP with one norm before and another after each block."""
+    return (
+        _attention(
+            norms=("input_layernorm", "post_attention_layernorm"),
+            untouched=untouched,
+            post_norm="post_attention_layernorm",
+        ),
+        _gated_mlp(
+            norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            post_norm="post_feedforward_layernorm",
+        ),
+    )
+
+
+#: Phi-3: q, k and v in one projection, gate and up in another
+_FUSED = (
+    Block(
+        axis="attention",
+        module="self_attn",
+        norms=("input_layernorm",),
+        projections=(
+            Projection("self_attn.qkv_proj", ("query", "key_value", "key_value"), "residual"),
+            Projection("self_attn.o_proj", ("residual",), "query"),
+        ),
+    ),
+    Block(
+        axis="mlp",
+        module="mlp",
+        norms=("post_attention_layernorm",),
+        projections=(
+            Projection("mlp.gate_up_proj", ("channel", "channel"), "residual"),
+            Projection("mlp.down_proj", ("residual",), "channel"),
+        ),
+    ),
+)
+
+
+#: config fields that say how many experts a layer has; set only in mixtures of experts
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -154,12 +203,12 @@ FAMILIES: dict[str, Family] = {
         Family("llama", "Llama 2, 3, 3.x; SmolLM2; TinyLlama", (_attention(), _gated_mlp())),
         Family("mistral", "Mistral", (_attention(), _gated_mlp())),
         Family("qwen2", "Qwen2, Qwen2.5", (_attention(), _gated_mlp())),
-        Family(
-            "qwen3",
-            "Qwen3",
-            (_attention(untouched=("self_attn.q_norm", "self_attn.k_norm")), _gated_mlp()),
-        ),
+        Family("qwen3", "Qwen3", (_attention(untouched=_HEAD_NORMS), _gated_mlp())),
         Family("granite", "Granite 3", (_attention(), _gated_mlp()), residual_multiplier="residual_multiplier"),
+        Family("smollm3", "SmolLM3", (_attention(), _gated_mlp())),
+        Family("phi3", "Phi-3, Phi-3.5, Phi-4", _FUSED),
+        Family("gemma2", "Gemma 2", _between_norms()),
+        Family("gemma3_text", "Gemma 3 (text)", _between_norms(untouched=_HEAD_NORMS)),
     )
 }
 
@@ -171,12 +220,19 @@ def family_of(config: Any) -> Family:
         config: a transformers `PreTrainedConfig`.
 
     Raises:
-        UnsupportedModelError: the model type is not described in `FAMILIES`.
+        UnsupportedModelError: the model type is not described in `FAMILIES`; a mixture of experts is told why.
     """
     model_type = str(getattr(config, "model_type", ""))
     family = FAMILIES.get(model_type.removeprefix(PRUNED_PREFIX))
     if family is not None:
         return family
+    if experts := next((name for name in EXPERT_FIELDS if getattr(config, name, None)), None):
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is a mixture of experts (its config has {experts}), which prunus does not cut: "
+            "a router sends each token to some of the experts only, so that neither importance nor cost of their "
+            "channels compares with that of a dense model's. "
+            f"Supported, all dense: {', '.join(sorted(FAMILIES))}."
+        )
     hint = ""
     if close := difflib.get_close_matches(model_type, FAMILIES, n=1):
         hint = f" The closest described family is {close[0]!r}, but a cut is never made by guessing."

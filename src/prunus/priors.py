@@ -175,6 +175,7 @@ def _cosines(model: Any, geometry: Geometry, windows: Tensor, progress: bool) ->
     sums = {name: np.zeros(len(layers)) for name in ("layer", *AXES)}
     tokens = 0
     stream: dict[int, list[Tensor]] = {}
+    scale = geometry.family.residual_scale(model.config)
 
     def enter(layer_idx: int) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -185,8 +186,8 @@ def _cosines(model: Any, geometry: Geometry, windows: Tensor, progress: bool) ->
     def add(layer_idx: int, axis: Axis) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             before = stream[layer_idx][-1]
-            stream[layer_idx].append(before + output)
-            sums[axis][layer_idx] += _turn(before, before + output)
+            stream[layer_idx].append(before + scale * output)
+            sums[axis][layer_idx] += _turn(*stream[layer_idx][-2:])
 
         return hook
 
@@ -195,7 +196,7 @@ def _cosines(model: Any, geometry: Geometry, windows: Tensor, progress: bool) ->
         handles.append(layer.register_forward_pre_hook(enter(layer_idx), with_kwargs=True))
         for block in geometry.family.blocks:
             if geometry.widths[layer_idx][block.axis]:
-                handles.append(submodule(layer, block.output.path).register_forward_hook(add(layer_idx, block.axis)))
+                handles.append(submodule(layer, block.adds).register_forward_hook(add(layer_idx, block.axis)))
     try:
         for window in tqdm(windows, desc="layer priors", disable=None if progress else True):
             model.base_model(input_ids=window[None].to(model.device), use_cache=False)

@@ -16,7 +16,17 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 #: families whose configuration, in transformers 4, refuses a `rope_scaling` with any but the keys it knows
 COUNTS_ROPE_SCALING = ("phi3",)
@@ -194,10 +204,46 @@ class PrunusGraniteConfig(LayerWidthsMixin, GraniteConfig):
     layer_widths: list[dict[str, int]] | None = None
 
 
+@strict_if_dataclass
+class PrunusSmolLM3Config(LayerWidthsMixin, SmolLM3Config):
+    """SmolLM3 with one set of widths per decoder layer."""
+
+    model_type = "prunus_smollm3"
+    layer_widths: list[dict[str, int]] | None = None
+
+
+@strict_if_dataclass
+class PrunusPhi3Config(LayerWidthsMixin, Phi3Config):
+    """Phi-3 with one set of widths per decoder layer."""
+
+    model_type = "prunus_phi3"
+    layer_widths: list[dict[str, int]] | None = None
+
+
+@strict_if_dataclass
+class PrunusGemma2Config(LayerWidthsMixin, Gemma2Config):
+    """Gemma 2 with one set of widths per decoder layer."""
+
+    model_type = "prunus_gemma2"
+    layer_widths: list[dict[str, int]] | None = None
+
+
+@strict_if_dataclass
+class PrunusGemma3TextConfig(LayerWidthsMixin, Gemma3TextConfig):
+    """Gemma 3 (text) with one set of widths per decoder layer."""
+
+    model_type = "prunus_gemma3_text"
+    layer_widths: list[dict[str, int]] | None = None
+
+
 __all__ = [
+    "PrunusGemma2Config",
+    "PrunusGemma3TextConfig",
     "PrunusGraniteConfig",
     "PrunusLlamaConfig",
     "PrunusMistralConfig",
+    "PrunusPhi3Config",
     "PrunusQwen2Config",
     "PrunusQwen3Config",
+    "PrunusSmolLM3Config",
 ]

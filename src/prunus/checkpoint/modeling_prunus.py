@@ -15,29 +15,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Gemma2ForCausalLM,
+    Gemma2Model,
+    Gemma3ForCausalLM,
+    Gemma3TextModel,
     GraniteForCausalLM,
     GraniteModel,
     LlamaForCausalLM,
     LlamaModel,
     MistralForCausalLM,
     MistralModel,
+    Phi3ForCausalLM,
+    Phi3Model,
     Qwen2ForCausalLM,
     Qwen2Model,
     Qwen3ForCausalLM,
     Qwen3Model,
+    SmolLM3ForCausalLM,
+    SmolLM3Model,
 )
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
 from .configuration_prunus import (
+    PrunusGemma2Config,
+    PrunusGemma3TextConfig,
     PrunusGraniteConfig,
     PrunusLlamaConfig,
     PrunusMistralConfig,
+    PrunusPhi3Config,
     PrunusQwen2Config,
     PrunusQwen3Config,
+    PrunusSmolLM3Config,
 )
 
 
@@ -215,15 +231,95 @@ class PrunusGraniteForCausalLM(LayerWidthsModel, GraniteForCausalLM):
     _auto_class = "AutoModelForCausalLM"
 
 
+class PrunusSmolLM3Model(LayerWidthsModel, SmolLM3Model):
+    """SmolLM3 decoder with one set of widths per layer."""
+
+    config_class = PrunusSmolLM3Config
+    decoder_layer = SmolLM3DecoderLayer
+    _auto_class = "AutoModel"
+
+
+class PrunusSmolLM3ForCausalLM(LayerWidthsModel, SmolLM3ForCausalLM):
+    """SmolLM3 language model with one set of widths per layer."""
+
+    config_class = PrunusSmolLM3Config
+    decoder_layer = SmolLM3DecoderLayer
+    _auto_class = "AutoModelForCausalLM"
+
+
+class PrunusPhi3Model(LayerWidthsModel, Phi3Model):
+    """Phi-3 decoder with one set of widths per layer."""
+
+    config_class = PrunusPhi3Config
+    decoder_layer = Phi3DecoderLayer
+    _auto_class = "AutoModel"
+
+
+class PrunusPhi3ForCausalLM(LayerWidthsModel, Phi3ForCausalLM):
+    """Phi-3 language model with one set of widths per layer."""
+
+    config_class = PrunusPhi3Config
+    decoder_layer = Phi3DecoderLayer
+    _auto_class = "AutoModelForCausalLM"
+
+
+class PrunusGemma2Model(LayerWidthsModel, Gemma2Model):
+    """Gemma 2 decoder with one set of widths per layer."""
+
+    config_class = PrunusGemma2Config
+    decoder_layer = Gemma2DecoderLayer
+    attention_norms = ("input_layernorm", "post_attention_layernorm")
+    mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    _auto_class = "AutoModel"
+
+
+class PrunusGemma2ForCausalLM(LayerWidthsModel, Gemma2ForCausalLM):
+    """Gemma 2 language model with one set of widths per layer."""
+
+    config_class = PrunusGemma2Config
+    decoder_layer = Gemma2DecoderLayer
+    attention_norms = ("input_layernorm", "post_attention_layernorm")
+    mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    _auto_class = "AutoModelForCausalLM"
+
+
+class PrunusGemma3TextModel(LayerWidthsModel, Gemma3TextModel):
+    """Gemma 3 (text) decoder with one set of widths per layer."""
+
+    config_class = PrunusGemma3TextConfig
+    decoder_layer = Gemma3DecoderLayer
+    attention_norms = ("input_layernorm", "post_attention_layernorm")
+    mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    _auto_class = "AutoModel"
+
+
+class PrunusGemma3TextForCausalLM(LayerWidthsModel, Gemma3ForCausalLM):
+    """Gemma 3 (text) language model with one set of widths per layer."""
+
+    config_class = PrunusGemma3TextConfig
+    decoder_layer = Gemma3DecoderLayer
+    attention_norms = ("input_layernorm", "post_attention_layernorm")
+    mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    _auto_class = "AutoModelForCausalLM"
+
+
 __all__ = [
+    "PrunusGemma2ForCausalLM",
+    "PrunusGemma2Model",
+    "PrunusGemma3TextForCausalLM",
+    "PrunusGemma3TextModel",
     "PrunusGraniteForCausalLM",
     "PrunusGraniteModel",
     "PrunusLlamaForCausalLM",
     "PrunusLlamaModel",
     "PrunusMistralForCausalLM",
     "PrunusMistralModel",
+    "PrunusPhi3ForCausalLM",
+    "PrunusPhi3Model",
     "PrunusQwen2ForCausalLM",
     "PrunusQwen2Model",
     "PrunusQwen3ForCausalLM",
     "PrunusQwen3Model",
+    "PrunusSmolLM3ForCausalLM",
+    "PrunusSmolLM3Model",
 ]
