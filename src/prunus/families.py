@@ -226,12 +226,17 @@ def family_of(config: Any) -> Family:
     family = FAMILIES.get(model_type.removeprefix(PRUNED_PREFIX))
     if family is not None:
         return family
-    if experts := next((name for name in EXPERT_FIELDS if getattr(config, name, None)), None):
+    # Not getattr: configs of some mixtures refuse to name fields whose values differ by layer.
+    fields = getattr(config, "__dict__", {})
+    parts = [
+        fields,
+        *(value if isinstance(value, dict) else getattr(value, "__dict__", {}) for value in fields.values()),
+    ]
+    if "moe" in model_type or any(part.get(name) for part in parts for name in EXPERT_FIELDS):
         raise UnsupportedModelError(
-            f"model type {model_type!r} is a mixture of experts (its config has {experts}), which prunus does not cut: "
-            "a router sends each token to some of the experts only, so that neither importance nor cost of their "
-            "channels compares with that of a dense model's. "
-            f"Supported, all dense: {', '.join(sorted(FAMILIES))}."
+            f"model type {model_type!r} is a mixture of experts, which prunus does not cut: a router sends each token "
+            "to some of the experts only, so that neither importance nor cost of their channels compares with that of "
+            f"a dense model's. Supported, all dense: {', '.join(sorted(FAMILIES))}."
         )
     hint = ""
     if close := difflib.get_close_matches(model_type, FAMILIES, n=1):

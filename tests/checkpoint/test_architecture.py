@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import ALL, HEAD_DIM, LAYERS, RAGGED, Kept, cut, dense_config, 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunus.checkpoint import empty_model, is_ragged, pruned_config
+from prunus.checkpoint.configuration_prunus import rope_fields_of_transformers_4
 from prunus.errors import PlanError, UnsupportedModelError
 from prunus.groups import LayerWidths, layer_widths_of
 
@@ -190,3 +192,58 @@ def test_attention_implementation_is_kept(family):
     model.set_attn_implementation("eager")
     assert cut(model, RAGGED).config._attn_implementation == "eager"
     assert cut(model, (Kept((0,), ALL),) * LAYERS).config._attn_implementation == "eager"
+
+
+def test_longrope_factors_fix_the_stock_class_to_one_number_of_heads():
+    """Phi3Config counts them against hidden size over heads: with fewer heads only the class of ragged models fits."""
+    factors = [1.0, 1.5, 2.0, 4.0]
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
+    config = dense_config("phi3", rope_parameters=longrope)
+    fewer_heads = pruned_config(config, [Kept((1,), ALL).widths] * LAYERS, EVERY)
+    assert is_ragged(fewer_heads)
+    assert fewer_heads.rope_parameters["long_factor"] == factors
+    fewer_channels = pruned_config(config, [Kept((0, 1), ALL[:5]).widths] * LAYERS, EVERY)
+    assert fewer_channels.model_type == "phi3"
+
+
+GLOBAL, LOCAL = {"rope_type": "default", "rope_theta": 1e6}, {"rope_type": "default", "rope_theta": 1e4}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope_parameters", "fields"),
+    [
+        ("qwen3", GLOBAL, {"rope_theta": 1e6, "rope_scaling": None}),
+        ("llama", LINEAR, {"rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        (
+            "prunus_phi3",
+            {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0],
+                "long_factor": [2.0],
+                "original_max_position_embeddings": 64,
+            },
+            {
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+            },
+        ),
+        (
+            "gemma3_text",
+            {"full_attention": LINEAR, "sliding_attention": LOCAL},
+            {
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+        ("llama", {}, {}),
+    ],
+)
+def test_rotary_fields_of_transformers_4(model_type, rope_parameters, fields):
+    before = copy.deepcopy(rope_parameters)
+    assert rope_fields_of_transformers_4(model_type, rope_parameters) == fields
+    assert rope_parameters == before

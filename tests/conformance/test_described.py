@@ -10,6 +10,7 @@ from torch import nn
 from prunus.errors import UnsupportedModelError
 from prunus.families import AXES, FAMILIES
 from prunus.groups import Geometry
+from prunus.loss import chunked_cross_entropy, head_function, next_token_labels
 
 
 class Quantised(nn.Linear):
@@ -69,6 +70,28 @@ def test_every_weight_of_a_projection_has_one_owner(tiny):
             biases = {f"{p.path}.bias" for p in tiny.family.block(axis).projections if p.outputs != ("residual",)}
             weights = {f"{p.path}.weight" for p in tiny.family.block(axis).projections}
             assert owners.keys() == weights | {name for name in biases if name in dict(layer.named_parameters())}
+
+
+def test_a_layer_answers_its_input_and_what_its_blocks_add(tiny):
+    """What repair and layer priors build upon, and the loss of the whole model on the head's own factors."""
+    seen = {}
+    layer = tiny.model.get_submodule(tiny.family.layers)[1]
+
+    def note(path):
+        return lambda module, args, kwargs, output: seen.update({path: (args[0] if args else None, output)})
+
+    paths = ["", *(block.adds for block in tiny.family.blocks)]
+    handles = [layer.get_submodule(path).register_forward_hook(note(path), with_kwargs=True) for path in paths]
+    with torch.no_grad():
+        loss = tiny.model(tiny.input_ids, labels=tiny.input_ids).loss
+        hidden = tiny.model.model(tiny.input_ids).last_hidden_state
+        losses = chunked_cross_entropy(hidden, head_function(tiny.model), next_token_labels(tiny.input_ids), chunk=5)
+    for handle in handles:
+        handle.remove()
+    entered, left = seen[""]
+    added = sum(seen[block.adds][1] for block in tiny.family.blocks)
+    torch.testing.assert_close(entered + tiny.family.residual_scale(tiny.model.config) * added, left)
+    torch.testing.assert_close(losses.sum() / tiny.input_ids[:, 1:].numel(), loss)
 
 
 @pytest.mark.parametrize("place", ["", "self_attn.", "mlp."], ids=["layer", "attention", "mlp"])

@@ -72,6 +72,9 @@ class AbsentAttention(AbsentBlock):
     masks off the first entry of each layer type); an entry that stayed empty would restart the positions at every step.
     """
 
+    # Gemma 3 asks for it in transformers 4, to choose between two kinds of positions; here nothing depends on them.
+    is_sliding = False
+
     def __init__(self, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
