@@ -17,6 +17,7 @@ from prunus.checkpoint import load_model, save_checkpoint
 from prunus.compensation import CompensationOptions, compensate_
 from prunus.errors import PrunusError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows
+from prunus.export import export_dense, export_gguf
 from prunus.groups import Geometry
 from prunus.importance import METHODS, MethodOptions
 from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
@@ -50,6 +51,8 @@ __all__ = [
     "calibration_from_tokens",
     "compensate_",
     "errors",
+    "export_dense",
+    "export_gguf",
     "load_calibration",
     "load_model",
     "perplexity",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter, Token
 from rich.console import Console
@@ -21,6 +21,7 @@ from prunus.comparison import compare as compare_methods
 from prunus.compensation import CompensationOptions
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import perplexity, read_text
+from prunus.export import GgufType, export_dense, export_gguf
 from prunus.families import AXES, Axis
 from prunus.importance.hybrid import DEFAULT_MIX, Weights
 from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, draw_calibration
@@ -106,6 +107,7 @@ SelectionFlags = Annotated[_SelectionFlags, Parameter(name="*", group=Group("Sel
 _COMPENSATION = Group("Compensation", sort_key=5)
 CompensationFlags = Annotated[CompensationOptions, Parameter(name="*", group=_COMPENSATION)]
 EvaluationFlags = Annotated[EvaluationOptions, Parameter(name="*", group=Group("Evaluation", sort_key=6))]
+_GGUF = Group("GGUF", sort_key=7)
 Flag = Annotated[bool, Parameter(negative="")]
 Rounds = Annotated[int, Parameter(group=Group("Selection", sort_key=4))]
 
@@ -278,6 +280,44 @@ def apply(
         _print_rows(
             f"{metrics['base_model']} → {out}", ("", "before", "after"), [("parameters", f"{before:,}", f"{after:,}")]
         )
+
+
+@app.command
+def export(
+    model: ModelName,
+    /,
+    *,
+    to: Literal["gguf", "dense"],
+    out: Path,
+    type: Annotated[GgufType, Parameter(group=_GGUF)] = "f16",
+    mlp_multiple: Annotated[int, Parameter(group=_GGUF)] = 1,
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Write a pruned model in a form that other programs load.
+
+    `gguf` is one file for llama.cpp, Ollama, LM Studio and others; needs `pip install 'prunus[gguf]'`. `dense` is a
+    model folder of a stock class, its layers filled up with zeros to the width of the widest, for loaders that need
+    equal layers.
+
+    Args:
+        model: folder, Hub id or `smollm2-135m`, pruned or not.
+        to: the form.
+        out: the file (gguf) or folder (dense) to write; it appears when it is complete.
+        type: of the matrices: f32, f16, bf16 or q8_0; norms and biases are f32 in each.
+        mlp_multiple: fill MLP widths up to multiples of this with zeros, 256 for llama.cpp's K-quants.
+        overwrite: replace an earlier result.
+        json: print what was written as JSON.
+    """
+    if to == "gguf":
+        facts = export_gguf(model, out, type=type, mlp_multiple=mlp_multiple, overwrite=overwrite)
+    else:
+        facts = export_dense(model, out, overwrite=overwrite)
+    if json:
+        _print_json(facts)
+        return
+    rows = [(name, _short(value)) for name, value in facts.items() if not isinstance(value, list)]
+    _print_rows(f"{model} → {out}", ("", ""), rows)
 
 
 @app.command(name="eval")

@@ -1,0 +1,163 @@
+"""Which of llama.cpp's architectures computes what a model computes, and what each asks of the layers.
+
+llama.cpp has no architecture for pruned models, but two of its own read one width per layer: `deci` (Nemotron) and
+`openelm`. A model of equal layers goes out as its family's stock architecture instead. Architectures are data: what
+each can hold, as read from its graph in llama.cpp and checked by running it (`make deploy-check`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prunus.errors import UnsupportedModelError
+from prunus.groups import Geometry, LayerWidths
+
+__all__ = ["ARCHITECTURES", "CANDIDATES", "ZERO_CHANNELS", "Architecture", "choose_architecture", "widths_to_write"]
+
+#: channels of zeros in place of an absent MLP: one block of Q8_0
+ZERO_CHANNELS = 32
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of llama.cpp's model graphs.
+
+    Attributes:
+        name: `general.architecture` of the file.
+        per_layer: widths are arrays, one entry per layer.
+        absent_attention: a layer may lack attention. Never the first one: its number of heads is read as the model's.
+        interleaved: a head rotates the pairs (0, 1), (2, 3), … and not, as in transformers, (0, n/2), (1, n/2 + 1), …:
+            rows of queries and keys are stored in another order.
+        fused: queries, keys and values are one tensor.
+        head_norms: queries and keys have norms per head.
+        heads_span_hidden: heads times head_dim has to be the hidden size.
+        untied: there may be an output head of its own.
+        rope_factors: it divides rotary frequencies by a stored tensor, as Llama 3 needs.
+        biases: kinds of projection that may have a bias.
+    """
+
+    name: str
+    per_layer: bool = False
+    absent_attention: bool = False
+    interleaved: bool = False
+    fused: bool = False
+    head_norms: bool = False
+    heads_span_hidden: bool = False
+    untied: bool = True
+    rope_factors: bool = False
+    biases: frozenset[str] = frozenset()
+
+
+_INPUT_BIASES = frozenset({"ATTN_Q", "ATTN_K", "ATTN_V"})
+_ALL_BIASES = _INPUT_BIASES | {"ATTN_OUT", "FFN_GATE", "FFN_UP", "FFN_DOWN"}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("llama", interleaved=True, rope_factors=True, biases=_ALL_BIASES),
+        Architecture("qwen2", heads_span_hidden=True, biases=_INPUT_BIASES),
+        Architecture("qwen3", head_norms=True, biases=_INPUT_BIASES),
+        Architecture(
+            "deci", per_layer=True, absent_attention=True, interleaved=True, rope_factors=True, biases=_ALL_BIASES
+        ),
+        Architecture("openelm", per_layer=True, fused=True, head_norms=True, untied=False),
+    )
+}
+
+#: family → architectures that have its arithmetic, the one to prefer first
+CANDIDATES: dict[str, tuple[str, ...]] = {
+    "llama": ("llama", "deci"),
+    "mistral": ("llama", "deci"),
+    "qwen2": ("qwen2", "deci"),
+    "qwen3": ("qwen3", "openelm"),
+}
+
+
+def choose_architecture(config: Any, geometry: Geometry, biases: frozenset[str], rope_factors: bool) -> Architecture:
+    """The first of a family's architectures that can hold a model.
+
+    Args:
+        config: of the model, stock or prunus.
+        geometry: of the model.
+        biases: kinds of projection that have a bias, in the words of GGUF (`ATTN_Q`, …).
+        rope_factors: whether the rotary frequencies need a stored tensor.
+
+    Raises:
+        UnsupportedModelError: none can; the message has the reason for each.
+    """
+    family = geometry.family
+    names = CANDIDATES.get(family.model_type, ())
+    reasons = []
+    for name in names:
+        architecture = ARCHITECTURES[name]
+        reason = next(_obstacles(architecture, config, geometry, biases, rope_factors), None)
+        if reason is None:
+            return architecture
+        reasons.append(f"{name}: {reason}")
+    if not names:
+        raise UnsupportedModelError(
+            f"family {family.model_type!r} has no entry in prunus.export.llama_cpp.CANDIDATES that says which of "
+            f"llama.cpp's architectures computes it; there are entries for {', '.join(CANDIDATES)}"
+        )
+    raise UnsupportedModelError(
+        f"llama.cpp has no architecture for this model. {'; '.join(reasons)}. A model of equal layers has more to "
+        "choose from: prune with --shape uniform, or fill the layers up first (prunus export --to dense)"
+    )
+
+
+def widths_to_write(
+    architecture: Architecture, widths: Sequence[LayerWidths], mlp_multiple: int = 1
+) -> tuple[LayerWidths, ...]:
+    """Widths of the layers in the file: the model's own, and zero groups where the architecture asks for a block.
+
+    Args:
+        architecture: from `choose_architecture`.
+        widths: of the model.
+        mlp_multiple: MLP widths are filled up to multiples of this.
+
+    Returns:
+        One entry per layer, none smaller than the model's.
+    """
+    written = []
+    for layer_idx, layer in enumerate(widths):
+        heads, channels = layer.num_key_value_heads, layer.intermediate_size
+        if not heads and (layer_idx == 0 or not architecture.absent_attention):
+            heads = 1
+        # deci, too: it drops what attention added to the residual stream where a layer has no channels.
+        channels = channels or ZERO_CHANNELS
+        written.append(LayerWidths(heads, -(-channels // mlp_multiple) * mlp_multiple))
+    return tuple(written)
+
+
+def _obstacles(
+    architecture: Architecture, config: Any, geometry: Geometry, biases: frozenset[str], rope_factors: bool
+) -> Iterator[str]:
+    """Why an architecture cannot hold a model, if it cannot."""
+    widths = geometry.widths
+    if not architecture.per_layer:
+        other = next((i for i, layer in enumerate(widths) if layer != widths[0]), None)
+        if other is not None:
+            yield (
+                f"it has one width for all layers, and layer {other} has {_in_words(widths[other])} where layer 0 has "
+                f"{_in_words(widths[0])}"
+            )
+        if not widths[0].num_key_value_heads or not widths[0].intermediate_size:
+            yield f"no layer may lack a block, and layer 0 has {_in_words(widths[0])}"
+    heads = widths[0].num_key_value_heads * geometry.num_key_value_groups
+    if architecture.heads_span_hidden and heads * geometry.head_dim != geometry.hidden_size:
+        yield (
+            f"it takes the {heads} heads of {geometry.head_dim} to span the hidden size, and that is "
+            f"{geometry.hidden_size}"
+        )
+    if not architecture.untied and not config.tie_word_embeddings:
+        yield "it has no output head of its own, and the model's is not tied to the embeddings"
+    if rope_factors and not architecture.rope_factors:
+        yield f"it has no tensor for the rotary frequencies of rope_type {config.rope_parameters['rope_type']!r}"
+    if excess := sorted(biases - architecture.biases):
+        yield f"it has no bias for {', '.join(excess)}, and the model has"
+
+
+def _in_words(layer: LayerWidths) -> str:
+    return f"{layer.num_key_value_heads} key/value heads and {layer.intermediate_size} channels"
