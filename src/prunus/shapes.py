@@ -1,0 +1,196 @@
+"""The form of a cut: which layers lose what, so that the result fits the loaders that it has to fit.
+
+========= ==================================================================================================
+ragged    group by group, wherever the score is lowest; layers end up with unequal widths
+uniform   every layer keeps the same number of attention groups and the same number of channels
+depth     whole decoder layers go (with one axis: whole blocks of it), those with the lowest score
+========= ==================================================================================================
+
+Stock classes load the results of `uniform`, and of `depth` on both axes, without any code of prunus.
+
+What a set of groups is worth is Σ score · cost over it: its importance, after the normalisation that the table was
+ranked with. `uniform` tries every number of attention groups, cuts channels down to the budget, and keeps the plan that
+loses the least. `depth` ranks layers by Σ score · cost / Σ cost, the mean importance per parameter of what they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+import pandas as pd
+
+from prunus.errors import OptionError
+from prunus.families import AXES, Axis
+from prunus.groups import Geometry
+
+__all__ = ["SHAPES", "Limits", "Shape", "cut_depth", "cut_uniform", "depth_units", "uniform_widths"]
+
+Shape = Literal["ragged", "uniform", "depth"]
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+
+#: (layer_idx, axis) → group indices that go
+Cut = Mapping[tuple[int, Axis], Sequence[int]]
+
+
+class Limits(Protocol):
+    """What `prunus.selection.Constraints` says about a cut."""
+
+    axes: tuple[Axis, ...]
+
+    def min_keep(self, axis: Axis) -> int:
+        """Groups of an axis that every layer keeps at least."""
+
+    def bundle(self, axis: Axis) -> int:
+        """Kept widths of an axis are multiples of this."""
+
+    def layers(self, num_layers: int) -> range:
+        """The decoder layers that may be cut."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Blocks of one decoder layer that go together.
+
+    Attributes:
+        layer_idx: the decoder layer.
+        axes: its blocks.
+        cost: parameters that leave with them, norms included.
+    """
+
+    layer_idx: int
+    axes: tuple[Axis, ...]
+    cost: int
+
+
+def uniform_widths(geometry: Geometry, limits: Limits, target: float) -> list[tuple[int, int, int]]:
+    """Equal widths that remove at least `target` parameters, as few as possible for each number of attention groups.
+
+    Args:
+        geometry: shape of the model.
+        limits: what may be cut.
+        target: number of parameters to remove.
+
+    Returns:
+        `(attention groups, channels, parameters removed)`, by descending number of attention groups; empty if no equal
+        widths remove so many. Both blocks stay in every layer.
+
+    Raises:
+        OptionError: some layers may not be cut, or an axis that may not be cut has unequal widths.
+    """
+    layers = len(geometry.widths)
+    if limits.layers(layers) != range(layers):
+        raise OptionError(
+            "shape uniform cuts every layer alike, which frozen layers or a layer range exclude; leave out freeze-first, "
+            "freeze-last, layer-start and layer-end, or choose another shape"
+        )
+    allowed: dict[Axis, list[int]] = {}
+    for axis in AXES:
+        widths = [layer[axis] for layer in geometry.widths]
+        if axis in limits.axes:
+            bundle, narrowest = limits.bundle(axis), min(widths)
+            whole = [narrowest] if min(widths) == max(widths) else []
+            below = (n for n in range(narrowest // bundle * bundle, 0, -bundle) if n >= limits.min_keep(axis))
+            allowed[axis] = list(dict.fromkeys([*whole, *below]))
+        elif min(widths) == max(widths):
+            allowed[axis] = [widths[0]]
+        else:
+            raise OptionError(
+                f"shape uniform: the layers have {min(widths)} to {max(widths)} {axis} groups, and axes leaves out "
+                f"{axis}; add it, or choose another shape"
+            )
+    found = []
+    for attention in allowed["attention"]:
+        for channels in allowed["mlp"]:
+            removed = _removed(geometry, {"attention": attention, "mlp": channels})
+            if removed >= target:
+                found.append((attention, channels, removed))
+                break
+    return found
+
+
+def cut_uniform(table: pd.DataFrame, geometry: Geometry, limits: Limits, target: float) -> Cut:
+    """Cut every layer to the same widths, its least important groups first.
+
+    Args:
+        table: the global table, see `prunus.table`.
+        geometry: shape of the model.
+        limits: what may be cut.
+        target: number of parameters to remove at least; equal widths can meet it must exist.
+
+    Returns:
+        The groups that go: of the widths in `uniform_widths`, those that lose the least importance.
+    """
+    ranked: dict[tuple[int, Axis], pd.DataFrame] = {
+        (int(layer_idx), axis): rows.sort_values(["score", "group_idx"], kind="stable")
+        for (layer_idx, axis), rows in table.groupby(["layer_idx", "group_type"])
+    }
+    # worth[key][n]: what the n least important groups of a layer and axis are worth together
+    worth = {
+        key: np.concatenate([[0.0], (rows["score"] * rows["cost"]).cumsum().to_numpy()]) for key, rows in ranked.items()
+    }
+
+    def lost(widths: tuple[int, int, int]) -> float:
+        keep = dict(zip(AXES, widths[:2], strict=True))
+        return float(sum(sums[len(sums) - 1 - keep[axis]] for (_, axis), sums in worth.items()))
+
+    best = min(uniform_widths(geometry, limits, target), key=lost)
+    keep = dict(zip(AXES, best[:2], strict=True))
+    return {
+        (layer_idx, axis): rows["group_idx"].to_numpy()[: len(rows) - keep[axis]].tolist()
+        for (layer_idx, axis), rows in ranked.items()
+    }
+
+
+def depth_units(geometry: Geometry, limits: Limits) -> list[Unit]:
+    """What may go as a whole: of each layer that may be cut, the blocks of the axes that may be cut.
+
+    A block of which some groups have to stay (min-keep) stays, and with it the layer.
+    """
+    units = []
+    if any(limits.min_keep(axis) for axis in limits.axes):
+        return []
+    for layer_idx in limits.layers(len(geometry.widths)):
+        widths = geometry.widths[layer_idx]
+        axes = tuple(axis for axis in AXES if axis in limits.axes and widths[axis])
+        cost = sum(widths[axis] * geometry.group_parameters[axis] + geometry.block_parameters[axis] for axis in axes)
+        if axes:
+            units.append(Unit(layer_idx, axes, cost))
+    return units
+
+
+def cut_depth(table: pd.DataFrame, geometry: Geometry, limits: Limits, target: float) -> Cut:
+    """Remove whole layers (or blocks), the least important per parameter first, until the target is met.
+
+    Args:
+        table: the global table, see `prunus.table`.
+        geometry: shape of the model.
+        limits: what may be cut.
+        target: number of parameters to remove at least; it must be reachable.
+
+    Returns:
+        All groups of the blocks that go.
+    """
+    sums = (table["score"] * table["cost"]).groupby([table["layer_idx"], table["group_type"]]).sum()
+    costs = table["cost"].groupby([table["layer_idx"], table["group_type"]]).sum()
+
+    def score(unit: Unit) -> float:
+        keys = [(unit.layer_idx, axis) for axis in unit.axes]
+        return float(sum(sums[key] for key in keys) / sum(costs[key] for key in keys))
+
+    cut: dict[tuple[int, Axis], Sequence[int]] = {}
+    removed = 0
+    for unit in sorted(depth_units(geometry, limits), key=lambda unit: (score(unit), unit.layer_idx)):
+        if removed >= target:
+            break
+        removed += unit.cost
+        cut |= {(unit.layer_idx, axis): range(geometry.widths[unit.layer_idx][axis]) for axis in unit.axes}
+    return cut
+
+
+def _removed(geometry: Geometry, keep: Mapping[Axis, int]) -> int:
+    return sum(
+        (layer[axis] - keep[axis]) * geometry.group_parameters[axis] for layer in geometry.widths for axis in AXES
+    )

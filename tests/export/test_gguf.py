@@ -1,0 +1,305 @@
+"""GGUF files: what is in them, and that llama.cpp's arithmetic on it gives the model's logits."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from llama_cpp_graph import GgufFile, logits_of
+from tiny_families import VARIANTS, logits, make_model, random_tokens
+from tiny_tokenizers import byte_level, sentencepiece
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prunus
+from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
+from prunus.export import export_gguf
+from prunus.groups import Geometry
+from prunus.plan import Plan
+
+TOKENS, VOCABULARY = 276, 280
+#: layer 0 without attention, one without channels, one narrow, one whole, and one that goes altogether
+RAGGED = [
+    {"attention": [], "mlp": range(3, 20)},
+    {"attention": [0, 2], "mlp": []},
+    {"attention": [], "mlp": [4]},
+    {"attention": [], "mlp": []},
+    {"attention": [1], "mlp": range(0, 20, 2)},
+    {"attention": [0, 1, 2], "mlp": range(20)},
+]
+UNIFORM = [{"attention": sorted({0, 1 + layer % 2}), "mlp": range(layer, layer + 12)} for layer in range(6)]
+TIED = {"qwen3": {"tie_word_embeddings": True}}
+
+
+def model_of(family: str, kept: Any = None, variant: str | None = None, **fields: Any) -> Any:
+    """A model of six layers with three attention groups and twenty channels, cut or whole."""
+    settings = {"num_hidden_layers": 6, "vocab_size": VOCABULARY, **TIED.get(family, {}), **fields}
+    model = make_model(family, variant or next(iter(VARIANTS[family])), **settings)
+    if kept is None:
+        return model
+    geometry = Geometry.of(model)
+    if geometry.widths[0].num_key_value_heads == 1:
+        kept = [{**layer, "attention": [0] if layer["attention"] else []} for layer in kept]
+    return prunus.apply_plan(model, Plan.from_kept(geometry, kept))
+
+
+def same_logits(model: Any, path: Any, tolerance: float = 2e-4) -> None:
+    tokens = random_tokens(batch=1, seq_len=11)
+    expected = logits(model.float(), tokens)[0]
+    assert (logits_of(GgufFile(path), tokens[0]) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "fields"),
+    [
+        ("llama", "deci", {}),
+        ("llama", "deci", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", "deci", {"tie_word_embeddings": True}),
+        ("mistral", "deci", {}),
+        ("qwen2", "deci", {}),
+        ("qwen3", "openelm", {}),
+    ],
+)
+def test_a_ragged_model_keeps_its_logits(family, architecture, fields, saved, tmp_path):
+    model = model_of(family, RAGGED, **fields)
+    facts = export_gguf(str(saved(model)), tmp_path / "a.gguf", type="f32")
+    file = GgufFile(tmp_path / "a.gguf")
+    assert facts["architecture"] == file.architecture == architecture
+    same_logits(model, tmp_path / "a.gguf")
+
+
+def test_widths_of_the_layers_are_the_models_with_zeros_where_llama_cpp_needs_a_block(saved, tmp_path):
+    folder = saved(model_of("llama", RAGGED))
+    export_gguf(str(folder), tmp_path / "a.gguf", type="f32")
+    file = GgufFile(tmp_path / "a.gguf")
+    assert file["attention.head_count_kv"] == [1, 2, 0, 1, 3]
+    assert file["attention.head_count"] == [2, 4, 0, 2, 6]
+    assert file["feed_forward_length"] == [17, 32, 1, 10, 20]
+    assert file["block_count"] == 5
+    assert "blk.2.attn_q.weight" not in file.tensors
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+        assert not file.tensors[f"blk.0.{name}.weight"].any()
+    for name in ("ffn_gate", "ffn_up", "ffn_down"):
+        assert not file.tensors[f"blk.1.{name}.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "fields"),
+    [
+        ("llama", "llama", {}),
+        ("llama", "llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", "llama", {}),
+        ("qwen2", "qwen2", {"hidden_size": 32}),
+        # Four heads of 8 no longer span a hidden size of 48, which llama.cpp's qwen2 takes for granted.
+        ("qwen2", "deci", {}),
+        ("qwen3", "qwen3", {}),
+        ("qwen3", "qwen3", {"tie_word_embeddings": False}),
+    ],
+)
+def test_equal_layers_go_out_as_the_stock_architecture(family, architecture, fields, saved, tmp_path):
+    model = model_of(family, UNIFORM, **fields)
+    facts = export_gguf(str(saved(model)), tmp_path / "a.gguf", type="f32")
+    assert facts["architecture"] == architecture
+    same_logits(model, tmp_path / "a.gguf")
+    if architecture in ("llama", "qwen2", "qwen3"):
+        assert GgufFile(tmp_path / "a.gguf")["attention.head_count"] == 4  # one number, not one per layer
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_transformers_loads_a_stock_file_and_speaks_the_same(family, saved, tmp_path):
+    model = model_of(family, head_dim=8, tie_word_embeddings=False)
+    export_gguf(str(saved(model)), tmp_path / "a.gguf", type="f32")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf", dtype=torch.float32).eval()
+    tokens = random_tokens()
+    torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ],
+)
+def test_scaled_rotary_frequencies(rope, saved, tmp_path):
+    model = model_of("llama", RAGGED, rope_parameters={"rope_theta": 500.0, **rope}, max_position_embeddings=128)
+    export_gguf(str(saved(model)), tmp_path / "a.gguf", type="f32")
+    same_logits(model, tmp_path / "a.gguf")
+
+
+def rounded(model: Any, kind: str) -> Any:
+    """The model with its matrices rounded as a file of this type has them, to be compared in exact arithmetic."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                columns = parameter.shape[1]
+                whole_blocks = torch.nn.functional.pad(parameter, (0, -columns % 32)).numpy()
+                packed = gguf.quants.quantize(whole_blocks, gguf.GGMLQuantizationType[kind])
+                values = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[kind])[:, :columns]
+                parameter.copy_(torch.from_numpy(values.copy()))
+    return model
+
+
+@pytest.mark.parametrize(("type", "kind"), [("f16", "F16"), ("bf16", "BF16")])
+def test_types(type, kind, saved, tmp_path):
+    model = model_of("llama", RAGGED)
+    facts = export_gguf(str(saved(model)), tmp_path / "a.gguf", type=type)
+    file = GgufFile(tmp_path / "a.gguf")
+    assert {file.kinds[name] for name, tensor in file.tensors.items() if tensor.ndim == 2} == {kind}
+    assert {file.kinds[name] for name, tensor in file.tensors.items() if tensor.ndim == 1} == {"F32"}
+    assert facts["bytes"] == (tmp_path / "a.gguf").stat().st_size
+    same_logits(rounded(model, kind), tmp_path / "a.gguf")
+
+
+def test_q8_0_fills_channels_up_to_whole_blocks(saved, tmp_path):
+    model = model_of("llama", RAGGED, hidden_size=96, head_dim=32)
+    export_gguf(str(saved(model)), tmp_path / "a.gguf", type="q8_0")
+    file = GgufFile(tmp_path / "a.gguf")
+    assert file["feed_forward_length"] == [32, 32, 32, 32, 32]
+    assert {file.kinds[name] for name, tensor in file.tensors.items() if tensor.ndim == 2} == {"Q8_0"}
+    same_logits(rounded(model, "Q8_0"), tmp_path / "a.gguf")
+
+
+def test_q8_0_leaves_rows_that_are_no_whole_blocks_in_f16(saved, tmp_path):
+    export_gguf(str(saved(model_of("llama", RAGGED))), tmp_path / "a.gguf", type="q8_0")  # rows of 48
+    assert GgufFile(tmp_path / "a.gguf").kinds["token_embd.weight"] == "F16"
+
+
+def test_channels_in_multiples(saved, tmp_path):
+    model = model_of("llama", RAGGED)
+    export_gguf(str(saved(model)), tmp_path / "a.gguf", type="f32", mlp_multiple=16)
+    assert GgufFile(tmp_path / "a.gguf")["feed_forward_length"] == [32, 32, 16, 16, 32]
+    same_logits(model, tmp_path / "a.gguf")
+
+
+def test_weights_are_those_of_the_checkpoint(saved, tmp_path):
+    """Value by value, for a layer that nothing is added to: only queries and keys have their rows in another order."""
+    model = model_of("llama", RAGGED)
+    export_gguf(str(saved(model)), tmp_path / "a.gguf", type="f32")
+    file, layer = GgufFile(tmp_path / "a.gguf"), model.model.layers[4]
+    for name, module in (("attn_v", layer.self_attn.v_proj), ("ffn_down", layer.mlp.down_proj)):
+        assert torch.equal(file.tensors[f"blk.4.{name}.weight"], module.weight)
+    for name, module in (("attn_q", layer.self_attn.q_proj), ("attn_k", layer.self_attn.k_proj)):
+        written = file.tensors[f"blk.4.{name}.weight"]
+        for head in range(len(written) // 8):
+            for pair in range(4):
+                assert torch.equal(written[8 * head + 2 * pair], module.weight[8 * head + pair])
+                assert torch.equal(written[8 * head + 2 * pair + 1], module.weight[8 * head + pair + 4])
+
+
+def test_the_context_ends_where_a_sliding_window_would_begin_to_matter(saved, tmp_path, caplog):
+    model = model_of("mistral", RAGGED, "mqa-window")
+    export_gguf(str(saved(model)), tmp_path / "a.gguf", type="f32")
+    assert GgufFile(tmp_path / "a.gguf")["context_length"] == 6
+    assert "6 tokens" in caplog.text
+
+
+# --- what cannot go ---
+
+
+def test_norms_per_head_with_a_head_of_its_own_are_refused_with_the_layer(saved, tmp_path):
+    folder = saved(model_of("qwen3", RAGGED, tie_word_embeddings=False))
+    with pytest.raises(
+        UnsupportedModelError, match=r"qwen3: .*layer 1 has 2 key/value heads and 0 channels.*openelm:.*tied"
+    ):
+        export_gguf(str(folder), tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_other_refusals(saved, tmp_path):
+    for name, model, message in (
+        (
+            "yarn",
+            model_of("llama", rope_parameters={"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}),
+            "dynamic",
+        ),
+        ("gelu", model_of("llama", hidden_act="gelu"), "'gelu'"),
+        ("bias", model_of("qwen3", UNIFORM, attention_bias=True), "no bias for ATTN_OUT"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=message):
+            export_gguf(str(saved(model, name=name)), tmp_path / "a.gguf")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_weights_beyond_f16(saved, tmp_path):
+    model = model_of("llama", RAGGED)
+    model.model.embed_tokens.weight.data[7, 7] = 1e5
+    folder = saved(model)
+    with pytest.raises(NonFiniteError, match=r"token_embd.weight holds 100000.*--type bf16"):
+        export_gguf(str(folder), tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == [folder]  # nothing half-written
+    export_gguf(str(folder), tmp_path / "a.gguf", type="bf16")
+
+
+def test_a_file_is_not_replaced_unasked(saved, tmp_path):
+    folder, out = str(saved(model_of("llama", RAGGED))), tmp_path / "a.gguf"
+    out.write_text("mine")
+    with pytest.raises(OptionError, match="--overwrite"):
+        export_gguf(folder, out)
+    assert out.read_text() == "mine"
+    export_gguf(folder, out, overwrite=True)
+    assert GgufFile(out).architecture == "deci"
+    with pytest.raises(OptionError, match="folder"):
+        export_gguf(folder, tmp_path)
+    with pytest.raises(OptionError, match="q4"):
+        export_gguf(folder, out, type="q4", overwrite=True)
+
+
+def test_without_the_package(saved, tmp_path, monkeypatch):
+    folder = str(saved(model_of("llama", RAGGED)))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"pip install 'prunus\[gguf\]'"):
+        export_gguf(folder, tmp_path / "a.gguf")
+
+
+# --- tokenizer ---
+
+
+def test_tokenizer_of_bytes(saved, tmp_path):
+    tokenizer = byte_level()
+    export_gguf(str(saved(model_of("llama", RAGGED), tokenizer)), tmp_path / "a.gguf")
+    fields = GgufFile(tmp_path / "a.gguf").fields
+    assert fields["tokenizer.ggml.model"] == "gpt2"
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert fields["tokenizer.ggml.tokens"][:TOKENS] == tokenizer.convert_ids_to_tokens(range(TOKENS))
+    assert fields["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1]
+    assert len(fields["tokenizer.ggml.merges"]) == TOKENS - 256 - 3
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+
+
+def test_transformers_reads_the_tokenizer_back(saved, tmp_path):
+    tokenizer = byte_level()
+    export_gguf(str(saved(model_of("llama", UNIFORM), tokenizer)), tmp_path / "a.gguf")
+    back = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
+    for text in ("Once upon a time", "the little foxes, and more:  ünïcode\n\n", "1999"):
+        assert (
+            back(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
+
+
+def test_sentencepiece_tokenizer(saved, tmp_path):
+    tokenizer = sentencepiece()
+    rows = len(tokenizer) + 3
+    export_gguf(str(saved(model_of("llama", RAGGED, vocab_size=rows), tokenizer)), tmp_path / "a.gguf")
+    fields = GgufFile(tmp_path / "a.gguf").fields
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+    assert fields["tokenizer.ggml.add_space_prefix"] is True
+    assert tokens[-3:] == [f"[PAD{token_id}]" for token_id in range(rows - 3, rows)]
+    assert fields["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 6]
+    assert fields["tokenizer.ggml.token_type"][-3:] == [5, 5, 5]
+    scores = dict(zip(tokens, fields["tokenizer.ggml.scores"], strict=True))
+    ranked = sorted(("he", "▁t", "the", "▁the", "a"), key=lambda piece: -scores[piece])
+    assert ranked == ["he", "▁t", "the", "▁the", "a"]
