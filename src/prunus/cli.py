@@ -32,7 +32,7 @@ from prunus.plan import Plan
 from prunus.priors import PriorOptions
 from prunus.scoring import Score, ScoringOptions
 from prunus.scoring import score as score_model
-from prunus.selection import Constraints, select
+from prunus.selection import ALIGNMENTS, Constraints, select
 from prunus.table import Normalization, rank_table
 from prunus.terminal import quoted_command, run_command
 from prunus.version import __version__
@@ -71,6 +71,14 @@ def _split_weights(type_: Any, tokens: Sequence[Token]) -> tuple[tuple[str, floa
         raise OptionError(f"hybrid: {error}; write methods and weights such as taylor=0.5,wanda=0.5") from error
 
 
+def _alignment(type_: Any, tokens: Sequence[Token]) -> int:
+    text = tokens[0].value
+    try:
+        return ALIGNMENTS[text] if text in ALIGNMENTS else int(text)
+    except ValueError:
+        raise OptionError(f"align {text!r} is neither a number nor one of {', '.join(ALIGNMENTS)}") from None
+
+
 def _join_weights(weights: Weights) -> str:
     return ",".join(f"{name}={weight:g}" for name, weight in weights)
 
@@ -97,6 +105,7 @@ class _ScoringFlags(ScoringOptions):
 class _SelectionFlags(Constraints):
     __doc__ = Constraints.__doc__
     axes: Annotated[tuple[Axis, ...], Parameter(converter=_split_commas, negative="")] = AXES
+    align: Annotated[int, Parameter(converter=_alignment)] = 1
 
 
 ModelName = Annotated[str, Parameter(name="MODEL")]

@@ -11,7 +11,7 @@ from typing import Any
 from prunus.calibration import Calibration
 from prunus.checkpoint import check_output, load_model
 from prunus.compensation import CompensationOptions, Repair, compensate_
-from prunus.errors import CalibrationError
+from prunus.errors import CalibrationError, OptionError
 from prunus.groups import Geometry
 from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, model_name, open_inputs
 from prunus.metering import metered
@@ -83,6 +83,10 @@ def prune(
         UnsupportedModelError: the model's family is not described.
     """
     shares = schedule(ratio, rounds)
+    if rounds > 1 and constraints is not None and constraints.shape == "uniform":
+        raise OptionError(
+            "shape uniform goes with one round: a later one could choose more attention groups than an earlier one left"
+        )
     geometry = Geometry.of(model)
     check_reachable(geometry, ratio, constraints)
     if compensation is not None and calibration is None:

@@ -13,9 +13,22 @@ from prunus.errors import BudgetError, OptionError, PlanError
 from prunus.families import AXES, Axis
 from prunus.groups import Geometry, LayerWidths
 from prunus.plan import Plan
+from prunus.shapes import SHAPES, Cut, Shape, cut_depth, cut_uniform, reachable_depth, reachable_uniform
 from prunus.table import check_table
 
-__all__ = ["Constraints", "check_ratio", "check_reachable", "cut_candidates", "reachable_parameters", "select"]
+__all__ = [
+    "ALIGNMENTS",
+    "Constraints",
+    "check_ratio",
+    "check_reachable",
+    "cut_candidates",
+    "reachable_parameters",
+    "select",
+]
+
+
+#: names for alignments: tiles of a GPU's matrix units (twice as large on newer ones), blocks of llama.cpp's K-quants
+ALIGNMENTS: dict[str, int] = {"gpu": 64, "gpu128": 128, "gguf": 256}
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,10 @@ class Constraints:
         layer_end: one past the last decoder layer that may be cut; None = all.
         min_keep_attention: attention groups that every layer keeps at least.
         min_keep_mlp: MLP channels that every layer keeps at least.
-        align: kept MLP widths are multiples of this, unless the layer is not cut at all.
+        align: kept MLP widths are multiples of this, unless the layer is not cut at all; on the command line also gpu
+            (64), gpu128 (128) or gguf (256, for llama.cpp's K-quants).
+        shape: ragged cuts wherever the score is lowest; uniform leaves all layers equally wide, depth removes whole
+            layers (of one axis: whole blocks): stock classes load both.
         epsilon: a layer that would keep a smaller share of its parameters than this goes altogether, and others keep
             more instead; 0 = never.
     """
@@ -43,6 +59,7 @@ class Constraints:
     min_keep_attention: int = 0
     min_keep_mlp: int = 0
     align: int = 1
+    shape: Shape = "ragged"
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
@@ -53,6 +70,12 @@ class Constraints:
                 raise OptionError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.align < 1:
             raise OptionError(f"align is {self.align}; it must be at least 1")
+        if self.shape not in SHAPES:
+            raise OptionError(f"shape {self.shape!r} is unknown; choose one of {', '.join(SHAPES)}")
+        if self.shape != "ragged" and self.epsilon:
+            raise OptionError(
+                f"epsilon lets single layers go, which shape {self.shape} does not allow; choose one of both"
+            )
         if not 0 <= self.epsilon < 1:
             raise OptionError(f"epsilon is {self.epsilon}; it is a share of a layer's parameters, in [0, 1)")
         if self.epsilon and (self.min_keep_attention or self.min_keep_mlp or set(self.axes) != set(AXES)):
@@ -103,8 +126,11 @@ def select(table: pd.DataFrame, geometry: Geometry, ratio: float, constraints: C
     constraints = constraints or Constraints()
     check_reachable(geometry, ratio, constraints)
     _check_same_shape(check_table(table), geometry)
-    candidates = cut_candidates(table, geometry, constraints)
     target = ratio * geometry.total_parameters
+    if constraints.shape != "ragged":
+        cut = cut_uniform if constraints.shape == "uniform" else cut_depth
+        return _without(cut(table, geometry, constraints, target), geometry)
+    candidates = cut_candidates(table, geometry, constraints)
     collapsed: set[int] = set()
     while True:
         # What is to collapse goes first, and all of it; the rest of the budget goes round again.
@@ -125,11 +151,20 @@ def _cheapest(candidates: pd.DataFrame, geometry: Geometry, target: float, at_le
     """Cut candidates from the top until `target` parameters are gone, and so many of them."""
     removed = candidates["cost"].cumsum().to_numpy()
     count = max(int(np.searchsorted(removed, target)) + 1 if target > 0 else 0, at_least)
-    cut: dict[tuple[int, str], set[int]] = {}
+    cut: dict[tuple[int, Axis], set[int]] = {}
     for row in candidates.iloc[:count].itertuples():
         cut.setdefault((row.layer_idx, row.group_type), set()).update(row.groups)
+    return _without(cut, geometry)
+
+
+def _without(cut: Cut, geometry: Geometry) -> Plan:
+    """The plan that keeps everything else."""
+    gone = {key: set(groups) for key, groups in cut.items()}
     kept: list[dict[Axis, Iterable[int]]] = [
-        {axis: [group for group in range(widths[axis]) if group not in cut.get((layer_idx, axis), ())] for axis in AXES}
+        {
+            axis: [group for group in range(widths[axis]) if group not in gone.get((layer_idx, axis), ())]
+            for axis in AXES
+        }
         for layer_idx, widths in enumerate(geometry.widths)
     ]
     return Plan.from_kept(geometry, kept)
@@ -174,12 +209,15 @@ def check_reachable(geometry: Geometry, ratio: float, constraints: Constraints |
             f"ratio {ratio:g} means removing {ratio * geometry.total_parameters:,.0f} of {geometry.total_parameters:,} "
             f"parameters, but only {reachable:,} can go under these constraints: the largest reachable ratio is "
             f"{math.floor(reachable / geometry.total_parameters * 1e4) / 1e4:g}. Lower the ratio, or relax "
-            "freeze, layer range, min-keep or axes."
+            "freeze, layer range, min-keep, axes or shape."
         )
 
 
 def reachable_parameters(geometry: Geometry, constraints: Constraints) -> int:
     """Number of parameters that can go at most under the constraints, leaving a model with at least one block."""
+    if constraints.shape != "ragged":
+        reach = reachable_uniform if constraints.shape == "uniform" else reachable_depth
+        return reach(geometry, constraints)
     reachable, spared, dearest = 0, False, 0
     allowed = constraints.layers(len(geometry.widths))
     for layer_idx, widths in enumerate(geometry.widths):

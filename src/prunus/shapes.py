@@ -15,7 +15,7 @@ loses the least. `depth` ranks layers by Σ score · cost / Σ cost, the mean im
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -26,19 +26,31 @@ from prunus.errors import OptionError
 from prunus.families import AXES, Axis
 from prunus.groups import Geometry
 
-__all__ = ["SHAPES", "Limits", "Shape", "cut_depth", "cut_uniform", "depth_units", "uniform_widths"]
+__all__ = [
+    "SHAPES",
+    "Cut",
+    "Limits",
+    "Shape",
+    "cut_depth",
+    "cut_uniform",
+    "reachable_depth",
+    "reachable_uniform",
+    "uniform_widths",
+]
 
 Shape = Literal["ragged", "uniform", "depth"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 
 #: (layer_idx, axis) → group indices that go
-Cut = Mapping[tuple[int, Axis], Sequence[int]]
+Cut = Mapping[tuple[int, Axis], Iterable[int]]
 
 
 class Limits(Protocol):
     """What `prunus.selection.Constraints` says about a cut."""
 
-    axes: tuple[Axis, ...]
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The kinds of group that may be cut."""
 
     def min_keep(self, axis: Axis) -> int:
         """Groups of an axis that every layer keeps at least."""
@@ -65,7 +77,7 @@ class Unit:
     cost: int
 
 
-def uniform_widths(geometry: Geometry, limits: Limits, target: float) -> list[tuple[int, int, int]]:
+def uniform_widths(geometry: Geometry, limits: Limits, target: float) -> list[tuple[int, int]]:
     """Equal widths that remove at least `target` parameters, as few as possible for each number of attention groups.
 
     Args:
@@ -74,17 +86,40 @@ def uniform_widths(geometry: Geometry, limits: Limits, target: float) -> list[tu
         target: number of parameters to remove.
 
     Returns:
-        `(attention groups, channels, parameters removed)`, by descending number of attention groups; empty if no equal
-        widths remove so many. Both blocks stay in every layer.
+        `(attention groups, channels)`, by descending number of attention groups; empty if no equal widths remove so
+        many. Both blocks stay in every layer.
 
     Raises:
-        OptionError: some layers may not be cut, or an axis that may not be cut has unequal widths.
+        OptionError: see `reachable_uniform`.
     """
+    allowed = _equal_widths(geometry, limits)
+    found = []
+    for attention in allowed["attention"]:
+        for channels in allowed["mlp"]:
+            if _removed(geometry, attention, channels) >= target:
+                found.append((attention, channels))
+                break
+    return found
+
+
+def reachable_uniform(geometry: Geometry, limits: Limits) -> int:
+    """Number of parameters that equal widths can remove at most.
+
+    Raises:
+        OptionError: some layers may not be cut, an axis that may not be cut has unequal widths, or no width of an axis
+            suits every layer.
+    """
+    allowed = _equal_widths(geometry, limits)
+    return _removed(geometry, allowed["attention"][-1], allowed["mlp"][-1])
+
+
+def _equal_widths(geometry: Geometry, limits: Limits) -> dict[Axis, list[int]]:
+    """Per axis the widths that every layer can have, the largest first."""
     layers = len(geometry.widths)
     if limits.layers(layers) != range(layers):
         raise OptionError(
-            "shape uniform cuts every layer alike, which frozen layers or a layer range exclude; leave out freeze-first, "
-            "freeze-last, layer-start and layer-end, or choose another shape"
+            "shape uniform cuts every layer alike, which frozen layers or a layer range exclude; leave out "
+            "freeze-first, freeze-last, layer-start and layer-end, or choose another shape"
         )
     allowed: dict[Axis, list[int]] = {}
     for axis in AXES:
@@ -92,8 +127,13 @@ def uniform_widths(geometry: Geometry, limits: Limits, target: float) -> list[tu
         if axis in limits.axes:
             bundle, narrowest = limits.bundle(axis), min(widths)
             whole = [narrowest] if min(widths) == max(widths) else []
-            below = (n for n in range(narrowest // bundle * bundle, 0, -bundle) if n >= limits.min_keep(axis))
-            allowed[axis] = list(dict.fromkeys([*whole, *below]))
+            below = [n for n in range(narrowest // bundle * bundle, 0, -bundle) if n >= limits.min_keep(axis)]
+            allowed[axis] = [n for n in dict.fromkeys([*whole, *below]) if n]
+            if not allowed[axis]:
+                raise OptionError(
+                    f"shape uniform: the narrowest layer has {narrowest} {axis} groups, of which no number from "
+                    f"{max(1, limits.min_keep(axis))} on is a multiple of {bundle}; choose another shape"
+                )
         elif min(widths) == max(widths):
             allowed[axis] = [widths[0]]
         else:
@@ -101,14 +141,7 @@ def uniform_widths(geometry: Geometry, limits: Limits, target: float) -> list[tu
                 f"shape uniform: the layers have {min(widths)} to {max(widths)} {axis} groups, and axes leaves out "
                 f"{axis}; add it, or choose another shape"
             )
-    found = []
-    for attention in allowed["attention"]:
-        for channels in allowed["mlp"]:
-            removed = _removed(geometry, {"attention": attention, "mlp": channels})
-            if removed >= target:
-                found.append((attention, channels, removed))
-                break
-    return found
+    return allowed
 
 
 def cut_uniform(table: pd.DataFrame, geometry: Geometry, limits: Limits, target: float) -> Cut:
@@ -118,7 +151,7 @@ def cut_uniform(table: pd.DataFrame, geometry: Geometry, limits: Limits, target:
         table: the global table, see `prunus.table`.
         geometry: shape of the model.
         limits: what may be cut.
-        target: number of parameters to remove at least; equal widths can meet it must exist.
+        target: number of parameters to remove at least, at most `reachable_uniform`.
 
     Returns:
         The groups that go: of the widths in `uniform_widths`, those that lose the least importance.
@@ -132,26 +165,35 @@ def cut_uniform(table: pd.DataFrame, geometry: Geometry, limits: Limits, target:
         key: np.concatenate([[0.0], (rows["score"] * rows["cost"]).cumsum().to_numpy()]) for key, rows in ranked.items()
     }
 
-    def lost(widths: tuple[int, int, int]) -> float:
-        keep = dict(zip(AXES, widths[:2], strict=True))
+    def lost(widths: tuple[int, int]) -> float:
+        keep = dict(zip(AXES, widths, strict=True))
         return float(sum(sums[len(sums) - 1 - keep[axis]] for (_, axis), sums in worth.items()))
 
     best = min(uniform_widths(geometry, limits, target), key=lost)
-    keep = dict(zip(AXES, best[:2], strict=True))
+    keep = dict(zip(AXES, best, strict=True))
     return {
         (layer_idx, axis): rows["group_idx"].to_numpy()[: len(rows) - keep[axis]].tolist()
         for (layer_idx, axis), rows in ranked.items()
     }
 
 
-def depth_units(geometry: Geometry, limits: Limits) -> list[Unit]:
+def reachable_depth(geometry: Geometry, limits: Limits) -> int:
+    """Number of parameters that whole layers or blocks can remove at most, leaving at least one block."""
+    units = _units(geometry, limits)
+    blocks = sum(bool(layer[axis]) for layer in geometry.widths for axis in AXES)
+    everything = sum(len(unit.axes) for unit in units) == blocks
+    # For all we know, the layer that has to stay is the dearest.
+    return sum(unit.cost for unit in units) - (max(unit.cost for unit in units) if everything else 0)
+
+
+def _units(geometry: Geometry, limits: Limits) -> list[Unit]:
     """What may go as a whole: of each layer that may be cut, the blocks of the axes that may be cut.
 
-    A block of which some groups have to stay (min-keep) stays, and with it the layer.
+    Where some groups of an axis have to stay (min-keep), none can.
     """
-    units = []
+    units: list[Unit] = []
     if any(limits.min_keep(axis) for axis in limits.axes):
-        return []
+        return units
     for layer_idx in limits.layers(len(geometry.widths)):
         widths = geometry.widths[layer_idx]
         axes = tuple(axis for axis in AXES if axis in limits.axes and widths[axis])
@@ -168,7 +210,7 @@ def cut_depth(table: pd.DataFrame, geometry: Geometry, limits: Limits, target: f
         table: the global table, see `prunus.table`.
         geometry: shape of the model.
         limits: what may be cut.
-        target: number of parameters to remove at least; it must be reachable.
+        target: number of parameters to remove at least, at most `reachable_depth`.
 
     Returns:
         All groups of the blocks that go.
@@ -180,9 +222,9 @@ def cut_depth(table: pd.DataFrame, geometry: Geometry, limits: Limits, target: f
         keys = [(unit.layer_idx, axis) for axis in unit.axes]
         return float(sum(sums[key] for key in keys) / sum(costs[key] for key in keys))
 
-    cut: dict[tuple[int, Axis], Sequence[int]] = {}
+    cut: dict[tuple[int, Axis], Iterable[int]] = {}
     removed = 0
-    for unit in sorted(depth_units(geometry, limits), key=lambda unit: (score(unit), unit.layer_idx)):
+    for unit in sorted(_units(geometry, limits), key=lambda unit: (score(unit), unit.layer_idx)):
         if removed >= target:
             break
         removed += unit.cost
@@ -190,7 +232,8 @@ def cut_depth(table: pd.DataFrame, geometry: Geometry, limits: Limits, target: f
     return cut
 
 
-def _removed(geometry: Geometry, keep: Mapping[Axis, int]) -> int:
+def _removed(geometry: Geometry, attention: int, channels: int) -> int:
+    keep: dict[Axis, int] = {"attention": attention, "mlp": channels}
     return sum(
         (layer[axis] - keep[axis]) * geometry.group_parameters[axis] for layer in geometry.widths for axis in AXES
     )

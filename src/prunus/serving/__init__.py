@@ -1,0 +1,1 @@
+"""Servers that need to be told about models whose layers differ in width."""
