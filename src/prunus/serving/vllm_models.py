@@ -41,7 +41,7 @@ class RaggedLayer(nn.Module):
     def forward(
         self: Any, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """vLLM's order of things: what a block adds is added to the residual stream by the norm that comes next."""
+        """In vLLM's order of things: what a block adds is added to the residual stream by the norm that comes next."""
         if self.has_attention:
             hidden_states, residual = _normed(self.input_layernorm, hidden_states, residual)
             hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)

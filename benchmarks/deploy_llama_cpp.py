@@ -1,0 +1,36 @@
+"""One job of deploy_check.py in llama.cpp: `python deploy_llama_cpp.py JOB.json ANSWER.json`.
+
+The cache is float32 and flash attention is off, so that what differs from the reference is the file and its arithmetic.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from llama_cpp import Llama
+
+
+def log_softmax(logits):
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+job = json.loads(Path(sys.argv[1]).read_text())
+longest = max(map(len, job["prompts"])) + job["tokens"]
+model = Llama(job["model"], n_ctx=longest + 8, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False)
+answer = {"prompts": [], "tokens": [], "log_probabilities": []}
+for text, prompt, continuation in zip(job["texts"], job["prompts"], job["continuations"], strict=True):
+    answer["prompts"].append(model.tokenize(text.encode(), add_bos=False, special=True))
+    model.reset()
+    model.eval(prompt)
+    found = []
+    for _ in range(job["tokens"]):
+        found.append(int(model.scores[model.n_tokens - 1].argmax()))
+        model.eval(found[-1:])
+    answer["tokens"].append(found)
+    model.reset()
+    model.eval(prompt + continuation)
+    steps = log_softmax(model.scores[len(prompt) - 1 : len(prompt) + len(continuation) - 1])
+    answer["log_probabilities"].append(steps[np.arange(len(continuation)), continuation].tolist())
+Path(sys.argv[2]).write_text(json.dumps(answer))
