@@ -124,7 +124,7 @@ def choose_columns(equations: NormalEquations, weight: Tensor, fisher: Tensor, k
     root = values.clamp(min=0).sqrt()[:, None] * vectors.T
     weighed, inverse = (root @ solution.T).float(), inverse.float()
     left = torch.arange(gram.shape[0], device=gram.device)
-    step = max(8, -(-len(left) // STEPS))
+    step = -(-len(left) // STEPS)
     while len(left) > keep:
         rise = weighed.square().sum(dim=0) / inverse.diagonal()
         goes = rise.topk(min(step, len(left) - keep), largest=False).indices
