@@ -9,7 +9,7 @@ from tiny_families import ONE_EACH, case_id, make_model, random_tokens
 import prunus
 from prunus.calibration import Batch, calibration_from_tokens
 from prunus.compensation import CompensationOptions, NormalEquations, compensate_
-from prunus.errors import StatisticsError
+from prunus.errors import OptionError, StatisticsError
 from prunus.families import AXES
 from prunus.groups import Geometry
 from prunus.plan import Plan
@@ -128,19 +128,25 @@ def test_scores_are_handed_out_so_that_the_budget_leads_to_the_plan():
         assert sorted(table["score"]) == sorted(scored.table["score"])
 
 
-def test_prune_chooses_again_where_there_are_gradients():
+@pytest.mark.parametrize("reselects", [True, False])
+def test_prune_chooses_again_where_it_is_asked_to(reselects):
     model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(8, 12))
-    for method, gradients in (("gate_fisher", True), ("wanda", False)):
-        options = ScoringOptions(method=method, normalize="layer_sum")
-        repair = CompensationOptions()
-        result = prunus.prune(model, 0.3, calibration, scoring=options, compensation=repair, rounds=2, progress=False)
-        assert result.score.statistics.has("output_fisher.mlp") == gradients
-        geometry = Geometry.of(model)
-        assert select(result.score.table, geometry, 0.3) == result.plan
-        assert result.model.num_parameters() == geometry.parameters_left(result.plan.kept_widths)
-        assert {(r.layer_idx, r.axis) for r in result.repairs} == {
-            (i, axis) for i, kept in enumerate(result.plan.layers) for axis in AXES if kept[axis]
-        }
+    options, repair = ScoringOptions(method="gate_fisher"), CompensationOptions(reselect=reselects)
+    result = prunus.prune(model, 0.3, calibration, scoring=options, compensation=repair, rounds=2, progress=False)
+    assert result.score.statistics.has("output_fisher.mlp") == reselects
+    geometry = Geometry.of(model)
+    assert select(result.score.table, geometry, 0.3) == result.plan
+    assert result.model.num_parameters() == geometry.parameters_left(result.plan.kept_widths)
+    assert {(r.layer_idx, r.axis) for r in result.repairs} == {
+        (i, axis) for i, kept in enumerate(result.plan.layers) for axis in AXES if kept[axis]
+    }
+
+
+def test_without_gradients_there_is_nothing_to_choose_by():
+    model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(8, 12))
+    options, repair = ScoringOptions(method="wanda"), CompensationOptions(reselect=True)
+    with pytest.raises(OptionError, match="reselect needs gradients, which method wanda does not take"):
+        prunus.prune(model, 0.3, calibration, scoring=options, compensation=repair, progress=False)
 
 
 def test_it_says_what_it_needs():

@@ -78,7 +78,7 @@ def test_rounds_without_repair_are_cuts_one_after_another(case):
     assert any(cut.values())
     assert all(set(result.plan.layers[i][axis]) <= set(first.layers[i][axis]) for i in range(2) for axis in AXES)
     # What went in the second round are the cheapest of the table of the model halfway.
-    again = score(halfway, calibration, progress=False).table
+    again = score(halfway, calibration.split(2)[0], progress=False).table  # half of the sequences
     gone = sum(map(len, cut.values()))
     cheapest = {
         (

@@ -49,13 +49,13 @@ class CompensationOptions:
     Attributes:
         damping: ridge towards the old weights, as a share of the mean diagonal of XᵀX.
         residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
-        reselect: where scoring takes gradients, let the repair choose which MLP channels stay in a layer, of the number
-            that the plan keeps there, see `prunus.reselection`.
+        reselect: let the repair choose which MLP channels stay in a layer, of the number that the plan keeps there, see
+            `prunus.reselection`; for methods that take gradients.
     """
 
     damping: float = 1e-1
     residual: float = 1.0
-    reselect: bool = True
+    reselect: bool = False
 
     def __post_init__(self) -> None:
         if not self.damping > 0:

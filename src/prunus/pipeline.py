@@ -73,7 +73,8 @@ def prune(
         scoring: method and normalisation; default: first-order Taylor.
         constraints: what may be cut; default: everything.
         compensation: repair the remaining weights by least squares, see `prunus.compensation`; None = plain slicing.
-        rounds: cut in so many equal parts, scoring the model that is left (and repaired) before each next one.
+        rounds: cut in so many equal parts, scoring the model that is left (and repaired) before each next one, on half
+            of the sequences.
         scored: the scores of `model` by `scoring`, if they are there already; they are taken otherwise.
         progress: show progress bars on a terminal.
 
@@ -82,7 +83,7 @@ def prune(
         BudgetError: the ratio cannot be reached under the constraints.
         UnsupportedModelError: the model's family is not described.
     """
-    shares = schedule(ratio, rounds)
+    shares, scoring = schedule(ratio, rounds), scoring or ScoringOptions()
     if rounds > 1 and constraints is not None and constraints.shape == "uniform":
         raise OptionError(
             "shape uniform goes with one round: a later one could choose more attention groups than an earlier one left"
@@ -92,20 +93,29 @@ def prune(
     if compensation is not None and calibration is None:
         raise CalibrationError("compensation needs calibration sequences; give some, or leave compensation out")
     curvature = compensation is not None and compensation.reselect
+    if curvature and not scoring.takes_gradients:
+        raise OptionError(
+            f"reselect needs gradients, which method {scoring.method} does not take; choose another method, or leave "
+            "reselect out"
+        )
     scored = scored or score(model, calibration, scoring, curvature=curvature, progress=progress)
-    batch_size = (scoring or ScoringOptions()).batch_size
-    batches = list(calibration.batches(batch_size)) if calibration is not None else []
+    batches = list(calibration.batches(scoring.batch_size)) if calibration is not None else []
+    # Later rounds decide less than the first; half of the sequences do for their scores, and repair takes all of them.
+    fewer = (
+        calibration.split(len(calibration) // 2)[0] if calibration is not None and len(calibration) > 1 else calibration
+    )
     plan, smaller, table = Plan.keep_all(geometry), model, scored.table
     repairs: list[Repair] = []
     statistics = scored.statistics
     for number, share in enumerate(shares):
         if number:
-            again = score(smaller, calibration, scoring, curvature=curvature, progress=progress)
+            again = score(smaller, fewer, scoring, curvature=curvature, progress=progress)
             table, statistics = carry_over(table, plan, again.table), again.statistics
         further = select(table, geometry, share, constraints)
         if compensation is None:
             smaller = apply_plan(smaller, further.after(plan, Geometry.of(smaller)))
-        elif statistics is not None and statistics.has("output_fisher.mlp"):
+        elif compensation.reselect:
+            assert statistics is not None
             smaller, further, repairs = reselect(
                 smaller, plan, model, further, statistics, batches, compensation, progress=progress
             )

@@ -83,6 +83,11 @@ class ScoringOptions(MethodOptions):
         return frozenset[str]().union(*(get_method(name).needs for name in self.parts))
 
     @property
+    def takes_gradients(self) -> bool:
+        """Whether the statistics need a backward pass."""
+        return not self.needs <= {"activations"}
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether scoring needs calibration sequences."""
         return bool(self.needs) or self.method == "adaptive" or self.priors.prior != "none"
@@ -196,8 +201,7 @@ def score_by_methods(
     """
     sharing: dict[str, list[ScoringOptions]] = {}
     for options in each:
-        needs = options.needs
-        kind = "none" if not needs else "forward" if needs <= {"activations"} else "backward"
+        kind = "backward" if options.takes_gradients else "forward" if options.needs else "none"
         # The adaptive method keeps some sequences for its probes, so that its statistics are of others.
         sharing.setdefault("adaptive" if options.method == "adaptive" else kind, []).append(options)
     scores: dict[str, Score] = {}
