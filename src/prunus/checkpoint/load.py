@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +13,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunus.checkpoint.placement import resolve_device, resolve_dtype
 from prunus.errors import CheckpointError, NonFiniteError, UnsupportedModelError
 from prunus.families import family_of
+from prunus.tensor_file import TensorFile
 
 __all__ = ["check_finite", "check_folder", "load_model", "locate"]
 
@@ -56,15 +57,7 @@ def load_model(
     """
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
     folder = locate(source)
-    check_folder(folder)
-    try:
-        AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers' validators raise several kinds
-        raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # whatever a tokenizer's parser raises
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    _, tokenizer = read_small_files(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, use_safetensors=True, output_loading_info=True
@@ -82,6 +75,24 @@ def load_model(
         )
     check_finite(model)
     return model.to(torch_device).eval(), tokenizer
+
+
+def read_small_files(folder: Path) -> tuple[Any, Any]:
+    """Check a model folder and read all of it but the weights: config and tokenizer.
+
+    Raises:
+        CheckpointError: the folder is incomplete or damaged.
+        UnsupportedModelError: see `check_folder`.
+    """
+    check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers' validators raise several kinds
+        raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error
+    try:
+        return config, AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a tokenizer's parser raises
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
@@ -127,14 +138,14 @@ def check_folder(folder: Path) -> None:
             raise UnsupportedModelError(_gguf_message(str(gguf[0])))
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
     check_config(folder)
-    for shard, expected in _shards(folder).items():
-        header = _read_header(shard)
-        if absent := sorted(expected - header.keys()):
+    for shard, expected in shards_of(folder).items():
+        file = TensorFile(shard)
+        if absent := sorted(expected - file.entries.keys()):
             raise CheckpointError(
                 f"{shard} does not hold {absent[0]!r} ({len(absent)} tensors), which {INDEX} places there; "
                 "fetch the model again"
             )
-        for name, entry in header.items():
+        for name, entry in file.entries.items():
             if entry["dtype"] not in FLOAT_DTYPES and name.rpartition(".")[0].endswith(("_proj", "lm_head")):
                 raise UnsupportedModelError(
                     f"{shard}: {name!r} has dtype {entry['dtype']}, so the weights are quantised and cannot be cut; "
@@ -168,18 +179,20 @@ def check_finite(model: Any) -> None:
         NonFiniteError: names the parameter and, if it is in one, the decoder layer.
     """
     for name, parameter in model.named_parameters():
-        weight = parameter.detach()
-        if weight.is_meta or weight.numel() == 0:
-            continue
-        # Both ends are finite exactly if all values are, and no mask as large as the weight is needed.
-        if all(bool(end.isfinite()) for end in torch.aminmax(weight)):
-            continue
-        layer = re.search(r"\.layers\.(\d+)\.", f".{name}")
-        count = int((~weight.isfinite()).sum())
-        raise NonFiniteError(
-            f"{name}{f' (layer {layer[1]})' if layer else ''} holds {count} NaN or infinite values among "
-            f"{weight.numel()}; the checkpoint is damaged, or overflowed when it was converted to {weight.dtype}"
-        )
+        check_finite_tensor(name, parameter.detach())
+
+
+def check_finite_tensor(name: str, weight: Tensor) -> None:
+    """The same for one tensor, which is passed over if it is on the meta device."""
+    # Both ends are finite exactly if all values are, and no mask as large as the weight is needed.
+    if weight.is_meta or weight.numel() == 0 or all(bool(end.isfinite()) for end in torch.aminmax(weight)):
+        return
+    layer = re.search(r"\.layers\.(\d+)\.", f".{name}")
+    count = int((~weight.isfinite()).sum())
+    raise NonFiniteError(
+        f"{name}{f' (layer {layer[1]})' if layer else ''} holds {count} NaN or infinite values among "
+        f"{weight.numel()}; the checkpoint is damaged, or overflowed when it was converted to {weight.dtype}"
+    )
 
 
 def _gguf_message(path: str) -> str:
@@ -200,8 +213,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _shards(folder: Path) -> dict[Path, set[str]]:
-    """The weight files of a folder, with the tensors that the index places in each."""
+def shards_of(folder: Path) -> dict[Path, set[str]]:
+    """The weight files of a folder, with the tensors that the index places in each (none named: there is no index).
+
+    Raises:
+        CheckpointError: there are none, or one that the index lists is missing.
+        UnsupportedModelError: the weights are pickles.
+    """
     if (folder / WEIGHTS).is_file():
         return {folder / WEIGHTS: set()}
     if not (folder / INDEX).is_file():
@@ -223,30 +241,3 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
             "fetch them again"
         )
     return shards
-
-
-def _read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """The header of a safetensors file: dtype, shape and place of each tensor.
-
-    Raises:
-        CheckpointError: the file is not safetensors, or shorter or longer than its header says.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            raise CheckpointError(
-                f"{path} is truncated or not safetensors: {size} bytes, too few for its header; fetch it again"
-            )
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read ({error})") from error
-    if size != end:
-        raise CheckpointError(
-            f"{path} is {'truncated' if size < end else 'damaged'}: {size} bytes, its header says {end}; fetch it again"
-        )
-    return header

@@ -59,6 +59,15 @@ class ActivationStatistics(Statistic):
         for name, value in moments.items():
             before[name] = torch.maximum(before[name], value) if name == "max" else before[name] + value
 
+    def accumulated(self, layer_idx: int) -> list[tuple[Tensor, str]]:
+        """Sums, and maxima, of every projection that is listened to."""
+        return [
+            (value, "max" if name == "max" else "sum")
+            for (layer, _), moments in sorted(self._sums.items(), key=lambda item: item[0])
+            if layer == layer_idx
+            for name, value in moments.items()
+        ]
+
     def finish_layer(self, geometry: Geometry, layer_idx: int, layer: nn.Module, sequences: int) -> dict[str, Tensor]:
         """Report the sums under the name of every projection that shares the input."""
         report = {}

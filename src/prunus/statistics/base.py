@@ -92,6 +92,19 @@ class Statistic(ABC):
         """Called in the backward pass with a projection's input and the gradient by it."""
 
     @abstractmethod
+    def accumulated(self, layer_idx: int) -> list[tuple[Tensor, str]]:
+        """The running tensors of a layer, to be added up in place over processes.
+
+        Returns:
+            Each with `sum` or `max`, in an order that depends on the model alone.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """The kind of statistic and its options, as plain values."""
+        options = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "keys"}
+        return {"kind": type(self).__name__, **options}
+
+    @abstractmethod
     def finish_layer(self, geometry: Geometry, layer_idx: int, layer: nn.Module, sequences: int) -> dict[str, Tensor]:
         """Reduce what was accumulated for a layer, and free it.
 

@@ -48,6 +48,10 @@ class GateGradients(Statistic):
         key = (flow.layer_idx, axis)
         self._squares[key] = self._squares[key] + squares if key in self._squares else squares
 
+    def accumulated(self, layer_idx: int) -> list[tuple[Tensor, str]]:
+        """Sums of squares of both axes."""
+        return [(self._squares[layer_idx, axis], "sum") for axis in AXES if (layer_idx, axis) in self._squares]
+
     def finish_layer(self, geometry: Geometry, layer_idx: int, layer: nn.Module, sequences: int) -> dict[str, Tensor]:
         """Mean over sequences; a block that is not there has no groups."""
         empty = torch.zeros(0, dtype=torch.float64)

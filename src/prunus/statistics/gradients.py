@@ -99,6 +99,11 @@ class WeightGradients(Statistic):
             squares = self._squares.setdefault(flow.layer_idx, {})
             squares[axis] = squares[axis] + reduced if axis in squares else reduced
 
+    def accumulated(self, layer_idx: int) -> list[tuple[Tensor, str]]:
+        """Sums of gradients by parameter, and of squares by axis."""
+        sums = [*sorted(self._gradients.get(layer_idx, {}).items()), *sorted(self._squares.get(layer_idx, {}).items())]
+        return [(tensor, "sum") for _, tensor in sums]
+
     def finish_layer(self, geometry: Geometry, layer_idx: int, layer: nn.Module, sequences: int) -> dict[str, Tensor]:
         """Reduce ḡ of a layer to |θ · ḡ| per group, and free it."""
         report: dict[str, Tensor] = {}

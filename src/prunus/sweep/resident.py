@@ -24,10 +24,10 @@ def run_resident(
     geometry: Geometry,
     taps: Taps,
     batches: Sequence[PreparedBatch],
-    finish_layer: Callable[[int], None],
+    finish_layer: Callable[[int, nn.Module, float], None],
     *,
     progress: bool,
-) -> float | None:
+) -> None:
     """Run each batch through the whole model, then finish every layer.
 
     Args:
@@ -35,11 +35,9 @@ def run_resident(
         geometry: its shape.
         taps: who listens.
         batches: the calibration sequences.
-        finish_layer: called once for every layer, after all batches.
+        finish_layer: called once for every layer, after all batches, with the layer and the loss summed over all tokens
+            (0 without a backward pass).
         progress: show a progress bar when stderr is a terminal.
-
-    Returns:
-        The loss summed over all tokens, or None without a backward pass.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
@@ -52,9 +50,8 @@ def run_resident(
             if losses is not None:
                 check_losses(losses, batch, partial(_first_non_finite, model, geometry, batch))
                 loss += float(losses.sum())
-    for layer_idx in range(len(layers)):
-        finish_layer(layer_idx)
-    return loss if taps.needs_gradients else None
+    for layer_idx, layer in enumerate(layers):
+        finish_layer(layer_idx, layer, loss)
 
 
 def _run_batch(model: Any, geometry: Geometry, taps: Taps, batch: PreparedBatch) -> Tensor | None:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from prunus.calibration.batches import Batch
+from prunus.digest import digest_batches, digest_model
 from prunus.errors import OptionError
 from prunus.evaluation.mode import evaluation_mode
-from prunus.groups import Geometry, submodule
+from prunus.groups import Geometry
+from prunus.layers import layers_of
+from prunus.records import Records
 from prunus.statistics.base import Statistic, Statistics
-from prunus.sweep.prepared import prepare
+from prunus.sweep.prepared import PreparedBatch, prepare
+from prunus.sweep.processes import add_up_, is_first, number_of_processes, rank, share, wait_for_all
 from prunus.sweep.resident import run_resident
+from prunus.sweep.spool import DiskSpool, Spool
 from prunus.sweep.streamed import run_streamed
 from prunus.sweep.taps import Taps
+from prunus.tensor_file import TensorLayout
 
 __all__ = ["ENGINES", "Engine", "sweep"]
 
@@ -32,12 +40,14 @@ def sweep(
     engine: Engine = "resident",
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
+    work: Path | None = None,
     progress: bool = True,
 ) -> Statistics:
     """Run calibration batches through a model and take statistics on the way.
 
     Args:
-        model: a transformers causal language model. Its weights, their `requires_grad` and its mode are left as found.
+        model: a transformers causal language model, in memory or (streamed only) opened by `open_model`. Its weights,
+            their `requires_grad` and its mode are left as found.
         batches: token batches, padded or not.
         statistics: what to take; those of the same labels share the passes. Without any that listens to gradients there
             is no backward pass.
@@ -47,38 +57,98 @@ def sweep(
             Both give the same statistics to rounding.
         seed: of the tokens that are drawn from the model's predictions, for statistics that want such labels.
         provenance: recorded in the result.
+        work: folder for what the streamed engine has finished and what enters its layers, which otherwise is in memory.
+            A run that was killed goes on from there, with the same result. Left in place: it is the caller's.
         progress: show a progress bar when stderr is a terminal.
 
     Returns:
         The statistics of every layer.
 
     Raises:
-        OptionError: unknown engine.
+        OptionError: unknown engine; the resident one for an opened model; more processes than batches.
+        StatisticsError: `work` holds what was made from other inputs.
         CalibrationError: no batches, or a sequence without any token to predict.
         NonFiniteError: the loss is NaN or infinite; the first layer with such an output is named.
         UnsupportedModelError: see `Geometry.of`.
     """
     if engine not in ENGINES:
         raise OptionError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
+    if engine == "resident" and layers_of(model).stored:
+        raise OptionError("the resident engine needs the whole model in memory: use load_model, or the streamed engine")
     geometry = Geometry.of(model)
-    layers = submodule(model, geometry.family.layers)
-    reports: list[dict[str, Tensor]] = [{} for _ in layers]
-    sequences = sum(len(batch.input_ids) for batch in batches)
+    reports: list[dict[str, Tensor]] = [{} for _ in geometry.widths]
+    text = prepare(batches)
+    made_from = None
+    if work is not None and engine == "streamed":
+        made_from = {
+            "model": digest_model(model),
+            "dtype": str(model.dtype),
+            "calibration tokens": digest_batches(batches),
+            "sequences per batch": [len(batch.input_ids) for batch in batches],
+            "statistics": [statistic.describe() for statistic in statistics],
+            "seed": seed,
+            "processes": number_of_processes(),
+            "torch": torch.__version__,
+        }
     loss = None
-    run = run_resident if engine == "resident" else run_streamed
     for labels in dict.fromkeys(statistic.labels for statistic in statistics):
         listening = [statistic for statistic in statistics if statistic.labels == labels]
+        taps = Taps(geometry, listening)
+        prepared = prepare(batches, sampling_seed=seed) if labels == "sampled" else text
+        folder = work / labels if work is not None and made_from is not None else None
+        records = _run(model, geometry, taps, listening, prepared, engine, folder, made_from, progress)
+        for layer_idx, report in enumerate(reports):
+            report |= records[layer_idx]
+        if taps.needs_gradients and labels == "text":
+            # Noted with the last layer: the streamed order finishes it first, maybe in an earlier run.
+            loss = records.about(len(reports) - 1)["loss"] / sum(int(batch.targets.sum()) for batch in prepared)
+    return Statistics(tuple(reports), sum(len(b.input_ids) for b in batches), loss, dict(provenance or {}))
 
-        def finish_layer(layer_idx: int, listening: Sequence[Statistic] = listening) -> None:
-            for statistic in listening:
-                reports[layer_idx] |= statistic.finish_layer(geometry, layer_idx, layers[layer_idx], sequences)
 
-        prepared = prepare(batches, sampling_seed=seed if labels == "sampled" else None)
-        with _frozen(model):
-            summed = run(model, geometry, Taps(geometry, listening), prepared, finish_layer, progress=progress)
-        if summed is not None and labels == "text":
-            loss = summed / sum(int(batch.targets.sum()) for batch in prepared)
-    return Statistics(tuple(reports), sequences, loss, dict(provenance or {}))
+def _run(
+    model: Any,
+    geometry: Geometry,
+    taps: Taps,
+    statistics: Sequence[Statistic],
+    prepared: Sequence[PreparedBatch],
+    engine: Engine,
+    folder: Path | None,
+    made_from: Mapping[str, Any] | None,
+    progress: bool,
+) -> Records:
+    """One forward pass, or forward and backward pass, over this process' share of the batches."""
+    sequences = sum(len(batch.targets) for batch in prepared)
+    mine = share(prepared)
+    spool = Spool()
+    if not is_first():
+        wait_for_all()  # until the first process has checked the folder, or made it
+    records = Records(folder, made_from, writes=is_first())
+    if is_first():
+        wait_for_all()
+    if folder is not None:
+        layouts = [TensorLayout(model.dtype, (*batch.labels.shape, geometry.hidden_size)) for batch in mine]
+        spool = DiskSpool(folder / f"process-{rank()}", layouts)
+
+    def finish_layer(layer_idx: int, layer: nn.Module, loss: float) -> None:
+        total = torch.tensor([loss], dtype=torch.float64)
+        accumulated = [pair for statistic in statistics for pair in statistic.accumulated(layer_idx)]
+        add_up_([*accumulated, (total, "sum")])
+        report: dict[str, Tensor] = {}
+        for statistic in statistics:
+            report |= statistic.finish_layer(geometry, layer_idx, layer, sequences)
+        records.put(layer_idx, report, {"loss": float(total)})
+        wait_for_all()  # nobody may drop what another one would need to go on before this layer's record is there
+
+    progress = progress and is_first()
+    with _frozen(model):
+        if engine == "resident":
+            run_resident(model, geometry, taps, mine, finish_layer, progress=progress)
+        elif len(records) < len(geometry.widths):
+            finished = len(records)
+            run_streamed(model, geometry, taps, mine, finish_layer, spool=spool, finished=finished, progress=progress)
+    return records
+
+
 
 
 @contextmanager

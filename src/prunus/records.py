@@ -1,0 +1,107 @@
+"""What is finished of a long job, layer by layer, in a folder from which a killed run goes on.
+
+    made_from.json              hashes and options of everything that the records depend on
+    layer-00012.safetensors     what is known of one finished layer; appears when it is complete
+
+A folder is gone on with only if it was made from the same inputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prunus.errors import StatisticsError
+from prunus.tensor_file import TensorFile, TensorLayout, write_tensors
+
+__all__ = ["Records"]
+
+MADE_FROM = "made_from.json"
+
+
+class Records:
+    """Tensors, and a few plain values, of the layers that are finished.
+
+    Args:
+        folder: where they are kept; None for memory alone.
+        made_from: everything that the records depend on, as plain values: hashes of weights and tokens, options.
+        writes: False for a process that only reads what another one writes.
+
+    Raises:
+        StatisticsError: the folder holds records that were made from other inputs, or damaged ones.
+    """
+
+    def __init__(self, folder: Path | None = None, made_from: Mapping[str, Any] | None = None, *, writes: bool = True):
+        self._tensors: dict[int, Mapping[str, Tensor]] = {}
+        self._about: dict[int, Mapping[str, Any]] = {}
+        self._folder = folder if writes else None
+        if folder is not None:
+            self._go_on(folder, json.loads(json.dumps(dict(made_from or {}))))
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, layer_idx: object) -> bool:
+        return layer_idx in self._tensors
+
+    def __getitem__(self, layer_idx: int) -> Mapping[str, Tensor]:
+        return self._tensors[layer_idx]
+
+    def about(self, layer_idx: int) -> Mapping[str, Any]:
+        """The plain values of a layer."""
+        return self._about[layer_idx]
+
+    def put(self, layer_idx: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Note that a layer is finished.
+
+        Args:
+            layer_idx: which one.
+            tensors: on the CPU.
+            about: plain values, which come back exactly.
+        """
+        if self._folder is not None:
+            write_tensors(
+                self._folder / f"layer-{layer_idx:05d}.safetensors",
+                {name: TensorLayout.of(tensor) for name, tensor in tensors.items()},
+                tensors.items(),
+                {"about": json.dumps(dict(about))},
+            )
+        self._tensors[layer_idx], self._about[layer_idx] = tensors, about
+
+    def _go_on(self, folder: Path, made_from: dict[str, Any]) -> None:
+        path = folder / MADE_FROM
+        if not path.is_file():
+            if self._folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                partial = path.with_name(path.name + ".partial")
+                partial.write_text(json.dumps(made_from, indent=1) + "\n", encoding="utf-8")
+                partial.replace(path)
+            return
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise StatisticsError(f"{path} cannot be read ({error}); remove the folder {folder}") from error
+        if there != made_from:
+            differing = [
+                f"{name} ({_short(there.get(name))} there, {_short(made_from.get(name))} now)"
+                for name in sorted({*there, *made_from})
+                if there.get(name) != made_from.get(name)
+            ]
+            raise StatisticsError(
+                f"{folder} holds what an unfinished run made from other inputs: {'; '.join(differing)}. Give the "
+                "inputs of that run to go on with it; else remove the folder, or name another with --work"
+            )
+        for record in sorted(folder.glob("layer-*.safetensors")):
+            file = TensorFile(record)
+            layer_idx = int(record.stem.removeprefix("layer-"))
+            self._tensors[layer_idx] = {name: file.read(name) for name in file.entries}
+            self._about[layer_idx] = json.loads(file.metadata["about"])
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:12] + "…" if " " not in text else text[:60] + "…"
