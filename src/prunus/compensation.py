@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +31,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunus.calibration import Batch
+from prunus.digest import digest_batches, digest_model
 from prunus.errors import OptionError
 from prunus.evaluation.mode import evaluation_mode
 from prunus.families import Axis, Block
 from prunus.groups import Geometry, submodule
+from prunus.layers import layers_of
 from prunus.plan import Plan
+from prunus.records import Records
 from prunus.sweep.blocks import LayerCalls, StopForward, layer_calls, run_layer, stopped
 
 __all__ = ["Chooser", "CompensationOptions", "NormalEquations", "Repair", "compensate_", "solve_ridge"]
@@ -96,6 +100,7 @@ def compensate_(
     options: CompensationOptions | None = None,
     *,
     choose: Chooser | None = None,
+    work: Path | None = None,
     progress: bool = True,
 ) -> list[Repair]:
     """Repair a pruned model in place.
@@ -104,22 +109,28 @@ def compensate_(
     states of all sequences twice and one block's normal equations.
 
     Args:
-        pruned: what `apply_plan(dense, plan)` gave, perhaps already repaired.
+        pruned: what `apply_plan(dense, plan)` gave, perhaps already repaired; in memory or opened.
         dense: the model before the cut; it stays as it is.
         plan: the cut.
         batches: calibration sequences.
         options: ridge and target.
         choose: says for a block which inputs of its last projection stay; the columns of the others become zero.
+        work: folder for the weights that are solved. A run that was killed goes on after the last layer there, with the
+            same result. Left in place: it is the caller's. Not together with `choose`.
         progress: show a progress bar on a terminal.
 
     Returns:
         One record per remaining block, in the order in which they were repaired.
+
+    Raises:
+        StatisticsError: `work` holds what was made from other inputs.
     """
     options = options or CompensationOptions()
     geometry = Geometry.of(dense)
     plan.check_fits(geometry)
     path, scale = geometry.family.layers, geometry.family.residual_scale(dense.config)
-    repairs = []
+    records = Records(work, _made_from(pruned, dense, plan, batches, options) if work is not None else None)
+    repairs: list[Repair] = []
     with evaluation_mode(dense), evaluation_mode(pruned):
         dense_calls = [layer_calls(dense, path, batch) for batch in batches]
         pruned_calls = [layer_calls(pruned, path, batch) for batch in batches]
@@ -127,31 +138,67 @@ def compensate_(
         dense_hidden = [calls.hidden for calls in dense_calls]
         pruned_hidden = [calls.hidden for calls in pruned_calls]
         new_index = {old: new for new, old in enumerate(plan.surviving_layers)}
-        dense_layers, pruned_layers = submodule(dense, path), submodule(pruned, path)
-        for layer_idx, dense_layer in enumerate(
-            tqdm(dense_layers, desc="compensation", unit="layer", disable=None if progress else True)
+        dense_layers, pruned_layers = layers_of(dense), layers_of(pruned)
+        for layer_idx in tqdm(
+            range(len(dense_layers)), desc="compensation", unit="layer", disable=None if progress else True
         ):
-            targets = _dense_targets(geometry, dense_layer, layer_idx, dense_calls, dense_hidden, scale)
+            with dense_layers.hold(layer_idx, then=layer_idx + 1) as dense_layer:
+                targets = _dense_targets(geometry, dense_layer, layer_idx, dense_calls, dense_hidden, scale)
             if layer_idx not in new_index:
                 continue
-            layer = pruned_layers[new_index[layer_idx]]
-            arguments = [calls.arguments[new_index[layer_idx]] for calls in pruned_calls]
+            new = new_index[layer_idx]
+            arguments = [calls.arguments[new] for calls in pruned_calls]
             kept = [block for block in geometry.family.blocks if plan.layers[layer_idx][block.axis]]
-            for number, block in enumerate(kept):
-                # A generator: one batch's inputs exist at a time.
-                inputs = (
-                    _block_input(layer, block, kept[:number], hidden, call, scale)
-                    for hidden, call in zip(pruned_hidden, arguments, strict=True)
-                )
-                module = submodule(layer, block.output.path)
-                pull = 0.0 if block.post_norm else options.residual / scale
-                equations = _normal_equations(module, inputs, targets[block.axis], masks, pull)
-                stay = choose(layer_idx, block.axis, equations, module.weight) if choose else None
-                repairs.append(_repair_(module, layer_idx, block, equations, stay, options))
-            pruned_hidden = [
-                run_layer(layer, hidden, call) for hidden, call in zip(pruned_hidden, arguments, strict=True)
-            ]
+            with pruned_layers.hold(new, then=new + 1) as layer:
+                if layer_idx in records:
+                    found = _restore(layer, records, layer_idx)
+                else:
+                    found = []
+                    for number, block in enumerate(kept):
+                        # A generator: one batch's inputs exist at a time.
+                        inputs = (
+                            _block_input(layer, block, kept[:number], hidden, call, scale)
+                            for hidden, call in zip(pruned_hidden, arguments, strict=True)
+                        )
+                        module = submodule(layer, block.output.path)
+                        pull = 0.0 if block.post_norm else options.residual / scale
+                        equations = _normal_equations(module, inputs, targets[block.axis], masks, pull)
+                        stay = choose(layer_idx, block.axis, equations, module.weight) if choose else None
+                        found.append(_repair_(module, layer_idx, block, equations, stay, options))
+                    _record(layer, records, layer_idx, [block.output.path for block in kept], found)
+                repairs += found
+                pruned_layers.keep(new)
+                pruned_hidden = [
+                    run_layer(layer, hidden, call) for hidden, call in zip(pruned_hidden, arguments, strict=True)
+                ]
     return repairs
+
+
+def _made_from(
+    pruned: Any, dense: Any, plan: Plan, batches: Sequence[Batch], options: CompensationOptions
+) -> dict[str, Any]:
+    return {
+        "model": digest_model(dense),
+        "pruned model": digest_model(pruned),
+        "plan": plan.fingerprint,
+        "calibration tokens": digest_batches(batches),
+        "sequences per batch": [len(batch.input_ids) for batch in batches],
+        "compensation": asdict(options),
+        "torch": torch.__version__,
+    }
+
+
+def _record(layer: nn.Module, records: Records, layer_idx: int, paths: Sequence[str], repairs: list[Repair]) -> None:
+    """Note the weights of a repaired layer's last projections."""
+    weights = {path: submodule(layer, path).weight.detach().cpu().clone() for path in paths}
+    records.put(layer_idx, weights, {"repairs": [asdict(repair) for repair in repairs]})
+
+
+def _restore(layer: nn.Module, records: Records, layer_idx: int) -> list[Repair]:
+    """Put the weights that an earlier run solved into a layer."""
+    for path, weight in records[layer_idx].items():
+        submodule(layer, path).weight.copy_(weight)
+    return [Repair(**values) for values in records.about(layer_idx)["repairs"]]
 
 
 @dataclass

@@ -7,7 +7,8 @@ Whatever walks over the layers (sweep, scoring, compensation, evaluation, saving
         ...
 
 For a model in memory nothing more happens. For one that `open_model` opened, a layer has its weights only while it is
-held, and parameters on the meta device else; embeddings, final norm and head are always there.
+held, and parameters on the meta device else; embeddings, final norm and head are always there. Its own forward works
+too, and reads every layer for every batch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +88,13 @@ class StoredLayers(Layers):
         self._empty = [layer.state_dict() for layer in modules]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prunus-layers")
         self._ahead: dict[int, Future[tuple[LayerState, Any]]] = {}
+        self._held: set[int] = set()
         self._changed: dict[int, TensorFile] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         # On CUDA, copies run beside the computation on a stream of their own.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        for layer_idx, layer in enumerate(modules):
+            layer.forward = partial(self._forward, layer_idx)
 
     def read(self, layer_idx: int) -> LayerState:
         """The state of a layer on the CPU, with the changes that were kept."""
@@ -103,11 +108,13 @@ class StoredLayers(Layers):
         if then is not None and 0 <= then < len(self) and then != layer_idx:
             self._ahead[then] = self._reader.submit(self._fetch, then)
         layer: nn.Module = self.modules[layer_idx]
+        self._held.add(layer_idx)
         try:
             layer.load_state_dict(state, assign=True)
             del state
             yield layer
         finally:
+            self._held.remove(layer_idx)
             layer.load_state_dict(self._empty[layer_idx], assign=True)
 
     def keep(self, layer_idx: int) -> None:
@@ -120,6 +127,12 @@ class StoredLayers(Layers):
         state = self.modules[layer_idx].state_dict()
         write_tensors(path, {name: TensorLayout.of(tensor) for name, tensor in state.items()}, iter(state.items()))
         self._changed[layer_idx] = TensorFile(path)
+
+    def _forward(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """A layer's own forward, held for as long as it takes where nobody holds it."""
+        layer = self.modules[layer_idx]
+        with nullcontext() if layer_idx in self._held else self.hold(layer_idx, then=layer_idx + 1):
+            return type(layer).forward(layer, *args, **kwargs)
 
     def _take(self, layer_idx: int) -> LayerState:
         future = self._ahead.pop(layer_idx, None)

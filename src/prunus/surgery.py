@@ -6,15 +6,17 @@ read tensor by tensor from disk. A plan that keeps everything passes every tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunus.checkpoint.architecture import empty_model, pruned_config
+from prunus.checkpoint.open import attach_layers_
 from prunus.families import Block, Projection
 from prunus.groups import SPACE_AXIS, Geometry
+from prunus.layers import LayerState, StoredLayers, layers_of, outside_layers
 from prunus.plan import KeptGroups, Plan
 
 __all__ = ["apply_plan", "cut_tensors"]
@@ -28,7 +30,8 @@ def apply_plan(model: Any, plan: Plan) -> Any:
         plan: which groups stay.
 
     Returns:
-        A new, smaller model with its own weights: the family's stock class if every layer keeps the same widths, else
+        A new, smaller model with its own weights (of an opened model: an opened one, whose layers are cut whenever they
+        are read): the family's stock class if every layer keeps the same widths, else
         the class of ragged models that prunus ships with the checkpoint. Dtype, device and generation config are kept.
 
     Raises:
@@ -39,21 +42,39 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     plan.check_fits(geometry)
     survivors = plan.surviving_layers
     config = pruned_config(model.config, [plan.layers[i].widths for i in survivors], layer_indices=survivors)
+    layers = layers_of(model)
     with torch.no_grad():
         smaller = empty_model(config, dtype=model.dtype)
-        tensors = model.state_dict()
+        tensors = outside_layers(model) if layers.stored else model.state_dict()
         untouched = {id(tensor) for tensor in tensors.values()}
         cut = {
             name: tensor.clone() if id(tensor) in untouched else tensor
             for name, tensor in cut_tensors(tensors.items(), geometry, plan)
         }
-        smaller.load_state_dict(cut, strict=True, assign=True)
+        smaller.load_state_dict(cut, strict=not layers.stored, assign=True)
+        if isinstance(layers, StoredLayers):
+            attach_layers_(smaller, _cut_reader(layers, geometry, plan), layers.device, layers.scratch)
         smaller.tie_weights()
-        smaller.to(model.device)
+        if not layers.stored:
+            smaller.to(model.device)
     if getattr(model, "generation_config", None) is not None:
         smaller.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
     smaller.train(model.training)
     return smaller
+
+
+def _cut_reader(layers: StoredLayers, geometry: Geometry, plan: Plan) -> Callable[[int], LayerState]:
+    """What reads a layer of an opened model and cuts it."""
+
+    def read(new_index: int) -> LayerState:
+        layer_idx = plan.surviving_layers[new_index]
+        cut = (
+            (name, _cut_layer_tensor(name, tensor, geometry, layer_idx, plan.layers[layer_idx]))
+            for name, tensor in layers.read(layer_idx).items()
+        )
+        return {name: tensor for name, tensor in cut if tensor is not None}
+
+    return read
 
 
 def cut_tensors(tensors: Iterable[tuple[str, Tensor]], geometry: Geometry, plan: Plan) -> Iterator[tuple[str, Tensor]]:

@@ -32,7 +32,7 @@ def open_model(
     """Open a causal language model without reading its decoder layers.
 
     Everything in prunus that walks over layers (`prunus.layers.layers_of`) reads each from the folder when its turn
-    comes. The model's own forward does not work: its layers are on the meta device.
+    comes, and so does the model's own forward.
 
     Args:
         source: a model folder, or the id of a model on the Hugging Face Hub.
@@ -96,6 +96,9 @@ def attach_layers_(model: Any, read: Any, device: torch.device, scratch: Path | 
         device: where it computes.
         scratch: see `StoredLayers`.
     """
+    if device.type == "cuda" and device.index is None:
+        # The thread that reads has a current device of its own.
+        device = torch.device("cuda", torch.cuda.current_device())
     move_present_(model, device)
     model.tie_weights()
     model.requires_grad_(False)

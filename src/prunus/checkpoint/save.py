@@ -19,15 +19,20 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import GenerationConfig
 
 from prunus.checkpoint.configuration_prunus import rope_fields_of_transformers_4
 from prunus.errors import CheckpointError
+from prunus.families import family_of
+from prunus.layers import layers_of, outside_layers
+from prunus.tensor_file import TensorLayout, write_tensors
 
 __all__ = ["check_disk", "check_output", "model_bytes", "save_checkpoint"]
 
@@ -230,12 +235,45 @@ def _save_model(folder: Path, model: Any, max_shard_size: int | str) -> None:
         # Published models have settings that transformers loads with a warning but refuses to save (a temperature
         # without do_sample). They are the base model's, and no reason to lose the work: written as they are.
         model.generation_config = GenerationConfig()
+    stored = layers_of(model).stored
     try:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        # Of an opened model only what is not weights: those follow, layer by layer.
+        model.save_pretrained(folder, max_shard_size=max_shard_size, **({"state_dict": {}} if stored else {}))
     finally:
         model.generation_config = generation_config
+    if stored:
+        _stream_weights(folder, model, max_shard_size)
     generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
     _keep_rope_readable(folder / "config.json")
+
+
+def _stream_weights(folder: Path, model: Any, max_shard_size: int | str) -> None:
+    """Write the weights of an opened model with one decoder layer in memory at a time."""
+    layers, prefix = layers_of(model), family_of(model.config).layers
+    names = [*outside_layers(model), *(name for name in model.state_dict() if name.startswith(prefix + "."))]
+    whole = model.state_dict()
+    split = split_torch_state_dict_into_shards({name: whole[name] for name in names}, max_shard_size=max_shard_size)
+
+    def read(wanted: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        outside = outside_layers(model)
+        held, state = -1, {}
+        for name in wanted:
+            if name in outside:
+                yield name, outside[name]
+                continue
+            number, _, inside = name.removeprefix(prefix + ".").partition(".")
+            if int(number) != held:
+                held = int(number)
+                with layers.hold(held, then=held + 1) as layer:
+                    state = dict(layer.state_dict())
+            yield name, state[inside]
+
+    for file_name, wanted in split.filename_to_tensors.items():
+        layouts = {name: TensorLayout.of(whole[name]) for name in wanted}
+        write_tensors(folder / file_name, layouts, read(wanted), {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _keep_rope_readable(path: Path) -> None:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunus.calibration.batches import Batch
 from prunus.errors import NonFiniteError, OptionError
 from prunus.evaluation.mode import evaluation_mode
 from prunus.loss import chunked_cross_entropy, head_function, next_token_labels
+from prunus.sweep.blocks import last_hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,8 +160,10 @@ def _score(
         evaluation_mode(model),
         tqdm(total=len(windows), desc="perplexity", unit="window", disable=None if progress else True) as bar,
     ):
-        for start in range(0, len(windows), batch_size):
-            losses = _window_losses(model, head, windows[start : start + batch_size])
+        batches = [Batch(ids, None) for ids in windows.split(batch_size)]
+        start = 0
+        for batch, hidden in zip(batches, last_hidden_states(model, batches), strict=True):
+            losses = chunked_cross_entropy(hidden, head, next_token_labels(batch.input_ids.to(hidden.device)))
             if not losses.isfinite().all():
                 bad = start + int((~losses.isfinite()).nonzero()[0])
                 raise NonFiniteError(
@@ -168,6 +172,7 @@ def _score(
                     "overflows in float16."
                 )
             total += losses.double().sum().item()
+            start += len(losses)
             bar.update(len(losses))
 
     scored = windows.numel() - len(windows)
@@ -217,10 +222,3 @@ def _check_ids(model: Any, ids: Tensor) -> None:
             f"the tokenizer makes token id {int(ids.max())}, and the model embeds only {rows}: "
             "use the tokenizer that belongs to the model"
         )
-
-
-def _window_losses(model: Any, head: Any, windows: Tensor) -> Tensor:
-    """Summed loss of each window: windows (batch, seq_len) → float32 (batch,)."""
-    input_ids = windows.to(model.device)
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return chunked_cross_entropy(hidden, head, next_token_labels(input_ids))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from prunus.errors import OptionError, StatisticsError
 from prunus.families import AXES, Axis
-from prunus.groups import Geometry, submodule
+from prunus.groups import Geometry
+from prunus.layers import layers_of
 from prunus.statistics import ActivationStatistics, GateGradients, Statistic, Statistics, WeightGradients
 from prunus.statistics.activations import ACTIVATION_STATISTICS, ActivationStatistic
 from prunus.statistics.gradients import LossScale
@@ -191,15 +192,17 @@ def score_groups(
     """
     geometry = Geometry.of(model)
     options = options or MethodOptions()
-    layers = submodule(model, geometry.family.layers)
+    layers = layers_of(model)
     by_layer: Sequence[Mapping[str, Tensor]] = statistics.layers if statistics else [{}] * len(layers)
     if len(by_layer) != len(layers):
         raise StatisticsError(f"the statistics are of {len(by_layer)} layers, the model has {len(layers)}")
     importance = []
-    for layer_idx, (layer, seen) in enumerate(zip(layers, by_layer, strict=True)):
-        weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    for layer_idx, seen in enumerate(by_layer):
         try:
-            groups = method.importance(LayerEvidence(geometry, layer_idx, weights, seen), options)
+            with layers.hold(layer_idx, then=layer_idx + 1) as layer:
+                weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+                groups = method.importance(LayerEvidence(geometry, layer_idx, weights, seen), options)
+                del weights
         except KeyError as error:
             raise StatisticsError(
                 f"layer {layer_idx}: method {method.name!r} needs the statistic {error}, which was not taken; "

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.batches import Batch
+from prunus.families import family_of
 from prunus.groups import submodule
+from prunus.layers import layers_of
 
-__all__ = ["LayerCalls", "StopForward", "layer_calls", "run_layer", "stopped"]
+__all__ = ["LayerCalls", "StopForward", "last_hidden_states", "layer_calls", "run_layer", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,35 @@ def run_layer(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Te
     """Call a decoder layer; some families answer with a tuple."""
     output = layer(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def last_hidden_states(model: Any, batches: Sequence[Batch]) -> Iterator[Tensor]:
+    """Hidden states after the final norm, (batch, seq_len, hidden_size), for one batch after another.
+
+    An opened model's layers are read once for all batches, whose hidden states are in memory meanwhile; a model in
+    memory runs batch by batch.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        batches: the tokens.
+    """
+    family, layers, device = family_of(model.config), layers_of(model), model.device
+    if not layers.stored:
+        decoder = submodule(model, family.layers.rpartition(".")[0])
+        for batch in batches:
+            mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+            yield decoder(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).last_hidden_state
+        return
+    hidden, arguments = [], []
+    for batch in batches:
+        call = layer_calls(model, family.layers, batch)
+        hidden.append(call.hidden)
+        arguments.append(call.arguments)
+    for layer_idx in range(len(layers)):
+        with layers.hold(layer_idx, then=layer_idx + 1) as layer:
+            for number in range(len(batches)):
+                hidden[number] = run_layer(layer, hidden[number], arguments[number][layer_idx])
+    norm = submodule(model, family.final_norm)
+    while hidden:
+        yield norm(hidden.pop(0))
