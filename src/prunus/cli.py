@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from prunus.adaptive import AdaptiveOptions
 from prunus.calibration.embedded import embedded_documents
 from prunus.calibration.loading import DEFAULT_SOURCE
-from prunus.checkpoint import check_output, load_model
+from prunus.checkpoint import check_output
 from prunus.comparison import compare as compare_methods
 from prunus.compensation import CompensationOptions
 from prunus.errors import OptionError
@@ -24,7 +24,7 @@ from prunus.evaluation.perplexity import perplexity, read_text
 from prunus.export import GgufType, export_dense, export_gguf
 from prunus.families import AXES, Axis
 from prunus.importance.hybrid import DEFAULT_MIX, Weights
-from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, draw_calibration
+from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, draw_calibration, load_or_open
 from prunus.inspection import inspect as inspect_model
 from prunus.packaged_model import resolve_model
 from prunus.pipeline import apply_checkpoint, prune_checkpoint
@@ -33,9 +33,12 @@ from prunus.priors import PriorOptions
 from prunus.scoring import Score, ScoringOptions
 from prunus.scoring import score as score_model
 from prunus.selection import ALIGNMENTS, Constraints, select
+from prunus.sweep.estimate import Workload
+from prunus.sweep.processes import is_first, joined, launched
 from prunus.table import Normalization, rank_table
 from prunus.terminal import quoted_command, run_command
 from prunus.version import __version__
+from prunus.work_folder import WorkFolder
 
 __all__ = ["app", "main"]
 
@@ -144,6 +147,7 @@ def prune(
     rounds: Annotated[int | None, Parameter(group=_SELECTION)] = None,
     evaluation: EvaluationFlags = EvaluationOptions(),
     where: ModelFlags = ModelOptions(),
+    work: Path | None = None,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -159,6 +163,8 @@ def prune(
         compensate: repair the remaining weights by least squares on the calibration sequences.
         rounds: cut in so many equal parts, scoring what is left (and repaired) before each next one; by default 4, but
             1 for `--shape uniform`, which knows no more.
+        work: folder from which a killed run goes on when the same command is given again; by default OUT.work, with the
+            streamed engine only. Removed at the end.
         overwrite: replace an earlier result in the folder.
         json: print the metrics as JSON.
     """
@@ -174,6 +180,7 @@ def prune(
         evaluation=evaluation,
         model_options=where,
         overwrite=overwrite,
+        work=work,
         command=_typed_command(),
     )
     if json:
@@ -198,6 +205,7 @@ def score(
     calibration: CalibrationFlags = CalibrationOptions(),
     scoring: ScoringFlags = _ScoringFlags(),
     where: ModelFlags = ModelOptions(),
+    work: Path | None = None,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -206,14 +214,26 @@ def score(
     Args:
         model: folder, Hub id or `smollm2-135m`.
         out: folder for groups.csv, score.json and statistics.safetensors.
+        work: folder from which a killed run goes on when the same command is given again; by default OUT.work, with the
+            streamed engine only. Removed at the end.
         overwrite: replace an earlier result in the folder.
         json: print what was done as JSON.
     """
     check_output(out, overwrite)
-    live, tokenizer = load_model(resolve_model(model), dtype=where.dtype, device=where.device)
-    sequences, _ = draw_calibration(live, tokenizer, calibration, held_out=0, needed=scoring.needs_calibration)
-    result = score_model(live, sequences, _seeded(scoring, calibration))
+    folder = WorkFolder(out, work)
+    needed = scoring.needs_calibration
+    sequences = calibration.samples if needed else 0
+    workload = Workload(scoring.needs, sequences, calibration.seq_len, scoring.batch_size)
+    with joined():
+        live, tokenizer, engine = load_or_open(resolve_model(model), where, scoring.engine, workload)
+        drawn, _ = draw_calibration(live, tokenizer, calibration, held_out=0, needed=needed)
+        options = replace(_seeded(scoring, calibration), engine=engine)
+        result = score_model(live, drawn, options, work=folder.used_by(engine))
+        first = is_first()
+    if not first:
+        return
     result.save(out)
+    folder.remove()
     if json:
         _print_json({"groups": len(result.table), **result.about})
         return
@@ -364,7 +384,7 @@ def evaluate(
         json: print the result as JSON.
     """
     content = read_text(text) if text else "\n\n".join(embedded_documents())
-    live, tokenizer = load_model(resolve_model(model), dtype=where.dtype, device=where.device)
+    live, tokenizer, _ = load_or_open(resolve_model(model), where)
     result = perplexity(live, tokenizer, content, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows)
     facts = {
         "model": Path(model).name,
@@ -460,8 +480,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 success, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def work() -> object:
+        if launched() > 1 and words[:1] != ["score"]:
+            raise OptionError(
+                f"torchrun started {launched()} processes, and only `prunus score` shares its work out: give its "
+                "table to `prunus plan` and `prunus apply`, in one process"
+            )
+        return app(words, exit_on_error=False, print_error=True, result_action="return_value")
+
     try:
-        return run_command(lambda: app(argv, exit_on_error=False, print_error=True, result_action="return_value"))
+        return run_command(work)
     except CycloptsError:
         return 2
 

@@ -20,6 +20,7 @@ from prunus.replacing import replacing
 from prunus.rounds import schedule
 from prunus.scoring import Score, ScoringOptions, score_by_methods
 from prunus.selection import Constraints
+from prunus.sweep.estimate import Workload
 from prunus.version import __version__
 
 __all__ = ["compare", "plot_comparison"]
@@ -85,11 +86,19 @@ def compare(
         calibration,
         evaluation,
         model_options or ModelOptions(),
+        engine=scoring.engine,
+        workload=Workload(
+            frozenset().union(*(options.needs for options in each)),
+            batch_size=scoring.batch_size,
+            compensate=compensation is not None,
+            inputs_on_disk=False,
+        ),
         calibrate=any(options.needs_calibration for options in each) or compensation is not None,
         save_model=False,
         overwrite=overwrite,
         progress=progress,
     )
+    each = [replace(options, engine=inputs.engine) for options in each]
     if not inputs.measurable:
         raise CalibrationError("there is no text left to measure perplexity on; give an evaluation text")
     about = {

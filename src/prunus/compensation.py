@@ -250,9 +250,9 @@ def solve_ridge(gram: Tensor, cross: Tensor, weight: Tensor, damping: float) -> 
     Raises:
         torch.linalg.LinAlgError: G + λI is not positive definite to working precision.
     """
-    damped, prior = gram.double(), weight.double()
+    damped, prior = gram.to(torch.float64, copy=True), weight.double()
     ridge = damping * float(damped.diagonal().mean())
-    damped = damped + ridge * torch.eye(len(damped), dtype=torch.float64, device=damped.device)
+    damped.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(damped)
     solution = torch.cholesky_solve(cross.double() + ridge * prior.T, factor).T
     diagonal = factor.diagonal()

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig
+
 from prunus.calibration import Calibration, load_calibration
-from prunus.checkpoint import check_disk, check_output, load_model, model_bytes
+from prunus.checkpoint import (
+    check_disk,
+    check_folder,
+    check_output,
+    empty_model,
+    load_model,
+    locate,
+    model_bytes,
+    open_model,
+    resolve_device,
+    resolve_dtype,
+)
 from prunus.errors import CalibrationError, OptionError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows, read_text
 from prunus.groups import Geometry
 from prunus.packaged_model import resolve_model
 from prunus.selection import Constraints, check_ratio, check_reachable
+from prunus.sweep import Engine, EngineChoice
+from prunus.sweep.estimate import Workload, available_memory, choose_engine, estimate, parse_bytes, show_bytes
+from prunus.sweep.processes import is_first
 
 __all__ = [
     "CalibrationOptions",
@@ -23,6 +41,7 @@ __all__ = [
     "Inputs",
     "ModelOptions",
     "draw_calibration",
+    "load_or_open",
     "model_name",
     "open_inputs",
 ]
@@ -37,10 +56,17 @@ class ModelOptions:
     Attributes:
         device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
         dtype: auto keeps the checkpoint's own; else float32, bfloat16 or float16. The result is saved in it.
+        max_memory: memory that may be used, e.g. 8GB: RAM, or the GPU's if the device is one. What would need more by
+            the estimate is refused, with the smallest value that would do.
     """
 
     device: str = "auto"
     dtype: str = "auto"
+    max_memory: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
 
 
 @dataclass(frozen=True)
@@ -134,6 +160,53 @@ def draw_calibration(
     return drawn.split(held_out) if samples else (None, drawn)
 
 
+def load_or_open(
+    source: str,
+    options: ModelOptions,
+    engine: EngineChoice = "auto",
+    workload: Workload | None = None,
+    *,
+    scratch: Path | None = None,
+    progress: bool = True,
+) -> tuple[Any, Any, Engine]:
+    """Load a model, or open it so that its decoder layers stay on disk, whichever is asked for or fits.
+
+    Args:
+        source: a folder or Hub id.
+        options: device, dtype and memory.
+        engine: what is asked for; auto is decided by an estimate, which is printed on stderr.
+        workload: what will be done with the model; None for a forward pass at most.
+        scratch: folder for changed layers of an opened model.
+        progress: whether to print.
+
+    Returns:
+        The model, its tokenizer, and the engine it is held for.
+
+    Raises:
+        OptionError: the estimate is larger than `options.max_memory`.
+    """
+    limit = parse_bytes(options.max_memory) if options.max_memory else None
+    if engine == "auto" or limit is not None:
+        device, folder = resolve_device(options.device), locate(source)
+        check_folder(folder)
+        config = AutoConfig.from_pretrained(folder)
+        dtype = resolve_dtype(options.dtype)
+        held_in: torch.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+        needed = estimate(empty_model(config, held_in), held_in, workload or Workload(), device)
+        free = available_memory(device)
+        asked, engine = engine, choose_engine(needed, engine, limit, free)
+        if asked == "auto" and progress and is_first():
+            bound = f"limit {show_bytes(limit)}" if limit else f"free {show_bytes(free)}" if free else "no limit known"
+            print(
+                f"engine {engine}: about {show_bytes(needed.of(engine))} of memory (resident "
+                f"{show_bytes(needed.resident)}, streamed {show_bytes(needed.streamed)}, {bound})",
+                file=sys.stderr,
+            )
+    if engine == "streamed":
+        return *open_model(source, dtype=options.dtype, device=options.device, scratch=scratch), engine
+    return *load_model(source, dtype=options.dtype, device=options.device), "resident"
+
+
 @dataclass(frozen=True)
 class Inputs:
     """A model and its texts, checked and loaded.
@@ -142,6 +215,7 @@ class Inputs:
         source: folder or Hub id that the model was loaded from.
         model: the dense model.
         tokenizer: its tokenizer.
+        engine: which one the model is held for.
         geometry: its shape.
         calibration: sequences to calibrate on; None where nothing needs any.
         held_out: sequences to measure perplexity on; None where there is a text, or nothing is measured.
@@ -153,6 +227,7 @@ class Inputs:
     source: str
     model: Any
     tokenizer: Any
+    engine: Engine
     geometry: Geometry
     calibration: Calibration | None
     held_out: Calibration | None
@@ -190,6 +265,9 @@ def open_inputs(
     evaluation: EvaluationOptions,
     model_options: ModelOptions,
     *,
+    engine: EngineChoice,
+    workload: Workload,
+    work: Path | None = None,
     calibrate: bool,
     save_model: bool,
     overwrite: bool,
@@ -204,7 +282,10 @@ def open_inputs(
         constraints: what may be cut.
         calibration: the text to calibrate on.
         evaluation: what to measure on.
-        model_options: device and dtype.
+        model_options: device, dtype and memory.
+        engine: which one is asked for.
+        workload: what will be done with the model, but for calibration and evaluation sizes, which are filled in.
+        work: folder for changed layers of an opened model.
         calibrate: whether anything needs calibration sequences.
         save_model: whether pruned models will be written to `out`.
         overwrite: replace an earlier result.
@@ -218,7 +299,17 @@ def open_inputs(
     check_output(out, overwrite)
     text = read_text(evaluation.eval_text) if evaluation.eval_text else None
     source = resolve_model(model)
-    dense, tokenizer = load_model(source, dtype=model_options.dtype, device=model_options.device)
+    evaluation_tokens = evaluation.held_out * calibration.seq_len
+    if text is not None:
+        windows = evaluation.eval_windows
+        evaluation_tokens = len(text) if windows is None else windows * evaluation.eval_seq_len
+    workload = replace(
+        workload,
+        sequences=calibration.samples if calibrate else 0,
+        seq_len=calibration.seq_len,
+        evaluation_tokens=evaluation_tokens,
+    )
+    dense, tokenizer, held_for = load_or_open(source, model_options, engine, workload, scratch=work, progress=progress)
     geometry = Geometry.of(dense)
     for ratio in ratios:
         check_reachable(geometry, ratio, constraints)
@@ -235,7 +326,7 @@ def open_inputs(
     name = f"held-out calibration sequences ({Path(calibration.calibration).name})"
     if evaluation.eval_text:
         name = Path(evaluation.eval_text).name
-    return Inputs(source, dense, tokenizer, geometry, sequences, held_out, text, name, evaluation)
+    return Inputs(source, dense, tokenizer, held_for, geometry, sequences, held_out, text, name, evaluation)
 
 
 def model_name(model: str) -> str:

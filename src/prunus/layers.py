@@ -120,6 +120,8 @@ class StoredLayers(Layers):
     def keep(self, layer_idx: int) -> None:
         """Write the held layer to a temporary folder, from which it is read from now on."""
         if self._folder is None:
+            if self.scratch is not None:
+                self.scratch.mkdir(parents=True, exist_ok=True)
             self._folder = tempfile.TemporaryDirectory(
                 prefix="prunus-layers-", dir=self.scratch, ignore_cleanup_errors=True
             )
@@ -182,7 +184,8 @@ def move_present_(model: nn.Module, device: torch.device) -> None:
     """Move what has values to a device; parameters on the meta device stay there."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
+            store: Any = tensors
             for name, tensor in tensors.items():
                 if tensor is not None and not tensor.is_meta and tensor.device != device:
                     moved = tensor.detach().to(device)
-                    tensors[name] = nn.Parameter(moved, requires_grad=False) if tensors is module._parameters else moved
+                    store[name] = nn.Parameter(moved, requires_grad=False) if tensors is module._parameters else moved

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Cost", "metered"]
+__all__ = ["Cost", "metered", "resident_set"]
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -63,9 +63,18 @@ def _reset_peak() -> None:
 
 
 def _peak() -> int | None:
+    return _status_line("VmHWM:")
+
+
+def resident_set() -> int:
+    """Bytes that this process has in memory now; 0 where the system does not say."""
+    return _status_line("VmRSS:") or 0
+
+
+def _status_line(name: str) -> int | None:
     try:
         for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(name):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass

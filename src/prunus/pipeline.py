@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from prunus.calibration import Calibration
-from prunus.checkpoint import check_output, load_model
+from prunus.checkpoint import check_output
 from prunus.compensation import CompensationOptions, Repair, compensate_
 from prunus.errors import CalibrationError, OptionError
 from prunus.groups import Geometry
-from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, model_name, open_inputs
+from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, load_or_open, model_name, open_inputs
 from prunus.metering import metered
 from prunus.packaged_model import resolve_model
 from prunus.plan import Plan
@@ -23,7 +23,9 @@ from prunus.rounds import carry_over, schedule
 from prunus.scoring import Score, ScoringOptions, score
 from prunus.selection import Constraints, check_reachable, select
 from prunus.surgery import apply_plan
+from prunus.sweep.estimate import Workload
 from prunus.version import __version__
+from prunus.work_folder import WorkFolder
 
 __all__ = [
     "PruneResult",
@@ -61,6 +63,7 @@ def prune(
     compensation: CompensationOptions | None = None,
     rounds: int = 1,
     scored: Score | None = None,
+    work: Path | None = None,
     progress: bool = True,
 ) -> PruneResult:
     """Prune a live transformers model.
@@ -76,6 +79,7 @@ def prune(
         rounds: cut in so many equal parts, scoring the model that is left (and repaired) before each next one, on half
             of the sequences.
         scored: the scores of `model` by `scoring`, if they are there already; they are taken otherwise.
+        work: folder from which a killed run goes on with the same result, see `prunus.sweep.sweep` and `compensate_`.
         progress: show progress bars on a terminal.
 
     Raises:
@@ -98,18 +102,18 @@ def prune(
             f"reselect needs gradients, which method {scoring.method} does not take; choose another method, or leave "
             "reselect out"
         )
-    scored = scored or score(model, calibration, scoring, curvature=curvature, progress=progress)
+    works = [work / f"round-{number}" if work else None for number in range(1, rounds + 1)]
+    scored = scored or score(model, calibration, scoring, curvature=curvature, work=works[0], progress=progress)
     batches = list(calibration.batches(scoring.batch_size)) if calibration is not None else []
     # Later rounds decide less than the first; half of the sequences do for their scores, and repair takes all of them.
     fewer = (
         calibration.split(len(calibration) // 2)[0] if calibration is not None and len(calibration) > 1 else calibration
     )
-    plan, smaller, table = Plan.keep_all(geometry), model, scored.table
+    plan, smaller, table, statistics = Plan.keep_all(geometry), model, scored.table, scored.statistics
     repairs: list[Repair] = []
-    statistics = scored.statistics
     for number, share in enumerate(shares):
         if number:
-            again = score(smaller, fewer, scoring, curvature=curvature, progress=progress)
+            again = score(smaller, fewer, scoring, curvature=curvature, work=works[number], progress=progress)
             table, statistics = carry_over(table, plan, again.table), again.statistics
         further = select(table, geometry, share, constraints)
         if compensation is None:
@@ -122,7 +126,16 @@ def prune(
             table = hand_out_scores(table, further)
         else:
             smaller = apply_plan(smaller, further.after(plan, Geometry.of(smaller)))
-            repairs = compensate_(smaller, model, further, batches, compensation, progress=progress)
+            folder = works[number]
+            repairs = compensate_(
+                smaller,
+                model,
+                further,
+                batches,
+                compensation,
+                work=folder / "compensation" if folder else None,
+                progress=progress,
+            )
         plan = further
     scored = replace(scored, table=table, about={**scored.about, "rounds": rounds})
     return PruneResult(smaller, plan, scored, repairs)
@@ -141,6 +154,7 @@ def prune_checkpoint(
     evaluation: EvaluationOptions | None = None,
     model_options: ModelOptions | None = None,
     overwrite: bool = False,
+    work: str | Path | None = None,
     command: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -156,8 +170,10 @@ def prune_checkpoint(
         compensation: repair the remaining weights by least squares; None = plain slicing.
         rounds: cut in so many equal parts, see `prune`.
         evaluation: how the models before and after are compared.
-        model_options: device and dtype.
+        model_options: device, dtype and memory.
         overwrite: replace an earlier result.
+        work: folder from which a killed run goes on; None for `<out>.work` under the streamed engine, and no such
+            folder under the resident one. Removed when the result is there.
         command: what the user typed, for the model card.
         progress: show progress bars on a terminal.
 
@@ -169,6 +185,7 @@ def prune_checkpoint(
     """
     calibration, scoring = calibration or CalibrationOptions(), scoring or ScoringOptions()
     schedule(ratio, rounds)
+    folder = WorkFolder(out, work)
     inputs = open_inputs(
         model,
         out,
@@ -177,11 +194,15 @@ def prune_checkpoint(
         calibration,
         evaluation or EvaluationOptions(),
         model_options or ModelOptions(),
+        engine=scoring.engine,
+        workload=Workload(scoring.needs, batch_size=scoring.batch_size, compensate=compensation is not None),
+        work=folder.path,
         calibrate=scoring.needs_calibration or compensation is not None,
         save_model=True,
         overwrite=overwrite,
         progress=progress,
     )
+    scoring = replace(scoring, engine=inputs.engine)
     with metered(inputs.model.device) as cost:
         result = prune(
             inputs.model,
@@ -191,6 +212,7 @@ def prune_checkpoint(
             constraints=constraints,
             compensation=compensation,
             rounds=rounds,
+            work=folder.used_by(inputs.engine),
             progress=progress,
         )
     before = inputs.measure(inputs.model, progress=progress)
@@ -222,6 +244,7 @@ def prune_checkpoint(
         command or _command(model, out, ratio, scoring.method),
         overwrite,
     )
+    folder.remove()
     return metrics
 
 
@@ -250,7 +273,7 @@ def apply_checkpoint(
     model_options = model_options or ModelOptions()
     check_output(out, overwrite)
     source = resolve_model(model)
-    dense, tokenizer = load_model(source, dtype=model_options.dtype, device=model_options.device)
+    dense, tokenizer, _ = load_or_open(source, model_options)
     geometry = Geometry.of(dense)
     plan.check_fits(geometry)
     smaller = apply_plan(dense, plan)

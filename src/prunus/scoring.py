@@ -16,10 +16,11 @@ from prunus.groups import Geometry
 from prunus.importance import COMPOSITES, MethodOptions, get_method, score_groups
 from prunus.importance.hybrid import DEFAULT_MIX, Weights, check_weights, mix
 from prunus.importance.registry import statistics_for
+from prunus.layers import layers_of
 from prunus.metering import Cost, metered
 from prunus.priors import Prior, PriorOptions, measure_prior, weigh
 from prunus.statistics import ActivationStatistics, OutputFisher, Statistics
-from prunus.sweep import ENGINES, Engine, sweep
+from prunus.sweep import ENGINES, EngineChoice, sweep
 from prunus.table import NORMALIZATIONS, Normalization, build_table, load_table, rank_table, save_table
 
 __all__ = ["Score", "ScoringOptions", "score", "score_by_methods", "take_statistics"]
@@ -41,7 +42,8 @@ class ScoringOptions(MethodOptions):
         priors: how scores are weighed by what their layer is worth.
         batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
         engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
-            time, which takes longer and holds the gradients of one layer only.
+            time, which takes longer, reads weights from disk when their turn comes and holds the gradients of one layer
+            only; auto is resident if that fits into memory.
         hessian: estimate of the Hessian's diagonal in taylor_2nd (and gate_fisher): mean_loss, empirical_fisher or
             sampled_fisher, see `prunus.MethodOptions`.
         activation: the statistic of activations that wanda multiplies weights with.
@@ -54,7 +56,7 @@ class ScoringOptions(MethodOptions):
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     priors: PriorOptions = field(default_factory=PriorOptions)
     batch_size: int = 1
-    engine: Engine = "resident"
+    engine: EngineChoice = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,8 +67,8 @@ class ScoringOptions(MethodOptions):
             get_method(name)
         if self.normalize not in NORMALIZATIONS:
             raise OptionError(f"normalization {self.normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
-        if self.engine not in ENGINES:
-            raise OptionError(f"engine {self.engine!r} is unknown; choose one of {', '.join(ENGINES)}")
+        if self.engine not in ("auto", *ENGINES):
+            raise OptionError(f"engine {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
         if self.batch_size < 1:
             raise OptionError(f"batch size is {self.batch_size}; it must be at least 1")
 
@@ -158,6 +160,7 @@ def score(
     options: ScoringOptions | None = None,
     *,
     curvature: bool = False,
+    work: Path | None = None,
     progress: bool = True,
 ) -> Score:
     """Score every attention group and MLP channel of a model.
@@ -168,6 +171,7 @@ def score(
         options: method and normalisation.
         curvature: where the method takes gradients, also take the output Fisher of the MLP blocks, which
             `prunus.reselection` reads.
+        work: folder from which a killed run of the streamed engine goes on, see `prunus.sweep.sweep`.
         progress: show progress bars on a terminal.
 
     Raises:
@@ -176,7 +180,9 @@ def score(
         NonFiniteError: NaN or infinity in the loss or the importances.
     """
     options = options or ScoringOptions()
-    return score_by_methods(model, calibration, [options], curvature=curvature, progress=progress)[options.method]
+    return score_by_methods(model, calibration, [options], curvature=curvature, work=work, progress=progress)[
+        options.method
+    ]
 
 
 def score_by_methods(
@@ -185,6 +191,7 @@ def score_by_methods(
     each: Sequence[ScoringOptions],
     *,
     curvature: bool = False,
+    work: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Score]:
     """Score a model by several methods; those that need the same kind of pass share it.
@@ -194,6 +201,7 @@ def score_by_methods(
         calibration: token sequences; may be None for methods that need none.
         each: options that differ in their `method` only.
         curvature: see `score`.
+        work: folder from which a killed run of the streamed engine goes on.
         progress: show progress bars on a terminal.
 
     Returns:
@@ -212,7 +220,15 @@ def score_by_methods(
         seen = split_probe(calibration)[0] if kind == "adaptive" and calibration is not None else calibration
         parts = list(dict.fromkeys(part for options in group for part in options.parts))
         with metered(model.device) as cost:
-            statistics = take_statistics(model, seen, parts, group[0], curvature=curvature, progress=progress)
+            statistics = take_statistics(
+                model,
+                seen,
+                parts,
+                group[0],
+                curvature=curvature,
+                work=work / f"statistics-{kind}" if work else None,
+                progress=progress,
+            )
         for options in group:
             scores[options.method] = _score(model, calibration, options, statistics, cost, progress)
     return scores
@@ -280,6 +296,7 @@ def take_statistics(
     options: ScoringOptions,
     *,
     curvature: bool = False,
+    work: Path | None = None,
     progress: bool = True,
 ) -> Statistics | None:
     """One sweep that takes what several methods need together; None if they need nothing."""
@@ -295,8 +312,10 @@ def take_statistics(
         model,
         list(calibration.batches(options.batch_size)),
         wanted,
-        engine=options.engine,
+        # The weights of a model in memory are there already, so that auto has nothing to save.
+        engine=("streamed" if layers_of(model).stored else "resident") if options.engine == "auto" else options.engine,
         seed=options.random_seed,
         provenance=calibration.provenance.to_dict(),
+        work=work,
         progress=progress,
     )

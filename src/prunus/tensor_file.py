@@ -105,12 +105,12 @@ class TensorFile:
         """Read one tensor into memory of its own, on the CPU."""
         start, end = self.entries[name]["data_offsets"]
         tensor = torch.empty(end - start, dtype=torch.uint8)
-        memory = memoryview(tensor.numpy())
+        memory = tensor.numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._start + start)
             done = 0
             while done < len(memory):
-                count = file.readinto(memory[done : done + MOVED_AT_ONCE])  # type: ignore[attr-defined]
+                count = file.readinto(memory[done : done + MOVED_AT_ONCE])
                 if not count:
                     raise CheckpointError(f"{self.path} ends within {name!r}; fetch it again")
                 done += count
@@ -147,7 +147,7 @@ def write_tensors(
             if next(expected, None) != (name, TensorLayout.of(tensor)):
                 raise ValueError(f"{name}, {TensorLayout.of(tensor)} does not come where the layout of {path} has it")
             data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            _write_all(file, memoryview(data))
+            _write_all(file, data.data)
         if (absent := next(expected, None)) is not None:
             raise ValueError(f"{absent[0]}, which belongs into {path}, did not come")
     partial.replace(path)

@@ -34,13 +34,13 @@ class OutputFisher(Statistic):
 
     def __init__(self, axes: Sequence[Axis] = ("mlp",)):
         self.keys = tuple(f"output_fisher.{axis}" for axis in axes)
-        self._axes = tuple(axes)
+        self.axes = tuple(axes)
         self._sums: dict[tuple[int, Axis], Tensor] = {}
-        self._tokens: dict[tuple[int, Axis], int] = {}
+        self._tokens: dict[tuple[int, Axis], Tensor] = {}
 
     def listens_to_output_gradient(self, geometry: Geometry, projection: Projection) -> bool:
         """The projections that write a block's groups back into the residual stream."""
-        return projection.inputs in SPACE_AXIS and SPACE_AXIS[projection.inputs] in self._axes
+        return projection.inputs in SPACE_AXIS and SPACE_AXIS[projection.inputs] in self.axes
 
     def on_output_gradient(self, flow: Flow) -> None:
         """Add a batch's outer products."""
@@ -49,13 +49,20 @@ class OutputFisher(Statistic):
         key = (flow.layer_idx, SPACE_AXIS[flow.projection.inputs])
         if key not in self._sums:
             self._sums[key] = delta.new_zeros(delta.shape[1], delta.shape[1])
+            self._tokens[key] = torch.zeros(1, dtype=torch.float64, device=delta.device)
         self._sums[key].addmm_(delta.T, delta)
-        self._tokens[key] = self._tokens.get(key, 0) + len(delta)
+        self._tokens[key] += len(delta)
+
+    def accumulated(self, layer_idx: int) -> list[tuple[Tensor, str]]:
+        """Sums of outer products and numbers of tokens."""
+        present = [(layer_idx, axis) for axis in self.axes if (layer_idx, axis) in self._sums]
+        return [(tensor, "sum") for key in present for tensor in (self._sums[key], self._tokens[key])]
 
     def finish_layer(self, geometry: Geometry, layer_idx: int, layer: nn.Module, sequences: int) -> dict[str, Tensor]:
         """Mean over tokens; a block that is not there has none."""
         report = {}
-        for axis in self._axes:
+        for axis in self.axes:
             total = self._sums.pop((layer_idx, axis), torch.zeros(0, 0))
-            report[f"output_fisher.{axis}"] = (total / max(1, self._tokens.pop((layer_idx, axis), 0))).cpu()
+            tokens = float(self._tokens.pop((layer_idx, axis), torch.ones(1)))
+            report[f"output_fisher.{axis}"] = (total / tokens).cpu()
         return report

@@ -1,5 +1,5 @@
 """How calibration batches go through the model while statistics are taken: one interface, two orders."""
 
-from prunus.sweep.sweep import ENGINES, Engine, sweep
+from prunus.sweep.sweep import ENGINES, Engine, EngineChoice, sweep
 
-__all__ = ["ENGINES", "Engine", "sweep"]
+__all__ = ["ENGINES", "Engine", "EngineChoice", "sweep"]

@@ -15,7 +15,10 @@ from prunus.families import family_of
 from prunus.groups import submodule
 from prunus.layers import layers_of
 
-__all__ = ["LayerCalls", "StopForward", "last_hidden_states", "layer_calls", "run_layer", "stopped"]
+__all__ = ["TOKENS_AT_ONCE", "LayerCalls", "StopForward", "last_hidden_states", "layer_calls", "run_layer", "stopped"]
+
+#: tokens whose hidden states are in memory while an opened model is evaluated; more take further walks over its layers
+TOKENS_AT_ONCE = 2**15
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,7 @@ def run_layer(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Te
 def last_hidden_states(model: Any, batches: Sequence[Batch]) -> Iterator[Tensor]:
     """Hidden states after the final norm, (batch, seq_len, hidden_size), for one batch after another.
 
-    An opened model's layers are read once for all batches, whose hidden states are in memory meanwhile; a model in
-    memory runs batch by batch.
+    An opened model's layers are read once for every `TOKENS_AT_ONCE` tokens; a model in memory runs batch by batch.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -106,15 +108,26 @@ def last_hidden_states(model: Any, batches: Sequence[Batch]) -> Iterator[Tensor]
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             yield decoder(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).last_hidden_state
         return
-    hidden, arguments = [], []
-    for batch in batches:
-        call = layer_calls(model, family.layers, batch)
-        hidden.append(call.hidden)
-        arguments.append(call.arguments)
-    for layer_idx in range(len(layers)):
-        with layers.hold(layer_idx, then=layer_idx + 1) as layer:
-            for number in range(len(batches)):
-                hidden[number] = run_layer(layer, hidden[number], arguments[number][layer_idx])
     norm = submodule(model, family.final_norm)
-    while hidden:
-        yield norm(hidden.pop(0))
+    for group in _groups(batches):
+        calls = [layer_calls(model, family.layers, batch) for batch in group]
+        hidden, arguments = [call.hidden for call in calls], [call.arguments for call in calls]
+        del calls
+        for layer_idx in range(len(layers)):
+            with layers.hold(layer_idx, then=layer_idx + 1) as layer:
+                for number in range(len(group)):
+                    hidden[number] = run_layer(layer, hidden[number], arguments[number][layer_idx])
+        while hidden:
+            yield norm(hidden.pop(0))
+
+
+def _groups(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+    """Batches in groups of at most `TOKENS_AT_ONCE` tokens, or of one."""
+    group: list[Batch] = []
+    for batch in batches:
+        if group and sum(b.input_ids.numel() for b in (*group, batch)) > TOKENS_AT_ONCE:
+            yield group
+            group = []
+        group.append(batch)
+    if group:
+        yield group

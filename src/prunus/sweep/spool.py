@@ -5,6 +5,7 @@ A series holds one tensor per batch, under a name; it is written in one go and r
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -36,6 +37,10 @@ class Spool:
     def drop(self, name: str) -> None:
         """Forget a series, if it is there."""
         self._series.pop(name, None)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._series.clear()
 
 
 class DiskSpool(Spool):
@@ -69,6 +74,10 @@ class DiskSpool(Spool):
     def drop(self, name: str) -> None:
         """Delete the file of a series, if it is there."""
         self._path(name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self._folder)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"

@@ -26,10 +26,12 @@ from prunus.sweep.streamed import run_streamed
 from prunus.sweep.taps import Taps
 from prunus.tensor_file import TensorLayout
 
-__all__ = ["ENGINES", "Engine", "sweep"]
+__all__ = ["ENGINES", "Engine", "EngineChoice", "sweep"]
 
 Engine = Literal["resident", "streamed"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+#: what a user may say; `auto` is decided by `prunus.sweep.estimate`
+EngineChoice = Literal["auto", "resident", "streamed"]
 
 
 def sweep(
@@ -146,9 +148,8 @@ def _run(
         elif len(records) < len(geometry.widths):
             finished = len(records)
             run_streamed(model, geometry, taps, mine, finish_layer, spool=spool, finished=finished, progress=progress)
+    spool.close()
     return records
-
-
 
 
 @contextmanager

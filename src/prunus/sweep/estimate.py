@@ -1,0 +1,185 @@
+"""How much memory a job will need, from shapes alone, and which engine that means.
+
+All in bytes. w is the size of a number of the model's dtype, P its parameters, P_out those outside the decoder layers,
+P_l those of the largest layer and P_p those of its largest projection; L layers of width H with Q query, K key/value
+and C channel columns, a vocabulary of V; N sequences of T tokens in batches of b.
+
+    resident   process + P w + 4 (P − P_out)·[weight gradients] + L a·[backward pass] + a + head + products
+    streamed   process + P_out w + 2 P_l w + P_p w + 4 P_l·[weight gradients] + a + head + products
+               + 2 b T H w with the layers' inputs on disk, (L + 2) N T H w with them in memory
+    a          b T (w (12 H + 4 Q + 4 K + 6 C) + 24 H): what one layer keeps of one batch for its backward pass
+    head       min(512, b T) V (2 w + 12): logits, their float32 copy, its softmax and its gradient
+    products   P_p (w + 8)·[weight gradients]: the gradient of one projection and its float32 copies
+
+Two layers are held because the next is read while one computes. Compensation adds a second model (resident) or its
+layer (streamed), the hidden states of all sequences six times (both models' residual streams, and the inputs and
+outputs of both blocks), and the normal equations of the widest block, 20 C² + 16 C H. Perplexity needs the hidden
+states of as many tokens as go through the layers at once.
+
+What the process has already (interpreter, libraries) is measured when the estimate is made; on CUDA it is nothing. The
+rest is an estimate: allocators keep some freed memory, so it is rounded up by a tenth.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from prunus.errors import OptionError
+from prunus.groups import Geometry, submodule
+from prunus.layers import outside_layers
+from prunus.metering import resident_set
+from prunus.sweep.blocks import TOKENS_AT_ONCE
+
+__all__ = ["Estimate", "Workload", "available_memory", "choose_engine", "estimate", "parse_bytes", "show_bytes"]
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+#: allocators keep some of what was freed
+SLACK = 1.1
+#: what libraries load and set up for the first products and the first backward pass
+FIRST_USE = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What will be done with a model.
+
+    Attributes:
+        needs: what is read of the statistics, see `Method.needs`; empty = no pass.
+        sequences: calibration sequences.
+        seq_len: tokens in each.
+        batch_size: sequences per pass.
+        compensate: whether weights are repaired.
+        evaluation_tokens: tokens that perplexity is measured on; 0 = it is not.
+        inputs_on_disk: whether what enters the layers waits on disk in the streamed order.
+    """
+
+    needs: frozenset[str] = frozenset()
+    sequences: int = 0
+    seq_len: int = 0
+    batch_size: int = 1
+    compensate: bool = False
+    evaluation_tokens: int = 0
+    inputs_on_disk: bool = True
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory of a job under each engine, in bytes."""
+
+    resident: int
+    streamed: int
+
+    def of(self, engine: Literal["resident", "streamed"]) -> int:
+        """That of one engine."""
+        return self.resident if engine == "resident" else self.streamed
+
+
+def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.device) -> Estimate:
+    """Peak memory by the formulas above.
+
+    Args:
+        model: the causal language model, which may be on the meta device.
+        dtype: dtype that it will be held in.
+        workload: what will be done with it.
+        device: where it will run.
+    """
+    geometry = Geometry.of(model)
+    w = dtype.itemsize
+    layers = submodule(model, geometry.family.layers)
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    projections = [parameter.numel() for layer in layers for parameter in layer.parameters() if parameter.ndim == 2]
+    largest, widest = max(sizes), max(projections)
+    outside = sum(tensor.numel() for tensor in outside_layers(model).values())
+    hidden, channels = geometry.hidden_size, max(widths.intermediate_size for widths in geometry.widths)
+    key_value = max(widths.num_key_value_heads for widths in geometry.widths) * geometry.head_dim
+    query = key_value * geometry.num_key_value_groups
+
+    gradients = bool(workload.needs & {"gradients", "squares"})
+    backward = gradients or "gates" in workload.needs
+    tokens = min(workload.batch_size, workload.sequences) * workload.seq_len
+    activations = tokens * (w * (12 * hidden + 4 * query + 4 * key_value + 6 * channels) + 24 * hidden)
+    vocabulary = int(model.config.vocab_size)
+    head = min(512, tokens) * vocabulary * (2 * w + 12) if backward else 0
+    products = widest * (w + 8) if gradients else 0
+    whole = workload.sequences * workload.seq_len * hidden * w
+    passes = activations + head + products
+    weights = (outside + 2 * largest + widest) * w
+
+    resident = geometry.total_parameters * w + 4 * sum(sizes) * gradients + len(sizes) * activations * backward + passes
+    streamed = weights + 4 * largest * gradients + passes
+    streamed += 2 * tokens * hidden * w if workload.inputs_on_disk else (len(sizes) + 2) * whole
+    if workload.compensate:
+        repair = activations + 6 * whole + 20 * channels**2 + 16 * channels * hidden
+        resident = max(resident, 2 * geometry.total_parameters * w + repair)
+        streamed = max(streamed, 2 * weights + repair)
+    evaluation = min(workload.evaluation_tokens, TOKENS_AT_ONCE) * hidden * w + 512 * vocabulary * (w + 8)
+    if workload.evaluation_tokens:
+        resident = max(resident, geometry.total_parameters * w + activations + evaluation)
+        streamed = max(streamed, weights + activations + evaluation)
+    process = resident_set() + FIRST_USE if device.type == "cpu" else 0
+    return Estimate(process + int(resident * SLACK), process + int(streamed * SLACK))
+
+
+def choose_engine(
+    needed: Estimate, asked: Literal["auto", "resident", "streamed"], limit: int | None, free: int | None
+) -> Literal["resident", "streamed"]:
+    """The engine that is asked for, or the faster one that fits.
+
+    Args:
+        needed: peak memory under each.
+        asked: what the user said.
+        limit: memory that may be used, if the user said so.
+        free: memory that there is, as far as it is known.
+
+    Raises:
+        OptionError: no engine, or not the one asked for, stays within `limit`.
+    """
+    bound = limit if limit is not None else free
+    fitting: Literal["resident", "streamed"] = "resident" if bound is None or needed.resident <= bound else "streamed"
+    engine = fitting if asked == "auto" else asked
+    if limit is not None and needed.of(engine) > limit:
+        other = ""
+        if engine == "resident" and needed.streamed < needed.resident:
+            other = f"; --engine streamed needs {show_bytes(needed.streamed)}"
+        raise OptionError(
+            f"max_memory is {show_bytes(limit)}, and the {engine} engine needs about {show_bytes(needed.of(engine))} "
+            f"for this model and these options: the smallest --max-memory that would do is "
+            f"{show_bytes(needed.of(engine))}{other}. A smaller --batch-size or --seq-len, or bfloat16, needs less"
+        )
+    return engine
+
+
+def parse_bytes(text: str) -> int:
+    """A size as users write it: 8GB, 512MiB, 1.5 GB.
+
+    Raises:
+        OptionError: it is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
+        raise OptionError(f"max_memory is {text!r}; write a size such as 8GB, 512MB or 1.5GiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def show_bytes(size: int) -> str:
+    """A size as `parse_bytes` takes it, rounded up."""
+    unit, name = (10**9, "GB") if size >= 10**9 else (10**6, "MB")
+    hundredths = -(-size * 100 // unit)
+    return f"{hundredths / 100:.2f}{name}" if unit == 10**9 else f"{-(-size // unit)}{name}"
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Memory that a job on a device may take altogether, with what this process has; None if it is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024 + resident_set()
+    except (OSError, KeyError, ValueError, IndexError):
+        return None

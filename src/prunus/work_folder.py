@@ -1,0 +1,39 @@
+"""The folder beside an output in which a long job keeps what a killed run would need to go on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from prunus.sweep import Engine
+
+__all__ = ["WorkFolder"]
+
+#: what prunus puts there, and takes away again
+CONTENTS = ("round-*", "statistics-*", "prunus-layers-*")
+
+
+class WorkFolder:
+    """Where the work of one command lies.
+
+    Args:
+        out: the command's output.
+        asked: the folder that the user names; None for `<out>.work`, which only the streamed engine uses.
+    """
+
+    def __init__(self, out: str | Path, asked: str | Path | None = None):
+        out = Path(out).expanduser()
+        self._asked = asked is not None
+        self.path = out.with_name(out.name + ".work") if asked is None else Path(asked).expanduser()
+
+    def used_by(self, engine: Engine) -> Path | None:
+        """The folder, if there is one to be used under an engine."""
+        return self.path if self._asked or engine == "streamed" else None
+
+    def remove(self) -> None:
+        """Take away what prunus put there, and the folder if nothing else is in it."""
+        for pattern in CONTENTS:
+            for entry in self.path.glob(pattern):
+                shutil.rmtree(entry, ignore_errors=True)
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
