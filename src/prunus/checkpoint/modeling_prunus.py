@@ -290,6 +290,7 @@ class PrunusGemma3TextModel(LayerWidthsModel, Gemma3TextModel):
     """Gemma 3 (text) decoder with one set of widths per layer."""
 
     config_class = PrunusGemma3TextConfig
+    base_model_prefix = "model"  # in transformers 4 another, under which AutoModel would not find the weights
     decoder_layer = Gemma3DecoderLayer
     attention_norms = ("input_layernorm", "post_attention_layernorm")
     mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -300,6 +301,7 @@ class PrunusGemma3TextForCausalLM(LayerWidthsModel, Gemma3ForCausalLM):
     """Gemma 3 (text) language model with one set of widths per layer."""
 
     config_class = PrunusGemma3TextConfig
+    base_model_prefix = "model"  # in transformers 4 another, under which AutoModel would not find the weights
     decoder_layer = Gemma3DecoderLayer
     attention_norms = ("input_layernorm", "post_attention_layernorm")
     mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
