@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunus
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.export import export_gguf
+from prunus.export.llama_cpp import CANDIDATES
+from prunus.families import FAMILIES
 from prunus.groups import Geometry
 from prunus.plan import Plan
 
@@ -213,6 +215,13 @@ def test_norms_per_head_with_a_head_of_its_own_are_refused_with_the_layer(saved,
     ):
         export_gguf(str(folder), tmp_path / "a.gguf")
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - CANDIDATES.keys()))
+def test_families_that_nobody_has_checked_are_refused(family, saved, tmp_path):
+    folder = saved(make_model(family, vocab_size=VOCABULARY))
+    with pytest.raises(UnsupportedModelError, match=f"{family}.*cannot be written as GGUF.*checked are llama"):
+        export_gguf(str(folder), tmp_path / "a.gguf")
 
 
 def test_other_refusals(saved, tmp_path):

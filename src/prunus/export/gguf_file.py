@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from prunus.checkpoint import check_disk, load_model
+from prunus.checkpoint import check_disk, load_model, locate
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.export.fill import fill_tensors
 from prunus.export.gguf_rope import Rope, rope_of
 from prunus.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
-from prunus.export.llama_cpp import Architecture, choose_architecture, widths_to_write
+from prunus.export.llama_cpp import Architecture, candidates, choose_architecture, widths_to_write
 from prunus.families import family_of
 from prunus.groups import Geometry, LayerWidths
 from prunus.packaged_model import resolve_model
@@ -86,6 +87,7 @@ def export_gguf(
     _check_options(out, type, mlp_multiple, overwrite)
     gguf = _gguf_package()
     folder = resolve_model(source)
+    candidates(AutoConfig.from_pretrained(locate(folder)))  # before the weights are read
     model, tokenizer = load_model(folder)
     config = model.config
     geometry = Geometry.of(model)

@@ -12,9 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunus.errors import UnsupportedModelError
+from prunus.families import family_of
 from prunus.groups import Geometry, LayerWidths
 
-__all__ = ["ARCHITECTURES", "CANDIDATES", "ZERO_CHANNELS", "Architecture", "choose_architecture", "widths_to_write"]
+__all__ = [
+    "ARCHITECTURES",
+    "CANDIDATES",
+    "ZERO_CHANNELS",
+    "Architecture",
+    "candidates",
+    "choose_architecture",
+    "widths_to_write",
+]
 
 #: channels of zeros in place of an absent MLP: one block of Q8_0
 ZERO_CHANNELS = 32
@@ -75,6 +84,21 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
 }
 
 
+def candidates(config: Any) -> tuple[str, ...]:
+    """Names of the architectures that have a family's arithmetic.
+
+    Raises:
+        UnsupportedModelError: it is not known which have.
+    """
+    family = family_of(config)
+    if family.model_type not in CANDIDATES:
+        raise UnsupportedModelError(
+            f"{family.title} ({family.model_type!r}) cannot be written as GGUF: it is not checked which of llama.cpp's "
+            f"architectures computes it with layers of different widths; checked are {', '.join(CANDIDATES)}"
+        )
+    return CANDIDATES[family.model_type]
+
+
 def choose_architecture(config: Any, geometry: Geometry, biases: frozenset[str], rope_factors: bool) -> Architecture:
     """The first of a family's architectures that can hold a model.
 
@@ -87,20 +111,13 @@ def choose_architecture(config: Any, geometry: Geometry, biases: frozenset[str],
     Raises:
         UnsupportedModelError: none can; the message has the reason for each.
     """
-    family = geometry.family
-    names = CANDIDATES.get(family.model_type, ())
     reasons = []
-    for name in names:
+    for name in candidates(config):
         architecture = ARCHITECTURES[name]
         reason = next(_obstacles(architecture, config, geometry, biases, rope_factors), None)
         if reason is None:
             return architecture
         reasons.append(f"{name}: {reason}")
-    if not names:
-        raise UnsupportedModelError(
-            f"family {family.model_type!r} has no entry in prunus.export.llama_cpp.CANDIDATES that says which of "
-            f"llama.cpp's architectures computes it; there are entries for {', '.join(CANDIDATES)}"
-        )
     raise UnsupportedModelError(
         f"llama.cpp has no architecture for this model. {'; '.join(reasons)}. A model of equal layers has more to "
         "choose from: prune with --shape uniform, or fill the layers up first (prunus export --to dense)"
