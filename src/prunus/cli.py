@@ -33,6 +33,7 @@ from prunus.priors import PriorOptions
 from prunus.scoring import Score, ScoringOptions
 from prunus.scoring import score as score_model
 from prunus.selection import ALIGNMENTS, Constraints, select
+from prunus.shapes import Shape
 from prunus.sweep.estimate import Workload
 from prunus.sweep.processes import is_first, joined, launched
 from prunus.table import Normalization, rank_table
@@ -115,6 +116,7 @@ class _SelectionFlags(Constraints):
     __doc__ = Constraints.__doc__
     axes: Annotated[tuple[Axis, ...], Parameter(converter=_split_commas, negative="")] = AXES
     align: Annotated[int, Parameter(converter=_alignment)] = 1
+    shape: Shape = "ragged"
 
 
 ModelName = Annotated[str, Parameter(name="MODEL")]
