@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import prunus
+from prunus.cli import DEFAULT_ROUNDS
 from prunus.compensation import CompensationOptions
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, read_text
 from prunus.evaluation.zero_shot import load_task, zero_shot
@@ -74,13 +75,12 @@ def scorings() -> dict[str, ScoringOptions]:
 SHARED = (
     ("taylor", "taylor_2nd", "hybrid taylor+wanda"),
     ("taylor_2nd, empirical_fisher",),
-    ("gate_fisher", "hybrid gate_fisher+taylor"),
 )
 
 
 def recipes() -> dict[str, Recipe]:
     """All rows of one ratio, most wanted first."""
-    found = {"default recipe": Recipe(ScoringOptions(method="gate_fisher"), REPAIR, rounds=4)}
+    found = {"default recipe": Recipe(ScoringOptions(method="gate_fisher"), REPAIR, DEFAULT_ROUNDS)}
     for name, scoring in scorings().items():
         found[name] = Recipe(scoring)
         found[f"{name}, repaired"] = Recipe(scoring, REPAIR)

@@ -97,6 +97,21 @@ def test_rounds_without_repair_are_cuts_one_after_another(case):
     assert result.score.about["rounds"] == 2
 
 
+def test_only_the_last_repair_is_made_on_all_sequences():
+    """By hand, with the sequences that each step is to take."""
+    model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(8, 12))
+    options, repair = ScoringOptions(method="gate_fisher"), CompensationOptions()
+    result = prunus.prune(model, 0.3, calibration, scoring=options, compensation=repair, rounds=2, progress=False)
+    geometry = Geometry.of(model)
+    first = select(score(model, calibration, options, progress=False).table, geometry, 0.15)
+    halfway = apply_plan(model, first)
+    prunus.compensate_(halfway, model, first, list(calibration.split(6)[0].batches(1)), repair, progress=False)
+    later = apply_plan(halfway, result.plan.after(first, Geometry.of(halfway)))
+    prunus.compensate_(later, model, result.plan, list(calibration.batches(1)), repair, progress=False)
+    for name, tensor in later.state_dict().items():
+        torch.testing.assert_close(result.model.state_dict()[name], tensor)
+
+
 def test_constraints_mean_the_same_in_every_round():
     model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(4, 12))
     constraints = Constraints(layer_start=1, min_keep_mlp=4, align=4)

@@ -55,6 +55,9 @@ MODEL is a folder, a Hub id, or `smollm2-135m` for the packaged SmolLM2-135M-Ins
 app = App(name="prunus", help=HELP, version=__version__, help_format="markdown", suppress_keyboard_interrupt=False)
 out_console = Console()
 
+#: rounds of the default recipe: as many as three times the time of first-order Taylor allows
+DEFAULT_ROUNDS = 3
+
 
 def _split_commas(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
     return tuple(part.strip() for token in tokens for part in token.value.split(",") if part.strip())
@@ -163,7 +166,7 @@ def prune(
         out: folder for the result; it appears when it is complete.
         ratio: share of all parameters to remove, in [0, 1).
         compensate: repair the remaining weights by least squares on the calibration sequences.
-        rounds: cut in so many equal parts, scoring what is left (and repaired) before each next one; by default 4, but
+        rounds: cut in so many equal parts, scoring what is left (and repaired) before each next one; by default 3, but
             1 for `--shape uniform`, which knows no more.
         work: folder from which a killed run goes on when the same command is given again; by default OUT.work, with the
             streamed engine only. Removed at the end.
@@ -178,7 +181,7 @@ def prune(
         scoring=_seeded(scoring, calibration),
         constraints=selection,
         compensation=compensation if compensate else None,
-        rounds=rounds or (1 if selection.shape == "uniform" else 4),
+        rounds=rounds or (1 if selection.shape == "uniform" else DEFAULT_ROUNDS),
         evaluation=evaluation,
         model_options=where,
         overwrite=overwrite,

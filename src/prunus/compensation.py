@@ -20,7 +20,7 @@ squares reconstruction of the remaining channels, in layer order, on the pruned 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from prunus.groups import Geometry, submodule
 from prunus.layers import layers_of
 from prunus.plan import Plan
 from prunus.records import Records
-from prunus.sweep.blocks import LayerCalls, StopForward, layer_calls, run_layer, stopped
+from prunus.sweep.blocks import LayerCalls, StopForward, answering, layer_calls, run_layer, stopped
 
 __all__ = ["Chooser", "CompensationOptions", "NormalEquations", "Repair", "compensate_", "solve_ridge"]
 
@@ -150,15 +150,16 @@ def compensate_(
             arguments = [calls.arguments[new] for calls in pruned_calls]
             kept = [block for block in geometry.family.blocks if plan.layers[layer_idx][block.axis]]
             with pruned_layers.hold(new, then=new + 1) as layer:
+                known: list[dict[Block, Tensor]] = [{} for _ in batches]
                 if layer_idx in records:
                     found = _restore(layer, records, layer_idx)
                 else:
                     found = []
-                    for number, block in enumerate(kept):
-                        # A generator: one batch's inputs exist at a time.
+                    for block in kept:
+                        # A generator: one batch's inputs exist at a time, but for those that later runs go on from.
                         inputs = (
-                            _block_input(layer, block, kept[:number], hidden, call, scale)
-                            for hidden, call in zip(pruned_hidden, arguments, strict=True)
+                            _block_input(layer, block, seen, hidden, call, scale, remember=block is not kept[-1])
+                            for hidden, call, seen in zip(pruned_hidden, arguments, known, strict=True)
                         )
                         module = submodule(layer, block.output.path)
                         pull = 0.0 if block.post_norm else options.residual / scale
@@ -168,9 +169,9 @@ def compensate_(
                     _record(layer, records, layer_idx, [block.output.path for block in kept], found)
                 repairs += found
                 pruned_layers.keep(new)
-                pruned_hidden = [
-                    run_layer(layer, hidden, call) for hidden, call in zip(pruned_hidden, arguments, strict=True)
-                ]
+                for number, (hidden, call, seen) in enumerate(zip(pruned_hidden, arguments, known, strict=True)):
+                    with answering(_answers(layer, seen)):
+                        pruned_hidden[number] = run_layer(layer, hidden, call)
     return repairs
 
 
@@ -359,11 +360,18 @@ def _repair_(
 
 
 def _block_input(
-    layer: nn.Module, block: Block, earlier: Sequence[Block], hidden: Tensor, arguments: dict[str, Any], scale: float
+    layer: nn.Module,
+    block: Block,
+    known: dict[Block, Tensor],
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    scale: float,
+    remember: bool,
 ) -> tuple[Tensor, Tensor]:
     """Input of a block's last projection, and the residual stream before the block, for one batch.
 
-    The layer runs no further than that projection.
+    The layer runs no further than that projection, and blocks before it only from their own last projections on, whose
+    inputs are `known`; with `remember` this block's joins them.
     """
     residual = hidden
     seen: list[Tensor] = []
@@ -376,12 +384,25 @@ def _block_input(
         seen.append(args[0])
         raise StopForward
 
-    handles = [submodule(layer, other.adds).register_forward_hook(add_earlier_block) for other in earlier]
+    handles = [submodule(layer, earlier.adds).register_forward_hook(add_earlier_block) for earlier in known]
     handles.append(submodule(layer, block.output.path).register_forward_pre_hook(stop))
     try:
-        with stopped():
+        with stopped(), answering(_answers(layer, known)):
             run_layer(layer, hidden, arguments)
     finally:
         for handle in handles:
             handle.remove()
+    if remember:
+        known[block] = seen[0]
     return seen[0], residual
+
+
+def _answers(layer: nn.Module, known: Mapping[Block, Tensor]) -> dict[nn.Module, Callable[..., Any]]:
+    """Blocks that only have to put the known input of their last projection through it."""
+
+    def answer(block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = submodule(layer, block.output.path)(x)
+        # Attention modules of transformers answer with their weights, too; nobody asked for those.
+        return (output, None) if block.axis == "attention" else output
+
+    return {submodule(layer, block.module): partial(answer, block, x) for block, x in known.items()}

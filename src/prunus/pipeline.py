@@ -76,8 +76,8 @@ def prune(
         scoring: method and normalisation; default: first-order Taylor.
         constraints: what may be cut; default: everything.
         compensation: repair the remaining weights by least squares, see `prunus.compensation`; None = plain slicing.
-        rounds: cut in so many equal parts, scoring the model that is left (and repaired) before each next one, on half
-            of the sequences.
+        rounds: cut in so many equal parts, scoring the model that is left (and repaired) before each next one. Later
+            scores are taken on half of the sequences, and all repairs but the last are made on a quarter.
         scored: the scores of `model` by `scoring`, if they are there already; they are taken otherwise.
         work: folder from which a killed run goes on with the same result, see `prunus.sweep.sweep` and `compensate_`.
         progress: show progress bars on a terminal.
@@ -104,16 +104,17 @@ def prune(
         )
     works = [work / f"round-{number}" if work else None for number in range(1, rounds + 1)]
     scored = scored or score(model, calibration, scoring, curvature=curvature, work=works[0], progress=progress)
-    batches = list(calibration.batches(scoring.batch_size)) if calibration is not None else []
-    # Later rounds decide less than the first; half of the sequences do for their scores, and repair takes all of them.
-    fewer = (
-        calibration.split(len(calibration) // 2)[0] if calibration is not None and len(calibration) > 1 else calibration
-    )
+    # Later rounds decide less than the first, and only the last repair stays: they do with a part of the sequences.
+    half = _first(calibration, 2) if calibration is not None else None
     plan, smaller, table, statistics = Plan.keep_all(geometry), model, scored.table, scored.statistics
     repairs: list[Repair] = []
     for number, share in enumerate(shares):
+        last = number == len(shares) - 1
+        batches = (
+            list(_first(calibration, 1 if last else 4).batches(scoring.batch_size)) if calibration is not None else []
+        )
         if number:
-            again = score(smaller, fewer, scoring, curvature=curvature, work=works[number], progress=progress)
+            again = score(smaller, half, scoring, curvature=curvature, work=works[number], progress=progress)
             table, statistics = carry_over(table, plan, again.table), again.statistics
         further = select(table, geometry, share, constraints)
         if compensation is None:
@@ -139,6 +140,12 @@ def prune(
         plan = further
     scored = replace(scored, table=table, about={**scored.about, "rounds": rounds})
     return PruneResult(smaller, plan, scored, repairs)
+
+
+def _first(calibration: Calibration, divisor: int) -> Calibration:
+    """The first 1/divisor of the sequences, at least one."""
+    count = max(1, len(calibration) // divisor)
+    return calibration if count == len(calibration) else calibration.split(len(calibration) - count)[0]
 
 
 def prune_checkpoint(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,20 +56,27 @@ def layer_calls(model: Any, layers_path: str, batch: Batch) -> LayerCalls:
         arguments.append(kwargs)
         return hidden_states
 
-    # A layer may have a forward of its own: accelerate wraps it so.
-    own = [vars(layer).get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = note
+    with answering(dict.fromkeys(layers, note)):
         mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
         decoder(input_ids=batch.input_ids.to(model.device), attention_mask=mask, use_cache=False)
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            if forward is None:
-                del layer.forward  # that of the class shows again
-            else:
-                layer.forward = forward
     return LayerCalls(entered[0], arguments)
+
+
+@contextmanager
+def answering(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Modules answer with other functions than their own forward while the context lasts."""
+    # A module may have a forward of its own: accelerate wraps it so.
+    own = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, before in own.items():
+            if before is None:
+                del module.forward  # that of the class shows again
+            else:
+                module.forward = before
 
 
 class StopForward(Exception):

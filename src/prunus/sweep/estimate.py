@@ -115,7 +115,7 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     streamed = weights + 4 * largest * gradients + passes
     streamed += 2 * tokens * hidden * w if workload.inputs_on_disk else (len(sizes) + 2) * whole
     if workload.compensate:
-        repair = activations + 6 * whole + 20 * channels**2 + 16 * channels * hidden
+        repair = activations + 6 * whole + whole * query // hidden + 20 * channels**2 + 16 * channels * hidden
         resident = max(resident, 2 * geometry.total_parameters * w + repair)
         streamed = max(streamed, 2 * weights + repair)
     evaluation = min(workload.evaluation_tokens, TOKENS_AT_ONCE) * hidden * w + 512 * vocabulary * (w + 8)
