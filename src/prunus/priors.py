@@ -1,6 +1,6 @@
 """Layer priors: what a whole layer or block is worth, to weigh the scores of its groups with.
 
-    score' = score · Bᵀ,   B = ln(1 + prior),   prior = τ · prior(layer) + (1 − τ) · prior(block)
+    score' = score · B^T,   B = ln(1 + prior),   prior = τ · prior(layer) + (1 − τ) · prior(block)
 
 with temperature T. The prior of a layer or block is what its loss costs the model:
 
@@ -77,7 +77,7 @@ class Prior:
     mlp: tuple[float, ...]
 
     def weight(self, axis: Axis, options: PriorOptions) -> np.ndarray:
-        """Bᵀ of one axis, float64 (layers,)."""
+        """B^T of one axis, float64 (layers,)."""
         block = np.asarray(self.attention if axis == "attention" else self.mlp)
         prior = options.tau * np.asarray(self.layer) + (1 - options.tau) * block
         # A layer whose loss falls when it is skipped is worth nothing, not less.
