@@ -21,6 +21,8 @@ from prunus.comparison import compare as compare_methods
 from prunus.compensation import CompensationOptions
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import perplexity, read_text
+from prunus.evaluation.speed import SpeedOptions, SpeedReport, Spread
+from prunus.evaluation.speed import bench as bench_models
 from prunus.export import GgufType, export_dense, export_gguf
 from prunus.families import AXES, Axis
 from prunus.importance.hybrid import DEFAULT_MIX, Weights
@@ -133,6 +135,7 @@ _COMPENSATION = Group("Compensation", sort_key=5)
 CompensationFlags = Annotated[CompensationOptions, Parameter(name="*", group=_COMPENSATION)]
 EvaluationFlags = Annotated[EvaluationOptions, Parameter(name="*", group=Group("Evaluation", sort_key=6))]
 _GGUF = Group("GGUF", sort_key=7)
+SpeedFlags = Annotated[SpeedOptions, Parameter(name="*", group=Group("Runs", sort_key=8))]
 Flag = Annotated[bool, Parameter(negative="")]
 Rounds = Annotated[int, Parameter(group=_SELECTION)]
 
@@ -404,6 +407,28 @@ def evaluate(
 
 
 @app.command
+def bench(*models: ModelName, speed: SpeedFlags = SpeedOptions(), json: Flag = False) -> None:
+    """Measure how fast models are, and what memory they need, on transformers, against the first one.
+
+    All are loaded, and run in turn, A, B, A, B, …, so that a slow moment of the machine falls on all alike. Peak memory
+    is measured afterwards, in a fresh process for each model.
+
+    Args:
+        models: folders, Hub ids or `smollm2-135m`, the dense model first. One that is named twice shows the noise.
+        json: print the result as JSON.
+    """
+    report = bench_models(models, speed)
+    if json:
+        _print_json(report.to_dict())
+        return
+    title = (
+        f"{speed.prompt_tokens} + {speed.new_tokens} tokens, batch {speed.batch_size}, median of {speed.repeats} "
+        f"(lowest–highest), {report.device}, {report.threads} CPU threads"
+    )
+    _print_rows(title, ("", *(result.model for result in report.results)), _speed_rows(report))
+
+
+@app.command
 def inspect(model: ModelName, /, *, ratio: float | None = None, json: Flag = False) -> None:
     """Show what a model consists of, what a ratio would remove, and what was removed from a pruned one.
 
@@ -518,6 +543,33 @@ def _perplexity_row(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return []
     before, after = metrics["perplexity_before"], metrics["perplexity_after"]
     return [(f"perplexity, {metrics['perplexity_text']}", f"{before:.2f}", f"{after:.2f}")]
+
+
+def _speed_rows(report: SpeedReport) -> list[tuple[str, ...]]:
+    def spread(values: Spread, scale: float = 1.0) -> str:
+        return f"{values.median * scale:,.1f} ({values.low * scale:,.1f}–{values.high * scale:,.1f})"
+
+    def mebibytes(number: int | None) -> str:
+        return "not known" if number is None else f"{number / 2**20:,.1f}"
+
+    columns = [
+        {
+            "parameters": f"{result.parameters:,}",
+            "dtype": result.dtype,
+            "prefill, tokens/s": spread(result.prefill_tokens_per_second),
+            "against the first": f"× {result.prefill_ratio:.2f}",
+            "decode, tokens/s": spread(result.decode_tokens_per_second),
+            "against the first ": f"× {result.decode_ratio:.2f}",
+            "first token, ms": spread(result.first_token_seconds, 1000),
+            "peak memory, MiB": mebibytes(result.memory.peak_bytes),
+            "… before loading": mebibytes(result.memory.before_bytes),
+            "KV cache, bytes/token": f"{result.kv_cache_bytes_per_token:,}",
+            "… of this run, MiB": mebibytes(result.kv_cache_bytes),
+            "… of one full context, MiB": mebibytes(result.kv_cache_bytes_full),
+        }
+        for result in report.results
+    ]
+    return [(name, *(column[name] for column in columns)) for name in columns[0]]
 
 
 def _print_json(values: Any) -> None:
