@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_families import CASES, case_id, count_parameters, make_model, random_tokens, shared_model
 from tokenizers import Tokenizer
