@@ -23,6 +23,8 @@ from prunus.cli import main
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over the lazy dog, {i * i} times.\n" for i in range(400))
 SIZES = ["--samples", "6", "--seq-len", "24"]
+#: the original behaviour: one cut, as it is
+PLAIN = ["--method", "taylor", "--no-compensate", "--rounds", "1"]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -102,7 +104,8 @@ def test_prune_writes_a_whole_folder(capsys, tmp_path, folder, text):
 def test_the_stages_one_by_one_give_what_prune_gives(capsys, tmp_path, folder, text):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["--calibration", text, *SIZES, "--method", "taylor_2nd"]
-    run(capsys, "prune", folder, "--out", whole, "--ratio", "0.3", *options, "--held-out", "0", "--min-keep-mlp", "3")
+    once = ["--no-compensate", "--rounds", "1", "--held-out", "0", "--min-keep-mlp", "3"]
+    run(capsys, "prune", folder, "--out", whole, "--ratio", "0.3", *options, *once)
     run(capsys, "score", folder, "--out", tmp_path / "scores", *options)
     run(
         capsys,
@@ -123,20 +126,25 @@ def test_the_stages_one_by_one_give_what_prune_gives(capsys, tmp_path, folder, t
 
 
 def test_prune_as_a_python_call_gives_the_same_model(capsys, tmp_path, folder, text):
-    out = tmp_path / "small"
-    run(capsys, "prune", folder, "--out", out, "--ratio", "0.25", "--calibration", text, *SIZES, "--held-out", "0")
     model, tokenizer = prunus.load_model(folder)
     calibration = prunus.load_calibration(str(text), tokenizer, samples=6, seq_len=24)
-    result = prunus.prune(model, 0.25, calibration, progress=False)
-    saved = load_file(out / "model.safetensors")
-    state = result.model.state_dict()
-    assert all(torch.equal(saved[name], state[name]) for name in saved)
+    options = ["--ratio", "0.25", "--calibration", text, *SIZES, "--held-out", "0"]
+    recipe = {
+        "scoring": prunus.ScoringOptions(method="gate_fisher"),
+        "compensation": prunus.CompensationOptions(),
+        "rounds": 3,
+    }
+    for name, flags, arguments in (("plain", PLAIN, {}), ("default", [], recipe)):
+        run(capsys, "prune", folder, "--out", tmp_path / name, *options, *flags)
+        result = prunus.prune(model, 0.25, calibration, **arguments, progress=False)
+        saved, state = load_file(tmp_path / name / "model.safetensors"), result.model.state_dict()
+        assert all(torch.equal(saved[key], state[key]) for key in saved)
 
 
 def test_compensation_changes_weights_but_not_the_plan(capsys, tmp_path, folder, text):
     options = ["--ratio", "0.3", "--calibration", text, "--samples", "24", "--seq-len", "24", "--held-out", "0"]
-    run(capsys, "prune", folder, "--out", tmp_path / "plain", *options)
-    run(capsys, "prune", folder, "--out", tmp_path / "repaired", *options, "--compensate")
+    run(capsys, "prune", folder, "--out", tmp_path / "plain", *options, *PLAIN)
+    run(capsys, "prune", folder, "--out", tmp_path / "repaired", *options, "--method", "taylor", "--rounds", "1")
     plans = [(tmp_path / name / "prunus" / "plan.json").read_text() for name in ("plain", "repaired")]
     assert plans[0] == plans[1]
     plain, repaired = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "repaired"))

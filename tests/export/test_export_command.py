@@ -75,4 +75,4 @@ def test_shape_and_named_alignment(capsys, saved, tmp_path):
     assert kept[0].intermediate_size % 64 == 0
     assert main(["plan", str(tmp_path / "scores"), "--ratio", "0.2", "--align", "tpu"]) == 2
     captured = capsys.readouterr()
-    assert "gpu, gpu128" in captured.out + captured.err
+    assert "gpu128" in captured.out + captured.err
