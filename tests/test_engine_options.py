@@ -54,7 +54,20 @@ def test_prune_with_weights_on_disk_saves_what_it_saves_with_them_in_memory(caps
     out = tmp_path / "small"
     run(
         capsys,
-        *("prune", folder, "--out", out, "--ratio", 0.3, "--engine", "streamed", "--compensate", "--rounds", rounds),
+        *(
+            "prune",
+            folder,
+            "--out",
+            out,
+            "--ratio",
+            0.3,
+            "--engine",
+            "streamed",
+            "--method",
+            "taylor",
+            "--rounds",
+            rounds,
+        ),
         *("--calibration", text, *SIZES, "--held-out", 2),
     )
     assert [path.name for path in tmp_path.iterdir()] == ["small"], "the work folder is gone"
@@ -64,7 +77,7 @@ def test_prune_with_weights_on_disk_saves_what_it_saves_with_them_in_memory(caps
         model,
         0.3,
         drawn,
-        scoring=prunus.ScoringOptions(method="gate_fisher", engine="streamed"),
+        scoring=prunus.ScoringOptions(method="taylor", engine="streamed"),
         compensation=prunus.CompensationOptions(),
         rounds=rounds,
         progress=False,
@@ -81,7 +94,8 @@ def test_prune_with_weights_on_disk_saves_what_it_saves_with_them_in_memory(caps
 def test_other_commands_under_a_limit(capsys, tmp_path, deep, text, command, monkeypatch):
     """The limit is so small that weights have to stay on disk."""
     monkeypatch.setattr("prunus.sweep.estimate.resident_set", lambda: 0)
-    monkeypatch.setattr("prunus.sweep.estimate.FIRST_USE", 0)
+    for constant in ("FIRST_USE", "FIRST_SOLUTION", "GROUP_BYTES"):
+        monkeypatch.setattr(f"prunus.sweep.estimate.{constant}", 0)
     sizes = ["--calibration", text, *SIZES, "--held-out", 2]
     words = {
         "compare": ["compare", deep, "--methods", "taylor,wanda", "--ratios", "0.2", *sizes],

@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def empty_process(monkeypatch):
     monkeypatch.setattr(module, "resident_set", lambda: 0)
-    monkeypatch.setattr(module, "FIRST_USE", 0)
+    for constant in ("FIRST_USE", "FIRST_SOLUTION", "GROUP_BYTES"):
+        monkeypatch.setattr(module, constant, 0)
 
 
 def test_the_formula_by_hand():

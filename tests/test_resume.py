@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from prunus.checkpoint import open_model
 from prunus.compensation import CompensationOptions, compensate_
 from prunus.errors import StatisticsError
 from prunus.groups import Geometry
+from prunus.records import Records
 from prunus.statistics import ActivationStatistics, GateGradients, WeightGradients
 from prunus.surgery import apply_plan
 from prunus.sweep import sweep
@@ -151,6 +153,19 @@ def test_compensation_goes_on_after_the_last_repaired_layer(model, opened, tmp_p
     assert len(solved) == 4 + len(repairs) - 3
     with pytest.raises(StatisticsError, match="compensation"):
         repaired(tmp_path / "work", CompensationOptions(damping=0.5))
+
+
+def test_records_on_disk_are_not_held_in_memory_too(tmp_path):
+    """Weights of all repaired layers together would be as large as the model."""
+    records, tensor = Records(tmp_path, {}), torch.arange(5.0)
+    held = weakref.ref(tensor)
+    records.put(3, {"weight": tensor}, {"loss": 0.1 + 0.2})
+    del tensor
+    assert held() is None
+    for found in (records, Records(tmp_path, {})):
+        assert found[3]["weight"].tolist() == [0, 1, 2, 3, 4]
+        assert found.about(3) == {"loss": 0.1 + 0.2}
+        assert (len(found), 3 in found, 2 in found) == (1, True, False)
 
 
 def _state(model):

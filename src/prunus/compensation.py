@@ -166,7 +166,8 @@ def compensate_(
                         equations = _normal_equations(module, inputs, targets[block.axis], masks, pull)
                         stay = choose(layer_idx, block.axis, equations, module.weight) if choose else None
                         found.append(_repair_(module, layer_idx, block, equations, stay, options))
-                    _record(layer, records, layer_idx, [block.output.path for block in kept], found)
+                    if work is not None:
+                        _record(layer, records, layer_idx, [block.output.path for block in kept], found)
                 repairs += found
                 pruned_layers.keep(new)
                 for number, (hidden, call, seen) in enumerate(zip(pruned_hidden, arguments, known, strict=True)):

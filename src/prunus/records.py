@@ -36,20 +36,25 @@ class Records:
     """
 
     def __init__(self, folder: Path | None = None, made_from: Mapping[str, Any] | None = None, *, writes: bool = True):
+        #: what is in memory; of a folder's records only their files are known
         self._tensors: dict[int, Mapping[str, Tensor]] = {}
+        self._files: dict[int, TensorFile] = {}
         self._about: dict[int, Mapping[str, Any]] = {}
         self._folder = folder if writes else None
         if folder is not None:
             self._go_on(folder, json.loads(json.dumps(dict(made_from or {}))))
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._about)
 
     def __contains__(self, layer_idx: object) -> bool:
-        return layer_idx in self._tensors
+        return layer_idx in self._about
 
     def __getitem__(self, layer_idx: int) -> Mapping[str, Tensor]:
-        return self._tensors[layer_idx]
+        if layer_idx in self._tensors:
+            return self._tensors[layer_idx]
+        file = self._files[layer_idx]
+        return {name: file.read(name) for name in file.entries}
 
     def about(self, layer_idx: int) -> Mapping[str, Any]:
         """The plain values of a layer."""
@@ -63,14 +68,14 @@ class Records:
             tensors: on the CPU.
             about: plain values, which come back exactly.
         """
-        if self._folder is not None:
-            write_tensors(
-                self._folder / f"layer-{layer_idx:05d}.safetensors",
-                {name: TensorLayout.of(tensor) for name, tensor in tensors.items()},
-                tensors.items(),
-                {"about": json.dumps(dict(about))},
-            )
-        self._tensors[layer_idx], self._about[layer_idx] = tensors, about
+        if self._folder is None:
+            self._tensors[layer_idx] = tensors
+        else:
+            path = self._folder / f"layer-{layer_idx:05d}.safetensors"
+            layouts = {name: TensorLayout.of(tensor) for name, tensor in tensors.items()}
+            write_tensors(path, layouts, tensors.items(), {"about": json.dumps(dict(about))})
+            self._files[layer_idx] = TensorFile(path)
+        self._about[layer_idx] = about
 
     def _go_on(self, folder: Path, made_from: dict[str, Any]) -> None:
         path = folder / MADE_FROM
@@ -96,10 +101,9 @@ class Records:
                 "inputs of that run to go on with it; else remove the folder, or name another with --work"
             )
         for record in sorted(folder.glob("layer-*.safetensors")):
-            file = TensorFile(record)
             layer_idx = int(record.stem.removeprefix("layer-"))
-            self._tensors[layer_idx] = {name: file.read(name) for name in file.entries}
-            self._about[layer_idx] = json.loads(file.metadata["about"])
+            self._files[layer_idx] = TensorFile(record)
+            self._about[layer_idx] = json.loads(self._files[layer_idx].metadata["about"])
 
 
 def _short(value: Any) -> str:

@@ -13,11 +13,12 @@ and C channel columns, a vocabulary of V; N sequences of T tokens in batches of 
 
 Two layers are held because the next is read while one computes. Compensation adds a second model (resident) or its
 layer (streamed), the hidden states of all sequences six times (both models' residual streams, and the inputs and
-outputs of both blocks), and the normal equations of the widest block, 20 C² + 16 C H. Perplexity needs the hidden
+outputs of both blocks), and the normal equations of the widest block, 40 C² + 24 C H. Perplexity needs the hidden
 states of as many tokens as go through the layers at once.
 
-What the process has already (interpreter, libraries) is measured when the estimate is made; on CUDA it is nothing. The
-rest is an estimate: allocators keep some freed memory, so it is rounded up by a tenth.
+What the process has already (interpreter, libraries) is measured when the estimate is made, and what libraries take at
+their first use is added, with 600 bytes for every group of the table; on CUDA all of that is nothing. The rest is an
+estimate: allocators keep some freed memory, so it is rounded up by a tenth.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any, Literal
 import torch
 
 from prunus.errors import OptionError
+from prunus.families import AXES
 from prunus.groups import Geometry, submodule
 from prunus.layers import outside_layers
 from prunus.metering import resident_set
@@ -41,8 +43,11 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 #: allocators keep some of what was freed
 SLACK = 1.1
-#: what libraries load and set up for the first products and the first backward pass
-FIRST_USE = 32 * 2**20
+#: on the CPU: what libraries load and set up for the first products and the first backward pass, and for the first
+#: factorisation of a matrix
+FIRST_USE, FIRST_SOLUTION = 32 * 2**20, 64 * 2**20
+#: a row of the table of groups, with the lists that a plan is chosen by
+GROUP_BYTES = 600
 
 
 @dataclass(frozen=True)
@@ -115,14 +120,18 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     streamed = weights + 4 * largest * gradients + passes
     streamed += 2 * tokens * hidden * w if workload.inputs_on_disk else (len(sizes) + 2) * whole
     if workload.compensate:
-        repair = activations + 6 * whole + whole * query // hidden + 20 * channels**2 + 16 * channels * hidden
+        repair = activations + 6 * whole + whole * query // hidden + 40 * channels**2 + 24 * channels * hidden
         resident = max(resident, 2 * geometry.total_parameters * w + repair)
         streamed = max(streamed, 2 * weights + repair)
     evaluation = min(workload.evaluation_tokens, TOKENS_AT_ONCE) * hidden * w + 512 * vocabulary * (w + 8)
     if workload.evaluation_tokens:
         resident = max(resident, geometry.total_parameters * w + activations + evaluation)
         streamed = max(streamed, weights + activations + evaluation)
-    process = resident_set() + FIRST_USE if device.type == "cpu" else 0
+    process = 0
+    if device.type == "cpu":
+        groups = sum(widths[axis] for widths in geometry.widths for axis in AXES)
+        process = resident_set() + FIRST_USE + FIRST_SOLUTION * workload.compensate
+        process += GROUP_BYTES * groups if workload.needs else 0
     return Estimate(process + int(resident * SLACK), process + int(streamed * SLACK))
 
 

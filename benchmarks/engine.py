@@ -1,0 +1,372 @@
+r"""What a sweep costs: time and memory of every method under both engines, against passes written by hand.
+
+Every figure comes from a fresh process; repetitions are interleaved (all jobs once, then all again), and medians are
+shown. Memory is the peak of the resident set (of the CUDA allocator on CUDA) during the pass, once as it is and once
+without what the process has before it holds a model. Time is that of the pass: a resident model is in memory before it
+begins, a streamed one is read from disk (or the system's cache) within it.
+
+    python benchmarks/engine.py methods --samples 16 --seq-len 256 --repetitions 3
+    python benchmarks/engine.py scaling --depths 4,8,16,32 --sequence-counts 4,8,16 --processes 1,2
+    python benchmarks/engine.py limit --layers 24 --hidden-size 2048 --samples 8
+
+`limit` makes a model of random weights on disk, then scores, prunes, repairs and saves it in a process that may not
+have as much memory as its weights take: RLIMIT_DATA, with which Linux refuses memory beyond a limit. As a control it
+lets the resident engine try the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+import prunus
+from prunus.calibration import Batch
+from prunus.checkpoint import empty_model, load_model, open_model, resolve_dtype
+from prunus.importance import METHODS, MethodOptions, get_method
+from prunus.importance.registry import statistics_for
+from prunus.layers import outside_layers
+from prunus.metering import metered, resident_set
+from prunus.packaged_model import PACKAGED_MODEL, resolve_model
+from prunus.sweep import ENGINES, sweep
+from prunus.sweep.estimate import Workload, estimate, parse_bytes, show_bytes
+from prunus.sweep.processes import is_first, joined
+from prunus.tensor_file import TensorLayout, write_tensors
+
+#: passes as a user would write them, against which the others are measured
+BASELINES = ("forward", "forward+backward")
+#: methods that take no pass have nothing to be measured
+MEASURED = [name for name, method in METHODS.items() if method.needs]
+
+
+def main() -> None:
+    options = parse()
+    if options.command == "one":
+        one(options)
+        return
+    run = {"methods": measure_methods, "scaling": measure_scaling, "limit": measure_limit}[options.command]
+    report = {
+        "command": " ".join(sys.argv[1:]),
+        "prunus": prunus.__version__,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads",
+        "device": options.device,
+        **run(options),
+    }
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+# --- one job, in a process of its own ---
+
+
+def one(options: argparse.Namespace) -> None:
+    """Run one job and print what it took as JSON."""
+    torch.set_num_threads(options.threads)
+    before = resident_set() if options.device == "cpu" else 0
+    generator = torch.Generator().manual_seed(0)
+    with joined():
+        work = tempfile.TemporaryDirectory(dir=options.scratch)
+        load = open_model if options.engine == "streamed" else load_model
+        model, _ = load(options.model, dtype=options.dtype, device=options.device)
+        ids = torch.randint(3, model.config.vocab_size, (options.samples, options.seq_len), generator=generator)
+        batches = [Batch(part, None) for part in ids.split(options.batch_size)]
+        with metered(options.device) as cost:
+            if options.job == "forward":
+                forward(model, batches)
+            elif options.job == "forward+backward":
+                forward_and_backward(model, batches)
+            else:
+                wanted = statistics_for([get_method(options.job)], MethodOptions())
+                folder = Path(work.name) / "work" if options.engine == "streamed" else None
+                sweep(model, batches, wanted, engine=options.engine, work=folder, progress=False)
+        if is_first():
+            print(json.dumps({"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "before_bytes": before}))
+        work.cleanup()
+
+
+@torch.no_grad()
+def forward(model: Any, batches: list[Batch]) -> None:
+    for batch in batches:
+        ids = batch.input_ids.to(model.device)
+        model(ids, labels=ids, use_cache=False)
+
+
+def forward_and_backward(model: Any, batches: list[Batch]) -> None:
+    """Gradients of all weights, accumulated over batches."""
+    model.requires_grad_(True)
+    for batch in batches:
+        ids = batch.input_ids.to(model.device)
+        (model(ids, labels=ids, use_cache=False).loss / len(batches)).backward()
+
+
+# --- the measurements ---
+
+
+def measure_methods(options: argparse.Namespace) -> dict[str, Any]:
+    """Every method under both engines, and the baselines."""
+    model = resolve_model(options.model)
+    jobs = [(name, "resident") for name in BASELINES]
+    jobs += [(name, engine) for name in options.methods for engine in options.engines]
+    found = interleaved([{**shared(options), "model": model, "job": job, "engine": e} for job, e in jobs], options)
+    rows = [{"job": job, "engine": engine, **cost} for (job, engine), cost in zip(jobs, found, strict=True)]
+    base = next(row for row in rows if row["job"] == "forward+backward")
+    for row in rows:
+        row["time_ratio"] = row["seconds"] / base["seconds"]
+        row["peak_ratio"] = row["peak_bytes"] / base["peak_bytes"]
+        row["own_ratio"] = row["own_bytes"] / base["own_bytes"]
+    show(f"{Path(options.model).name}, relative to forward+backward by hand", rows)
+    return {"model": Path(options.model).name, "rows": rows}
+
+
+def measure_scaling(options: argparse.Namespace) -> dict[str, Any]:
+    """Depth, number of sequences and number of processes, one at a time."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        folders = {depth: make_model(Path(scratch) / f"depth-{depth}", depth, options) for depth in options.depths}
+        first = folders[options.depths[0]]
+        cases = [{"layers": depth} for depth in options.depths]
+        cases += [{"sequences": count} for count in options.sequence_counts]
+        cases += [{"processes": count} for count in options.processes]
+        jobs = [(case, engine) for case in cases for engine in options.engines]
+        found = interleaved(
+            [
+                {
+                    **shared(options),
+                    "model": str(folders[case["layers"]] if "layers" in case else first),
+                    "samples": case.get("sequences", options.samples),
+                    "job": options.method,
+                    "engine": engine,
+                    "processes": case.get("processes", 1),
+                }
+                for case, engine in jobs
+            ],
+            options,
+        )
+        rows = [{**case, "engine": engine, **cost} for (case, engine), cost in zip(jobs, found, strict=True)]
+    show(f"{options.method}, {options.hidden_size} wide", rows)
+    return {"method": options.method, "rows": rows}
+
+
+def measure_limit(options: argparse.Namespace) -> dict[str, Any]:
+    """A model larger than the memory it is pruned in."""
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        folder = make_model(Path(scratch) / "model", options.layers, options)
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        meta = empty_model(LlamaConfig.from_pretrained(folder), dtype_of(options))
+        work = Workload(
+            get_method(options.method).needs, options.samples, options.seq_len, options.batch_size, compensate=True
+        )
+        needed = estimate(meta, dtype_of(options), work, torch.device("cpu"))
+        limit = parse_bytes(options.limit) if options.limit else needed.streamed
+        if limit >= weights:
+            print(f"the limit of {show_bytes(limit)} is not below the weights ({show_bytes(weights)}): deeper, please")
+        rows = []
+        for engine in ("streamed", "resident"):
+            out = Path(scratch) / f"{engine}-result"
+            start = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-c", LIMITED, str(limit), str(folder), str(out), engine, *map(str, (
+                    options.method, options.samples, options.seq_len, options.batch_size, options.threads))],
+                capture_output=True,
+                text=True,
+                # Arrow reserves 1 GiB of addresses for its own allocator, and glibc some for every thread; all counts.
+                env={**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2"},
+                check=False,
+            )  # fmt: skip
+            said = done.stderr.strip().splitlines()[-1][:200] if done.returncode else ""
+            facts = json.loads(done.stdout) if done.returncode == 0 else {}
+            complete = (out / "config.json").is_file()
+            seconds = round(time.perf_counter() - start, 1)
+            rows.append({"engine": engine, "saved": complete, "seconds": seconds, **facts, "said": said})
+            shutil.rmtree(out, ignore_errors=True)
+        report = {
+            "parameters": sum(parameter.numel() for parameter in meta.parameters()),
+            "weights_bytes": weights,
+            "limit_bytes": limit,
+            "estimate_streamed_bytes": needed.streamed,
+            "estimate_resident_bytes": needed.resident,
+        }
+    show(f"{report['parameters']:,} parameters: {show_bytes(weights)} of weights under {show_bytes(limit)}", rows)
+    return {**report, "rows": rows}
+
+
+#: RLIMIT_DATA counts private writable memory, touched or not, that of interpreter and libraries too; their code, and
+#: the system's cache of files that are read, are not in it. It is set once everything is imported: libraries that
+#: cannot start a thread fail in places that no message explains.
+LIMITED = """
+import json, resource, sys
+limit, folder, out, engine, method, samples, seq_len, batch_size, threads = sys.argv[1:]
+import torch
+import prunus
+torch.set_num_threads(int(threads))
+resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
+metrics = prunus.prune_checkpoint(
+    folder, out, 0.2,
+    calibration=prunus.CalibrationOptions(samples=int(samples), seq_len=int(seq_len)),
+    scoring=prunus.ScoringOptions(method=method, engine=engine, batch_size=int(batch_size)),
+    compensation=prunus.CompensationOptions(),
+    evaluation=prunus.EvaluationOptions(held_out=2),
+    model_options=prunus.ModelOptions(device="cpu"),
+    progress=False,
+)
+keys = ("parameters_before", "parameters_after", "perplexity_before", "perplexity_after", "seconds_to_prune")
+peak = {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+print(json.dumps({**{key: metrics[key] for key in keys}, **peak}))
+"""
+
+
+def interleaved(jobs: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, float]]:
+    """Each job in fresh processes, all of them once, then all again; medians."""
+    runs: list[list[dict[str, float]]] = [[] for _ in jobs]
+    for repetition in range(options.repetitions):
+        for job, seen in zip(jobs, runs, strict=True):
+            seen.append(in_a_process(dict(job)))
+            print(f"{repetition + 1}/{options.repetitions} {job['job']} {job['engine']} {seen[-1]}", file=sys.stderr)
+    return [
+        {
+            "seconds": statistics.median(run["seconds"] for run in seen),
+            "peak_bytes": statistics.median(run["peak_bytes"] for run in seen),
+            "own_bytes": statistics.median(run["peak_bytes"] - run["before_bytes"] for run in seen),
+            "repetitions": len(seen),
+        }
+        for seen in runs
+    ]
+
+
+def in_a_process(job: dict[str, Any]) -> dict[str, float]:
+    processes = job.pop("processes", 1)
+    words = [__file__, "one", *(f"--{name.replace('_', '-')}={value}" for name, value in job.items())]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), *words], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make_model(folder: Path, layers: int, options: argparse.Namespace) -> Path:
+    """A Llama of random weights on disk, written tensor by tensor, with a tokenizer that has a token for every byte."""
+    config = LlamaConfig(
+        vocab_size=options.vocab_size,
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size or 4 * options.hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=options.hidden_size // 64,
+        num_key_value_heads=max(1, options.hidden_size // 256),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    config.dtype = dtype_of(options)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    model = empty_model(config, dtype_of(options))
+    inside = {name: p for name, p in model.named_parameters() if name.startswith("model.layers.")}
+    named = {**outside_layers(model), **inside}
+    generator = torch.Generator().manual_seed(0)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in named.items():
+            scale = 0.02 if parameter.ndim > 1 else 0.0
+            value = torch.empty(parameter.shape).normal_(
+                mean=1.0 if scale == 0 else 0.0, std=scale, generator=generator
+            )
+            yield name, value.to(parameter.dtype)
+
+    layouts = {name: TensorLayout.of(parameter) for name, parameter in named.items()}
+    write_tensors(folder / "model.safetensors", layouts, weights(), {"format": "pt"})
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def dtype_of(options: argparse.Namespace) -> torch.dtype:
+    dtype = resolve_dtype(options.dtype)
+    return torch.float32 if dtype == "auto" else dtype
+
+
+def shared(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("samples", "seq_len", "batch_size", "threads", "dtype", "device", "scratch")
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name.replace("_bytes", " MB"), justify="right")
+    for row in rows:
+        table.add_row(*(cell(name, row.get(name)) for name in columns))
+    Console(width=160).print(table)
+
+
+def cell(name: str, value: Any) -> str:
+    if name.endswith("_bytes") and value is not None:
+        return f"{value / 1e6:,.0f}"
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    numbers = lambda text: [int(part) for part in text.split(",") if part]  # noqa: E731
+    names = lambda text: [part for part in text.split(",") if part]  # noqa: E731
+    for command in ("methods", "scaling", "limit", "one"):
+        sub = commands.add_parser(command)
+        sub.add_argument("--samples", type=int, default=16)
+        sub.add_argument("--seq-len", type=int, default=256)
+        sub.add_argument("--batch-size", type=int, default=1)
+        sub.add_argument("--repetitions", type=int, default=3)
+        sub.add_argument("--threads", type=int, default=os.cpu_count())
+        sub.add_argument("--device", default="cpu")
+        sub.add_argument("--dtype", default="bfloat16" if command == "limit" else "float32")
+        sub.add_argument("--scratch", help="folder for models and block inputs; the system's temporary one otherwise")
+        sub.add_argument("--out", help="JSON file")
+        if command in ("methods", "one"):
+            sub.add_argument("--model", default=PACKAGED_MODEL)
+        if command in ("methods", "scaling"):
+            sub.add_argument("--engines", type=names, default=list(ENGINES))
+        if command == "methods":
+            sub.add_argument("--methods", type=names, default=MEASURED)
+        if command in ("scaling", "limit"):
+            sub.add_argument("--method", default="taylor")
+            sub.add_argument("--hidden-size", type=int, default=2048 if command == "limit" else 512)
+            sub.add_argument("--intermediate-size", type=int)
+            sub.add_argument("--vocab-size", type=int, default=32000)
+        if command == "scaling":
+            sub.add_argument("--depths", type=numbers, default=[4, 8, 16, 32])
+            sub.add_argument("--sequence-counts", type=numbers, default=[8, 16, 32])
+            sub.add_argument("--processes", type=numbers, default=[1, 2])
+        if command == "limit":
+            sub.add_argument("--layers", type=int, default=24)
+            sub.add_argument("--limit", help="e.g. 2GB; the estimate of the streamed engine otherwise")
+        if command == "one":
+            sub.add_argument("--job", required=True)
+            sub.add_argument("--engine", required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
