@@ -13,7 +13,7 @@ a pruned folder without further flags.
 
 from prunus import errors
 from prunus.calibration import Calibration, calibration_from_texts, calibration_from_tokens, load_calibration
-from prunus.checkpoint import load_model, save_checkpoint
+from prunus.checkpoint import load_model, open_model, save_checkpoint
 from prunus.compensation import CompensationOptions, compensate_
 from prunus.errors import PrunusError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows
@@ -55,6 +55,7 @@ __all__ = [
     "export_gguf",
     "load_calibration",
     "load_model",
+    "open_model",
     "perplexity",
     "perplexity_of_windows",
     "prune",
