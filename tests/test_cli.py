@@ -375,3 +375,16 @@ def test_the_example_of_the_python_api_runs(tmp_path, folder):
     assert done.returncode == 0, done.stderr
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert f"pruned: {pruned.num_parameters():,} parameters" in done.stdout
+
+
+def test_methods_made_of_methods(capsys, tmp_path, folder, text):
+    options = ["--calibration", text, "--samples", "8", "--seq-len", "24", "--json"]
+    words = ["score", folder, "--out", tmp_path / "mixed", *options, "--hybrid", "taylor=0.4,wanda=0.3,gate_fisher=0.3"]
+    facts = json.loads(run(capsys, *words))
+    assert facts["scoring"]["method"] == "hybrid"
+    assert facts["scoring"]["hybrid"] == [["taylor", 0.4], ["wanda", 0.3], ["gate_fisher", 0.3]]
+    words = ["score", folder, "--out", tmp_path / "chosen", *options, "--method", "adaptive", "--candidates"]
+    facts = json.loads(run(capsys, *words, "taylor,magnitude"))
+    assert [set(record["loss_rise"]) for record in facts["adaptive"]] == [{"taylor", "magnitude"}] * 2
+    wrong = ["score", folder, "--out", tmp_path / "no", *options, "--method", "gate_fisher", "--hybrid", "wanda=1"]
+    assert "--hybrid goes with --method hybrid, not with --method gate_fisher" in fails(capsys, *wrong)

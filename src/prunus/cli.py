@@ -101,9 +101,9 @@ class _AdaptiveFlags(AdaptiveOptions):
 @dataclass(frozen=True)
 class _ScoringFlags(ScoringOptions):
     __doc__ = ScoringOptions.__doc__
-    hybrid: Annotated[Weights, Parameter(converter=_split_weights, negative="", show_default=_join_weights)] = (
-        DEFAULT_MIX
-    )
+    hybrid: Annotated[
+        Weights, Parameter(converter=_split_weights, n_tokens=1, negative="", show_default=_join_weights)
+    ] = DEFAULT_MIX
     adaptive: Annotated[_AdaptiveFlags, Parameter(name="*")] = field(default_factory=_AdaptiveFlags)
     priors: Annotated[PriorOptions, Parameter(name="*")] = field(default_factory=PriorOptions)
     # One --seed for a run, that of the calibration options.
