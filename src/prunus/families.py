@@ -95,6 +95,7 @@ class Family:
         head: path of the output head.
         residual_multiplier: config field that holds a factor on all that blocks add to the residual stream; None where
             there is no such factor.
+        norm_offset: what its norms add to their weights before they multiply by them.
     """
 
     model_type: str
@@ -105,6 +106,7 @@ class Family:
     final_norm: str = "model.norm"
     head: str = "lm_head"
     residual_multiplier: str | None = None
+    norm_offset: float = 0.0
 
     def block(self, axis: Axis) -> Block:
         """The block of one axis."""
@@ -207,8 +209,8 @@ FAMILIES: dict[str, Family] = {
         Family("granite", "Granite 3", (_attention(), _gated_mlp()), residual_multiplier="residual_multiplier"),
         Family("smollm3", "SmolLM3", (_attention(), _gated_mlp())),
         Family("phi3", "Phi-3, Phi-3.5, Phi-4", _FUSED),
-        Family("gemma2", "Gemma 2", _between_norms()),
-        Family("gemma3_text", "Gemma 3 (text)", _between_norms(untouched=_HEAD_NORMS)),
+        Family("gemma2", "Gemma 2", _between_norms(), norm_offset=1.0),
+        Family("gemma3_text", "Gemma 3 (text)", _between_norms(untouched=_HEAD_NORMS), norm_offset=1.0),
     )
 }
 
