@@ -35,8 +35,12 @@ from prunus.groups import Geometry
 from prunus.plan import Plan
 from prunus.statistics import Statistics
 from prunus.surgery import apply_plan
+from prunus.table import rank_table
 
-__all__ = ["choose_columns", "hand_out_scores", "reselect"]
+__all__ = ["CHOSEN_BY", "choose_columns", "hand_out_scores", "reselect"]
+
+#: the statistic that says what an error of an MLP's output costs
+CHOSEN_BY = "output_fisher.mlp"
 
 #: at most so many steps of elimination in a layer, so that wide layers take out more channels at a time
 STEPS = 192
@@ -47,7 +51,7 @@ def reselect(
     done: Plan,
     dense: Any,
     plan: Plan,
-    statistics: Statistics,
+    statistics: Statistics | None,
     batches: Sequence[Batch],
     options: CompensationOptions,
     *,
@@ -71,7 +75,7 @@ def reselect(
     Raises:
         StatisticsError: the statistics lack the output Fisher.
     """
-    geometry = Geometry.of(dense)
+    geometry, fisher = Geometry.of(dense), _output_fisher(statistics, done)
     # Attention is cut at once; the MLP channels stay until the repair reaches them, except where the whole block goes.
     wide = Plan.from_kept(
         geometry,
@@ -81,7 +85,6 @@ def reselect(
         ],
     )
     smaller = apply_plan(model, wide.after(done, Geometry.of(model)))
-    fisher = _output_fisher(statistics, done)
     chosen: dict[int, Tensor] = {}
 
     def choose(layer_idx: int, axis: Axis, equations: NormalEquations, weight: Tensor) -> Tensor | None:
@@ -152,20 +155,21 @@ def hand_out_scores(table: pd.DataFrame, plan: Plan) -> pd.DataFrame:
         stays = rows["group_idx"].isin(plan.layers[layer_idx][axis]).to_numpy()
         groups = rows["group_idx"].to_numpy()
         parts.append(rows.assign(group_idx=np.concatenate([groups[~stays], groups[stays]])))
-    return pd.concat(parts).sort_values(
-        ["score", "layer_idx", "group_type", "importance", "group_idx"], ignore_index=True
-    )
+    handed_out = pd.concat(parts, ignore_index=True)
+    return rank_table(handed_out, scores=handed_out["score"])
 
 
-def _output_fisher(statistics: Statistics, done: Plan) -> Mapping[int, Tensor]:
+def _output_fisher(statistics: Statistics | None, done: Plan) -> Mapping[int, Tensor]:
     """The output Fisher of each MLP, by layer of the dense model."""
-    try:
-        return {
-            layer_idx: layer["output_fisher.mlp"]
-            for layer_idx, layer in zip(done.surviving_layers, statistics.layers, strict=True)
-        }
-    except (KeyError, ValueError) as error:
+    layers = done.surviving_layers
+    if statistics is None or not statistics.has(CHOSEN_BY):
         raise StatisticsError(
-            "choosing channels again needs the statistic output_fisher.mlp of every layer; take it, or repair without "
-            f"reselect ({type(error).__name__}: {error})"
-        ) from error
+            f"choosing channels again needs the statistic {CHOSEN_BY} of every layer; take it, or repair without "
+            "reselect"
+        )
+    if len(statistics.layers) != len(layers):
+        raise StatisticsError(
+            f"the statistics are of {len(statistics.layers)} layers, the model that is cut has {len(layers)}; take "
+            "them of that model"
+        )
+    return {layer_idx: layer[CHOSEN_BY] for layer_idx, layer in zip(layers, statistics.layers, strict=True)}
