@@ -132,11 +132,11 @@ def _cut(
     progress: bool,
 ) -> tuple[Any, Plan, Sequence[Repair]]:
     """Cut what earlier rounds left (`done`), and repair it as asked: the result, what it keeps, the repairs."""
+    work = work / "compensation" if work else None
     if compensation is not None and compensation.reselect:
-        return reselect(model, done, dense, plan, statistics, batches, compensation, progress=progress)
+        return reselect(model, done, dense, plan, statistics, batches, compensation, work=work, progress=progress)
     smaller, repairs = apply_plan(model, plan.after(done, Geometry.of(model))), []
     if compensation is not None:
-        work = work / "compensation" if work else None
         repairs = compensate_(smaller, dense, plan, batches, compensation, work=work, progress=progress)
     return smaller, plan, repairs
 

@@ -20,6 +20,7 @@ of Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Ap
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,12 @@ import torch
 from torch import Tensor
 
 from prunus.calibration import Batch
-from prunus.compensation import CompensationOptions, NormalEquations, Repair, compensate_
+from prunus.compensation import CompensationOptions, Cut, Repair, compensate_together_
+from prunus.digest import digest_tensors
 from prunus.errors import StatisticsError
 from prunus.families import Axis
 from prunus.groups import Geometry
+from prunus.least_squares import NormalEquations
 from prunus.plan import Plan
 from prunus.statistics import Statistics
 from prunus.surgery import apply_plan
@@ -55,6 +58,7 @@ def reselect(
     batches: Sequence[Batch],
     options: CompensationOptions,
     *,
+    work: Path | None = None,
     progress: bool = True,
 ) -> tuple[Any, Plan, list[Repair]]:
     """Cut and repair a model, choosing anew which MLP channels of each layer stay.
@@ -67,6 +71,7 @@ def reselect(
         statistics: of `model`, with `output_fisher.mlp`.
         batches: calibration sequences.
         options: ridge and target of the repair.
+        work: folder from which a killed run goes on with the same result, see `prunus.compensation.Cut`.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -85,23 +90,25 @@ def reselect(
         ],
     )
     smaller = apply_plan(model, wide.after(done, Geometry.of(model)))
-    chosen: dict[int, Tensor] = {}
+    keep = [len(layer.mlp) for layer in plan.layers]
 
     def choose(layer_idx: int, axis: Axis, equations: NormalEquations, weight: Tensor) -> Tensor | None:
-        keep = len(plan.layers[layer_idx].mlp)
-        if axis != "mlp" or keep == weight.shape[1]:
+        if axis != "mlp" or keep[layer_idx] == weight.shape[1]:
             return None
-        chosen[layer_idx] = choose_columns(equations, weight, fisher[layer_idx], keep, options.damping)
-        return chosen[layer_idx]
+        return choose_columns(equations, weight, fisher[layer_idx], keep[layer_idx], options.damping)
 
-    repairs = compensate_(smaller, dense, wide, batches, options, choose=choose, progress=progress)
+    chosen_by: dict[str, Any] = {}
+    if work is not None:
+        chosen_by = {"channels": keep, CHOSEN_BY: digest_tensors((str(i), fisher[i]) for i in sorted(fisher))}
+    cut = Cut(smaller, wide, choose, chosen_by, work)
+    repaired = compensate_together_([cut], dense, batches, options, progress=progress)[0]
     kept: list[dict[Axis, Iterable[int]]] = []
     for layer_idx, layer in enumerate(wide.layers):
-        numbers = np.asarray(layer.mlp)
-        mlp = numbers[chosen[layer_idx].numpy()] if layer_idx in chosen else numbers
+        stay = repaired.chosen.get((layer_idx, "mlp"))
+        mlp = layer.mlp if stay is None else np.asarray(layer.mlp)[stay.numpy()]
         kept.append({"attention": layer.attention, "mlp": mlp})
     final = Plan.from_kept(geometry, kept)
-    return apply_plan(smaller, final.after(wide, Geometry.of(smaller))), final, repairs
+    return apply_plan(smaller, final.after(wide, Geometry.of(smaller))), final, repaired.repairs
 
 
 def choose_columns(equations: NormalEquations, weight: Tensor, fisher: Tensor, keep: int, damping: float) -> Tensor:
