@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from tiny_families import ONE_EACH, case_id, logits, make_model, random_tokens
 
 from prunus.calibration import Batch
-from prunus.compensation import CompensationOptions, compensate_, solve_ridge
+from prunus.compensation import CompensationOptions, Cut, compensate_, compensate_together_
 from prunus.errors import OptionError
 from prunus.families import AXES, FAMILIES
 from prunus.groups import Geometry
+from prunus.least_squares import solve_ridge
 from prunus.plan import Plan
 from prunus.surgery import apply_plan
 
@@ -155,6 +157,37 @@ def test_padding_does_not_count():
     compensate_(masked, model, plan, [Batch(padded, mask)], progress=False)
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(masked.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def cuts_of(model):
+    """Plans that keep other groups, blocks and layers."""
+    geometry = Geometry.of(model)
+    ragged = [{"attention": range(i % 2, 3), "mlp": range(i, 20, 3)} for i in range(4)]
+    bare = [{"attention": range(2), "mlp": range(12)} for _ in range(4)]
+    bare[1], bare[2] = {"attention": (), "mlp": ()}, {"attention": (), "mlp": range(7)}
+    return [half(geometry), Plan.from_kept(geometry, ragged), Plan.from_kept(geometry, bare)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_several_cuts_together_get_the_bits_that_each_gets_alone(dtype):
+    model = make_model("llama", "gqa", num_hidden_layers=4).to(dtype)
+    batches, plans = as_batches(random_tokens(batch=8, seq_len=16)), cuts_of(model)
+    alone = [apply_plan(model, plan) for plan in plans]
+    repairs = [
+        compensate_(pruned, model, plan, batches, progress=False) for pruned, plan in zip(alone, plans, strict=True)
+    ]
+    together = [Cut(apply_plan(model, plan), plan) for plan in plans]
+    ran = Counter()
+    for layer in model.model.layers:
+        for module in (layer.self_attn.q_proj, layer.mlp.gate_proj):
+            module.register_forward_hook(lambda module, args, output: ran.update([module]))
+    found = compensate_together_(together, model, batches, progress=False)
+    assert [repaired.repairs for repaired in found] == repairs
+    for cut, expected in zip(together, alone, strict=True):
+        state = cut.pruned.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in expected.state_dict().items())
+    assert len(ran) == 8
+    assert set(ran.values()) == {len(batches)}, "each block of the dense model ran once for all"
 
 
 def test_options_are_checked():

@@ -8,10 +8,11 @@ from tiny_families import ONE_EACH, case_id, make_model, random_tokens
 
 import prunus
 from prunus.calibration import Batch, calibration_from_tokens
-from prunus.compensation import CompensationOptions, NormalEquations, compensate_
+from prunus.compensation import CompensationOptions, compensate_
 from prunus.errors import OptionError, StatisticsError
 from prunus.families import AXES
 from prunus.groups import Geometry
+from prunus.least_squares import NormalEquations
 from prunus.plan import Plan
 from prunus.reselection import choose_columns, hand_out_scores, reselect
 from prunus.scoring import ScoringOptions, score

@@ -23,8 +23,12 @@ from prunus.surgery import apply_plan
 
 
 def test_equal_parts():
-    assert schedule(0.4, 4) == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert schedule(0.3, 1) == [0.3]
+    rounds = schedule(0.4, 4)
+    assert [step.share for step in rounds] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert [step.last for step in rounds] == [False, False, False, True]
+    assert [step.scored_on(10) for step in rounds] == [10, 5, 5, 5]
+    assert [step.repaired_on(10) for step in rounds] == [2, 2, 2, 10]
+    assert [(step.share, step.scored_on(1), step.repaired_on(1)) for step in schedule(0.3, 1)] == [(0.3, 1, 1)]
     with pytest.raises(OptionError, match="rounds is 0"):
         schedule(0.3, 0)
 

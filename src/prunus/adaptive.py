@@ -31,13 +31,15 @@ from prunus.selection import Constraints, select
 from prunus.surgery import apply_plan
 from prunus.table import rank_table
 
-__all__ = ["AdaptiveOptions", "adapt", "split_probe"]
+__all__ = ["AdaptiveOptions", "adapt", "check_enough", "split_probe"]
 
 logger = logging.getLogger(__name__)
 
 #: share of a unit's parameters at which candidates are compared, and the shares at which the winner is measured
 PROBE_SHARE = 0.25
 SCALE_SHARES = (0.125, 0.25, 0.5)
+#: with fewer sequences there is too little to hold out of
+FEWEST_SEQUENCES = 8
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,30 @@ class AdaptiveOptions:
             raise OptionError(f"bands is {self.bands}; it must be at least 1")
 
 
+def check_enough(sequences: int, where: str = "") -> None:
+    """Raise if there are too few sequences to hold some out.
+
+    Args:
+        sequences: how many there are.
+        where: what an error says about that number, after it.
+
+    Raises:
+        OptionError: fewer than eight.
+    """
+    if sequences < FEWEST_SEQUENCES:
+        raise OptionError(
+            f"the adaptive method has {sequences} calibration sequences{where}; it needs at least {FEWEST_SEQUENCES}, "
+            "to hold some out"
+        )
+
+
 def split_probe(calibration: Calibration) -> tuple[Calibration, Calibration]:
     """Part the sequences that methods see from those that probes are measured on: one in eight, four at least.
 
     Raises:
         OptionError: fewer than eight sequences.
     """
-    if len(calibration) < 8:
-        raise OptionError(
-            f"the adaptive method has {len(calibration)} calibration sequences; it needs at least 8, to hold some out"
-        )
+    check_enough(len(calibration))
     return calibration.split(max(4, len(calibration) // 8))
 
 

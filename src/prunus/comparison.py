@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from prunus.errors import CalibrationError, OptionError
 from prunus.inputs import CalibrationOptions, EvaluationOptions, Inputs, ModelOptions, model_name, open_inputs
 from prunus.metering import metered
 from prunus.pipeline import prune
+from prunus.recipe import check_recipe
 from prunus.replacing import replacing
-from prunus.rounds import schedule
 from prunus.scoring import Score, ScoringOptions, score_by_methods
 from prunus.selection import Constraints
 from prunus.sweep.estimate import Workload
@@ -76,8 +77,10 @@ def compare(
         raise OptionError("compare needs at least one method and one ratio")
     if evaluation.eval_text is None and evaluation.held_out == 0:
         raise OptionError("compare measures perplexity: give an evaluation text, or hold out calibration sequences")
-    for ratio in ratios:
-        schedule(ratio, rounds)
+    calibrate = compensation is not None or any(options.needs_calibration for options in each)
+    sequences = calibration.samples if calibrate else None
+    for options, ratio in product(each, ratios):
+        check_recipe(ratio, options, constraints, compensation, rounds, sequences=sequences)
     inputs = open_inputs(
         model,
         out,
@@ -93,7 +96,7 @@ def compare(
             compensate=compensation is not None,
             inputs_on_disk=False,
         ),
-        calibrate=any(options.needs_calibration for options in each) or compensation is not None,
+        calibrate=calibrate,
         save_model=False,
         overwrite=overwrite,
         progress=progress,

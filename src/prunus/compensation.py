@@ -20,9 +20,11 @@ squares reconstruction of the remaining channels, in layer order, on the pruned 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,15 @@ from prunus.digest import digest_batches, digest_model
 from prunus.errors import OptionError
 from prunus.evaluation.mode import evaluation_mode
 from prunus.families import Axis, Block
-from prunus.groups import Geometry, submodule
+from prunus.groups import Geometry
 from prunus.layers import layers_of
+from prunus.least_squares import NormalEquations, solve_ridge
 from prunus.plan import Plan
 from prunus.records import Records
-from prunus.sweep.blocks import LayerCalls, StopForward, answering, layer_calls, run_layer, stopped
+from prunus.sweep.block_walk import BlockWalk
+from prunus.sweep.spool import DiskSlots, Slots
 
-__all__ = ["Chooser", "CompensationOptions", "NormalEquations", "Repair", "compensate_", "solve_ridge"]
+__all__ = ["Chooser", "CompensationOptions", "Cut", "Repair", "Repaired", "compensate_", "compensate_together_"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +92,44 @@ class Repair:
 
 
 #: (layer of the dense model, axis, equations, weight) → inputs that stay, ascending; None = all
-Chooser = Callable[[int, Axis, "NormalEquations", Tensor], Tensor | None]
+Chooser = Callable[[int, Axis, NormalEquations, Tensor], Tensor | None]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Cut:
+    """A pruned model that is to be repaired.
+
+    Attributes:
+        pruned: what `apply_plan(dense, plan)` gave, perhaps already repaired; in memory or opened.
+        plan: the cut.
+        choose: says for a block which inputs of its last projection stay; the columns of the others become zero.
+        chosen_by: everything that `choose` depends on, as plain values; needed with `work`.
+        work: folder for the weights that are solved. A run that was killed goes on after the last layer there, with the
+            same result. Left in place: it is the caller's.
+    """
+
+    pruned: Any
+    plan: Plan
+    choose: Chooser | None = None
+    chosen_by: Mapping[str, Any] = field(default_factory=dict)
+    work: Path | None = None
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What the repair of one model did.
+
+    Attributes:
+        repairs: one record per remaining block, in the order in which they were repaired.
+        chosen: (layer of the dense model, axis) → the inputs that `Cut.choose` let stay, where it chose.
+        seconds: wall-clock time of this model's repair and of the dense model's pass, which may have served others too.
+    """
+
+    repairs: list[Repair]
+    chosen: Mapping[tuple[int, Axis], Tensor]
+    seconds: float
+
+
 def compensate_(
     pruned: Any,
     dense: Any,
@@ -99,14 +137,10 @@ def compensate_(
     batches: Sequence[Batch],
     options: CompensationOptions | None = None,
     *,
-    choose: Chooser | None = None,
     work: Path | None = None,
     progress: bool = True,
 ) -> list[Repair]:
-    """Repair a pruned model in place.
-
-    Both models go through the calibration sequences one layer at a time; beside the two models, memory holds the hidden
-    states of all sequences twice and one block's normal equations.
+    """Repair a pruned model in place; see `compensate_together_` for several.
 
     Args:
         pruned: what `apply_plan(dense, plan)` gave, perhaps already repaired; in memory or opened.
@@ -114,9 +148,7 @@ def compensate_(
         plan: the cut.
         batches: calibration sequences.
         options: ridge and target.
-        choose: says for a block which inputs of its last projection stay; the columns of the others become zero.
-        work: folder for the weights that are solved. A run that was killed goes on after the last layer there, with the
-            same result. Left in place: it is the caller's. Not together with `choose`.
+        work: folder from which a killed run goes on, see `Cut`.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -125,199 +157,211 @@ def compensate_(
     Raises:
         StatisticsError: `work` holds what was made from other inputs.
     """
-    options = options or CompensationOptions()
-    geometry = Geometry.of(dense)
-    plan.check_fits(geometry)
-    path, scale = geometry.family.layers, geometry.family.residual_scale(dense.config)
-    records = Records(work, _made_from(pruned, dense, plan, batches, options) if work is not None else None)
-    repairs: list[Repair] = []
-    with evaluation_mode(dense), evaluation_mode(pruned):
-        dense_calls = [layer_calls(dense, path, batch) for batch in batches]
-        pruned_calls = [layer_calls(pruned, path, batch) for batch in batches]
-        masks = [None if batch.attention_mask is None else batch.attention_mask.bool() for batch in batches]
-        dense_hidden = [calls.hidden for calls in dense_calls]
-        pruned_hidden = [calls.hidden for calls in pruned_calls]
-        new_index = {old: new for new, old in enumerate(plan.surviving_layers)}
-        dense_layers, pruned_layers = layers_of(dense), layers_of(pruned)
-        for layer_idx in tqdm(
-            range(len(dense_layers)), desc="compensation", unit="layer", disable=None if progress else True
-        ):
-            with dense_layers.hold(layer_idx, then=layer_idx + 1) as dense_layer:
-                targets = _dense_targets(geometry, dense_layer, layer_idx, dense_calls, dense_hidden, scale)
-            if layer_idx not in new_index:
-                continue
-            new = new_index[layer_idx]
-            arguments = [calls.arguments[new] for calls in pruned_calls]
-            kept = [block for block in geometry.family.blocks if plan.layers[layer_idx][block.axis]]
-            with pruned_layers.hold(new, then=new + 1) as layer:
-                known: list[dict[Block, Tensor]] = [{} for _ in batches]
-                if layer_idx in records:
-                    found = _restore(layer, records, layer_idx)
-                else:
-                    found = []
-                    for block in kept:
-                        # A generator: one batch's inputs exist at a time, but for those that later runs go on from.
-                        inputs = (
-                            _block_input(layer, block, seen, hidden, call, scale, remember=block is not kept[-1])
-                            for hidden, call, seen in zip(pruned_hidden, arguments, known, strict=True)
-                        )
-                        module = submodule(layer, block.output.path)
-                        pull = 0.0 if block.post_norm else options.residual / scale
-                        equations = _normal_equations(module, inputs, targets[block.axis], masks, pull)
-                        stay = choose(layer_idx, block.axis, equations, module.weight) if choose else None
-                        found.append(_repair_(module, layer_idx, block, equations, stay, options))
-                    if work is not None:
-                        _record(layer, records, layer_idx, [block.output.path for block in kept], found)
-                repairs += found
-                pruned_layers.keep(new)
-                for number, (hidden, call, seen) in enumerate(zip(pruned_hidden, arguments, known, strict=True)):
-                    with answering(_answers(layer, seen)):
-                        pruned_hidden[number] = run_layer(layer, hidden, call)
-    return repairs
+    cut = Cut(pruned, plan, work=work)
+    return compensate_together_([cut], dense, batches, options, progress=progress)[0].repairs
 
 
-def _made_from(
-    pruned: Any, dense: Any, plan: Plan, batches: Sequence[Batch], options: CompensationOptions
-) -> dict[str, Any]:
-    return {
-        "model": digest_model(dense),
-        "pruned model": digest_model(pruned),
-        "plan": plan.fingerprint,
-        "calibration tokens": digest_batches(batches),
-        "sequences per batch": [len(batch.input_ids) for batch in batches],
-        "compensation": asdict(options),
-        "torch": torch.__version__,
-    }
+@torch.no_grad()
+def compensate_together_(
+    cuts: Sequence[Cut],
+    dense: Any,
+    batches: Sequence[Batch],
+    options: CompensationOptions | None = None,
+    *,
+    progress: bool = True,
+) -> list[Repaired]:
+    """Repair several cuts of one model in place; the dense model goes through the calibration sequences once for all.
 
-
-def _record(layer: nn.Module, records: Records, layer_idx: int, paths: Sequence[str], repairs: list[Repair]) -> None:
-    """Note the weights of a repaired layer's last projections."""
-    weights = {path: submodule(layer, path).weight.detach().cpu().clone() for path in paths}
-    records.put(layer_idx, weights, {"repairs": [asdict(repair) for repair in repairs]})
-
-
-def _restore(layer: nn.Module, records: Records, layer_idx: int) -> list[Repair]:
-    """Put the weights that an earlier run solved into a layer."""
-    for path, weight in records[layer_idx].items():
-        submodule(layer, path).weight.copy_(weight)
-    return [Repair(**values) for values in records.about(layer_idx)["repairs"]]
-
-
-@dataclass
-class NormalEquations:
-    """Sums over calibration tokens, float32.
-
-    Attributes:
-        gram: XᵀX, (in_features, in_features).
-        cross: XᵀT, (in_features, out_features).
-        target_square: ‖T‖².
-    """
-
-    gram: Tensor
-    cross: Tensor
-    target_square: float = 0.0
-
-    @classmethod
-    def of(cls, module: nn.Linear) -> NormalEquations:
-        """Empty sums for a projection."""
-        zeros = partial(torch.zeros, dtype=torch.float32, device=module.weight.device)
-        return cls(zeros(module.in_features, module.in_features), zeros(module.in_features, module.out_features))
-
-    def add(self, x: Tensor, target: Tensor) -> None:
-        """Add tokens: x (tokens, in_features), target (tokens, out_features), both float32."""
-        self.gram.addmm_(x.T, x)
-        self.cross.addmm_(x.T, target)
-        self.target_square += float(target.double().square().sum())
-
-    def error(self, weight: Tensor) -> float:
-        """‖X Wᵀ − T‖² / ‖T‖² for a weight (out_features, in_features), float64."""
-        gram, cross = self.gram.double(), self.cross.double()
-        square = (weight @ gram).mul(weight).sum() - 2 * (weight * cross.T).sum() + self.target_square
-        return float(square.clamp(min=0)) / max(self.target_square, torch.finfo(torch.float64).tiny)
-
-
-def solve_ridge(gram: Tensor, cross: Tensor, weight: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Solve (G + λI) W'ᵀ = C + λ Wᵀ with λ = damping · mean diag(G), in float64.
+    All models go through the sequences one block at a time. Memory holds, beside the models, the hidden states of all
+    sequences once for the dense model and, for each cut, its own, the inputs of `o_proj` while attention is repaired,
+    and one block's normal equations. For an opened dense model, hidden states and inputs of cuts with a `work` folder
+    (and the dense model's, if there is one) wait there.
 
     Args:
-        gram: G = XᵀX, (in_features, in_features).
-        cross: C = XᵀT, (in_features, out_features).
-        weight: W, towards which the ridge pulls, (out_features, in_features).
-        damping: see `CompensationOptions`.
+        cuts: the pruned models, each with a plan of the dense one. They do not touch each other: each gets the weights,
+            bit for bit, that it would get alone.
+        dense: the model before the cuts; it stays as it is.
+        batches: calibration sequences.
+        options: ridge and target.
+        progress: show a progress bar on a terminal.
 
     Returns:
-        W' (out_features, in_features), float64, and an estimate of the condition number of G + λI: the squared ratio of
-        the largest to the smallest diagonal entry of its Cholesky factor, a lower bound.
+        What was done to each cut.
 
     Raises:
-        torch.linalg.LinAlgError: G + λI is not positive definite to working precision.
+        StatisticsError: a `work` folder holds what was made from other inputs.
     """
-    damped, prior = gram.to(torch.float64, copy=True), weight.double()
-    ridge = damping * float(damped.diagonal().mean())
-    damped.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(damped)
-    solution = torch.cholesky_solve(cross.double() + ridge * prior.T, factor).T
-    diagonal = factor.diagonal()
-    return solution, float((diagonal.max() / diagonal.min()).square())
+    options, geometry = options or CompensationOptions(), Geometry.of(dense)
+    for cut in cuts:
+        cut.plan.check_fits(geometry)
+    masks = [None if batch.attention_mask is None else batch.attention_mask.bool() for batch in batches]
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        for model in (dense, *(cut.pruned for cut in cuts)):
+            stack.enter_context(evaluation_mode(model))
+        wait = [stack.enter_context(_waiting(dense, cut.work)) for cut in cuts]
+        reference = BlockWalk(dense, batches, wait[0]("dense") if wait else Slots())
+        repairing = [_Repairing(cut, dense, batches, options, slots) for cut, slots in zip(cuts, wait, strict=True)]
+        for layer_idx, widths in enumerate(tqdm(geometry.widths, "compensation", disable=None if progress else True)):
+            with ExitStack() as held:
+                held.enter_context(reference.at(layer_idx))
+                for one in repairing:
+                    held.enter_context(one.at(layer_idx))
+                for block in geometry.family.blocks:
+                    if not widths[block.axis]:
+                        continue
+                    for number, mask in enumerate(masks):
+                        residual, x = reference.hidden[number], reference.enter(block, number)
+                        output = reference.module(block)(x)
+                        for one in repairing:
+                            one.compare(block, number, residual, output, mask)
+                        reference.leave(block, number, output)
+                    for one in repairing:
+                        one.repair(block)
+                for one in repairing:
+                    one.finish_layer()
+    shared = time.perf_counter() - start - sum(one.seconds for one in repairing)
+    return [Repaired(one.repairs, one.chosen, shared + one.seconds) for one in repairing]
 
 
-def _dense_targets(
-    geometry: Geometry,
-    layer: nn.Module,
-    layer_idx: int,
-    calls: Sequence[LayerCalls],
-    hidden: list[Tensor],
-    scale: float,
-) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """Run a dense layer on all batches: per axis, the residual stream before the block and the block's output.
-
-    `hidden` is replaced by what leaves the layer. `scale` is the factor on what a block adds to the residual stream.
-    """
-    targets: dict[str, list[tuple[Tensor, Tensor]]] = {block.axis: [] for block in geometry.family.blocks}
-    outputs: dict[str, Tensor] = {}
-
-    def keep(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            outputs[path] = output
-
-        return hook
-
-    present = [block for block in geometry.family.blocks if geometry.widths[layer_idx][block.axis]]
-    paths = {path for block in present for path in (block.output.path, block.adds)}
-    handles = [submodule(layer, path).register_forward_hook(keep(path)) for path in paths]
+@contextmanager
+def _waiting(dense: Any, work: Path | None) -> Iterator[Callable[[str], Slots]]:
+    """Makes places for what waits between blocks: in memory, or in files if the dense model is opened, too."""
+    if work is None or not layers_of(dense).stored:
+        yield lambda name: Slots()
+        return
+    folder = work / "waiting"
     try:
-        for number, call in enumerate(calls):
-            residual = hidden[number]
-            hidden[number] = run_layer(layer, residual, call.arguments[layer_idx])
-            for block in present:
-                targets[block.axis].append((residual, outputs[block.output.path]))
-                residual = residual + scale * outputs[block.adds]
+        yield lambda name: DiskSlots(folder / name, dense.device)
     finally:
-        for handle in handles:
-            handle.remove()
-    return targets
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _normal_equations(
-    module: nn.Linear,
-    inputs: Iterable[tuple[Tensor, Tensor]],
-    targets: Sequence[tuple[Tensor, Tensor]],
-    masks: Sequence[Tensor | None],
-    pull: float,
-) -> NormalEquations:
-    """Add up what the last projection of a block is solved from: its inputs in the pruned model, and its targets.
+class _Repairing:
+    """One cut on its way through the layers, beside the dense model."""
 
-    `pull` is the share of the residual stream's error that the target takes back, in units of the projection's output.
-    """
-    equations = NormalEquations.of(module)
-    for (x, residual), (dense_residual, dense_output), mask in zip(inputs, targets, masks, strict=True):
-        target = dense_output.float() + pull * (dense_residual.float() - residual.float())
+    def __init__(
+        self,
+        cut: Cut,
+        dense: Any,
+        batches: Sequence[Batch],
+        options: CompensationOptions,
+        wait: Callable[[str], Slots],
+    ):
+        start = time.perf_counter()
+        self.repairs: list[Repair] = []
+        self.chosen: dict[tuple[int, Axis], Tensor] = {}
+        self._cut, self._options = cut, options
+        self._records = Records(cut.work, _made_from(cut, dense, batches, options) if cut.work is not None else None)
+        self._walk, self._inputs = BlockWalk(cut.pruned, batches, wait("hidden")), wait("inputs")
+        self._batches = len(batches)
+        self._scale = Geometry.of(dense).family.residual_scale(dense.config)
+        self._new_index = {old: new for new, old in enumerate(cut.plan.surviving_layers)}
+        self._equations: NormalEquations | None = None
+        self.seconds = time.perf_counter() - start
+
+    @contextmanager
+    def at(self, layer_idx: int) -> Iterator[None]:
+        """Hold a layer by its number in the dense model, if it is still there."""
+        self._layer_idx, self._kept = layer_idx, self._cut.plan.layers[layer_idx]
+        if layer_idx not in self._new_index:
+            yield
+            return
+        with self._walk.at(self._new_index[layer_idx]):
+            self._known = layer_idx in self._records
+            if self._known:
+                self._restore()
+            yield
+
+    def compare(self, block: Block, number: int, residual: Tensor, output: Tensor, mask: Tensor | None) -> None:
+        """Add a batch to what a block is solved from.
+
+        Args:
+            block: of the held layer.
+            number: of the batch.
+            residual: the dense model's residual stream before the block.
+            output: of the dense block's last projection.
+            mask: true for tokens that are not padding; None = all.
+        """
+        if not self._kept[block.axis] or self._known:
+            return
+        start, module = time.perf_counter(), self._walk.module(block)
+        x = self._walk.enter(block, number)
+        if self._remembers(block):
+            self._inputs[number] = x
+        pull = 0.0 if block.post_norm else self._options.residual / self._scale
+        target = output.float() + pull * (residual.float() - self._walk.hidden[number].float())
         if module.bias is not None:
             target -= module.bias.float()
         if mask is not None:
             x, target = x[mask.to(x.device)], target[mask.to(x.device)]
-        equations.add(x.reshape(-1, module.in_features).float(), target.reshape(-1, module.out_features))
-    return equations
+        self._equations = self._equations or NormalEquations.of(module)
+        self._equations.add(x.reshape(-1, module.in_features).float(), target.reshape(-1, module.out_features))
+        self.seconds += time.perf_counter() - start
+
+    def repair(self, block: Block) -> None:
+        """Solve a block, unless an earlier run did, and go on behind it."""
+        if not self._kept[block.axis]:
+            return
+        start, module = time.perf_counter(), self._walk.module(block)
+        if self._equations is not None:
+            stay = None
+            if self._cut.choose is not None:
+                stay = self._cut.choose(self._layer_idx, block.axis, self._equations, module.weight)
+            if stay is not None:
+                self.chosen[self._layer_idx, block.axis] = stay
+            self.repairs.append(_repair_(module, self._layer_idx, block, self._equations, stay, self._options))
+        for number in range(self._batches):
+            if self._equations is not None and self._remembers(block):
+                x = self._inputs[number]
+                del self._inputs[number]
+            else:
+                x = self._walk.enter(block, number)
+            self._walk.leave(block, number, module(x))
+        self._equations = None
+        self.seconds += time.perf_counter() - start
+
+    def finish_layer(self) -> None:
+        """Make what was solved in the held layer last."""
+        if self._layer_idx not in self._new_index:
+            return
+        if not self._known and self._cut.work is not None:
+            self._record()
+        self._walk.layers.keep(self._new_index[self._layer_idx])
+
+    def _remembers(self, block: Block) -> bool:
+        """Whether a block's inputs wait until it is solved: those of the MLP are wide, and quickly found again."""
+        return block.axis == "attention"
+
+    def _record(self) -> None:
+        here = [block for block in self._walk.blocks if self._kept[block.axis]]
+        tensors = {block.output.path: self._walk.module(block).weight.detach().cpu().clone() for block in here}
+        tensors |= {f"stay.{axis}": stay for (idx, axis), stay in self.chosen.items() if idx == self._layer_idx}
+        repairs = [asdict(repair) for repair in self.repairs if repair.layer_idx == self._layer_idx]
+        self._records.put(self._layer_idx, tensors, {"repairs": repairs})
+
+    def _restore(self) -> None:
+        """Put in place what an earlier run solved in the held layer."""
+        found = self._records[self._layer_idx]
+        for block in self._walk.blocks:
+            if block.output.path in found:
+                self._walk.module(block).weight.copy_(found[block.output.path])
+            if f"stay.{block.axis}" in found:
+                self.chosen[self._layer_idx, block.axis] = found[f"stay.{block.axis}"]
+        self.repairs += [Repair(**values) for values in self._records.about(self._layer_idx)["repairs"]]
+
+
+def _made_from(cut: Cut, dense: Any, batches: Sequence[Batch], options: CompensationOptions) -> dict[str, Any]:
+    return {
+        "model": digest_model(dense),
+        "pruned model": digest_model(cut.pruned),
+        "plan": cut.plan.fingerprint,
+        "calibration tokens": digest_batches(batches),
+        "sequences per batch": [len(batch.input_ids) for batch in batches],
+        "compensation": asdict(options),
+        "chosen by": dict(cut.chosen_by),
+        "torch": torch.__version__,
+    }
 
 
 def _repair_(
@@ -330,13 +374,13 @@ def _repair_(
 ) -> Repair:
     """Solve the last projection of a block again, on the inputs that stay; None = all of them."""
     where = f"layer {layer_idx}, {block.axis}"
-    stay = torch.arange(module.in_features) if stay is None else stay
+    here = slice(None) if stay is None else stay
     sliced = torch.zeros_like(module.weight, dtype=torch.float64)
-    sliced[:, stay] = module.weight[:, stay].double()
+    sliced[:, here] = module.weight[:, here].double()
     solution, condition, before = torch.zeros_like(sliced), float("inf"), equations.error(sliced)
     try:
-        gram, cross = equations.gram[stay][:, stay], equations.cross[stay]
-        solution[:, stay], condition = solve_ridge(gram, cross, sliced[:, stay], options.damping)
+        gram, cross = equations.gram[here][:, here], equations.cross[here]
+        solution[:, here], condition = solve_ridge(gram, cross, sliced[:, here], options.damping)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         logger.warning(
             "%s: kept as sliced, the normal equations cannot be solved (%s); a larger damping than %g may help",
@@ -347,63 +391,15 @@ def _repair_(
         solution = sliced
     after = equations.error(solution)
     if solution is not sliced and not after < before:
-        # The ridge optimum cannot be worse in exact arithmetic: this is rounding, or NaN.
-        logger.warning(
-            "%s: kept as sliced, least squares did not lower the error (%.3g → %.3g, condition %.1e)",
-            where,
-            before,
-            after,
-            condition,
-        )
+        # The ridge optimum cannot be worse in exact arithmetic: this is rounding, or NaN. Nothing lost, nothing said.
+        if before != 0:
+            logger.warning(
+                "%s: kept as sliced, least squares did not lower the error (%.3g → %.3g, condition %.1e)",
+                where,
+                before,
+                after,
+                condition,
+            )
         solution, after = sliced, before
     module.weight.copy_(solution)
     return Repair(layer_idx, block.axis, before, after, condition)
-
-
-def _block_input(
-    layer: nn.Module,
-    block: Block,
-    known: dict[Block, Tensor],
-    hidden: Tensor,
-    arguments: dict[str, Any],
-    scale: float,
-    remember: bool,
-) -> tuple[Tensor, Tensor]:
-    """Input of a block's last projection, and the residual stream before the block, for one batch.
-
-    The layer runs no further than that projection, and blocks before it only from their own last projections on, whose
-    inputs are `known`; with `remember` this block's joins them.
-    """
-    residual = hidden
-    seen: list[Tensor] = []
-
-    def add_earlier_block(module: nn.Module, args: Any, output: Tensor) -> None:
-        nonlocal residual
-        residual = residual + scale * output
-
-    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise StopForward
-
-    handles = [submodule(layer, earlier.adds).register_forward_hook(add_earlier_block) for earlier in known]
-    handles.append(submodule(layer, block.output.path).register_forward_pre_hook(stop))
-    try:
-        with stopped(), answering(_answers(layer, known)):
-            run_layer(layer, hidden, arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if remember:
-        known[block] = seen[0]
-    return seen[0], residual
-
-
-def _answers(layer: nn.Module, known: Mapping[Block, Tensor]) -> dict[nn.Module, Callable[..., Any]]:
-    """Blocks that only have to put the known input of their last projection through it."""
-
-    def answer(block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = submodule(layer, block.output.path)(x)
-        # Attention modules of transformers answer with their weights, too; nobody asked for those.
-        return (output, None) if block.axis == "attention" else output
-
-    return {submodule(layer, block.module): partial(answer, block, x) for block, x in known.items()}

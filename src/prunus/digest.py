@@ -13,7 +13,7 @@ from torch import Tensor
 from prunus.calibration.batches import Batch
 from prunus.layers import layers_of, outside_layers
 
-__all__ = ["digest_batches", "digest_model"]
+__all__ = ["digest_batches", "digest_model", "digest_tensors"]
 
 #: config fields that change no result
 IGNORED_FIELDS = ("architectures", "auto_map", "transformers_version", "use_cache", "dtype", "torch_dtype")
@@ -42,6 +42,13 @@ def digest_batches(batches: Iterable[Batch]) -> str:
     for batch in batches:
         mask = batch.attention_mask
         _add(digest, [("ids", batch.input_ids), *([] if mask is None else [("mask", mask)])])
+    return digest.hexdigest()
+
+
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over the name, dtype, shape and bytes of tensors, in order."""
+    digest = hashlib.sha256()
+    _add(digest, tensors)
     return digest.hexdigest()
 
 

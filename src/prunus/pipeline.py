@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunus.calibration import Calibration
+from prunus.calibration import Batch, Calibration
 from prunus.checkpoint import check_output
 from prunus.compensation import CompensationOptions, Repair, compensate_
-from prunus.errors import CalibrationError, OptionError
 from prunus.groups import Geometry
 from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, load_or_open, model_name, open_inputs
 from prunus.metering import metered
 from prunus.packaged_model import resolve_model
 from prunus.plan import Plan
+from prunus.recipe import check_recipe
 from prunus.reselection import hand_out_scores, reselect
 from prunus.result_folder import save_result
 from prunus.rounds import carry_over, schedule
 from prunus.scoring import Score, ScoringOptions, score
 from prunus.selection import Constraints, check_reachable, select
+from prunus.statistics import Statistics
 from prunus.surgery import apply_plan
 from prunus.sweep.estimate import Workload
 from prunus.version import __version__
@@ -83,69 +85,60 @@ def prune(
         progress: show progress bars on a terminal.
 
     Raises:
-        CalibrationError: the method needs calibration sequences.
+        OptionError: the recipe cannot work, see `check_recipe`; like the next two before any pass over the model.
+        CalibrationError: the recipe needs calibration sequences.
+        StatisticsError: `scored` lacks what the repair chooses by.
         BudgetError: the ratio cannot be reached under the constraints.
         UnsupportedModelError: the model's family is not described.
     """
-    shares, scoring = schedule(ratio, rounds), scoring or ScoringOptions()
-    if rounds > 1 and constraints is not None and constraints.shape == "uniform":
-        raise OptionError(
-            "shape uniform goes with one round: a later one could choose more attention groups than an earlier one left"
-        )
+    scoring, sequences = scoring or ScoringOptions(), None if calibration is None else len(calibration)
+    check_recipe(ratio, scoring, constraints, compensation, rounds, sequences=sequences, scored=scored)
     geometry = Geometry.of(model)
     check_reachable(geometry, ratio, constraints)
-    if compensation is not None and calibration is None:
-        raise CalibrationError("compensation needs calibration sequences; give some, or leave compensation out")
-    curvature = compensation is not None and compensation.reselect
-    if curvature and not scoring.takes_gradients:
-        raise OptionError(
-            f"reselect needs gradients, which method {scoring.method} does not take; choose another method, or leave "
-            "reselect out"
-        )
-    works = [work / f"round-{number}" if work else None for number in range(1, rounds + 1)]
-    scored = scored or score(model, calibration, scoring, curvature=curvature, work=works[0], progress=progress)
-    # Later rounds decide less than the first, and only the last repair stays: they do with a part of the sequences.
-    half = _first(calibration, 2) if calibration is not None else None
-    plan, smaller, table, statistics = Plan.keep_all(geometry), model, scored.table, scored.statistics
-    repairs: list[Repair] = []
-    for number, share in enumerate(shares):
-        last = number == len(shares) - 1
-        batches = (
-            list(_first(calibration, 1 if last else 4).batches(scoring.batch_size)) if calibration is not None else []
-        )
-        if number:
-            again = score(smaller, half, scoring, curvature=curvature, work=works[number], progress=progress)
-            table, statistics = carry_over(table, plan, again.table), again.statistics
-        further = select(table, geometry, share, constraints)
-        if compensation is None:
-            smaller = apply_plan(smaller, further.after(plan, Geometry.of(smaller)))
-        elif compensation.reselect:
-            assert statistics is not None
-            smaller, further, repairs = reselect(
-                smaller, plan, model, further, statistics, batches, compensation, progress=progress
-            )
-            table = hand_out_scores(table, further)
-        else:
-            smaller = apply_plan(smaller, further.after(plan, Geometry.of(smaller)))
-            folder = works[number]
-            repairs = compensate_(
-                smaller,
-                model,
-                further,
-                batches,
-                compensation,
-                work=folder / "compensation" if folder else None,
-                progress=progress,
-            )
-        plan = further
+    take = partial(score, options=scoring, curvature=compensation is not None and compensation.reselect)
+    steps = schedule(ratio, rounds)
+    folders = [work / f"round-{step.number}" if work else None for step in steps]
+    scored = scored or take(model, calibration, work=folders[0], progress=progress)
+    smaller, done, table, statistics = model, Plan.keep_all(geometry), scored.table, scored.statistics
+    for step, folder in zip(steps, folders, strict=True):
+        if step.number > 1:
+            again = take(smaller, _first(calibration, step.scored_on), work=folder, progress=progress)
+            table, statistics = carry_over(table, done, again.table), again.statistics
+        plan = select(table, geometry, step.share, constraints)
+        fit = _first(calibration, step.repaired_on)
+        batches = list(fit.batches(scoring.batch_size)) if fit is not None else []
+        smaller, kept, repairs = _cut(smaller, done, model, plan, statistics, batches, compensation, folder, progress)
+        table, done = table if kept == plan else hand_out_scores(table, kept), kept
     scored = replace(scored, table=table, about={**scored.about, "rounds": rounds})
-    return PruneResult(smaller, plan, scored, repairs)
+    return PruneResult(smaller, done, scored, repairs)
 
 
-def _first(calibration: Calibration, divisor: int) -> Calibration:
-    """The first 1/divisor of the sequences, at least one."""
-    count = max(1, len(calibration) // divisor)
-    return calibration if count == len(calibration) else calibration.split(len(calibration) - count)[0]
+def _first(calibration: Calibration | None, part: Callable[[int], int]) -> Calibration | None:
+    """The first sequences, as many as `part` says of their number."""
+    if calibration is None or part(len(calibration)) == len(calibration):
+        return calibration
+    return calibration.split(len(calibration) - part(len(calibration)))[0]
+
+
+def _cut(
+    model: Any,
+    done: Plan,
+    dense: Any,
+    plan: Plan,
+    statistics: Statistics | None,
+    batches: Sequence[Batch],
+    compensation: CompensationOptions | None,
+    work: Path | None,
+    progress: bool,
+) -> tuple[Any, Plan, Sequence[Repair]]:
+    """Cut what earlier rounds left (`done`), and repair it as asked: the result, what it keeps, the repairs."""
+    work = work / "compensation" if work else None
+    if compensation is not None and compensation.reselect:
+        return reselect(model, done, dense, plan, statistics, batches, compensation, work=work, progress=progress)
+    smaller, repairs = apply_plan(model, plan.after(done, Geometry.of(model))), []
+    if compensation is not None:
+        repairs = compensate_(smaller, dense, plan, batches, compensation, work=work, progress=progress)
+    return smaller, plan, repairs
 
 
 def prune_checkpoint(
@@ -191,7 +184,9 @@ def prune_checkpoint(
         PrunusError: whatever is wrong with options, model, text or folder, as far as possible before any long work.
     """
     calibration, scoring = calibration or CalibrationOptions(), scoring or ScoringOptions()
-    schedule(ratio, rounds)
+    calibrate = scoring.needs_calibration or compensation is not None
+    sequences = calibration.samples if calibrate else None
+    check_recipe(ratio, scoring, constraints, compensation, rounds, sequences=sequences)
     folder = WorkFolder(out, work)
     inputs = open_inputs(
         model,
@@ -204,7 +199,7 @@ def prune_checkpoint(
         engine=scoring.engine,
         workload=Workload(scoring.needs, batch_size=scoring.batch_size, compensate=compensation is not None),
         work=folder.path,
-        calibrate=scoring.needs_calibration or compensation is not None,
+        calibrate=calibrate,
         save_model=True,
         overwrite=overwrite,
         progress=progress,

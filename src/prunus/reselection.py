@@ -20,6 +20,7 @@ of Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Ap
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,21 @@ import torch
 from torch import Tensor
 
 from prunus.calibration import Batch
-from prunus.compensation import CompensationOptions, NormalEquations, Repair, compensate_
+from prunus.compensation import CompensationOptions, Cut, Repair, compensate_together_
+from prunus.digest import digest_tensors
 from prunus.errors import StatisticsError
 from prunus.families import Axis
 from prunus.groups import Geometry
+from prunus.least_squares import NormalEquations
 from prunus.plan import Plan
 from prunus.statistics import Statistics
 from prunus.surgery import apply_plan
+from prunus.table import rank_table
 
-__all__ = ["choose_columns", "hand_out_scores", "reselect"]
+__all__ = ["CHOSEN_BY", "choose_columns", "hand_out_scores", "reselect"]
+
+#: the statistic that says what an error of an MLP's output costs
+CHOSEN_BY = "output_fisher.mlp"
 
 #: at most so many steps of elimination in a layer, so that wide layers take out more channels at a time
 STEPS = 192
@@ -47,10 +54,11 @@ def reselect(
     done: Plan,
     dense: Any,
     plan: Plan,
-    statistics: Statistics,
+    statistics: Statistics | None,
     batches: Sequence[Batch],
     options: CompensationOptions,
     *,
+    work: Path | None = None,
     progress: bool = True,
 ) -> tuple[Any, Plan, list[Repair]]:
     """Cut and repair a model, choosing anew which MLP channels of each layer stay.
@@ -63,6 +71,7 @@ def reselect(
         statistics: of `model`, with `output_fisher.mlp`.
         batches: calibration sequences.
         options: ridge and target of the repair.
+        work: folder from which a killed run goes on with the same result, see `prunus.compensation.Cut`.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -71,7 +80,7 @@ def reselect(
     Raises:
         StatisticsError: the statistics lack the output Fisher.
     """
-    geometry = Geometry.of(dense)
+    geometry, fisher = Geometry.of(dense), _output_fisher(statistics, done)
     # Attention is cut at once; the MLP channels stay until the repair reaches them, except where the whole block goes.
     wide = Plan.from_kept(
         geometry,
@@ -81,24 +90,25 @@ def reselect(
         ],
     )
     smaller = apply_plan(model, wide.after(done, Geometry.of(model)))
-    fisher = _output_fisher(statistics, done)
-    chosen: dict[int, Tensor] = {}
+    keep = [len(layer.mlp) for layer in plan.layers]
 
     def choose(layer_idx: int, axis: Axis, equations: NormalEquations, weight: Tensor) -> Tensor | None:
-        keep = len(plan.layers[layer_idx].mlp)
-        if axis != "mlp" or keep == weight.shape[1]:
+        if axis != "mlp" or keep[layer_idx] == weight.shape[1]:
             return None
-        chosen[layer_idx] = choose_columns(equations, weight, fisher[layer_idx], keep, options.damping)
-        return chosen[layer_idx]
+        return choose_columns(equations, weight, fisher[layer_idx], keep[layer_idx], options.damping)
 
-    repairs = compensate_(smaller, dense, wide, batches, options, choose=choose, progress=progress)
+    chosen_by: dict[str, Any] = {}
+    if work is not None:
+        chosen_by = {"channels": keep, CHOSEN_BY: digest_tensors((str(i), fisher[i]) for i in sorted(fisher))}
+    cut = Cut(smaller, wide, choose, chosen_by, work)
+    repaired = compensate_together_([cut], dense, batches, options, progress=progress)[0]
     kept: list[dict[Axis, Iterable[int]]] = []
     for layer_idx, layer in enumerate(wide.layers):
-        numbers = np.asarray(layer.mlp)
-        mlp = numbers[chosen[layer_idx].numpy()] if layer_idx in chosen else numbers
+        stay = repaired.chosen.get((layer_idx, "mlp"))
+        mlp = layer.mlp if stay is None else np.asarray(layer.mlp)[stay.numpy()]
         kept.append({"attention": layer.attention, "mlp": mlp})
     final = Plan.from_kept(geometry, kept)
-    return apply_plan(smaller, final.after(wide, Geometry.of(smaller))), final, repairs
+    return apply_plan(smaller, final.after(wide, Geometry.of(smaller))), final, repaired.repairs
 
 
 def choose_columns(equations: NormalEquations, weight: Tensor, fisher: Tensor, keep: int, damping: float) -> Tensor:
@@ -152,20 +162,21 @@ def hand_out_scores(table: pd.DataFrame, plan: Plan) -> pd.DataFrame:
         stays = rows["group_idx"].isin(plan.layers[layer_idx][axis]).to_numpy()
         groups = rows["group_idx"].to_numpy()
         parts.append(rows.assign(group_idx=np.concatenate([groups[~stays], groups[stays]])))
-    return pd.concat(parts).sort_values(
-        ["score", "layer_idx", "group_type", "importance", "group_idx"], ignore_index=True
-    )
+    handed_out = pd.concat(parts, ignore_index=True)
+    return rank_table(handed_out, scores=handed_out["score"])
 
 
-def _output_fisher(statistics: Statistics, done: Plan) -> Mapping[int, Tensor]:
+def _output_fisher(statistics: Statistics | None, done: Plan) -> Mapping[int, Tensor]:
     """The output Fisher of each MLP, by layer of the dense model."""
-    try:
-        return {
-            layer_idx: layer["output_fisher.mlp"]
-            for layer_idx, layer in zip(done.surviving_layers, statistics.layers, strict=True)
-        }
-    except (KeyError, ValueError) as error:
+    layers = done.surviving_layers
+    if statistics is None or not statistics.has(CHOSEN_BY):
         raise StatisticsError(
-            "choosing channels again needs the statistic output_fisher.mlp of every layer; take it, or repair without "
-            f"reselect ({type(error).__name__}: {error})"
-        ) from error
+            f"choosing channels again needs the statistic {CHOSEN_BY} of every layer; take it, or repair without "
+            "reselect"
+        )
+    if len(statistics.layers) != len(layers):
+        raise StatisticsError(
+            f"the statistics are of {len(statistics.layers)} layers, the model that is cut has {len(layers)}; take "
+            "them of that model"
+        )
+    return {layer_idx: layer[CHOSEN_BY] for layer_idx, layer in zip(layers, statistics.layers, strict=True)}

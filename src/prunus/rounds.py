@@ -10,6 +10,7 @@ Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -17,12 +18,38 @@ import pandas as pd
 from prunus.errors import OptionError
 from prunus.families import AXES
 from prunus.plan import Plan
+from prunus.table import rank_table
 
-__all__ = ["carry_over", "schedule"]
+__all__ = ["Round", "carry_over", "schedule"]
 
 
-def schedule(ratio: float, rounds: int) -> Sequence[float]:
-    """The share of all parameters that is gone after each round: equal parts.
+@dataclass(frozen=True)
+class Round:
+    """One round of a cut.
+
+    Later rounds decide less than the first, and only the last repair stays: they do with a part of the sequences.
+
+    Attributes:
+        number: counted from 1.
+        share: of all parameters that is gone after it.
+        last: whether it is the last one.
+    """
+
+    number: int
+    share: float
+    last: bool
+
+    def scored_on(self, sequences: int) -> int:
+        """How many of the calibration sequences its scores are taken on."""
+        return sequences if self.number == 1 else max(1, sequences // 2)
+
+    def repaired_on(self, sequences: int) -> int:
+        """How many of the calibration sequences its repair is made on."""
+        return sequences if self.last else max(1, sequences // 4)
+
+
+def schedule(ratio: float, rounds: int) -> Sequence[Round]:
+    """Rounds that each cut an equal part.
 
     Args:
         ratio: share of all parameters to remove in the end.
@@ -33,7 +60,7 @@ def schedule(ratio: float, rounds: int) -> Sequence[float]:
     """
     if rounds < 1:
         raise OptionError(f"rounds is {rounds}; it must be at least 1")
-    return [ratio * number / rounds for number in range(1, rounds + 1)]
+    return [Round(number, ratio * number / rounds, number == rounds) for number in range(1, rounds + 1)]
 
 
 def carry_over(earlier: pd.DataFrame, plan: Plan, later: pd.DataFrame) -> pd.DataFrame:
@@ -65,4 +92,5 @@ def carry_over(earlier: pd.DataFrame, plan: Plan, later: pd.DataFrame) -> pd.Dat
         spread = max(float(gone["score"].max() - gone["score"].min()), abs(float(left["score"].min())), 1e-300)
         floor = float(left["score"].min()) - spread
         gone = gone.assign(score=gone["score"] - gone["score"].max() + floor)
-    return pd.concat([gone, left]).sort_values(["score", *keys[:2], "importance", "group_idx"], ignore_index=True)
+    table = pd.concat([gone, left], ignore_index=True)
+    return rank_table(table, scores=table["score"])

@@ -1,6 +1,7 @@
 """Tensors that wait between two passes over the layers, in memory or on disk.
 
-A series holds one tensor per batch, under a name; it is written in one go and read batch by batch.
+A series holds one tensor per batch, under a name; it is written in one go and read batch by batch. Slots hold one
+tensor per batch, each of which is replaced by itself.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from prunus.tensor_file import TensorFile, TensorLayout, write_tensors
 
-__all__ = ["DiskSpool", "Spool"]
+__all__ = ["DiskSlots", "DiskSpool", "Slots", "Spool"]
 
 
 class Spool:
@@ -81,3 +83,46 @@ class DiskSpool(Spool):
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
+
+
+class Slots:
+    """Tensors by number, in memory, on the device that they came from."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, Tensor] = {}
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self._tensors[number]
+
+    def __setitem__(self, number: int, tensor: Tensor) -> None:
+        self._tensors[number] = tensor.detach()
+
+    def __delitem__(self, number: int) -> None:
+        del self._tensors[number]
+
+
+class DiskSlots(Slots):
+    """Tensors by number, each in a file of its own.
+
+    Args:
+        folder: made anew; what an earlier run left there is deleted.
+        device: where tensors go when they are read.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        super().__init__()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._folder, self._device = folder, device
+
+    def __getitem__(self, number: int) -> Tensor:
+        return TensorFile(self._path(number)).read("tensor").to(self._device)
+
+    def __setitem__(self, number: int, tensor: Tensor) -> None:
+        write_tensors(self._path(number), {"tensor": TensorLayout.of(tensor)}, [("tensor", tensor)])
+
+    def __delitem__(self, number: int) -> None:
+        self._path(number).unlink()
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:05d}.safetensors"
