@@ -18,6 +18,7 @@ from prunus.groups import Geometry
 from prunus.least_squares import solve_ridge
 from prunus.plan import Plan
 from prunus.surgery import apply_plan
+from prunus.temperature import fit_temperature_
 
 
 def half(geometry: Geometry) -> Plan:
@@ -27,6 +28,19 @@ def half(geometry: Geometry) -> Plan:
 
 def as_batches(input_ids, size=2):
     return [Batch(ids, None) for ids in input_ids.split(size)]
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+def test_the_temperature_is_fitted_to_the_repaired_model(case):
+    model = make_model(*case)
+    plan, batches = half(Geometry.of(model)), as_batches(random_tokens(batch=6, seq_len=16))
+    fitted, expected = apply_plan(model, plan), apply_plan(model, plan)
+    compensate_(fitted, model, plan, batches, progress=False)
+    compensate_(expected, model, plan, batches, CompensationOptions(temperature=False), progress=False)
+    fit_temperature_(expected, batches)
+    for name, tensor in fitted.state_dict().items():
+        # The residual stream was added up block by block: in float32 that is the layer's own sum to rounding.
+        torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0.01, atol=1e-6)
 
 
 def test_solve_ridge_is_the_least_squares_solution_of_the_augmented_system():
@@ -105,7 +119,8 @@ def test_only_output_projections_change_and_the_output_comes_closer():
     ids, unseen = random_tokens(batch=32, seq_len=24), random_tokens(batch=8, seq_len=24, seed=9)
     pruned = apply_plan(model, plan)
     before = copy.deepcopy(pruned)
-    repairs = compensate_(pruned, model, plan, as_batches(ids, 8), progress=False)
+    options = CompensationOptions(temperature=False)
+    repairs = compensate_(pruned, model, plan, as_batches(ids, 8), options, progress=False)
     changed = {
         name for name, weight in pruned.state_dict().items() if not torch.equal(weight, before.state_dict()[name])
     }

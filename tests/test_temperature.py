@@ -41,7 +41,9 @@ def test_the_factor_is_the_best_of_a_fine_grid_and_stands_in_the_norm(case):
     found = fit_temperature_(model, [Batch(part, None) for part in ids.split(2)])
     assert found == pytest.approx(best, abs=0.02)
     assert losses(model, ids) == pytest.approx(losses(before, ids, found), rel=1e-5)
-    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before.state_dict()[name])]
+    changed = [
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before.state_dict()[name])
+    ]
     assert changed == ["model.norm.weight"]
 
 

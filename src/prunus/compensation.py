@@ -44,6 +44,7 @@ from prunus.plan import Plan
 from prunus.records import Records
 from prunus.sweep.block_walk import BlockWalk
 from prunus.sweep.spool import DiskSlots, Slots
+from prunus.temperature import fit_temperature_
 
 __all__ = ["Chooser", "CompensationOptions", "Cut", "Repair", "Repaired", "compensate_", "compensate_together_"]
 
@@ -59,11 +60,13 @@ class CompensationOptions:
         residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
         reselect: let the repair choose which MLP channels stay in a layer, of the number that the plan keeps there, see
             `prunus.reselection`; for methods that take gradients.
+        temperature: at the end, multiply the logits by the factor that fits the text best, see `prunus.temperature`.
     """
 
     damping: float = 1e-1
     residual: float = 1.0
     reselect: bool = False
+    temperature: bool = True
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
@@ -122,11 +125,13 @@ class Repaired:
     Attributes:
         repairs: one record per remaining block, in the order in which they were repaired.
         chosen: (layer of the dense model, axis) → the inputs that `Cut.choose` let stay, where it chose.
+        temperature: the factor on its logits; 1 where none was wanted, or nothing cut.
         seconds: wall-clock time of this model's repair and of the dense model's pass, which may have served others too.
     """
 
     repairs: list[Repair]
     chosen: Mapping[tuple[int, Axis], Tensor]
+    temperature: float
     seconds: float
 
 
@@ -220,8 +225,10 @@ def compensate_together_(
                         one.repair(block)
                 for one in repairing:
                     one.finish_layer()
+        for one in repairing:
+            one.finish(batches)
     shared = time.perf_counter() - start - sum(one.seconds for one in repairing)
-    return [Repaired(one.repairs, one.chosen, shared + one.seconds) for one in repairing]
+    return [Repaired(one.repairs, one.chosen, one.temperature, shared + one.seconds) for one in repairing]
 
 
 @contextmanager
@@ -251,6 +258,7 @@ class _Repairing:
         start = time.perf_counter()
         self.repairs: list[Repair] = []
         self.chosen: dict[tuple[int, Axis], Tensor] = {}
+        self.temperature = 1.0
         self._cut, self._options = cut, options
         self._records = Records(cut.work, _made_from(cut, dense, batches, options) if cut.work is not None else None)
         self._walk, self._inputs = BlockWalk(cut.pruned, batches, wait("hidden")), wait("inputs")
@@ -328,6 +336,14 @@ class _Repairing:
         if not self._known and self._cut.work is not None:
             self._record()
         self._walk.layers.keep(self._new_index[self._layer_idx])
+
+    def finish(self, batches: Sequence[Batch]) -> None:
+        """Fit the logits of the repaired model."""
+        start = time.perf_counter()
+        plan = self._cut.plan
+        if self._options.temperature and (plan.kept_widths != plan.widths or self.chosen):
+            self.temperature = fit_temperature_(self._cut.pruned, batches, residual=self._walk.hidden)
+        self.seconds += time.perf_counter() - start
 
     def _remembers(self, block: Block) -> bool:
         """Whether a block's inputs wait until it is solved: those of the MLP are wide, and quickly found again."""

@@ -24,6 +24,7 @@ from prunus.families import family_of
 from prunus.groups import submodule
 from prunus.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
 from prunus.sweep.blocks import last_hidden_states
+from prunus.sweep.spool import Slots
 
 __all__ = ["fit_temperature_"]
 
@@ -34,22 +35,30 @@ LOWEST, HIGHEST, TOLERANCE = 0.5, 2.0, 0.01
 
 
 @torch.no_grad()
-def fit_temperature_(model: Any, batches: Sequence[Batch], *, tokens: int = TOKENS) -> float:
+def fit_temperature_(
+    model: Any, batches: Sequence[Batch], *, residual: Slots | None = None, tokens: int = TOKENS
+) -> float:
     """Scale the last norm of a model so that its logits fit calibration text best.
 
     Args:
         model: in memory or opened; the weight of its last norm is changed.
         batches: calibration sequences, of which evenly spaced ones are used.
+        residual: the residual stream after the last layer for every batch, if somebody has it.
         tokens: about how many tokens to measure on.
 
     Returns:
         s, the factor on the hidden states before the head: below 1 where the model was too sure.
     """
     family = family_of(model.config)
-    chosen = batches[:: max(1, sum(batch.input_ids.numel() for batch in batches) // tokens)]
-    head = head_function(model)
+    norm, head = submodule(model, family.final_norm), head_function(model)
+    numbers = range(0, len(batches), max(1, sum(batch.input_ids.numel() for batch in batches) // tokens))
+    chosen = [batches[number] for number in numbers]
     with evaluation_mode(model):
-        hidden = list(last_hidden_states(model, chosen))
+        hidden = (
+            [norm(residual[number]) for number in numbers]
+            if residual is not None
+            else list(last_hidden_states(model, chosen))
+        )
         labels = [
             next_token_labels(batch.input_ids, batch.attention_mask).to(states.device)
             for batch, states in zip(chosen, hidden, strict=True)
@@ -64,8 +73,7 @@ def fit_temperature_(model: Any, batches: Sequence[Batch], *, tokens: int = TOKE
         if all(bool((wanted == IGNORE_INDEX).all()) for wanted in labels):
             return 1.0
         factor = _lowest(loss)
-    weight = submodule(model, family.final_norm).weight
-    weight.copy_(factor * (weight.float() + family.norm_offset) - family.norm_offset)
+    norm.weight.copy_(factor * (norm.weight.float() + family.norm_offset) - family.norm_offset)
     return factor
 
 
