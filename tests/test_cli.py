@@ -130,7 +130,7 @@ def test_prune_as_a_python_call_gives_the_same_model(capsys, tmp_path, folder, t
     calibration = prunus.load_calibration(str(text), tokenizer, samples=6, seq_len=24)
     options = ["--ratio", "0.25", "--calibration", text, *SIZES, "--held-out", "0"]
     recipe = {
-        "scoring": prunus.ScoringOptions(method="gate_fisher"),
+        "scoring": prunus.ScoringOptions(method="gate_fisher", attention_weight=1.5),
         "compensation": prunus.CompensationOptions(),
         "rounds": 3,
     }
@@ -144,7 +144,8 @@ def test_prune_as_a_python_call_gives_the_same_model(capsys, tmp_path, folder, t
 def test_compensation_changes_weights_but_not_the_plan(capsys, tmp_path, folder, text):
     options = ["--ratio", "0.3", "--calibration", text, "--samples", "24", "--seq-len", "24", "--held-out", "0"]
     run(capsys, "prune", folder, "--out", tmp_path / "plain", *options, *PLAIN)
-    run(capsys, "prune", folder, "--out", tmp_path / "repaired", *options, "--method", "taylor", "--rounds", "1")
+    repaired = ["--method", "taylor", "--rounds", "1", "--attention-weight", "1"]
+    run(capsys, "prune", folder, "--out", tmp_path / "repaired", *options, *repaired)
     plans = [(tmp_path / name / "prunus" / "plan.json").read_text() for name in ("plain", "repaired")]
     assert plans[0] == plans[1]
     plain, repaired = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "repaired"))

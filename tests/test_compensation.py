@@ -36,7 +36,7 @@ def test_the_temperature_is_fitted_to_the_repaired_model(case):
     plan, batches = half(Geometry.of(model)), as_batches(random_tokens(batch=6, seq_len=16))
     fitted, expected = apply_plan(model, plan), apply_plan(model, plan)
     compensate_(fitted, model, plan, batches, progress=False)
-    compensate_(expected, model, plan, batches, CompensationOptions(temperature=False), progress=False)
+    compensate_(expected, model, plan, batches, CompensationOptions(fit_logits=False), progress=False)
     fit_temperature_(expected, batches)
     for name, tensor in fitted.state_dict().items():
         # The residual stream was added up block by block: in float32 that is the layer's own sum to rounding.
@@ -119,7 +119,7 @@ def test_only_output_projections_change_and_the_output_comes_closer():
     ids, unseen = random_tokens(batch=32, seq_len=24), random_tokens(batch=8, seq_len=24, seed=9)
     pruned = apply_plan(model, plan)
     before = copy.deepcopy(pruned)
-    options = CompensationOptions(temperature=False)
+    options = CompensationOptions(fit_logits=False)
     repairs = compensate_(pruned, model, plan, as_batches(ids, 8), options, progress=False)
     changed = {
         name for name, weight in pruned.state_dict().items() if not torch.equal(weight, before.state_dict()[name])

@@ -57,8 +57,9 @@ MODEL is a folder, a Hub id, or `smollm2-135m` for the packaged SmolLM2-135M-Ins
 app = App(name="prunus", help=HELP, version=__version__, help_format="markdown", suppress_keyboard_interrupt=False)
 out_console = Console()
 
-#: rounds of the default recipe: as many as three times the time of first-order Taylor allows
+#: the default recipe of `prunus prune`, beside its method: chosen on held-out calibration text, see benchmarks/LOG.md
 DEFAULT_ROUNDS = 3
+DEFAULT_ATTENTION_WEIGHT = 1.5
 
 
 def _split_commas(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
@@ -114,6 +115,8 @@ class _ScoringFlags(ScoringOptions):
 class _RecipeFlags(_ScoringFlags):
     __doc__ = ScoringOptions.__doc__
     method: str = "gate_fisher"
+    # An option of the command, whose default depends on others.
+    attention_weight: Annotated[float, Parameter(parse=False)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,9 @@ class _SelectionFlags(Constraints):
 ModelName = Annotated[str, Parameter(name="MODEL")]
 ModelFlags = Annotated[ModelOptions, Parameter(name="*", group=Group("Model", sort_key=1))]
 CalibrationFlags = Annotated[CalibrationOptions, Parameter(name="*", group=Group("Calibration", sort_key=2))]
-RecipeFlags = Annotated[_RecipeFlags, Parameter(name="*", group=Group("Scoring", sort_key=3))]
-ScoringFlags = Annotated[_ScoringFlags, Parameter(name="*", group=Group("Scoring", sort_key=3))]
+_SCORING = Group("Scoring", sort_key=3)
+RecipeFlags = Annotated[_RecipeFlags, Parameter(name="*", group=_SCORING)]
+ScoringFlags = Annotated[_ScoringFlags, Parameter(name="*", group=_SCORING)]
 _SELECTION = Group("Selection", sort_key=4)
 SelectionFlags = Annotated[_SelectionFlags, Parameter(name="*", group=_SELECTION)]
 _COMPENSATION = Group("Compensation", sort_key=5)
@@ -149,6 +153,7 @@ def prune(
     ratio: float = 0.25,
     calibration: CalibrationFlags = CalibrationOptions(),
     scoring: RecipeFlags = _RecipeFlags(),
+    attention_weight: Annotated[float | None, Parameter(group=_SCORING)] = None,
     selection: SelectionFlags = _SelectionFlags(),
     compensate: Annotated[bool, Parameter(group=_COMPENSATION)] = True,
     compensation: CompensationFlags = CompensationOptions(),
@@ -161,13 +166,16 @@ def prune(
 ) -> None:
     """Prune a model and save the smaller one: score, plan, apply, repair and measure in one go.
 
-    The defaults are the recipe that did best in benchmarks/RESULTS.md. `--method taylor --no-compensate --rounds 1` is
-    plain first-order Taylor pruning, in a third of the time.
+    The defaults are a recipe that was measured, see benchmarks/RESULTS.md. `--method taylor --no-compensate --rounds 1`
+    is plain first-order Taylor pruning.
 
     Args:
         model: folder, Hub id or `smollm2-135m`.
         out: folder for the result; it appears when it is complete.
         ratio: share of all parameters to remove, in [0, 1).
+        attention_weight: factor on the scores of attention groups; by default 1.5, as repair makes up for lost channels
+            better than for lost attention, and 1 with
+            `--no-compensate` or `--normalize zscore`.
         compensate: repair the remaining weights by least squares on the calibration sequences.
         rounds: cut in so many equal parts, scoring what is left (and repaired) before each next one; by default 3, but
             1 for `--shape uniform`, which knows no more.
@@ -181,7 +189,10 @@ def prune(
         out,
         ratio,
         calibration=calibration,
-        scoring=_seeded(scoring, calibration),
+        scoring=replace(
+            _seeded(scoring, calibration),
+            attention_weight=_attention_weight(scoring, compensate) if attention_weight is None else attention_weight,
+        ),
         constraints=selection,
         compensation=compensation if compensate else None,
         rounds=rounds or (1 if selection.shape == "uniform" else DEFAULT_ROUNDS),
@@ -532,6 +543,11 @@ def _seeded(scoring: ScoringOptions, calibration: CalibrationOptions) -> Scoring
     if method != scoring.method and scoring.method != type(scoring).method:
         raise OptionError(f"--hybrid goes with --method hybrid, not with --method {scoring.method}")
     return ScoringOptions(**{**scoring.__dict__, "method": method, "random_seed": calibration.seed})
+
+
+def _attention_weight(scoring: ScoringOptions, compensate: bool) -> float:
+    # Standard scores may be negative, and take no factor.
+    return DEFAULT_ATTENTION_WEIGHT if compensate and scoring.normalize != "zscore" else 1.0
 
 
 def _typed_command() -> str:

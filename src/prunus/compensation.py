@@ -60,13 +60,13 @@ class CompensationOptions:
         residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
         reselect: let the repair choose which MLP channels stay in a layer, of the number that the plan keeps there, see
             `prunus.reselection`; for methods that take gradients.
-        temperature: at the end, multiply the logits by the factor that fits the text best, see `prunus.temperature`.
+        fit_logits: at the end, multiply the logits by the factor that fits the text best, see `prunus.temperature`.
     """
 
     damping: float = 1e-1
     residual: float = 1.0
     reselect: bool = False
-    temperature: bool = True
+    fit_logits: bool = True
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
@@ -341,7 +341,7 @@ class _Repairing:
         """Fit the logits of the repaired model."""
         start = time.perf_counter()
         plan = self._cut.plan
-        if self._options.temperature and (plan.kept_widths != plan.widths or self.chosen):
+        if self._options.fit_logits and (plan.kept_widths != plan.widths or self.chosen):
             self.temperature = fit_temperature_(self._cut.pruned, batches, residual=self._walk.hidden)
         self.seconds += time.perf_counter() - start
 

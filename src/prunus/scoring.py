@@ -22,6 +22,7 @@ from prunus.priors import Prior, PriorOptions, measure_prior, weigh
 from prunus.statistics import ActivationStatistics, OutputFisher, Statistics
 from prunus.sweep import ENGINES, EngineChoice, sweep
 from prunus.table import NORMALIZATIONS, Normalization, build_table, load_table, rank_table, save_table
+from prunus.weighing import weigh_scores
 
 __all__ = ["Score", "ScoringOptions", "score", "score_by_methods", "take_statistics"]
 
@@ -40,6 +41,8 @@ class ScoringOptions(MethodOptions):
         adaptive: what the adaptive method chooses from.
         normalize: how importances of different layers are made comparable.
         priors: how scores are weighed by what their layer is worth.
+        attention_weight: factor on the scores of attention groups. Repair makes up for lost channels better than for
+            lost attention, so that above 1 goes with compensation.
         batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
         engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
             time, which takes longer, reads weights from disk when their turn comes and holds the gradients of one layer
@@ -55,6 +58,7 @@ class ScoringOptions(MethodOptions):
     hybrid: Weights = DEFAULT_MIX
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     priors: PriorOptions = field(default_factory=PriorOptions)
+    attention_weight: float = 1.0
     batch_size: int = 1
     engine: EngineChoice = "auto"
 
@@ -69,6 +73,8 @@ class ScoringOptions(MethodOptions):
             raise OptionError(f"normalization {self.normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
         if self.engine not in ("auto", *ENGINES):
             raise OptionError(f"engine {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
+        if not 0 < self.attention_weight < float("inf"):
+            raise OptionError(f"attention weight is {self.attention_weight}; it must be positive and finite")
         if self.batch_size < 1:
             raise OptionError(f"batch size is {self.batch_size}; it must be at least 1")
 
@@ -259,6 +265,8 @@ def _score(
             assert calibration is not None
             prior = measure_prior(model, calibration, options.priors.prior, progress=progress)
             table = weigh(table, prior, options.priors)
+        if options.attention_weight != 1:
+            table = weigh_scores(table, {"attention": [options.attention_weight] * len(geometry.widths)})
     peaks = [peak for peak in (shared.peak_bytes, cost.peak_bytes) if peak is not None]
     about = {
         "scoring": asdict(options),
