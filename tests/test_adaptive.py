@@ -17,7 +17,7 @@ from prunus.errors import CalibrationError, OptionError
 from prunus.families import AXES
 from prunus.groups import Geometry
 from prunus.plan import Plan
-from prunus.scoring import ScoringOptions, score, score_by_methods
+from prunus.scoring import ScoringOptions, score, score_together
 from prunus.surgery import apply_plan
 
 CANDIDATES = ("taylor", "magnitude", "gate_fisher")
@@ -130,11 +130,22 @@ def test_depth_bands_choose_for_themselves(model, calibration):
 
 
 def test_other_methods_beside_it_see_all_sequences(model, calibration):
-    together = score_by_methods(
+    together = score_together(
         model, calibration, [ScoringOptions(method="adaptive"), ScoringOptions(method="taylor")], progress=False
     )
     alone = score(model, calibration, ScoringOptions(method="taylor"), progress=False)
-    assert together["taylor"].table.equals(alone.table)
+    assert together[1].table.equals(alone.table)
+
+
+def test_ways_of_one_method_are_told_apart(model, calibration):
+    ways = [
+        ScoringOptions(method="hybrid", hybrid=(("taylor", 1.0),)),
+        ScoringOptions(method="hybrid", hybrid=(("gate_fisher", 1.0),)),
+        ScoringOptions(method="taylor_2nd"),
+        ScoringOptions(method="taylor_2nd", hessian="empirical_fisher"),
+    ]
+    for way, found in zip(ways, score_together(model, calibration, ways, progress=False), strict=True):
+        assert found.table.equals(score(model, calibration, way, progress=False).table)
 
 
 def test_what_it_needs(model, calibration):

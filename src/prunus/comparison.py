@@ -19,7 +19,7 @@ from prunus.metering import metered
 from prunus.pipeline import prune
 from prunus.recipe import check_recipe
 from prunus.replacing import replacing
-from prunus.scoring import Score, ScoringOptions, score_by_methods
+from prunus.scoring import Score, ScoringOptions, score_together
 from prunus.selection import Constraints
 from prunus.sweep.estimate import Workload
 from prunus.version import __version__
@@ -114,7 +114,8 @@ def compare(
     record = _Record(inputs, Path(out), about, progress)
     record.add(inputs.model, method=DENSE, ratio=0.0, compensated=False)
     curvature = compensation is not None and compensation.reselect
-    scores = score_by_methods(inputs.model, inputs.calibration, each, curvature=curvature, progress=progress)
+    found = score_together(inputs.model, inputs.calibration, each, curvature=curvature, progress=progress)
+    scores = {options.method: scored for options, scored in zip(each, found, strict=True)}
     repairs = [None, compensation] if compensation is not None else [None]
     for options in each:
         for ratio in ratios:

@@ -24,7 +24,7 @@ from prunus.sweep import ENGINES, EngineChoice, sweep
 from prunus.table import NORMALIZATIONS, Normalization, build_table, load_table, rank_table, save_table
 from prunus.weighing import weigh_scores
 
-__all__ = ["Score", "ScoringOptions", "score", "score_by_methods", "take_statistics"]
+__all__ = ["Score", "ScoringOptions", "score", "score_together", "take_statistics"]
 
 logger = logging.getLogger(__name__)
 
@@ -185,13 +185,12 @@ def score(
         UnsupportedModelError: the model's family is not described.
         NonFiniteError: NaN or infinity in the loss or the importances.
     """
-    options = options or ScoringOptions()
-    return score_by_methods(model, calibration, [options], curvature=curvature, work=work, progress=progress)[
-        options.method
-    ]
+    return score_together(
+        model, calibration, [options or ScoringOptions()], curvature=curvature, work=work, progress=progress
+    )[0]
 
 
-def score_by_methods(
+def score_together(
     model: Any,
     calibration: Calibration | None,
     each: Sequence[ScoringOptions],
@@ -199,27 +198,26 @@ def score_by_methods(
     curvature: bool = False,
     work: Path | None = None,
     progress: bool = True,
-) -> dict[str, Score]:
-    """Score a model by several methods; those that need the same kind of pass share it.
+) -> list[Score]:
+    """Score a model in several ways; those that need the same kind of pass share it.
 
     Args:
         model: a transformers causal language model; it stays as it is.
         calibration: token sequences; may be None for methods that need none.
-        each: options that differ in their `method` only.
+        each: the ways.
         curvature: see `score`.
         work: folder from which a killed run of the streamed engine goes on.
         progress: show progress bars on a terminal.
 
     Returns:
-        method → its score. The seconds and the peak memory of a shared pass count for each method that needs it.
+        One score for each of `each`. The seconds and the peak memory of a shared pass count for all that need it.
     """
-    sharing: dict[str, list[ScoringOptions]] = {}
-    for options in each:
-        kind = "backward" if options.takes_gradients else "forward" if options.needs else "none"
-        # The adaptive method keeps some sequences for its probes, so that its statistics are of others.
-        sharing.setdefault("adaptive" if options.method == "adaptive" else kind, []).append(options)
-    scores: dict[str, Score] = {}
-    for kind, group in sharing.items():
+    sharing: dict[tuple[Any, ...], list[int]] = {}
+    for number, options in enumerate(each):
+        sharing.setdefault(_pass(options), []).append(number)
+    scores: dict[int, Score] = {}
+    for (kind, *_), numbers in sharing.items():
+        group = [each[number] for number in numbers]
         if calibration is None and any(options.needs_calibration for options in group):
             names = ", ".join(options.method for options in group if options.needs_calibration)
             raise CalibrationError(f"method {names} needs calibration sequences; give a calibration source")
@@ -232,12 +230,20 @@ def score_by_methods(
                 parts,
                 group[0],
                 curvature=curvature,
-                work=work / f"statistics-{kind}" if work else None,
+                work=work / f"statistics-{numbers[0]}" if work else None,
                 progress=progress,
             )
-        for options in group:
-            scores[options.method] = _score(model, calibration, options, statistics, cost, progress)
-    return scores
+        for number, options in zip(numbers, group, strict=True):
+            scores[number] = _score(model, calibration, options, statistics, cost, progress)
+    return [scores[number] for number in range(len(each))]
+
+
+def _pass(options: ScoringOptions) -> tuple[Any, ...]:
+    """What has to be equal for two ways of scoring to share a pass over the sequences."""
+    kind = "backward" if options.takes_gradients else "forward" if options.needs else "none"
+    # The adaptive method keeps some sequences for its probes, so that its statistics are of others.
+    kind = "adaptive" if options.method == "adaptive" else kind
+    return kind, options.hessian, options.activation, options.random_seed, options.batch_size, options.engine
 
 
 def _score(
