@@ -3,7 +3,7 @@ r"""What pruning costs in quality: every method with and without repair, at seve
 Calibration text and evaluation text are of different kinds; a second calibration text, of the evaluation's own kind,
 gives rows of its own. Each result is one row, written to disk as soon as it is there; a run that stops goes on where it
 was when it is started again with the same options. Rows of high priority come first, so that `--minutes` can bound a
-run.
+run. The seconds of a row are those after its scores; what scores cost says `benchmarks/engine.py`.
 
     python benchmarks/quality.py --calibration c4-sample.jsonl --text wikitext2-test.raw.txt \
         --in-domain wikitext2-valid.txt --tasks zeroshot/ --out benchmarks/results/quality
@@ -16,7 +16,8 @@ import json
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from rich.console import Console
 from rich.table import Table
 
 import prunus
-from prunus.cli import DEFAULT_ROUNDS
-from prunus.compensation import CompensationOptions
+from prunus.cli import DEFAULT_ATTENTION_WEIGHT, DEFAULT_ROUNDS
+from prunus.compensation import CompensationOptions, Cut, compensate_together_
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, read_text
 from prunus.evaluation.zero_shot import load_task, zero_shot
 from prunus.packaged_model import PACKAGED_MODEL, resolve_model
 from prunus.priors import PriorOptions
-from prunus.scoring import Score, ScoringOptions, score_by_methods
+from prunus.scoring import Score, ScoringOptions, score_together
+from prunus.surgery import apply_plan
 
 REPAIR = CompensationOptions()
 
@@ -41,50 +43,66 @@ class Recipe:
     """A way of pruning.
 
     Attributes:
-        scoring: method and its options.
+        scoring: its name in `scorings`.
         repair: of the remaining weights; None = plain slicing.
         rounds: see `prunus.prune`.
+        main: whether all ratios and seeds are wanted, or 20 and 40 % of the first seed.
     """
 
-    scoring: ScoringOptions
+    scoring: str
     repair: CompensationOptions | None = None
     rounds: int = 1
+    main: bool = True
 
 
-def scorings() -> dict[str, ScoringOptions]:
-    """Every way of scoring that has rows, by name."""
+def scorings(seed: int = 0, batch_size: int = 1) -> dict[str, ScoringOptions]:
+    """Every way of scoring that has rows, by name; those of one line share a pass over the sequences."""
+    own = partial(ScoringOptions, random_seed=seed, batch_size=batch_size)
+    both = (("gate_fisher", 0.5), ("taylor", 0.5))
     return {
-        "taylor": ScoringOptions(method="taylor"),
-        "gate_fisher": ScoringOptions(method="gate_fisher"),
-        "wanda, layer_sum": ScoringOptions(method="wanda", normalize="layer_sum"),
-        "taylor_2nd": ScoringOptions(method="taylor_2nd"),
-        "taylor_2nd, empirical_fisher": ScoringOptions(method="taylor_2nd", hessian="empirical_fisher"),
-        "hybrid taylor+wanda": ScoringOptions(method="hybrid"),
-        "hybrid gate_fisher+taylor": ScoringOptions(method="hybrid", hybrid=(("gate_fisher", 0.5), ("taylor", 0.5))),
-        "adaptive": ScoringOptions(method="adaptive"),
-        "wanda": ScoringOptions(method="wanda"),
-        "magnitude": ScoringOptions(method="magnitude"),
-        "random": ScoringOptions(method="random"),
-        "gate_fisher, cosine prior": ScoringOptions(method="gate_fisher", priors=PriorOptions("cosine")),
-        "taylor_2nd, sampled_fisher": ScoringOptions(method="taylor_2nd", hessian="sampled_fisher"),
-        "gate_fisher, sampled_fisher": ScoringOptions(method="gate_fisher", hessian="sampled_fisher"),
+        "gate_fisher": own(method="gate_fisher"),
+        "gate_fisher, attention x 1.5": own(method="gate_fisher", attention_weight=DEFAULT_ATTENTION_WEIGHT),
+        "taylor": own(method="taylor"),
+        "hybrid taylor+wanda": own(method="hybrid"),
+        "hybrid gate_fisher+taylor": own(method="hybrid", hybrid=both),
+        "taylor_2nd": own(method="taylor_2nd"),
+        "wanda, layer_sum": own(method="wanda", normalize="layer_sum"),
+        "wanda": own(method="wanda"),
+        "taylor_2nd, empirical_fisher": own(method="taylor_2nd", hessian="empirical_fisher"),
+        "adaptive": own(method="adaptive"),
+        "taylor_2nd, sampled_fisher": own(method="taylor_2nd", hessian="sampled_fisher"),
+        "gate_fisher, sampled_fisher": own(method="gate_fisher", hessian="sampled_fisher"),
+        "gate_fisher, cosine prior": own(method="gate_fisher", priors=PriorOptions("cosine")),
+        "magnitude": own(method="magnitude"),
+        "random": own(method="random"),
     }
 
 
-#: what a sweep takes together: the first of a group is scored, and its pass serves the others
-SHARED = (
-    ("taylor", "taylor_2nd", "hybrid taylor+wanda"),
+#: scorings that are taken together, in the order in which their passes are run
+PASSES = (
+    (
+        *("gate_fisher", "gate_fisher, attention x 1.5", "taylor", "hybrid taylor+wanda", "hybrid gate_fisher+taylor"),
+        *("taylor_2nd", "wanda, layer_sum", "wanda", "magnitude", "random"),
+    ),
     ("taylor_2nd, empirical_fisher",),
+    ("adaptive",),
+    ("taylor_2nd, sampled_fisher", "gate_fisher, sampled_fisher"),
+    ("gate_fisher, cosine prior",),
 )
+#: rows that say how much a detail matters, and not which method to take
+DETAILS = ("taylor_2nd, sampled_fisher", "gate_fisher, sampled_fisher", "gate_fisher, cosine prior")
+
+DETAIL_RATIOS = (0.2, 0.4)
+#: recipes that have rows of calibration text of the evaluation's own kind
+IN_DOMAIN = ("default recipe", "gate_fisher, repaired", "taylor")
 
 
 def recipes() -> dict[str, Recipe]:
     """All rows of one ratio, most wanted first."""
-    found = {"default recipe": Recipe(ScoringOptions(method="gate_fisher"), REPAIR, DEFAULT_ROUNDS)}
-    for name, scoring in scorings().items():
-        found[name] = Recipe(scoring)
-        found[f"{name}, repaired"] = Recipe(scoring, REPAIR)
-    found["gate_fisher, reselected"] = Recipe(ScoringOptions(method="gate_fisher"), CompensationOptions(reselect=True))
+    found = {"default recipe": Recipe("gate_fisher, attention x 1.5", REPAIR, DEFAULT_ROUNDS)}
+    for name in scorings():
+        found[f"{name}, repaired"] = Recipe(name, REPAIR, main=name not in DETAILS)
+        found[name] = Recipe(name, main=name not in DETAILS)
     return found
 
 
@@ -92,11 +110,21 @@ def main() -> None:
     options = parse()
     bench = Bench(options)
     deadline = time.monotonic() + 60 * options.minutes
-    for job in bench.jobs():
+    for jobs in bench.jobs():
         if time.monotonic() > deadline:
             break
-        bench.run(*job)
+        bench.run(jobs)
     bench.show()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row that is wanted."""
+
+    recipe: str
+    ratio: float
+    calibration: str
+    seed: int
 
 
 class Bench:
@@ -114,58 +142,73 @@ class Bench:
         self._scores: dict[tuple[str, int, str], Score] = {}
         self._calibrations: dict[tuple[str, int], prunus.Calibration] = {}
 
-    def jobs(self) -> Iterator[tuple[str, float, str, int]]:
-        """(recipe, ratio, calibration, seed) of every row that is wanted and not there."""
+    def jobs(self) -> Iterator[list[Job]]:
+        """The rows that are wanted and not there; those of one list are made together."""
+        options, name = self.options, Path(self.options.calibration).name
         done = {(row["recipe"], row["ratio"], row["calibration"], row["seed"]) for row in self.rows}
-        name = Path(self.options.calibration).name
-        yield from self._missing(done, "dense", [0.0], name, self.options.seeds[:1])
-        wanted = [name for name in recipes() if not self.options.recipes or name in self.options.recipes]
-        for seed in self.options.seeds:
-            for recipe in wanted:
-                yield from self._missing(done, recipe, self.options.ratios, name, [seed])
-        if self.options.in_domain:
-            for recipe in ("default recipe", "taylor", "gate_fisher, repaired"):
-                if recipe in wanted:
-                    own = Path(self.options.in_domain).name
-                    yield from self._missing(done, recipe, self.options.ratios, own, self.options.seeds[:1])
+        lists = [[Job("dense", 0.0, name, options.seeds[0])]]
+        wanted = {key: recipe for key, recipe in recipes().items() if not options.recipes or key in options.recipes}
+        for seed in options.seeds:
+            for recipe, what in wanted.items():
+                few = [ratio for ratio in options.ratios if ratio in DETAIL_RATIOS]
+                ratios = options.ratios if what.main and seed == options.seeds[0] else few
+                if what.main or seed == options.seeds[0]:
+                    lists.append([Job(recipe, ratio, name, seed) for ratio in ratios])
+        if options.in_domain:
+            own, seed = Path(options.in_domain).name, options.seeds[0]
+            lists += [[Job(recipe, r, own, seed) for r in options.ratios] for recipe in IN_DOMAIN if recipe in wanted]
+        for jobs in lists:
+            left = [job for job in jobs if tuple(vars(job).values()) not in done]
+            if jobs[0].recipe in wanted and wanted[jobs[0].recipe].rounds > 1:
+                yield from ([job] for job in left)
+            elif left:
+                yield left
 
-    def _missing(
-        self, done: set[tuple[Any, ...]], recipe: str, ratios: list[float], calibration: str, seeds: list[int]
-    ) -> Iterator[tuple[str, float, str, int]]:
-        for seed in seeds:
-            for ratio in ratios:
-                if (recipe, ratio, calibration, seed) not in done:
-                    yield recipe, ratio, calibration, seed
-
-    def run(self, name: str, ratio: float, calibration: str, seed: int) -> None:
-        """Prune, measure, and write the row."""
-        if name == "dense":
-            self._measure(self.model, recipe=name, ratio=ratio, calibration=calibration, seed=seed, seconds=0.0)
+    def run(self, jobs: list[Job]) -> None:
+        """Prune, measure, and write the rows of one recipe."""
+        if jobs[0].recipe == "dense":
+            self._measure(self.model, jobs[0], seconds=0.0)
             return
-        recipe = recipes()[name]
-        sequences = self._calibration(calibration, seed)
-        scored = self._score(name.removesuffix(", repaired"), recipe.scoring, calibration, seed, recipe.repair)
-        start = time.perf_counter()
-        result = prunus.prune(
-            self.model,
-            ratio,
-            sequences,
-            scoring=recipe.scoring,
-            compensation=recipe.repair,
-            rounds=recipe.rounds,
-            scored=scored,
-        )
-        seconds = time.perf_counter() - start + scored.about["seconds"]
-        self._measure(
-            result.model,
-            recipe=name,
-            ratio=ratio,
-            calibration=calibration,
-            seed=seed,
-            seconds=round(seconds, 1),
-            plan=result.plan.fingerprint,
-            findings=scored.about.get("adaptive"),
-        )
+        recipe = recipes()[jobs[0].recipe]
+        scored = self._score(recipe.scoring, jobs[0].calibration, jobs[0].seed)
+        facts = {"findings": scored.about.get("adaptive")}
+        if recipe.rounds > 1:
+            for job in jobs:
+                start = time.perf_counter()
+                result = prunus.prune(
+                    self.model,
+                    job.ratio,
+                    self._calibration(job.calibration, job.seed),
+                    scoring=self._scoring(recipe.scoring, job.seed),
+                    compensation=recipe.repair,
+                    rounds=recipe.rounds,
+                    scored=scored,
+                )
+                seconds = time.perf_counter() - start
+                self._measure(result.model, job, seconds=seconds, plan=result.plan.fingerprint, **facts)
+            return
+        plans = {job: prunus.select(scored.table, scored.geometry, job.ratio) for job in jobs}
+        new = [job for job in jobs if not self._measured_before(job, plans[job].fingerprint)]
+        cuts = [Cut(apply_plan(self.model, plans[job]), plans[job]) for job in new]
+        times = [0.0] * len(cuts)
+        if recipe.repair is not None and cuts:
+            batches = list(self._calibration(jobs[0].calibration, jobs[0].seed).batches(self.options.batch_size))
+            times = [found.seconds for found in compensate_together_(cuts, self.model, batches, recipe.repair)]
+        for job, cut, seconds in zip(new, cuts, times, strict=True):
+            self._measure(cut.pruned, job, seconds=seconds, plan=cut.plan.fingerprint, **facts)
+
+    def _measured_before(self, job: Job, plan: str) -> bool:
+        """Whether another method led to the same plan; the row then is a copy, and says of which."""
+        repaired = recipes()[job.recipe].repair is not None
+        for row in self.rows:
+            known = recipes().get(row["recipe"])
+            if known is None or known.rounds > 1 or (known.repair is not None) != repaired or row["plan"] != plan:
+                continue
+            if repaired and (row["calibration"], row["seed"]) != (job.calibration, job.seed):
+                continue
+            self._write({**row, **vars(job), "same_plan_as": row["recipe"]})
+            return True
+        return False
 
     def _calibration(self, name: str, seed: int) -> prunus.Calibration:
         key = name, seed
@@ -177,44 +220,41 @@ class Bench:
             )
         return self._calibrations[key]
 
-    def _score(
-        self, name: str, scoring: ScoringOptions, calibration: str, seed: int, repair: CompensationOptions | None
-    ) -> Score:
+    def _scoring(self, name: str, seed: int) -> ScoringOptions:
+        return scorings(seed, self.options.batch_size)[name]
+
+    def _score(self, name: str, calibration: str, seed: int) -> Score:
         """The scores of a way of scoring: from memory, from the folder, or taken now and kept."""
-        curvature = repair is not None and repair.reselect
-        name = "gate_fisher" if name in ("default recipe", "gate_fisher, reselected") else name
-        key = (calibration, seed, name)
-        folder = self.folder / "scores" / f"{calibration}-{seed}" / name.replace(" ", "-")
-        if curvature:
-            sequences = self._calibration(calibration, seed)
-            return prunus.score(self.model, sequences, self._with(scoring, seed), curvature=True)
-        if key not in self._scores and (folder / "score.json").exists():
-            self._scores[key] = Score.load(folder)
-        if key not in self._scores:
-            group = next((group for group in SHARED if name in group), (name,))
-            # Shared passes are of one Hessian and normalisation; the first of a group says which.
-            each = {member: self._with(scorings()[member], seed) for member in group}
-            by_method = score_by_methods(self.model, self._calibration(calibration, seed), list(each.values()))
-            for member, options in each.items():
-                scored = by_method[options.method]
-                self._scores[calibration, seed, member] = scored
-                place = folder.with_name(member.replace(" ", "-"))
-                Score(scored.table, scored.geometry, scored.about, prior=scored.prior).save(place)
-        return self._scores[key]
+        together = next(names for names in PASSES if name in names)
+        folders = {
+            each: self.folder / "scores" / f"{calibration}-{seed}" / each.replace(",", "").replace(" ", "-")
+            for each in together
+        }
+        if (calibration, seed, name) not in self._scores:
+            if all((folder / "score.json").exists() for folder in folders.values()):
+                found = [Score.load(folder) for folder in folders.values()]
+            else:
+                ways = [self._scoring(each, seed) for each in together]
+                found = score_together(self.model, self._calibration(calibration, seed), ways)
+            for each, scored in zip(together, found, strict=True):
+                small = replace(scored, statistics=None)
+                small.save(folders[each])
+                self._scores[calibration, seed, each] = small
+        return self._scores[calibration, seed, name]
 
-    def _with(self, scoring: ScoringOptions, seed: int) -> ScoringOptions:
-        return ScoringOptions(**{**scoring.__dict__, "batch_size": self.options.batch_size, "random_seed": seed})
-
-    def _measure(self, model: Any, **row: Any) -> None:
+    def _measure(self, model: Any, job: Job, *, seconds: float, **facts: Any) -> None:
         result: PerplexityResult = perplexity(
             model, self.tokenizer, self.text, seq_len=self.options.eval_seq_len, max_windows=self.options.windows
         )
+        row = {**vars(job), "seconds": round(seconds, 1), **facts}
         row |= {"parameters": model.num_parameters(), "perplexity": result.perplexity, "protocol": result.protocol}
-        if row["recipe"] in self.options.zero_shot:
+        if job.recipe in self.options.zero_shot:
             row["zero_shot"] = [
                 zero_shot(model, self.tokenizer, task, limit=self.options.items).to_dict() for task in self.tasks
             ]
-        row |= {"prunus": prunus.__version__, "torch": torch.__version__, "machine": platform.machine()}
+        self._write(row | {"prunus": prunus.__version__, "torch": torch.__version__, "machine": platform.machine()})
+
+    def _write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -239,7 +279,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     dense = next(row["perplexity"] for row in rows if row["recipe"] == "dense")
     ratios = sorted({row["ratio"] for row in rows} - {0.0})
     lines = [
-        f"| recipe | calibration | seed | {' | '.join(f'{100 * ratio:g} %' for ratio in ratios)} | seconds |",
+        f"| recipe | calibration | seed | {' | '.join(f'{100 * ratio:g} %' for ratio in ratios)} | seconds after scoring |",
         f"|---|---|---|{'---|' * len(ratios)}---|",
     ]
     keys = dict.fromkeys((row["recipe"], row["calibration"], row["seed"]) for row in rows if row["recipe"] != "dense")

@@ -41,7 +41,7 @@ def words(tmp_path):
     return [
         *("--model", model, "--calibration", calibration, "--text", text, "--tasks", tmp_path / "tasks"),
         *("--samples", "8", "--seq-len", "24", "--eval-seq-len", "32", "--windows", "3", "--ratios", "0.2"),
-        *("--seeds", "0", "--recipes", "default recipe;taylor;wanda, layer_sum;wanda, layer_sum, repaired"),
+        *("--seeds", "0", "--recipes", "default recipe;taylor_2nd;taylor;wanda, layer_sum;wanda, layer_sum, repaired"),
         *("--out", tmp_path / "out"),
     ]
 
@@ -51,9 +51,10 @@ def test_rows_and_going_on(quality, words, tmp_path, monkeypatch, capsys):
     quality.main()
     path = tmp_path / "out" / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    names = ["dense", "default recipe", "taylor", "wanda, layer_sum", "wanda, layer_sum, repaired"]
+    names = ["dense", "default recipe", "taylor", "taylor_2nd", "wanda, layer_sum, repaired", "wanda, layer_sum"]
     assert [row["recipe"] for row in rows] == names
     assert all(row["zero_shot"][0]["task"] == "piqa" for row in rows[:3])
+    assert ("same_plan_as" in rows[3]) == (rows[2]["plan"] == rows[3]["plan"])
 
     model, tokenizer = prunus.load_model(tmp_path / "tiny")
     calibration = prunus.load_calibration(str(tmp_path / "calibration.txt"), tokenizer, samples=8, seq_len=24, seed=0)
