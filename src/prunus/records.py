@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from prunus.errors import StatisticsError
+from prunus.replacing import replacing
 from prunus.tensor_file import TensorFile, TensorLayout, write_tensors
 
 __all__ = ["Records"]
@@ -82,9 +83,8 @@ class Records:
         if not path.is_file():
             if self._folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(path.name + ".partial")
-                partial.write_text(json.dumps(made_from, indent=1) + "\n", encoding="utf-8")
-                partial.replace(path)
+                with replacing(path) as partial:
+                    partial.write_text(json.dumps(made_from, indent=1) + "\n", encoding="utf-8")
             return
         try:
             there = json.loads(path.read_text(encoding="utf-8"))

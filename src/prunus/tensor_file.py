@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prunus.errors import CheckpointError
+from prunus.replacing import replacing
 
 __all__ = ["TensorFile", "TensorLayout", "write_tensors"]
 
@@ -139,9 +140,8 @@ def write_tensors(
         entries[name] = {"dtype": NAMES[layout.dtype], "shape": list(layout.shape), "data_offsets": [start, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    partial = path.with_name(path.name + ".partial")
     expected = iter(layouts.items())
-    with partial.open("wb", buffering=0) as file:
+    with replacing(path) as partial, partial.open("wb", buffering=0) as file:
         _write_all(file, memoryview(struct.pack("<Q", len(header)) + header))
         for name, tensor in tensors:
             if next(expected, None) != (name, TensorLayout.of(tensor)):
@@ -150,7 +150,6 @@ def write_tensors(
             _write_all(file, data.data)
         if (absent := next(expected, None)) is not None:
             raise ValueError(f"{absent[0]}, which belongs into {path}, did not come")
-    partial.replace(path)
 
 
 def _write_all(file: Any, data: memoryview) -> None:
