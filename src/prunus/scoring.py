@@ -19,6 +19,7 @@ from prunus.importance.registry import statistics_for
 from prunus.layers import layers_of
 from prunus.metering import Cost, metered
 from prunus.priors import Prior, PriorOptions, measure_prior, weigh
+from prunus.replacing import replacing
 from prunus.statistics import ActivationStatistics, OutputFisher, Statistics
 from prunus.sweep import ENGINES, EngineChoice, sweep
 from prunus.table import NORMALIZATIONS, Normalization, build_table, load_table, rank_table, save_table
@@ -120,7 +121,8 @@ class Score:
         if self.statistics is not None:
             self.statistics.save(folder / STATISTICS_FILE)
         save_table(self.table, folder / TABLE_FILE)
-        (folder / ABOUT_FILE).write_text(self.to_json(), encoding="utf-8")
+        with replacing(folder / ABOUT_FILE) as partial:
+            partial.write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
         """What score.json holds: the model's geometry, and what the table was made from."""
@@ -144,14 +146,17 @@ class Score:
             about = json.loads(about_path.read_text(encoding="utf-8"))
             geometry = Geometry.from_dict(about.pop("geometry"))
             measured = about.pop("layer_priors", None)
+            prior = Prior.from_dict(measured) if measured else None
+        except PlanError as error:
+            raise PlanError(f"{about_path}: {error}") from error
         except OSError as error:
             raise PlanError(
                 f"{about_path} is missing: a table alone does not say how large the model is. Keep groups.csv beside "
                 "the score.json that `prunus score` wrote with it."
             ) from error
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise PlanError(f"{about_path} is malformed: {type(error).__name__} {error}") from error
-        return cls(load_table(path), geometry, about, prior=Prior.from_dict(measured) if measured else None)
+        return cls(load_table(path), geometry, about, prior=prior)
 
 
 def score(
