@@ -33,6 +33,7 @@ def run_command(work: Callable[[], object]) -> int:
     transformers_logging.disable_progress_bar()
     try:
         work()
+        sys.stdout.flush()
     except PrunusError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -191,8 +191,9 @@ def _target(out: str | os.PathLike[str]) -> Path:
     try:
         target = Path(out).expanduser().resolve()
         target.exists()
-    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle, the home of nobody
-        raise CheckpointError(f"output {out} cannot be created: {error}") from error
+        str(target).encode()
+    except (OSError, RuntimeError, UnicodeError) as error:  # too long, links in a circle, nobody's home, not UTF-8
+        raise CheckpointError(f"output {str(out)!r} cannot be created: {error}") from error
     return target
 
 
