@@ -12,6 +12,7 @@ import pandas as pd
 from prunus.adaptive import AdaptiveOptions, adapt, split_probe
 from prunus.calibration import Calibration
 from prunus.errors import CalibrationError, OptionError, PlanError
+from prunus.families import AXES
 from prunus.groups import Geometry
 from prunus.importance import COMPOSITES, MethodOptions, get_method, score_groups
 from prunus.importance.hybrid import DEFAULT_MIX, Weights, check_weights, mix
@@ -156,7 +157,13 @@ class Score:
             ) from error
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise PlanError(f"{about_path} is malformed: {type(error).__name__} {error}") from error
-        return cls(load_table(path), geometry, about, prior=prior)
+        ranked = load_table(path)
+        # Before anything counts the groups one by one: a damaged file can name more than any memory holds.
+        if len(ranked) != (groups := sum(widths[axis] for widths in geometry.widths for axis in AXES)):
+            raise PlanError(
+                f"{path} lists {len(ranked):,} groups, {about_path} describes {groups:,}: they do not belong together"
+            )
+        return cls(ranked, geometry, about, prior=prior)
 
 
 def score(
