@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from tiny_families import make_model, random_tokens
+from tiny_folder import TEXT, save_tiny_folder
 from torch import Tensor
 
 from prunus.groups import Geometry
@@ -42,6 +44,20 @@ def llama() -> Any:
 @pytest.fixture
 def geometry(llama: Any) -> Geometry:
     return Geometry.of(llama)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of three layers with a tokenizer, on disk; a test that changes it works on a copy."""
+    return save_tiny_folder(tmp_path_factory.mktemp("models") / "tiny", "llama", "gqa", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file to calibrate and measure on."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""Hypothesis strategies: shapes of models, importances and plans."""
+"""Hypothesis strategies: shapes of models, importances, plans, and damage to files."""
 
 from __future__ import annotations
 
+import copy
+import json
 from typing import Any
 
 import torch
@@ -74,3 +76,67 @@ def plans(draw: Any, widths: tuple[LayerWidths, ...] | None = None, model_type: 
         layer_idx, number = next((i, k) for i, layer in enumerate(widths) for k, a in enumerate(AXES) if layer[a])
         kept[layer_idx][number] = [0]
     return Plan(model_type, widths, tuple(KeptGroups(*map(tuple, layer)) for layer in kept))
+
+
+#: what may stand where something else belongs
+json_values = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-5, 40),
+        st.integers(),
+        st.sampled_from([10**12, 2**63, -(2**63), 10**400]),
+        st.floats(),
+        st.text(max_size=8),
+        st.from_regex(r"[0-9,\-]{0,8}", fullmatch=True),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["groups", "kept", *AXES]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@st.composite
+def changed_json(draw: Any, values: Any) -> Any:
+    """One node of a JSON value, wherever it is, becomes another value, disappears, is renamed or stands there twice."""
+    values = copy.deepcopy(values)
+    node, parent, key = values, None, None
+    while isinstance(node, dict | list) and node and (parent is None or draw(st.booleans())):
+        parent = node
+        key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        node = parent[key]
+    change = draw(st.sampled_from(["replace", "replace", "remove", "rename"]))
+    if change == "replace":
+        parent[key] = draw(json_values)
+    elif change == "remove":
+        del parent[key]
+    elif isinstance(parent, list):
+        parent.insert(key, parent[key])
+    else:
+        parent[draw(st.text(max_size=8))] = parent.pop(key)
+    return values
+
+
+@st.composite
+def overwritten(draw: Any, content: bytes) -> bytes:
+    """Bytes of a file cut off, overwritten, inserted or lost; or the same text in another encoding."""
+    change = draw(st.sampled_from(["bytes", "bytes", "bytes", "cut", "empty", "utf-16", "utf-8-sig", "nested"]))
+    if change == "cut":
+        return content[: draw(st.integers(0, len(content)))]
+    if change == "empty":
+        return b""
+    if change.startswith("utf"):
+        return content.decode("latin-1").encode(change)
+    damaged = bytearray(content)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(content)))
+        new = draw(st.binary(max_size=3) | st.sampled_from([b"9" * 12, b"-", b"NaN", b"1e999", b'"', b","]))
+        damaged[at : at + draw(st.integers(0, 3))] = b"[" * 10_000 if change == "nested" else new
+    return bytes(damaged)
+
+
+def damaged(content: bytes) -> st.SearchStrategy[bytes]:
+    """A file that holds JSON, damaged in its values or in its bytes."""
+    changed = changed_json(json.loads(content)).map(lambda values: json.dumps(values).encode())
+    return st.one_of(changed, overwritten(content))

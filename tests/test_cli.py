@@ -14,80 +14,20 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import make_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tiny_folder import SIZES, TEXT, fails, run, run_json, save_tiny_folder
+from transformers import AutoModelForCausalLM
 
 import prunus
 from prunus.cli import main
 
-TEXT = "".join(f"Line {i}: the quick brown fox jumps over the lazy dog, {i * i} times.\n" for i in range(400))
-SIZES = ["--samples", "6", "--seq-len", "24"]
 #: the original behaviour: one cut, as it is
 PLAIN = ["--method", "taylor", "--no-compensate", "--rounds", "1"]
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<eos>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A tiny Llama with a tokenizer."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    make_model("llama", "gqa", num_hidden_layers=3, vocab_size=260).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
-
-
-def run(capsys, *words) -> str:
-    """What a command prints; it must succeed."""
-    status = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    assert status == 0, captured.err
-    return captured.out
-
-
-def fails(capsys, *words) -> str:
-    """The message of a command that must fail with one line."""
-    status = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    assert status == 1
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-    return captured.err
-
-
 def test_prune_writes_a_whole_folder(capsys, tmp_path, folder, text):
     out = tmp_path / "small"
-    printed = run(
-        capsys,
-        "prune",
-        folder,
-        "--out",
-        out,
-        "--ratio",
-        "0.2",
-        "--calibration",
-        text,
-        *SIZES,
-        "--held-out",
-        "2",
-        "--json",
-    )
-    metrics = json.loads(printed)
+    options = ["--ratio", "0.2", "--calibration", text, *SIZES, "--held-out", "2"]
+    metrics = run_json(capsys, "prune", folder, "--out", out, *options)
     assert metrics == json.loads((out / "prunus" / "metrics.json").read_text())
     assert {p.name for p in (out / "prunus").iterdir()} == {"plan.json", "groups.csv", "score.json", "metrics.json"}
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -155,7 +95,7 @@ def test_compensation_changes_weights_but_not_the_plan(capsys, tmp_path, folder,
 
 
 def test_eval_reports_what_programs_read(capsys, folder, text):
-    facts = json.loads(run(capsys, "eval", folder, "--text", text, "--seq-len", "32", "--max-windows", "3", "--json"))
+    facts = run_json(capsys, "eval", folder, "--text", text, "--seq-len", "32", "--max-windows", "3")
     assert facts["tokens"] == len(TEXT)
     assert facts["windows"] == 3
     assert facts["perplexity"] > 1
@@ -163,18 +103,18 @@ def test_eval_reports_what_programs_read(capsys, folder, text):
 
 
 def test_inspect_counts_and_shows_what_was_removed(capsys, tmp_path, folder, text):
-    facts = json.loads(run(capsys, "inspect", folder, "--ratio", "0.2", "--json"))
+    facts = run_json(capsys, "inspect", folder, "--ratio", "0.2")
     assert facts["family"] == "llama"
     assert facts["groups"] == {"attention": 9, "mlp": 60}
     assert facts["parameters_per_group"] == {"attention": 48 * 8 * 6, "mlp": 48 * 3}
     assert facts["ratio"]["parameters_to_remove"] == round(0.2 * facts["parameters"])
     out = tmp_path / "small"
     run(capsys, "prune", folder, "--out", out, "--ratio", "0.2", "--method", "random", "--held-out", "0")
-    pruned = json.loads(run(capsys, "inspect", out, "--json"))
+    pruned = run_json(capsys, "inspect", out)
     for before, now, removed in zip(facts["layers"], pruned["layers"], pruned["removed"], strict=True):
         assert before["intermediate_size"] - now["intermediate_size"] == removed["mlp"]
         assert before["num_key_value_heads"] - now["num_key_value_heads"] == removed["attention"]
-    assert "of 20" in run(capsys, "inspect", out)
+    assert "of 20" in run(capsys, "inspect", out).out
 
 
 def test_compare_shares_passes_and_writes_table_and_plot(capsys, tmp_path, folder, text):
@@ -275,8 +215,7 @@ def test_weights_with_nan_are_refused_by_layer(capsys, tmp_path, folder):
 def test_a_text_that_is_just_long_enough_is_not_measured_on(capsys, caplog, tmp_path, folder, text):
     out = tmp_path / "out"
     words = ["--calibration", text, "--seq-len", "100", "--samples", len(TEXT) // 100]
-    printed = run(capsys, "prune", folder, "--out", out, "--ratio", "0.1", *words, "--json")
-    assert json.loads(printed)["perplexity_after"] is None
+    assert run_json(capsys, "prune", folder, "--out", out, "--ratio", "0.1", *words)["perplexity_after"] is None
     assert "perplexity is not measured" in caplog.text
     assert "## Perplexity" not in (out / "README.md").read_text()
 
@@ -292,9 +231,7 @@ def test_plan_says_which_file_is_missing(capsys, tmp_path, folder, missing):
 def test_a_plan_for_another_model_is_refused(capsys, tmp_path, folder):
     run(capsys, "score", folder, "--out", tmp_path / "scores", "--method", "magnitude")
     run(capsys, "plan", tmp_path / "scores", "--ratio", "0.1", "--out", tmp_path / "plan.json")
-    other = tmp_path / "other"
-    make_model("llama", "gqa", num_hidden_layers=2, vocab_size=260).save_pretrained(other)
-    byte_tokenizer().save_pretrained(other)
+    other = save_tiny_folder(tmp_path / "other", "llama", "gqa", num_hidden_layers=2)
     message = fails(capsys, "apply", other, tmp_path / "plan.json", "--out", tmp_path / "out")
     assert "3 decoder layers" in message
 
@@ -379,13 +316,13 @@ def test_the_example_of_the_python_api_runs(tmp_path, folder):
 
 
 def test_methods_made_of_methods(capsys, tmp_path, folder, text):
-    options = ["--calibration", text, "--samples", "8", "--seq-len", "24", "--json"]
+    options = ["--calibration", text, "--samples", "8", "--seq-len", "24"]
     words = ["score", folder, "--out", tmp_path / "mixed", *options, "--hybrid", "taylor=0.4,wanda=0.3,gate_fisher=0.3"]
-    facts = json.loads(run(capsys, *words))
+    facts = run_json(capsys, *words)
     assert facts["scoring"]["method"] == "hybrid"
     assert facts["scoring"]["hybrid"] == [["taylor", 0.4], ["wanda", 0.3], ["gate_fisher", 0.3]]
     words = ["score", folder, "--out", tmp_path / "chosen", *options, "--method", "adaptive", "--candidates"]
-    facts = json.loads(run(capsys, *words, "taylor,magnitude"))
+    facts = run_json(capsys, *words, "taylor,magnitude")
     assert [set(record["loss_rise"]) for record in facts["adaptive"]] == [{"taylor", "magnitude"}] * 2
     wrong = ["score", folder, "--out", tmp_path / "no", *options, "--method", "gate_fisher", "--hybrid", "wanda=1"]
     assert "--hybrid goes with --method hybrid, not with --method gate_fisher" in fails(capsys, *wrong)

@@ -8,8 +8,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import SIZES, TEXT, byte_tokenizer, fails
-from tiny_families import make_model
+from tiny_folder import SIZES, fails, run, save_tiny_folder
 
 import prunus
 from prunus.cli import main
@@ -20,33 +19,14 @@ SMALLEST = r"smallest --max-memory that would do is ([\d.]+[MG]B)"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    make_model("qwen3", num_hidden_layers=3, vocab_size=260).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
+    return save_tiny_folder(tmp_path_factory.mktemp("models") / "tiny", "qwen3", num_hidden_layers=3)
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """1.2 MB of weights in every layer, so that megabytes tell the engines apart."""
     path = tmp_path_factory.mktemp("models") / "deep"
-    make_model("qwen3", num_hidden_layers=6, intermediate_size=2000, vocab_size=260).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
-
-
-def run(capsys, *words):
-    status = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    assert status == 0, captured.err
-    return captured
+    return save_tiny_folder(path, "qwen3", num_hidden_layers=6, intermediate_size=2000)
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

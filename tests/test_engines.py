@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_families import CASES, case_id, make_model, random_tokens
+from tiny_families import CASES, case_id, make_model, padded_batches
 
-from prunus.calibration import Batch
 from prunus.errors import NonFiniteError, OptionError
 from prunus.groups import Geometry
 from prunus.plan import Plan
@@ -15,17 +14,8 @@ from prunus.surgery import apply_plan
 from prunus.sweep import sweep
 
 
-def batches() -> list[Batch]:
-    """Two batches, one of them padded on the right and one on the left."""
-    ids = random_tokens(batch=5, seq_len=14)
-    masks = torch.ones_like(ids)
-    masks[1, 9:] = 0
-    masks[3, :4] = 0
-    return [Batch(ids[:3], masks[:3]), Batch(ids[3:], masks[3:])]
-
-
 def taken(model, engine, *kinds, data=None):
-    return sweep(model, data or batches(), [kind() for kind in kinds], engine=engine, progress=False)
+    return sweep(model, data or padded_batches(), [kind() for kind in kinds], engine=engine, progress=False)
 
 
 def assert_same(first, second):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import CASES, ONE_EACH, case_id, logits, make_model, random_tokens
+from tiny_families import CASES, ONE_EACH, case_id, logits, make_model, padded_batches, random_tokens
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -34,14 +34,6 @@ def save(model, folder: Path) -> Path:
     return folder
 
 
-def batches() -> list[Batch]:
-    ids = random_tokens(batch=5, seq_len=14)
-    masks = torch.ones_like(ids)
-    masks[1, 9:] = 0
-    masks[3, :4] = 0
-    return [Batch(ids[:3], masks[:3]), Batch(ids[3:], masks[3:])]
-
-
 def cut(geometry: Geometry) -> Plan:
     """A ragged cut that also takes a block and a layer away."""
     kept = [{axis: range(i % 2, widths[axis], 2) for axis in AXES} for i, widths in enumerate(geometry.widths)]
@@ -65,8 +57,8 @@ def test_statistics_are_those_of_the_model_in_memory(case, tmp_path):
         (lambda: WeightGradients(squares=True), GateGradients, ActivationStatistics),
         (ActivationStatistics,),
     ):
-        expected = sweep(resident, batches(), [kind() for kind in kinds], engine="resident", progress=False)
-        found = sweep(opened, batches(), [kind() for kind in kinds], engine="streamed", progress=False)
+        expected = sweep(resident, padded_batches(), [kind() for kind in kinds], engine="resident", progress=False)
+        found = sweep(opened, padded_batches(), [kind() for kind in kinds], engine="streamed", progress=False)
         assert_nothing_held(opened)
         for one, other in zip(expected.layers, found.layers, strict=True):
             assert one.keys() == other.keys()
@@ -129,14 +121,14 @@ def test_layers_are_let_go_after_an_exception(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(opened, batches(), [Failing()], engine="streamed", progress=False)
+        sweep(opened, padded_batches(), [Failing()], engine="streamed", progress=False)
     assert_nothing_held(opened)
 
 
 def test_the_resident_engine_is_refused(tmp_path):
     opened, _ = open_model(save(make_model("llama"), tmp_path / "model"))
     with pytest.raises(OptionError, match="whole model in memory"):
-        sweep(opened, batches(), [GateGradients()], engine="resident")
+        sweep(opened, padded_batches(), [GateGradients()], engine="resident")
 
 
 def test_a_weight_that_is_not_finite_is_named_when_it_is_read(tmp_path):
@@ -144,7 +136,7 @@ def test_a_weight_that_is_not_finite_is_named_when_it_is_read(tmp_path):
     model.model.layers[2].mlp.up_proj.weight.data[1, 2] = float("nan")
     opened, _ = open_model(save(model, tmp_path / "model"))
     with pytest.raises(NonFiniteError, match=r"layers\.2\.mlp\.up_proj\.weight \(layer 2\)"):
-        sweep(opened, batches(), [ActivationStatistics()], engine="streamed", progress=False)
+        sweep(opened, padded_batches(), [ActivationStatistics()], engine="streamed", progress=False)
 
 
 def test_tensors_under_other_names_are_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import geometries, layer_widths, plans
+from strategies import changed_json, geometries, json_values, layer_widths, overwritten, plans
 from tiny_families import make_model
 
 from prunus.errors import PlanError
@@ -297,23 +296,6 @@ def test_a_damaged_file_does_not_fill_the_memory(plan, tmp_path):
             Plan.load(write(tmp_path, values))
 
 
-json_values = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-5, 40),
-        st.integers(),
-        st.floats(),
-        st.text(max_size=8),
-        st.from_regex(r"[0-9,\-]{0,8}", fullmatch=True),
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["groups", "kept", *AXES]), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
 def is_refused_or_valid(read) -> None:
     """Reading raises nothing but `PlanError`, or gives a plan that can be used."""
     try:
@@ -331,19 +313,7 @@ def is_refused_or_valid(read) -> None:
 @given(data=st.data())
 def test_any_part_replaced_by_anything(data):
     """One node of the JSON, wherever it is, becomes another value, disappears or is renamed."""
-    values = copy.deepcopy(data.draw(plans()).to_dict())
-    node, parent, key = values, None, None
-    while isinstance(node, dict | list) and node and (parent is None or data.draw(st.booleans())):
-        parent = node
-        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
-        node = parent[key]
-    change = data.draw(st.sampled_from(["replace", "remove", "rename"]))
-    if change == "replace":
-        parent[key] = data.draw(json_values)
-    elif change == "remove":
-        del parent[key]
-    elif isinstance(parent, dict):
-        parent[data.draw(st.text(max_size=8))] = parent.pop(key)
+    values = data.draw(changed_json(data.draw(plans()).to_dict()))
     is_refused_or_valid(lambda: Plan.from_dict(json.loads(json.dumps(values))))
 
 
@@ -357,11 +327,6 @@ def test_anything_for_layers(widths, layers, rest):
 
 @given(plan=plans(), data=st.data())
 def test_bytes_overwritten(plan, data, tmp_path_factory):
-    content = bytearray(plan.to_json().encode())
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(content)))
-        content[at : at + data.draw(st.integers(0, 3))] = data.draw(
-            st.binary(max_size=3) | st.sampled_from([b"9" * 12])
-        )
-    path = write(tmp_path_factory.mktemp("damaged"), bytes(content))
+    content = data.draw(overwritten(plan.to_json().encode()))
+    path = write(tmp_path_factory.mktemp("damaged"), content)
     is_refused_or_valid(lambda: Plan.load(path))

@@ -12,28 +12,12 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import SIZES, TEXT, byte_tokenizer
-from tiny_families import make_model
+from tiny_folder import SIZES
 
 import prunus
 from prunus.cli import main
 
 PATHS = f"{Path(prunus.__file__).parents[1]}:{Path(__file__).parent}"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    make_model("llama", "gqa", num_hidden_layers=3, vocab_size=260).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
 
 
 def torchrun(*words) -> subprocess.CompletedProcess:

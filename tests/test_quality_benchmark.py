@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import TEXT, byte_tokenizer
-from tiny_families import make_model
+from tiny_folder import TEXT
 
 import prunus
 
@@ -28,25 +27,21 @@ def quality():
 
 
 @pytest.fixture
-def words(tmp_path):
-    model, text = tmp_path / "tiny", tmp_path / "text.txt"
-    make_model("llama", "gqa", num_hidden_layers=3, vocab_size=260).save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
-    text.write_text(TEXT, encoding="utf-8")
+def words(folder, text, tmp_path):
     calibration = tmp_path / "calibration.txt"
     calibration.write_text(TEXT.replace("fox", "cat"), encoding="utf-8")
     task = {"goal": "open a jar", "sol1": "turn the lid", "sol2": "sing", "label": 0}
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "piqa.jsonl").write_text(json.dumps(task) + "\n")
     return [
-        *("--model", model, "--calibration", calibration, "--text", text, "--tasks", tmp_path / "tasks"),
+        *("--model", folder, "--calibration", calibration, "--text", text, "--tasks", tmp_path / "tasks"),
         *("--samples", "8", "--seq-len", "24", "--eval-seq-len", "32", "--windows", "3", "--ratios", "0.2"),
         *("--seeds", "0", "--recipes", "default recipe;taylor_2nd;taylor;wanda, layer_sum;wanda, layer_sum, repaired"),
         *("--out", tmp_path / "out"),
     ]
 
 
-def test_rows_and_going_on(quality, words, tmp_path, monkeypatch, capsys):
+def test_rows_and_going_on(quality, folder, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["quality.py", *map(str, words)])
     quality.main()
     path = tmp_path / "out" / "rows.jsonl"
@@ -56,7 +51,7 @@ def test_rows_and_going_on(quality, words, tmp_path, monkeypatch, capsys):
     assert all(row["zero_shot"][0]["task"] == "piqa" for row in rows[:3])
     assert ("same_plan_as" in rows[3]) == (rows[2]["plan"] == rows[3]["plan"])
 
-    model, tokenizer = prunus.load_model(tmp_path / "tiny")
+    model, tokenizer = prunus.load_model(folder)
     calibration = prunus.load_calibration(str(tmp_path / "calibration.txt"), tokenizer, samples=8, seq_len=24, seed=0)
     options = prunus.ScoringOptions(method="taylor", batch_size=2)
     result = prunus.prune(model, 0.2, calibration, scoring=options, progress=False)

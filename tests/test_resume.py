@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_opened import batches, cut, save
-from tiny_families import make_model, random_tokens
+from test_opened import cut, save
+from tiny_families import make_model, padded_batches, random_tokens
 
 import prunus
 from prunus.calibration import Batch, calibration_from_tokens
@@ -51,7 +51,7 @@ def model():
 
 
 def run(model, kind, work, **options):
-    return sweep(model, batches(), KINDS[kind](), engine="streamed", work=work, progress=False, **options)
+    return sweep(model, padded_batches(), KINDS[kind](), engine="streamed", work=work, progress=False, **options)
 
 
 def assert_same_bits(one, other):
@@ -103,7 +103,7 @@ def _spied(whole, ran, left):
 )
 def test_a_folder_of_other_inputs_is_refused_and_says_what_differs(model, change, named, tmp_path):
     run(model, "sampled", tmp_path)
-    other = {"model": model, "data": batches(), "statistics": KINDS["sampled"](), "seed": 0} | change(model)
+    other = {"model": model, "data": padded_batches(), "statistics": KINDS["sampled"](), "seed": 0} | change(model)
     with pytest.raises(StatisticsError, match=rf"other inputs: .*{named} \(.* there, .* now\)"):
         sweep(
             other["model"],
@@ -223,7 +223,7 @@ def _state(model):
 SCORE = """
 import sys
 from pathlib import Path
-from test_opened import batches
+from tiny_families import padded_batches
 from prunus.checkpoint import open_model
 from prunus.statistics import GateGradients, WeightGradients
 from prunus.sweep import sweep
@@ -232,7 +232,7 @@ torch.set_num_threads(1)
 model, _ = open_model(sys.argv[1])
 print("ready", flush=True)
 kinds = [WeightGradients(squares=True), GateGradients()]
-sweep(model, batches() * 6, kinds, engine="streamed", work=Path(sys.argv[2]), progress=False).save(sys.argv[3])
+sweep(model, padded_batches() * 6, kinds, engine="streamed", work=Path(sys.argv[2]), progress=False).save(sys.argv[3])
 """
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from prunus.calibration import Batch
 from prunus.families import FAMILIES
 from prunus.plan import KeptGroups
 
@@ -173,6 +174,15 @@ def shared_model(model_type: str, variant: str) -> Any:
 def random_tokens(batch: int = 2, seq_len: int = 12, seed: int = 1) -> Tensor:
     """Token ids without the special ones."""
     return torch.randint(3, VOCABULARY, (batch, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def padded_batches() -> list[Batch]:
+    """Two batches, one of them padded on the right and one on the left."""
+    ids = random_tokens(batch=5, seq_len=14)
+    masks = torch.ones_like(ids)
+    masks[1, 9:] = 0
+    masks[3, :4] = 0
+    return [Batch(ids[:3], masks[:3]), Batch(ids[3:], masks[3:])]
 
 
 def logits(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:

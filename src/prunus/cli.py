@@ -238,7 +238,7 @@ def score(
         overwrite: replace an earlier result in the folder.
         json: print what was done as JSON.
     """
-    check_output(out, overwrite)
+    check_output(out, overwrite, model)
     folder = WorkFolder(out, work)
     needed = scoring.needs_calibration
     sequences = calibration.samples if needed else 0

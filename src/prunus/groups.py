@@ -134,18 +134,28 @@ class Geometry:
             PlanError: fields are missing or malformed.
         """
         try:
-            return cls(
+            geometry = cls(
                 family=FAMILIES[values["model_type"]],
-                hidden_size=int(values["hidden_size"]),
-                head_dim=int(values["head_dim"]),
-                num_key_value_groups=int(values["num_key_value_groups"]),
-                widths=tuple(LayerWidths(*(int(groups) for groups in layer)) for layer in values["layers"]),
-                total_parameters=int(values["total_parameters"]),
-                group_parameters={axis: int(values["group_parameters"][axis]) for axis in AXES},
-                block_parameters={axis: int(values["block_parameters"][axis]) for axis in AXES},
+                hidden_size=_count(values["hidden_size"]),
+                head_dim=_count(values["head_dim"]),
+                num_key_value_groups=_count(values["num_key_value_groups"]),
+                widths=tuple(LayerWidths(*(_count(groups) for groups in layer)) for layer in values["layers"]),
+                total_parameters=_count(values["total_parameters"]),
+                group_parameters={axis: _count(values["group_parameters"][axis]) for axis in AXES},
+                block_parameters={axis: _count(values["block_parameters"][axis]) for axis in AXES},
             )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"malformed model geometry: {type(error).__name__} {error}") from error
+        for axis in AXES:
+            if any(widths[axis] for widths in geometry.widths) and not geometry.group_parameters[axis]:
+                raise PlanError(f"malformed model geometry: groups of {axis} without parameters")
+        in_layers = geometry.total_parameters - geometry.parameters_left([LayerWidths(0, 0)] * len(geometry.widths))
+        # Shares are of the total: with one that cannot be, every ratio would cut something else than it says.
+        if not 0 < in_layers < geometry.total_parameters:
+            raise PlanError(
+                f"malformed model geometry: its layers have {in_layers:,} parameters, of {geometry.total_parameters:,}"
+            )
+        return geometry
 
     def unit(self, space: Space) -> int:
         """How many consecutive indices of a dimension one group owns."""
@@ -277,6 +287,13 @@ def layer_widths_of(config: Any) -> tuple[LayerWidths, ...]:
         widths = LayerWidths(int(config.num_key_value_heads), int(config.intermediate_size))
         return (widths,) * int(config.num_hidden_layers)
     return tuple(LayerWidths(int(w["num_key_value_heads"]), int(w["intermediate_size"])) for w in per_layer)
+
+
+def _count(value: Any) -> int:
+    """A whole number from 0 on, and no other type that `int` would round or parse."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a whole number from 0 on")
+    return value
 
 
 def submodule(model: nn.Module, path: str) -> Any:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from prunus.calibration import Calibration, load_calibration
 from prunus.checkpoint import (
@@ -23,6 +22,7 @@ from prunus.checkpoint import (
     locate,
     model_bytes,
     open_model,
+    read_config,
     resolve_device,
     resolve_dtype,
 )
@@ -189,7 +189,7 @@ def load_or_open(
     if engine == "auto" or limit is not None:
         device, folder = resolve_device(options.device), locate(source)
         check_folder(folder)
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         dtype = resolve_dtype(options.dtype)
         held_in: torch.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
         needed = estimate(empty_model(config, held_in), held_in, workload or Workload(), device)
@@ -296,7 +296,7 @@ def open_inputs(
     """
     for ratio in ratios:
         check_ratio(ratio)
-    check_output(out, overwrite)
+    check_output(out, overwrite, model)
     text = read_text(evaluation.eval_text) if evaluation.eval_text else None
     source = resolve_model(model)
     evaluation_tokens = evaluation.held_out * calibration.seq_len

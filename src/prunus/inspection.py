@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-from prunus.checkpoint import empty_model, locate
-from prunus.errors import CheckpointError
+from prunus.checkpoint import empty_model, locate, read_config
 from prunus.families import AXES, family_of
 from prunus.groups import Geometry
 from prunus.packaged_model import resolve_model
 from prunus.plan import Plan
-from prunus.selection import Constraints, reachable_parameters
+from prunus.selection import Constraints, check_ratio, reachable_parameters
 
 __all__ = ["inspect"]
 
@@ -32,14 +30,14 @@ def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
         prunus wrote, what was removed from each layer.
 
     Raises:
+        OptionError: the ratio is none.
         CheckpointError: there is no such model, or its config cannot be read.
         UnsupportedModelError: the family is not described.
     """
+    if ratio is not None:
+        check_ratio(ratio)
     folder = locate(resolve_model(model))
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the config in {folder} cannot be read: {error}") from error
+    config = read_config(folder)
     family = family_of(config)
     geometry = Geometry.of(empty_model(config, torch.float32))
     facts: dict[str, Any] = {
@@ -60,7 +58,7 @@ def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
             "ratio": ratio,
             "parameters_to_remove": round(target),
             "of_what_can_be_cut": target / max(facts["prunable_parameters"], 1),
-            "mlp_channels_if_only_mlp": round(target / geometry.group_parameters["mlp"]),
+            "mlp_channels_if_only_mlp": round(target / max(geometry.group_parameters["mlp"], 1)),
         }
     plan_file = folder / "prunus" / "plan.json"
     if plan_file.is_file():

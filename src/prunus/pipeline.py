@@ -273,7 +273,7 @@ def apply_checkpoint(
         The metrics, as they are written to prunus/metrics.json.
     """
     model_options = model_options or ModelOptions()
-    check_output(out, overwrite)
+    check_output(out, overwrite, model)
     source = resolve_model(model)
     dense, tokenizer, _ = load_or_open(source, model_options)
     geometry = Geometry.of(dense)

@@ -232,7 +232,10 @@ class Plan:
             raise PlanError(f"cannot read the plan {path}: {error}") from error
         except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
             raise PlanError(f"{path} is not JSON: {error}") from error
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
 
 
 def _to_ranges(groups: Sequence[int]) -> str:

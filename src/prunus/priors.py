@@ -97,7 +97,7 @@ class Prior:
         """
         try:
             return cls(*(tuple(float(value) for value in values[name]) for name in ("layer", *AXES)))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise PlanError(f"malformed layer priors: {type(error).__name__} {error}") from error
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from prunus.errors import StatisticsError
+from prunus.errors import CheckpointError, StatisticsError
+from prunus.replacing import replacing
 from prunus.tensor_file import TensorFile, TensorLayout, write_tensors
 
 __all__ = ["Records"]
@@ -82,14 +83,15 @@ class Records:
         if not path.is_file():
             if self._folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(path.name + ".partial")
-                partial.write_text(json.dumps(made_from, indent=1) + "\n", encoding="utf-8")
-                partial.replace(path)
+                with replacing(path) as partial:
+                    partial.write_text(json.dumps(made_from, indent=1) + "\n", encoding="utf-8")
             return
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise StatisticsError(f"{path} cannot be read ({error}); remove the folder {folder}") from error
+        if not isinstance(there, dict):
+            raise StatisticsError(f"{path} does not hold a JSON object; remove the folder {folder}")
         if there != made_from:
             differing = [
                 f"{name} ({_short(there.get(name))} there, {_short(made_from.get(name))} now)"
@@ -101,9 +103,17 @@ class Records:
                 "inputs of that run to go on with it; else remove the folder, or name another with --work"
             )
         for record in sorted(folder.glob("layer-*.safetensors")):
-            layer_idx = int(record.stem.removeprefix("layer-"))
-            self._files[layer_idx] = TensorFile(record)
-            self._about[layer_idx] = json.loads(self._files[layer_idx].metadata["about"])
+            try:
+                layer_idx = int(record.stem.removeprefix("layer-"))
+                file = TensorFile(record)
+                about = json.loads(file.metadata["about"])
+                if not isinstance(about, dict):
+                    raise TypeError(f"{about!r} is said of it")
+            except (CheckpointError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+                raise StatisticsError(
+                    f"{record} is not the record of a finished layer ({error}); remove the folder {folder}"
+                ) from error
+            self._files[layer_idx], self._about[layer_idx] = file, about
 
 
 def _short(value: Any) -> str:

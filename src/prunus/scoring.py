@@ -12,6 +12,7 @@ import pandas as pd
 from prunus.adaptive import AdaptiveOptions, adapt, split_probe
 from prunus.calibration import Calibration
 from prunus.errors import CalibrationError, OptionError, PlanError
+from prunus.families import AXES
 from prunus.groups import Geometry
 from prunus.importance import COMPOSITES, MethodOptions, get_method, score_groups
 from prunus.importance.hybrid import DEFAULT_MIX, Weights, check_weights, mix
@@ -19,6 +20,7 @@ from prunus.importance.registry import statistics_for
 from prunus.layers import layers_of
 from prunus.metering import Cost, metered
 from prunus.priors import Prior, PriorOptions, measure_prior, weigh
+from prunus.replacing import replacing
 from prunus.statistics import ActivationStatistics, OutputFisher, Statistics
 from prunus.sweep import ENGINES, EngineChoice, sweep
 from prunus.table import NORMALIZATIONS, Normalization, build_table, load_table, rank_table, save_table
@@ -126,7 +128,8 @@ class Score:
         if self.statistics is not None:
             self.statistics.save(folder / STATISTICS_FILE)
         save_table(self.table, folder / TABLE_FILE)
-        (folder / ABOUT_FILE).write_text(self.to_json(), encoding="utf-8")
+        with replacing(folder / ABOUT_FILE) as partial:
+            partial.write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
         """What score.json holds: the model's geometry, and what the table was made from."""
@@ -150,14 +153,23 @@ class Score:
             about = json.loads(about_path.read_text(encoding="utf-8"))
             geometry = Geometry.from_dict(about.pop("geometry"))
             measured = about.pop("layer_priors", None)
+            prior = Prior.from_dict(measured) if measured else None
+        except PlanError as error:
+            raise PlanError(f"{about_path}: {error}") from error
         except OSError as error:
             raise PlanError(
                 f"{about_path} is missing: a table alone does not say how large the model is. Keep groups.csv beside "
                 "the score.json that `prunus score` wrote with it."
             ) from error
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise PlanError(f"{about_path} is malformed: {type(error).__name__} {error}") from error
-        return cls(load_table(path), geometry, about, prior=Prior.from_dict(measured) if measured else None)
+        ranked = load_table(path)
+        # Before anything counts the groups one by one: a damaged file can name more than any memory holds.
+        if len(ranked) != (groups := sum(widths[axis] for widths in geometry.widths for axis in AXES)):
+            raise PlanError(
+                f"{path} lists {len(ranked):,} groups, {about_path} describes {groups:,}: they do not belong together"
+            )
+        return cls(ranked, geometry, about, prior=prior)
 
 
 def score(

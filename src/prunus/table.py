@@ -159,7 +159,7 @@ def load_table(path: str | Path) -> pd.DataFrame:
         PlanError: the file is unreadable, lacks columns, or holds values that are not groups.
     """
     try:
-        table = pd.read_csv(path, float_precision="round_trip")
+        table = pd.read_csv(path, float_precision="round_trip", compression=None)
     except (OSError, UnicodeDecodeError, ValueError, pd.errors.ParserError) as error:
         raise PlanError(f"cannot read the table {path}: {error}") from error
     return check_table(table, str(path))

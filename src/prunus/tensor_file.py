@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prunus.errors import CheckpointError
+from prunus.replacing import replacing
 
 __all__ = ["TensorFile", "TensorLayout", "write_tensors"]
 
@@ -75,8 +76,8 @@ class TensorFile:
         self.path = path
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            first = file.read(8)
+            length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
             self._start = 8 + length
             if self._start > size:
                 raise CheckpointError(
@@ -85,8 +86,15 @@ class TensorFile:
             try:
                 self.entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
                 self.metadata: dict[str, str] = self.entries.pop("__metadata__", {})
-                end = max((entry["data_offsets"][1] for entry in self.entries.values()), default=0) + self._start
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                for name, entry in self.entries.items():
+                    _check_entry(name, entry)
+                end = 0
+                for start, stop in sorted(entry["data_offsets"] for entry in self.entries.values()):
+                    if start != end:
+                        raise ValueError(f"a tensor starts at {start}, the one before it ends at {end}")
+                    end = stop
+                end += self._start
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise CheckpointError(
                     f"{path} is not a safetensors file: its header cannot be read ({error})"
                 ) from error
@@ -97,8 +105,16 @@ class TensorFile:
             )
 
     def layout(self, name: str) -> TensorLayout:
-        """Dtype and shape of a tensor."""
+        """Dtype and shape of a tensor.
+
+        Raises:
+            CheckpointError: it has a dtype that is not read here.
+        """
         entry = self.entries[name]
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {name!r} has dtype {entry['dtype']}; use a bf16, fp16 or fp32 checkpoint"
+            )
         return TensorLayout(DTYPES[entry["dtype"]], tuple(entry["shape"]))
 
     def read(self, name: str) -> Tensor:
@@ -139,9 +155,8 @@ def write_tensors(
         entries[name] = {"dtype": NAMES[layout.dtype], "shape": list(layout.shape), "data_offsets": [start, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    partial = path.with_name(path.name + ".partial")
     expected = iter(layouts.items())
-    with partial.open("wb", buffering=0) as file:
+    with replacing(path) as partial, partial.open("wb", buffering=0) as file:
         _write_all(file, memoryview(struct.pack("<Q", len(header)) + header))
         for name, tensor in tensors:
             if next(expected, None) != (name, TensorLayout.of(tensor)):
@@ -150,7 +165,20 @@ def write_tensors(
             _write_all(file, data.data)
         if (absent := next(expected, None)) is not None:
             raise ValueError(f"{absent[0]}, which belongs into {path}, did not come")
-    partial.replace(path)
+
+
+def _check_entry(name: str, entry: dict[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError unless an entry of a header describes a tensor.
+
+    Nothing but these numbers says which bytes are which weights, so that a wrong one must not get any further.
+    """
+    (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if not isinstance(dtype, str) or not isinstance(shape, list):
+        raise TypeError(f"{name!r} has dtype {dtype!r} and shape {shape!r}")
+    if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
+        raise ValueError(f"{name!r} has shape {shape} and offsets {[start, end]}, not whole numbers from 0 on")
+    if end < start or (dtype in DTYPES and end - start != math.prod(shape) * DTYPES[dtype].itemsize):
+        raise ValueError(f"{name!r} has {end - start} bytes for {dtype} of shape {shape}")
 
 
 def _write_all(file: Any, data: memoryview) -> None:

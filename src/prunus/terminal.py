@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ def run_command(work: Callable[[], object]) -> int:
     transformers_logging.disable_progress_bar()
     try:
         work()
+        sys.stdout.flush()
     except PrunusError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -41,6 +43,14 @@ def run_command(work: Callable[[], object]) -> int:
             "length, dtype bfloat16, the streamed engine, or the CPU.",
             file=sys.stderr,
         )
+        return 1
+    except BrokenPipeError:
+        # Whoever read the results has enough of them. Nothing may be written when Python flushes at its end, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        # A full disk, no permission, a name too long: the message of the system names the file.
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; no output folder was left half-written", file=sys.stderr)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
+from prunus.errors import OptionError
 from prunus.sweep import Engine
 
 __all__ = ["WorkFolder"]
@@ -19,12 +21,27 @@ class WorkFolder:
     Args:
         out: the command's output.
         asked: the folder that the user names; None for `<out>.work`, which only the streamed engine uses.
+
+    Raises:
+        OptionError: the folder is a file, or holds what prunus did not put there: it removes its work at the end.
     """
 
     def __init__(self, out: str | Path, asked: str | Path | None = None):
-        out = Path(out).expanduser()
         self._asked = asked is not None
-        self.path = out.with_name(out.name + ".work") if asked is None else Path(asked).expanduser()
+        try:
+            out = Path(out).expanduser()
+            self.path = out.with_name(out.name + ".work") if asked is None else Path(asked).expanduser()
+            is_file = self.path.exists() and not self.path.is_dir()
+            names = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+        except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, no name
+            raise OptionError(f"a work folder for {str(asked or out)!r} cannot be created: {error}") from error
+        if is_file:
+            raise OptionError(f"work folder {self.path} is a file; remove it, or name a folder with --work")
+        if foreign := [name for name in names if not any(fnmatch(name, pattern) for pattern in CONTENTS)]:
+            raise OptionError(
+                f"work folder {self.path} holds {foreign[0]}, which prunus did not put there; name a new folder with "
+                "--work"
+            )
 
     def used_by(self, engine: Engine) -> Path | None:
         """The folder, if there is one to be used under an engine."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from llama_cpp_graph import GgufFile
 from tiny_families import make_model
+from tiny_folder import run, run_json
 from transformers import AutoConfig
 
 import prunus
@@ -22,16 +21,9 @@ def ragged(saved):
     return saved(prunus.apply_plan(whole, Plan.from_kept(Geometry.of(whole), kept)))
 
 
-def run(capsys, *words) -> dict:
-    status = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    assert status == 0, captured.err
-    return json.loads(captured.out)
-
-
 def test_export_gguf(capsys, ragged, tmp_path):
     out = tmp_path / "a.gguf"
-    facts = run(capsys, "export", ragged, "--to", "gguf", "--out", out, "--type", "bf16", "--mlp-multiple", 8, "--json")
+    facts = run_json(capsys, "export", ragged, "--to", "gguf", "--out", out, "--type", "bf16", "--mlp-multiple", 8)
     file = GgufFile(out)
     assert facts["architecture"] == file.architecture == "deci"
     assert facts["feed_forward_length"] == file["feed_forward_length"] == [16, 8]
@@ -40,7 +32,7 @@ def test_export_gguf(capsys, ragged, tmp_path):
 
 
 def test_export_dense(capsys, ragged, tmp_path):
-    facts = run(capsys, "export", ragged, "--to", "dense", "--out", tmp_path / "dense", "--json")
+    facts = run_json(capsys, "export", ragged, "--to", "dense", "--out", tmp_path / "dense")
     config = AutoConfig.from_pretrained(tmp_path / "dense")
     assert (config.num_key_value_heads, config.intermediate_size) == (2, 9)
     assert (facts["num_key_value_heads"], facts["intermediate_size"]) == (2, 9)
@@ -57,18 +49,18 @@ def test_an_export_that_cannot_be_is_one_line(capsys, ragged, tmp_path):
 
 def test_shape_and_named_alignment(capsys, saved, tmp_path):
     folder = saved(make_model("llama", num_hidden_layers=3, vocab_size=280, intermediate_size=320))
-    scores = ["score", folder, "--out", tmp_path / "scores", "--method", "magnitude", "--json"]
+    scores = ["score", folder, "--out", tmp_path / "scores", "--method", "magnitude"]
     run(capsys, *scores)
     for flags, multiple in ((["--align", "gpu"], 64), (["--align", "gpu128"], 128), (["--align", "10"], 10)):
         plan = tmp_path / "plan.json"
-        run(capsys, "plan", tmp_path / "scores", "--ratio", 0.2, "--out", plan, "--overwrite", *flags, "--json")
+        run(capsys, "plan", tmp_path / "scores", "--ratio", 0.2, "--out", plan, "--overwrite", *flags)
         widths = [layer.intermediate_size for layer in Plan.load(plan).kept_widths]
         assert all(width % multiple == 0 or width == 320 for width in widths)
         assert any(width % multiple == 0 and width < 320 for width in widths)
     run(
         capsys,
         *("plan", tmp_path / "scores", "--ratio", 0.2, "--out", tmp_path / "plan.json", "--overwrite"),
-        *("--shape", "uniform", "--align", "gpu", "--json"),
+        *("--shape", "uniform", "--align", "gpu"),
     )
     kept = Plan.load(tmp_path / "plan.json").kept_widths
     assert len(set(kept)) == 1

@@ -86,7 +86,7 @@ def parquet_documents(path: Path, *, text_column: str, seed: int) -> Iterator[st
 
     try:
         file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise CalibrationError(f"{path} is not a readable parquet file: {error}") from error
     schema = file.schema_arrow
     if text_column not in schema.names:
@@ -152,7 +152,7 @@ def _line_documents(path: Path, text_column: str, seed: int) -> Iterator[str]:
 def _document_of_line(path: Path, line: bytes, position: int, text_column: str) -> str:
     try:
         record = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(
             f"{path}, line {_line_number(path, position)} is not JSON: {error}. Give one JSON object per line."
         ) from error
@@ -183,7 +183,7 @@ def _array_documents(path: Path, text_column: str, seed: int) -> Iterator[str]:
         )
     try:
         records = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{path} is not JSON: {error}") from error
     return _record_documents(records, path, text_column, seed)
 

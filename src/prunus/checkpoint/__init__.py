@@ -2,7 +2,7 @@
 
 from prunus.checkpoint.architecture import empty_model, is_ragged, pruned_config, register
 from prunus.checkpoint.card import CalibrationFacts, CardFacts, PerplexityFacts, license_of, model_card
-from prunus.checkpoint.load import check_finite, check_folder, load_model, locate
+from prunus.checkpoint.load import check_finite, check_folder, load_model, locate, read_config
 from prunus.checkpoint.open import open_model
 from prunus.checkpoint.placement import resolve_device, resolve_dtype
 from prunus.checkpoint.save import check_disk, check_output, model_bytes, save_checkpoint
@@ -26,6 +26,7 @@ __all__ = [
     "model_card",
     "open_model",
     "pruned_config",
+    "read_config",
     "register",
     "resolve_device",
     "resolve_dtype",

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from prunus.checkpoint import configuration_prunus, modeling_prunus
-from prunus.errors import PlanError, UnsupportedModelError
+from prunus.errors import CheckpointError, PlanError, UnsupportedModelError
 from prunus.families import PRUNED_PREFIX, family_of
 from prunus.groups import LayerWidths
 
@@ -107,10 +107,16 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
         The model in eval mode. Buffers that checkpoints do not hold (rotary frequencies) are real, on the CPU.
 
     Raises:
+        CheckpointError: the config has values that no model can be built with.
         UnsupportedModelError: a buffer is neither stored in checkpoints nor set by the model's `_init_weights`.
     """
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # what impossible values lead to: an unknown activation, a size of -1
+        raise CheckpointError(
+            f"the config describes no {config.model_type} model that can be built: {type(error).__name__} {error}"
+        ) from error
     for path, module in model.named_modules():
         unsaved = [
             name for name in module._non_persistent_buffers_set if getattr(getattr(module, name), "is_meta", False)

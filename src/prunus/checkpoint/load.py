@@ -21,7 +21,7 @@ from prunus.errors import CheckpointError, NonFiniteError, UnsupportedModelError
 from prunus.families import family_of
 from prunus.tensor_file import TensorFile
 
-__all__ = ["check_finite", "check_folder", "load_model", "locate"]
+__all__ = ["check_finite", "check_folder", "load_model", "locate", "read_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,9 @@ def load_model(
     _, tokenizer = read_small_files(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=torch_dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # what a config with impossible values leads to: a division by zero, for one
         raise CheckpointError(f"the model in {folder} cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
@@ -85,14 +85,25 @@ def read_small_files(folder: Path) -> tuple[Any, Any]:
         UnsupportedModelError: see `check_folder`.
     """
     check_folder(folder)
+    config = read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers' validators raise several kinds
-        raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error
-    try:
-        return config, AutoTokenizer.from_pretrained(folder)
+        return config, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer's parser raises
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+
+def read_config(folder: Path) -> Any:
+    """The config of a model folder.
+
+    Raises:
+        CheckpointError: it describes no model, or cannot be read.
+        UnsupportedModelError: see `check_config`.
+    """
+    check_config(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers' validators raise several kinds
+        raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
@@ -137,9 +148,11 @@ def check_folder(folder: Path) -> None:
         if gguf := sorted(folder.glob("*.gguf")):
             raise UnsupportedModelError(_gguf_message(str(gguf[0])))
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
-    check_config(folder)
+    layers = check_config(folder).get("num_hidden_layers")
+    tensors = 0
     for shard, expected in shards_of(folder).items():
         file = TensorFile(shard)
+        tensors += len(file.entries)
         if absent := sorted(expected - file.entries.keys()):
             raise CheckpointError(
                 f"{shard} does not hold {absent[0]!r} ({len(absent)} tensors), which {INDEX} places there; "
@@ -151,12 +164,20 @@ def check_folder(folder: Path) -> None:
                     f"{shard}: {name!r} has dtype {entry['dtype']}, so the weights are quantised and cannot be cut; "
                     "use the bf16, fp16 or fp32 checkpoint"
                 )
+    if isinstance(layers, int) and layers > tensors:  # before a list of them is made, which could fill the memory
+        raise CheckpointError(
+            f"{folder / 'config.json'} describes {layers:,} decoder layers, but the weights are {tensors:,} tensors; "
+            "fetch it again"
+        )
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}, …); copy the base model's")
 
 
-def check_config(folder: Path) -> None:
+def check_config(folder: Path) -> dict[str, Any]:
     """Check config.json of a model folder: readable, of a described family, and not of a quantised model.
+
+    Returns:
+        Its content.
 
     Raises:
         CheckpointError: not valid JSON.
@@ -164,12 +185,14 @@ def check_config(folder: Path) -> None:
     """
     config = _read_json(folder / "config.json")
     if quantization := config.get("quantization_config") or config.get("compression_config"):
-        method = quantization.get("quant_method") or quantization.get("format") or "unknown method"
+        fields = quantization if isinstance(quantization, dict) else {}
+        method = fields.get("quant_method") or fields.get("format") or "unknown method"
         raise UnsupportedModelError(
             f"the model in {folder} is already quantised ({method}); its packed weights cannot be cut. Prune the bf16, "
             "fp16 or fp32 checkpoint that it was made from, and quantise the result"
         )
     family_of(SimpleNamespace(**config))
+    return config
 
 
 def check_finite(model: Any) -> None:
@@ -206,7 +229,7 @@ def _gguf_message(path: str) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
@@ -234,6 +257,8 @@ def shards_of(folder: Path) -> dict[Path, set[str]]:
         raise CheckpointError(f"{folder / INDEX} has no weight_map; fetch the model again")
     shards: dict[Path, set[str]] = {}
     for name, file_name in weight_map.items():
+        if not isinstance(file_name, str):
+            raise CheckpointError(f"{folder / INDEX} places {name!r} in {file_name!r}, which is no file name")
         shards.setdefault(folder / file_name, set()).add(name)
     if absent := sorted(shard.name for shard in shards if not shard.is_file()):
         raise CheckpointError(

@@ -59,7 +59,10 @@ def open_model(
         torch_dtype = config.dtype or next(dtype for dtype in stored if dtype.is_floating_point)
     model = empty_model(config, torch_dtype)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # as of configs
+            raise CheckpointError(f"{folder / 'generation_config.json'} cannot be read: {error}") from error
     prefix = family_of(config).layers + "."
     outside = list(outside_layers(model))
     in_layers = [name for name in model.state_dict() if name.startswith(prefix)]
@@ -68,6 +71,12 @@ def open_model(
             f"{folder} lacks {len(missing)} tensors of its model, first {missing[0]!r}. If it loads in transformers, "
             "its tensors have other names there: use --engine resident, or save it again with save_pretrained"
         )
+    for name, tensor in model.state_dict().items():
+        if name in places and places[name].layout(name).shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{places[name].path}: {name!r} has shape {places[name].layout(name).shape}, config.json makes it "
+                f"{tuple(tensor.shape)}; fetch the model again, or correct config.json"
+            )
 
     def read(name: str) -> Tensor:
         tensor = places[name].read(name)

@@ -52,19 +52,27 @@ LOCAL_FIELDS = ("_name_or_path", "name_or_path", "_commit_hash", "tokenizer_file
 REST_BYTES = 64 * 2**20
 
 
-def check_output(out: str | os.PathLike[str], overwrite: bool = False) -> None:
+def check_output(
+    out: str | os.PathLike[str], overwrite: bool = False, model: str | os.PathLike[str] | None = None
+) -> None:
     """Refuse an output folder that could not be written, before any long work; tidy up after a killed run.
 
     Args:
         out: where a model folder will be written.
         overwrite: whether a folder that is there already may be replaced. Only one that holds nothing but the files of
             a model or of an earlier prunus run ever is.
+        model: what the result is made from: a folder, which is never replaced, or the name of a model.
 
     Raises:
-        CheckpointError: `out` is a file, is or holds the current or home directory, is not empty, or cannot be created.
+        CheckpointError: `out` is a file, is or holds the current or home directory or the model, is not empty, or
+            cannot be created.
     """
     target = _target(out)
     remove_interrupted(target)
+    if model is not None and (source := Path(model).expanduser()).exists():
+        source = source.resolve()
+        if target == source or target in source.parents:
+            raise CheckpointError(f"output {out} is the folder of the model, or holds it; name another folder")
     for place, what in ((Path.cwd(), "the current directory"), (Path.home(), "your home directory")):
         if target == place.resolve() or target in place.resolve().parents:
             raise CheckpointError(f"output {out} is {what} or holds it; name a new folder inside it")
@@ -180,7 +188,13 @@ def remove_interrupted(target: Path) -> None:
 
 def _target(out: str | os.PathLike[str]) -> Path:
     # Links are followed, so that the folder behind a link is replaced and not the link.
-    return Path(out).expanduser().resolve()
+    try:
+        target = Path(out).expanduser().resolve()
+        target.exists()
+        str(target).encode()
+    except (OSError, RuntimeError, UnicodeError) as error:  # too long, links in a circle, nobody's home, not UTF-8
+        raise CheckpointError(f"output {str(out)!r} cannot be created: {error}") from error
+    return target
 
 
 def _existing_parent(target: Path) -> Path:

@@ -44,7 +44,7 @@ def export_dense(source: str, out: str | Path, *, overwrite: bool = False) -> di
         OptionError: the layers have equal widths already, so that the folder is of a stock class as it is.
         CheckpointError: `source` cannot be read, or `out` cannot be written.
     """
-    check_output(out, overwrite)
+    check_output(out, overwrite, source)
     folder = resolve_model(source)
     model, tokenizer = load_model(folder)
     if not is_ragged(model.config):

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
 
-from prunus.checkpoint import check_disk, load_model, locate
+from prunus.checkpoint import check_disk, load_model, locate, read_config
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.export.fill import fill_tensors
 from prunus.export.gguf_rope import Rope, rope_of
@@ -87,7 +86,7 @@ def export_gguf(
     _check_options(out, type, mlp_multiple, overwrite)
     gguf = _gguf_package()
     folder = resolve_model(source)
-    candidates(AutoConfig.from_pretrained(locate(folder)))  # before the weights are read
+    candidates(read_config(locate(folder)))  # before the weights are read
     model, tokenizer = load_model(folder)
     config = model.config
     geometry = Geometry.of(model)

@@ -166,11 +166,14 @@ class Statistics:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["prunus_statistics"])
+                names = list(file.keys())
+                if type(about["layers"]) is not int or not 0 <= about["layers"] <= len(names):
+                    raise ValueError(f"{len(names)} tensors cannot be of {about['layers']!r} layers")
                 layers: list[dict[str, Tensor]] = [{} for _ in range(about["layers"])]
                 by_number = {str(number): layer for number, layer in enumerate(layers)}
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                for key in names:
                     number, _, name = key.removeprefix("layers.").partition(".")
                     by_number[number][name] = file.get_tensor(key)
             return cls(tuple(layers), about["sequences"], about["loss"], about["provenance"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise StatisticsError(f"{path} is not a prunus statistics file: {type(error).__name__} {error}") from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunus.calibration.batches import Batch
 from prunus.digest import digest_batches, digest_model
-from prunus.errors import OptionError
+from prunus.errors import OptionError, StatisticsError
 from prunus.evaluation.mode import evaluation_mode
 from prunus.groups import Geometry
 from prunus.layers import layers_of
@@ -147,9 +147,20 @@ def _run(
             run_resident(model, geometry, taps, mine, finish_layer, progress=progress)
         elif len(records) < len(geometry.widths):
             finished = len(records)
+            _check_unbroken(records, range(len(geometry.widths)), taps.needs_gradients, folder)
             run_streamed(model, geometry, taps, mine, finish_layer, spool=spool, finished=finished, progress=progress)
     spool.close()
     return records
+
+
+def _check_unbroken(records: Records, layers: Sequence[int], backward: bool, folder: Path | None) -> None:
+    """Raise unless the finished layers are the first ones, or with a backward pass the last ones."""
+    order = layers[::-1] if backward else layers
+    if missing := [layer_idx for layer_idx in order[: len(records)] if layer_idx not in records]:
+        raise StatisticsError(
+            f"{folder} lacks the record of layer {missing[0]}, but holds those of layers that come after it; remove "
+            "the folder"
+        )
 
 
 @contextmanager
