@@ -8,19 +8,27 @@ begins, a streamed one is read from disk (or the system's cache) within it.
     python benchmarks/engine.py methods --samples 16 --seq-len 256 --repetitions 3
     python benchmarks/engine.py scaling --depths 4,8,16,32 --sequence-counts 4,8,16 --processes 1,2
     python benchmarks/engine.py limit --layers 24 --hidden-size 2048 --samples 8
+    python benchmarks/engine.py kill --repetitions 20
 
 `limit` makes a model of random weights on disk, then scores, prunes, repairs and saves it in a process that may not
 have as much memory as its weights take: RLIMIT_DATA, with which Linux refuses memory beyond a limit. As a control it
 lets the resident engine try the same.
+
+`kill` prunes and repairs a small model of random weights in two rounds, once undisturbed, and then again and again with
+a SIGKILL at a random moment, after which the same command goes on. It counts the kills and the results that are the
+same as the undisturbed one's, byte for byte: table, plan and weights, with nothing left beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -61,7 +69,9 @@ def main() -> None:
     if options.command == "one":
         one(options)
         return
-    run = {"methods": measure_methods, "scaling": measure_scaling, "limit": measure_limit}[options.command]
+    run = {"methods": measure_methods, "scaling": measure_scaling, "limit": measure_limit, "kill": kill}[
+        options.command
+    ]
     report = {
         "command": " ".join(sys.argv[1:]),
         "prunus": prunus.__version__,
@@ -234,6 +244,80 @@ print(json.dumps({**{key: metrics[key] for key in keys}, **peak}))
 """
 
 
+#: what a run that was killed must leave as an undisturbed one does
+COMPARED = ("model.safetensors", "prunus/groups.csv", "prunus/plan.json")
+
+
+def kill(options: argparse.Namespace) -> dict[str, Any]:
+    """SIGKILL at random moments, and what the same command makes of it when it is given again."""
+    # Processes that are forked from one that has imported everything: a run begins at once, as in a process of its own.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["__main__"])
+    generator, rows = random.Random(options.seed), []
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        folder = make_model(Path(scratch) / "model", options.layers, options)
+
+        def run(out: Path, seconds: float | None) -> tuple[int, float]:
+            """Start the command and kill it after some seconds: its exit status, minus a signal's number; its time."""
+            ready = processes.Event()
+            process = processes.Process(target=pruned, args=(folder, out, options, ready))
+            process.start()
+            ready.wait()
+            begun = time.perf_counter()
+            process.join(seconds)
+            process.kill()
+            process.join()
+            assert process.exitcode is not None
+            return process.exitcode, time.perf_counter() - begun
+
+        def result(out: Path) -> list[bytes]:
+            return [(out / name).read_bytes() for name in COMPARED]
+
+        status, duration = run(Path(scratch) / "undisturbed" / "out", None)
+        if status:
+            raise SystemExit("the undisturbed run failed")
+        expected = result(Path(scratch) / "undisturbed" / "out")
+        for number in range(options.repetitions):
+            place, after = Path(scratch) / f"killed-{number}", generator.uniform(0, duration)
+            status = run(place / "out", after)[0]
+            killed, found = status == -signal.SIGKILL, len(list(place.glob("**/layer-*.safetensors")))
+            if run(place / "out", None)[0] if killed else status:
+                raise SystemExit(f"run {number} failed by itself")
+            rows.append(
+                {
+                    "after_seconds": after,
+                    "killed": killed,
+                    "layers_found": found,
+                    "same": result(place / "out") == expected,
+                    "alone": [path.name for path in place.iterdir()] == ["out"],
+                }
+            )
+            print(rows[-1], file=sys.stderr)
+            shutil.rmtree(place)
+    hit = [row for row in rows if row["killed"]]
+    same = sum(row["same"] and row["alone"] for row in hit)
+    show(f"undisturbed {duration:.1f} s; {same} of {len(hit)} killed runs have the same result", rows)
+    return {"undisturbed_seconds": duration, "killed": len(hit), "same": same, "rows": rows}
+
+
+def pruned(folder: Path, out: Path, options: argparse.Namespace, ready: Any) -> None:
+    """One run of `kill`."""
+    torch.set_num_threads(options.threads)
+    ready.set()
+    prunus.prune_checkpoint(
+        str(folder),
+        out,
+        0.3,
+        calibration=prunus.CalibrationOptions(samples=options.samples, seq_len=options.seq_len),
+        scoring=prunus.ScoringOptions(method=options.method, engine="streamed", batch_size=options.batch_size),
+        compensation=prunus.CompensationOptions(reselect=options.reselect),
+        rounds=2,
+        evaluation=prunus.EvaluationOptions(held_out=0),
+        model_options=prunus.ModelOptions(device="cpu"),
+        progress=False,
+    )
+
+
 def interleaved(jobs: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, float]]:
     """Each job in fresh processes, all of them once, then all again; medians."""
     runs: list[list[dict[str, float]]] = [[] for _ in jobs]
@@ -333,12 +417,12 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     numbers = lambda text: [int(part) for part in text.split(",") if part]  # noqa: E731
     names = lambda text: [part for part in text.split(",") if part]  # noqa: E731
-    for command in ("methods", "scaling", "limit", "one"):
+    for command in ("methods", "scaling", "limit", "kill", "one"):
         sub = commands.add_parser(command)
         sub.add_argument("--samples", type=int, default=16)
         sub.add_argument("--seq-len", type=int, default=256)
         sub.add_argument("--batch-size", type=int, default=1)
-        sub.add_argument("--repetitions", type=int, default=3)
+        sub.add_argument("--repetitions", type=int, default=20 if command == "kill" else 3)
         sub.add_argument("--threads", type=int, default=os.cpu_count())
         sub.add_argument("--device", default="cpu")
         sub.add_argument("--dtype", default="bfloat16" if command == "limit" else "float32")
@@ -350,11 +434,15 @@ def parse() -> argparse.Namespace:
             sub.add_argument("--engines", type=names, default=list(ENGINES))
         if command == "methods":
             sub.add_argument("--methods", type=names, default=MEASURED)
-        if command in ("scaling", "limit"):
+        if command in ("scaling", "limit", "kill"):
             sub.add_argument("--method", default="taylor")
-            sub.add_argument("--hidden-size", type=int, default=2048 if command == "limit" else 512)
+            sub.add_argument("--hidden-size", type=int, default={"limit": 2048, "kill": 128}.get(command, 512))
             sub.add_argument("--intermediate-size", type=int)
-            sub.add_argument("--vocab-size", type=int, default=32000)
+            sub.add_argument("--vocab-size", type=int, default=512 if command == "kill" else 32000)
+        if command == "kill":
+            sub.add_argument("--layers", type=int, default=12)
+            sub.add_argument("--reselect", action="store_true")
+            sub.add_argument("--seed", type=int, default=0)
         if command == "scaling":
             sub.add_argument("--depths", type=numbers, default=[4, 8, 16, 32])
             sub.add_argument("--sequence-counts", type=numbers, default=[8, 16, 32])

@@ -12,10 +12,10 @@ from tiny_families import ONE_EACH, case_id, logits, make_model, random_tokens
 
 from prunus.calibration import Batch
 from prunus.compensation import CompensationOptions, Cut, compensate_, compensate_together_
-from prunus.errors import OptionError
+from prunus.errors import CalibrationError, OptionError
 from prunus.families import AXES, FAMILIES
 from prunus.groups import Geometry
-from prunus.least_squares import solve_ridge
+from prunus.least_squares import TokenSums, solve_ridge
 from prunus.plan import Plan
 from prunus.surgery import apply_plan
 from prunus.temperature import fit_temperature_
@@ -54,6 +54,23 @@ def test_solve_ridge_is_the_least_squares_solution_of_the_augmented_system():
     solution, condition = solve_ridge(gram, x.T @ target, weight, damping)
     torch.testing.assert_close(solution, expected, rtol=1e-5, atol=1e-6)
     assert condition >= 1
+
+
+@pytest.mark.parametrize("width", [5, 64, 150, 1100])
+def test_sums_over_tokens_are_those_of_all_tokens_at_once(width):
+    """Also where XᵀX goes in one block, in equal ones and in unequal ones."""
+    generator = torch.Generator().manual_seed(1)
+    x, target = (torch.randn(30, columns, generator=generator) for columns in (width, 7))
+    sums = TokenSums(torch.nn.Linear(width, 7))
+    for part, its_target in zip(x.split(8), target.split(8), strict=True):
+        sums.add(part, its_target)
+    found = sums.equations()
+    torch.testing.assert_close(found.gram.double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.cross.double(), x.double().T @ target.double(), rtol=1e-5, atol=1e-4)
+    assert found.target_square == pytest.approx(float(target.double().square().sum()))
+    weight = torch.randn(7, width, generator=generator).double()
+    error = (x.double() @ weight.T - target.double()).square().sum() / target.double().square().sum()
+    assert found.error(weight) == pytest.approx(float(error), rel=1e-4)
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
@@ -203,6 +220,13 @@ def test_several_cuts_together_get_the_bits_that_each_gets_alone(dtype):
         assert all(torch.equal(tensor, state[name]) for name, tensor in expected.state_dict().items())
     assert len(ran) == 8
     assert set(ran.values()) == {len(batches)}, "each block of the dense model ran once for all"
+
+
+def test_without_sequences_there_is_nothing_to_repair_on():
+    model = make_model("llama", "gqa")
+    plan = half(Geometry.of(model))
+    with pytest.raises(CalibrationError, match="no calibration batches"):
+        compensate_(apply_plan(model, plan), model, plan, [], progress=False)
 
 
 def test_options_are_checked():

@@ -5,16 +5,28 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_opened import save
 from tiny_families import make_model
 
 import prunus
+from prunus.checkpoint import open_model
 from prunus.errors import OptionError
 from prunus.sweep import estimate as module
-from prunus.sweep.estimate import Estimate, Workload, choose_engine, estimate, parse_bytes, show_bytes
+from prunus.sweep.estimate import (
+    Estimate,
+    Workload,
+    bytes_of_a_cut,
+    choose_engine,
+    estimate,
+    free_memory,
+    parse_bytes,
+    show_bytes,
+)
 
 CPU = torch.device("cpu")
 
@@ -40,6 +52,35 @@ def test_the_formula_by_hand():
     assert found.streamed == int((streamed + 2 * 20 * 48 * 4) * 1.1)
     in_memory = estimate(model, torch.float32, Workload(frozenset({"gradients"}), 6, 10, 2, inputs_on_disk=False), CPU)
     assert in_memory.streamed == int((streamed + 6 * 60 * 48 * 4) * 1.1)
+
+
+def test_repair_by_hand(tmp_path):
+    """The same Llama, repaired on 6 sequences of 10: L 4, H 48, Q 48, C 20."""
+    model = make_model("llama", "gqa", num_hidden_layers=4)
+    layer = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 20 + 2 * 48
+    outside = 2 * 96 * 48 + 48
+    kept = 2 * 10 * (4 * (12 * 48 + 4 * 48 + 4 * 24 + 6 * 20) + 24 * 48)
+    work = Workload(frozenset(), 6, 10, 2, compensate=True)
+    found = estimate(model, torch.float32, work, CPU)
+    solving, waiting = 40 * 20 * 20 + 24 * 20 * 48, 60 * 4 * (2 * 48 + 48)
+    assert found.resident == int((2 * (outside + 4 * layer) * 4 + kept + solving + waiting) * 1.1)
+    held = 2 * (outside + 2 * layer + 48 * 48) * 4
+    assert found.streamed == int((held + kept + solving) * 1.1)
+    in_memory = estimate(model, torch.float32, replace(work, inputs_on_disk=False), CPU)
+    assert in_memory.streamed == int((held + kept + solving + waiting) * 1.1)
+    one_more = 60 * 4 * (48 + 48) + 4 * 20 * (20 + 48)
+    assert bytes_of_a_cut(model, 12345, 60) == int((12345 * 4 + one_more) * 1.1)
+    opened = open_model(save(model, tmp_path / "model"))[0]
+    assert bytes_of_a_cut(opened, 12345, 60) == int(((outside + 2 * layer) * 4 + one_more) * 1.1)
+
+
+def test_what_is_free(monkeypatch):
+    monkeypatch.setattr(module, "resident_set", lambda: 300)
+    for available, limit, free in ((1000, None, 700), (1000, 800, 500), (1000, 5000, 700), (None, 800, 500)):
+        monkeypatch.setattr(module, "available_memory", lambda device, available=available: available)
+        assert free_memory(CPU, limit) == free
+    assert free_memory(CPU) is None
+    assert free_memory(CPU, 200) == 0, "never less than nothing"
 
 
 def test_forward_passes_need_no_gradients_and_depth_does_not_matter_to_the_streamed_engine():

@@ -139,8 +139,11 @@ def test_compensation_goes_on_after_the_last_repaired_layer(model, opened, tmp_p
     repairs, weights = repaired()
     whole, solved = solve_ridge, []
 
+    waiting = set()
+
     def spied(*args):
         solved.append(1)
+        waiting.update(path.parent.name for path in tmp_path.glob("work/waiting/*/*.safetensors"))
         if len(solved) == 4:
             raise Killed
         return whole(*args)
@@ -151,6 +154,8 @@ def test_compensation_goes_on_after_the_last_repaired_layer(model, opened, tmp_p
     again, same = repaired(tmp_path / "work")
     assert again == repairs
     assert all(torch.equal(same[name], weights[name]) for name in weights)
+    assert waiting == ({"dense", "hidden", "inputs"} if opened else set()), "only an opened model's wait on disk"
+    assert not (tmp_path / "work" / "waiting").exists()
     # Layer 0 has one block, layer 1 none, layer 2 two: three were solved, and a fourth begun.
     assert len(solved) == 4 + len(repairs) - 3
     with pytest.raises(StatisticsError, match="compensation"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,23 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from prunus.compensation import CompensationOptions
+from prunus.calibration import Batch
+from prunus.compensation import CompensationOptions, Cut, compensate_together_
 from prunus.errors import CalibrationError, OptionError
+from prunus.groups import Geometry
 from prunus.inputs import CalibrationOptions, EvaluationOptions, Inputs, ModelOptions, model_name, open_inputs
 from prunus.metering import metered
 from prunus.pipeline import prune
+from prunus.plan import Plan
 from prunus.recipe import check_recipe
 from prunus.replacing import replacing
 from prunus.scoring import Score, ScoringOptions, score_together
-from prunus.selection import Constraints
-from prunus.sweep.estimate import Workload
+from prunus.selection import Constraints, select
+from prunus.surgery import apply_plan
+from prunus.sweep.estimate import Workload, bytes_of_a_cut, free_memory, parse_bytes
 from prunus.version import __version__
 
-__all__ = ["compare", "plot_comparison"]
+__all__ = ["compare", "cuts_at_once", "plot_comparison"]
 
 DENSE = "dense"
 COLUMNS = ("method", "ratio", "compensated", "parameters", "perplexity", "relative", "seconds", "peak_bytes")
@@ -48,8 +52,9 @@ def compare(
 ) -> pd.DataFrame:
     """Prune a model by every method at every ratio and measure each result.
 
-    Methods that need the same kind of pass share it: one with a backward pass, one without. The rows that are done are
-    on disk after each measurement.
+    Methods that need the same kind of pass share it: one with a backward pass, one without. Results with the same plan
+    are made and measured once, and with one round and without reselection several are repaired in one go: as many as
+    fit into half of the free memory, see `cuts_at_once`. The rows that are done are on disk after each measurement.
 
     Args:
         model: a folder, a Hub id, or `smollm2-135m`.
@@ -71,7 +76,7 @@ def compare(
         perplexity, relative (to dense), seconds and peak_bytes (of all passes that led to the result, shared or not).
     """
     calibration, scoring = calibration or CalibrationOptions(), scoring or ScoringOptions()
-    evaluation = evaluation or EvaluationOptions()
+    evaluation, model_options = evaluation or EvaluationOptions(), model_options or ModelOptions()
     each = [replace(scoring, method=name) for name in dict.fromkeys(methods)]
     if not each or not ratios:
         raise OptionError("compare needs at least one method and one ratio")
@@ -88,7 +93,7 @@ def compare(
         constraints,
         calibration,
         evaluation,
-        model_options or ModelOptions(),
+        model_options,
         engine=scoring.engine,
         workload=Workload(
             frozenset().union(*(options.needs for options in each)),
@@ -111,18 +116,92 @@ def compare(
         "normalize": scoring.normalize,
         "rounds": rounds,
     }
-    record = _Record(inputs, Path(out), about, progress)
-    record.add(inputs.model, method=DENSE, ratio=0.0, compensated=False)
-    curvature = compensation is not None and compensation.reselect
-    found = score_together(inputs.model, inputs.calibration, each, curvature=curvature, progress=progress)
+    repairs = [None] if compensation is None else [None, compensation]
+    wanted = [_Row(o.method, ratio, repair is not None) for o, ratio, repair in product(each, ratios, repairs)]
+    base = _Row(DENSE, 0.0, False)
+    record = _Record(inputs, Path(out), about, [base, *wanted], progress)
+    record.add(inputs.model, [base])
+    reselects = compensation is not None and compensation.reselect
+    found = score_together(inputs.model, inputs.calibration, each, curvature=reselects, progress=progress)
     scores = {options.method: scored for options, scored in zip(each, found, strict=True)}
-    repairs = [None, compensation] if compensation is not None else [None]
-    for options in each:
-        for ratio in ratios:
-            for repair in repairs:
-                _add_result(record, scores[options.method], options, ratio, constraints, repair, rounds)
+    if rounds == 1 and not reselects:
+        _compare_plans(record, scores, each, ratios, constraints, compensation, model_options)
+    else:
+        for options, ratio, repair in product(each, ratios, repairs):
+            _add_result(record, scores[options.method], options, ratio, constraints, repair, rounds)
     plot_comparison(record.frame, Path(out) / "comparison.png")
     return record.frame
+
+
+def _compare_plans(
+    record: _Record,
+    scores: Mapping[str, Score],
+    each: Sequence[ScoringOptions],
+    ratios: Sequence[float],
+    constraints: Constraints | None,
+    compensation: CompensationOptions | None,
+    model_options: ModelOptions,
+) -> None:
+    """Cut once by every plan that the tables lead to, and repair several cuts in one go.
+
+    Results with the same plan are the same model: it is made and measured once, for all of them.
+    """
+    inputs, dense = record.inputs, record.inputs.model
+    plans: dict[str, Plan] = {}
+    wanted: dict[str, list[tuple[str, float]]] = {}
+    for options, ratio in product(each, ratios):
+        plan = select(scores[options.method].table, inputs.geometry, ratio, constraints)
+        plans[plan.fingerprint] = plan
+        wanted.setdefault(plan.fingerprint, []).append((options.method, ratio))
+
+    def add(cut: Cut, compensated: bool, seconds: float, peak_bytes: int | None) -> None:
+        rows = []
+        for method, ratio in wanted[cut.plan.fingerprint]:
+            about = scores[method].about
+            row = _Row(
+                method, ratio, compensated, about["seconds"] + seconds, _largest(about["peak_bytes"], peak_bytes)
+            )
+            record.keep_plan(cut.plan, row)
+            rows.append(row)
+        record.add(cut.pruned, rows)
+
+    each_plan = list(plans.values())
+    batches: list[Batch] = []
+    at_once = 1
+    if compensation is not None and inputs.calibration is not None:
+        batches = list(inputs.calibration.batches(each[0].batch_size))
+        tokens = inputs.calibration.input_ids.numel()
+        limit = parse_bytes(model_options.max_memory) if model_options.max_memory else None
+        at_once = cuts_at_once(dense, each_plan, tokens, free_memory(dense.device, limit))
+    for first in range(0, len(each_plan), at_once):
+        cuts: list[Cut] = []
+        seconds = []
+        for plan in each_plan[first : first + at_once]:
+            with metered(dense.device) as cost:
+                cuts.append(Cut(apply_plan(dense, plan), plan))
+            seconds.append(cost.seconds)
+            add(cuts[-1], False, cost.seconds, cost.peak_bytes)
+        if compensation is not None:
+            with metered(dense.device) as cost:
+                repaired = compensate_together_(cuts, dense, batches, compensation, progress=record.progress)
+            for cut, before, found in zip(cuts, seconds, repaired, strict=True):
+                add(cut, True, before + found.seconds, cost.peak_bytes)
+
+
+def cuts_at_once(dense: Any, plans: Sequence[Plan], tokens: int, free: int | None) -> int:
+    """How many cuts are repaired in one go: as many as fit into half of the free memory, and one at least.
+
+    Args:
+        dense: the model before the cuts.
+        plans: the cuts.
+        tokens: that they are repaired on.
+        free: memory that may still be taken, in bytes; None = not known: one at a time.
+    """
+    if free is None or not plans:
+        return 1
+    geometry = Geometry.of(dense)
+    largest = max(geometry.parameters_left(plan.kept_widths) for plan in plans)
+    return max(1, min(len(plans), free // 2 // bytes_of_a_cut(dense, largest, tokens)))
 
 
 def _add_result(
@@ -148,34 +227,51 @@ def _add_result(
             scored=scored,
             progress=record.progress,
         )
-    suffix = "-compensated" if repair else ""
-    (record.folder / "plans").mkdir(parents=True, exist_ok=True)
-    result.plan.save(record.folder / "plans" / f"{options.method}-{ratio:g}{suffix}.json")
-    peaks = [peak for peak in (scored.about["peak_bytes"], cost.peak_bytes) if peak is not None]
-    record.add(
-        result.model,
-        method=options.method,
-        ratio=ratio,
-        compensated=repair is not None,
-        seconds=round(scored.about["seconds"] + cost.seconds, 1),
-        peak_bytes=max(peaks, default=None),
-    )
+    seconds, peak_bytes = scored.about["seconds"] + cost.seconds, _largest(scored.about["peak_bytes"], cost.peak_bytes)
+    row = _Row(options.method, ratio, repair is not None, seconds, peak_bytes)
+    record.keep_plan(result.plan, row)
+    record.add(result.model, [row])
+
+
+def _largest(*peaks: int | None) -> int | None:
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a measurement is of."""
+
+    method: str
+    ratio: float
+    compensated: bool
+    seconds: float | None = None
+    peak_bytes: int | None = None
 
 
 class _Record:
     """The rows so far, which are on disk after each measurement."""
 
-    def __init__(self, inputs: Inputs, folder: Path, about: Mapping[str, Any], progress: bool):
+    def __init__(self, inputs: Inputs, folder: Path, about: Mapping[str, Any], wanted: Iterable[_Row], progress: bool):
         self.inputs, self.folder, self.progress = inputs, folder, progress
+        self._order = {(row.method, row.ratio, row.compensated): number for number, row in enumerate(wanted)}
         self._about = dict(about)
         self._rows: list[dict[str, Any]] = []
 
-    def add(self, model: Any, **row: Any) -> None:
-        """Measure a model and write its row."""
+    def keep_plan(self, plan: Plan, row: _Row) -> None:
+        """Write the plan of a row."""
+        (self.folder / "plans").mkdir(parents=True, exist_ok=True)
+        suffix = "-compensated" if row.compensated else ""
+        plan.save(self.folder / "plans" / f"{row.method}-{row.ratio:g}{suffix}.json")
+
+    def add(self, model: Any, rows: Sequence[_Row]) -> None:
+        """Measure a model once, and write the rows that it is the result of."""
         result = self.inputs.measure(model, progress=self.progress)
         assert result is not None
         self._about["evaluation"] = {"text": self.inputs.text_name, "protocol": result.protocol}
-        self._rows.append({**row, "parameters": model.num_parameters(), "perplexity": result.perplexity})
+        for row in rows:
+            seconds = None if row.seconds is None else round(row.seconds, 1)
+            measured = {"parameters": model.num_parameters(), "perplexity": result.perplexity}
+            self._rows.append({**asdict(row), "seconds": seconds, **measured})
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / "comparison.csv") as partial:
             self.frame.to_csv(partial, index=False)
@@ -185,8 +281,9 @@ class _Record:
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One row per measurement."""
-        frame = pd.DataFrame(self._rows, columns=[column for column in COLUMNS if column != "relative"])
+        """One row per result, in the order in which they were asked for; the dense model first."""
+        rows = sorted(self._rows, key=lambda row: self._order[row["method"], row["ratio"], row["compensated"]])
+        frame = pd.DataFrame(rows, columns=[column for column in COLUMNS if column != "relative"])
         frame["relative"] = frame["perplexity"] / frame["perplexity"].iloc[0]
         return frame[list(COLUMNS)]
 

@@ -34,12 +34,12 @@ from tqdm import tqdm
 
 from prunus.calibration import Batch
 from prunus.digest import digest_batches, digest_model
-from prunus.errors import OptionError
+from prunus.errors import CalibrationError, OptionError
 from prunus.evaluation.mode import evaluation_mode
 from prunus.families import Axis, Block
 from prunus.groups import Geometry
 from prunus.layers import layers_of
-from prunus.least_squares import NormalEquations, solve_ridge
+from prunus.least_squares import NormalEquations, TokenSums, solve_ridge
 from prunus.plan import Plan
 from prunus.records import Records
 from prunus.sweep.block_walk import BlockWalk
@@ -160,6 +160,7 @@ def compensate_(
         One record per remaining block, in the order in which they were repaired.
 
     Raises:
+        CalibrationError: there are no sequences.
         StatisticsError: `work` holds what was made from other inputs.
     """
     cut = Cut(pruned, plan, work=work)
@@ -194,8 +195,11 @@ def compensate_together_(
         What was done to each cut.
 
     Raises:
+        CalibrationError: there are no sequences.
         StatisticsError: a `work` folder holds what was made from other inputs.
     """
+    if not batches:
+        raise CalibrationError("there are no calibration batches; repair needs at least one sequence")
     options, geometry = options or CompensationOptions(), Geometry.of(dense)
     for cut in cuts:
         cut.plan.check_fits(geometry)
@@ -265,7 +269,7 @@ class _Repairing:
         self._batches = len(batches)
         self._scale = Geometry.of(dense).family.residual_scale(dense.config)
         self._new_index = {old: new for new, old in enumerate(cut.plan.surviving_layers)}
-        self._equations: NormalEquations | None = None
+        self._sums: TokenSums | None = None
         self.seconds = time.perf_counter() - start
 
     @contextmanager
@@ -303,8 +307,8 @@ class _Repairing:
             target -= module.bias.float()
         if mask is not None:
             x, target = x[mask.to(x.device)], target[mask.to(x.device)]
-        self._equations = self._equations or NormalEquations.of(module)
-        self._equations.add(x.reshape(-1, module.in_features).float(), target.reshape(-1, module.out_features))
+        self._sums = self._sums or TokenSums(module)
+        self._sums.add(x.reshape(-1, module.in_features).float(), target.reshape(-1, module.out_features))
         self.seconds += time.perf_counter() - start
 
     def repair(self, block: Block) -> None:
@@ -312,22 +316,25 @@ class _Repairing:
         if not self._kept[block.axis]:
             return
         start, module = time.perf_counter(), self._walk.module(block)
-        if self._equations is not None:
-            stay = None
-            if self._cut.choose is not None:
-                stay = self._cut.choose(self._layer_idx, block.axis, self._equations, module.weight)
-            if stay is not None:
-                self.chosen[self._layer_idx, block.axis] = stay
-            self.repairs.append(_repair_(module, self._layer_idx, block, self._equations, stay, self._options))
+        if not self._known:
+            self._solve(block, module)
         for number in range(self._batches):
-            if self._equations is not None and self._remembers(block):
+            if self._remembers(block) and not self._known:
                 x = self._inputs[number]
                 del self._inputs[number]
             else:
                 x = self._walk.enter(block, number)
             self._walk.leave(block, number, module(x))
-        self._equations = None
         self.seconds += time.perf_counter() - start
+
+    def _solve(self, block: Block, module: nn.Linear) -> None:
+        assert self._sums is not None  # there is at least one batch
+        equations, self._sums, stay = self._sums.equations(), None, None
+        if self._cut.choose is not None:
+            stay = self._cut.choose(self._layer_idx, block.axis, equations, module.weight)
+        if stay is not None:
+            self.chosen[self._layer_idx, block.axis] = stay
+        self.repairs.append(_repair_(module, self._layer_idx, block, equations, stay, self._options))
 
     def finish_layer(self) -> None:
         """Make what was solved in the held layer last."""

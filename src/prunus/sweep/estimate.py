@@ -12,9 +12,10 @@ and C channel columns, a vocabulary of V; N sequences of T tokens in batches of 
     products   P_p (w + 8)·[weight gradients]: the gradient of one projection and its float32 copies
 
 Two layers are held because the next is read while one computes. Compensation adds a second model (resident) or its
-layer (streamed), the hidden states of all sequences six times (both models' residual streams, and the inputs and
-outputs of both blocks), and the normal equations of the widest block, 40 C² + 24 C H. Perplexity needs the hidden
-states of as many tokens as go through the layers at once.
+layer (streamed), the normal equations of the widest block and what solving them takes, 40 C² + 24 C H, and, unless they
+wait on disk (streamed), N T w (2 H + Q) for both models' residual streams and the inputs of o_proj. Each further cut
+that is repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H. Perplexity needs the hidden states of as
+many tokens as go through the layers at once.
 
 What the process has already (interpreter, libraries) is measured when the estimate is made, and what libraries take at
 their first use is added, with 600 bytes for every group of the table; on CUDA all of that is nothing. The rest is an
@@ -33,11 +34,21 @@ import torch
 from prunus.errors import OptionError
 from prunus.families import AXES
 from prunus.groups import Geometry, submodule
-from prunus.layers import outside_layers
+from prunus.layers import layers_of, outside_layers
 from prunus.metering import resident_set
 from prunus.sweep.blocks import TOKENS_AT_ONCE
 
-__all__ = ["Estimate", "Workload", "available_memory", "choose_engine", "estimate", "parse_bytes", "show_bytes"]
+__all__ = [
+    "Estimate",
+    "Workload",
+    "available_memory",
+    "bytes_of_a_cut",
+    "choose_engine",
+    "estimate",
+    "free_memory",
+    "parse_bytes",
+    "show_bytes",
+]
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -120,9 +131,10 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     streamed = weights + 4 * largest * gradients + passes
     streamed += 2 * tokens * hidden * w if workload.inputs_on_disk else (len(sizes) + 2) * whole
     if workload.compensate:
-        repair = activations + 6 * whole + whole * query // hidden + 40 * channels**2 + 24 * channels * hidden
-        resident = max(resident, 2 * geometry.total_parameters * w + repair)
-        streamed = max(streamed, 2 * weights + repair)
+        repair = activations + 40 * channels**2 + 24 * channels * hidden
+        waiting = 2 * whole + whole * query // hidden
+        resident = max(resident, 2 * geometry.total_parameters * w + repair + waiting)
+        streamed = max(streamed, 2 * weights + repair + waiting * (not workload.inputs_on_disk))
     evaluation = min(workload.evaluation_tokens, TOKENS_AT_ONCE) * hidden * w + 512 * vocabulary * (w + 8)
     if workload.evaluation_tokens:
         resident = max(resident, geometry.total_parameters * w + activations + evaluation)
@@ -133,6 +145,25 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
         process = resident_set() + FIRST_USE + FIRST_SOLUTION * workload.compensate
         process += GROUP_BYTES * groups if workload.needs else 0
     return Estimate(process + int(resident * SLACK), process + int(streamed * SLACK))
+
+
+def bytes_of_a_cut(model: Any, parameters: int, tokens: int) -> int:
+    """Memory that one more cut takes where several are repaired together, by the formulas above.
+
+    Args:
+        model: the dense model, in memory or opened.
+        parameters: of the cut.
+        tokens: that it is repaired on.
+    """
+    geometry, layers = Geometry.of(model), layers_of(model)
+    w = model.dtype.itemsize
+    hidden, channels = geometry.hidden_size, max(widths.intermediate_size for widths in geometry.widths)
+    query = max(widths.num_key_value_heads for widths in geometry.widths) * geometry.num_key_value_groups
+    if layers.stored:
+        largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers.modules)
+        parameters = sum(tensor.numel() for tensor in outside_layers(model).values()) + 2 * largest
+    waiting = tokens * (hidden + query * geometry.head_dim) * w
+    return int((parameters * w + waiting + 4 * channels * (channels + hidden)) * SLACK)
 
 
 def choose_engine(
@@ -192,3 +223,18 @@ def available_memory(device: torch.device) -> int | None:
         return int(lines["MemAvailable"].split()[0]) * 1024 + resident_set()
     except (OSError, KeyError, ValueError, IndexError):
         return None
+
+
+def free_memory(device: torch.device, limit: int | None = None) -> int | None:
+    """Memory on a device that this process may still take; None if it is not known.
+
+    Args:
+        device: where a job runs.
+        limit: memory that the process may use altogether, if the user said so.
+    """
+    available = available_memory(device)
+    taken = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_set()
+    if available is not None and device.type != "cuda":
+        available -= taken
+    bounds = [bound for bound in (available, None if limit is None else limit - taken) if bound is not None]
+    return max(0, min(bounds)) if bounds else None
