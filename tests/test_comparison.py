@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_cli import TEXT, byte_tokenizer
 from tiny_families import make_model
+from tiny_folder import TEXT, save_tiny_folder
 
 import prunus
 from prunus import comparison
@@ -22,8 +22,7 @@ METHODS, RATIOS = ["taylor", "magnitude"], [0.1, 0.3, 0.30001]
 @pytest.fixture
 def paths(tmp_path):
     folder, text = tmp_path / "tiny", tmp_path / "text.txt"
-    make_model("llama", "gqa", num_hidden_layers=3, vocab_size=260).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save_tiny_folder(folder, "llama", "gqa", num_hidden_layers=3)
     text.write_text(TEXT, encoding="utf-8")
     return folder, text
 

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_cli import TEXT, byte_tokenizer
 from tiny_families import make_model, random_tokens
+from tiny_folder import TEXT, save_tiny_folder
 
 import prunus
 from prunus.adaptive import AdaptiveOptions
@@ -61,8 +61,7 @@ def ran(monkeypatch):
 @pytest.fixture
 def paths(tmp_path: Path) -> tuple[Path, Path]:
     folder, text = tmp_path / "tiny", tmp_path / "text.txt"
-    make_model("llama", "gqa", num_hidden_layers=3, vocab_size=260).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save_tiny_folder(folder, "llama", "gqa", num_hidden_layers=3)
     text.write_text(TEXT, encoding="utf-8")
     return folder, text
 
