@@ -11,6 +11,7 @@ import torch
 from prunus.checkpoint import empty_model, locate, read_config
 from prunus.families import AXES, family_of
 from prunus.groups import Geometry
+from prunus.lineage import plan_from_original
 from prunus.packaged_model import resolve_model
 from prunus.plan import Plan
 from prunus.selection import Constraints, check_ratio, reachable_parameters
@@ -27,7 +28,7 @@ def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
 
     Returns:
         Plain values: family, parameters, groups per axis and their cost, widths per layer, and for a folder that
-        prunus wrote, what was removed from each layer.
+        prunus wrote, what was removed from each layer of the original model.
 
     Raises:
         OptionError: the ratio is none.
@@ -60,8 +61,7 @@ def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
             "of_what_can_be_cut": target / max(facts["prunable_parameters"], 1),
             "mlp_channels_if_only_mlp": round(target / max(geometry.group_parameters["mlp"], 1)),
         }
-    plan_file = folder / "prunus" / "plan.json"
-    if plan_file.is_file():
+    if plan_file := plan_from_original(folder):
         plan = Plan.load(plan_file)
         facts["removed"] = [
             {

@@ -235,7 +235,7 @@ def prune_checkpoint(
         "peak_bytes": cost.peak_bytes,
         **{key: value for key, value in result.score.about.items() if key not in ("seconds", "peak_bytes")},
     }
-    save_result(
+    metrics = save_result(
         result.model,
         inputs.tokenizer,
         out,
@@ -288,7 +288,7 @@ def apply_checkpoint(
         "parameters_after": smaller.num_parameters(),
         "plan": plan.fingerprint,
     }
-    save_result(
+    metrics = save_result(
         smaller,
         tokenizer,
         out,

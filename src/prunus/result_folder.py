@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from prunus.checkpoint import (
     CalibrationFacts,
     CardFacts,
+    OriginalFacts,
     PerplexityFacts,
     is_ragged,
     license_of,
@@ -17,11 +19,15 @@ from prunus.checkpoint import (
     model_card,
     save_checkpoint,
 )
+from prunus.errors import PlanError
+from prunus.lineage import COMPOSED_PLAN, Lineage, lineage_of
 from prunus.plan import Plan
 from prunus.scoring import Score
 from prunus.version import __version__
 
 __all__ = ["save_result"]
+
+logger = logging.getLogger(__name__)
 
 
 def save_result(
@@ -34,8 +40,11 @@ def save_result(
     source: str,
     command: str,
     overwrite: bool,
-) -> None:
+) -> dict[str, Any]:
     """Write a model folder with its card, and the plan, scores and metrics in its subfolder `prunus/`.
+
+    If the base model is itself a folder that prunus cut, the subfolder also gets the composed plan, from the model that
+    was never cut, and card and metrics name that one.
 
     Args:
         smaller: the pruned model.
@@ -47,20 +56,47 @@ def save_result(
         source: folder or Hub id of the base model, whose license is carried over.
         command: what the user typed.
         overwrite: replace an earlier result.
+
+    Returns:
+        The metrics as written: as given, and with `original` if the base model had been cut before.
     """
+    origin = _origin(locate(source), plan)
+    metrics = {**metrics, "original": origin.to_dict()} if origin else dict(metrics)
     extras: dict[str, str | bytes] = {
         "plan.json": plan.to_json(),
         "metrics.json": json.dumps(metrics, indent=1) + "\n",
     }
+    if origin is not None:
+        extras[COMPOSED_PLAN] = origin.plan.to_json()
     if scored is not None:
         extras["groups.csv"] = scored.table.to_csv(index=False)
         extras["score.json"] = scored.to_json()
-    card = model_card(_card_facts(smaller, Path(out).name, plan, metrics, source, command))
+    card = model_card(_card_facts(smaller, Path(out).name, plan, origin, metrics, source, command))
     save_checkpoint(smaller, tokenizer, out, card=card, extras=extras, overwrite=overwrite)
+    return metrics
+
+
+def _origin(base: Path, plan: Plan) -> Lineage | None:
+    """Where the result comes from, if its base model had been cut before."""
+    earlier = lineage_of(base)
+    try:
+        return earlier.then(plan) if earlier else None
+    except PlanError:
+        logger.warning(
+            "the plan in %s does not lead to the model that lies there, so no plan from the original model is written",
+            base / "prunus",
+        )
+        return None
 
 
 def _card_facts(
-    smaller: Any, name: str, plan: Plan, metrics: Mapping[str, Any], source: str, command: str
+    smaller: Any,
+    name: str,
+    plan: Plan,
+    origin: Lineage | None,
+    metrics: Mapping[str, Any],
+    source: str,
+    command: str,
 ) -> CardFacts:
     config = smaller.config
     provenance = metrics.get("calibration")
@@ -82,8 +118,9 @@ def _card_facts(
         ratio=metrics["ratio"],
         parameters_before=metrics["parameters_before"],
         parameters_after=metrics["parameters_after"],
-        base_widths=plan.widths,
-        widths=plan.kept_widths,
+        base_widths=(origin.plan if origin else plan).widths,
+        widths=(origin.plan if origin else plan).kept_widths,
+        original=OriginalFacts(origin.model, origin.parameters, "/" in origin.model) if origin else None,
         num_key_value_groups=config.num_attention_heads // config.num_key_value_heads,
         model_type=config.model_type,
         ragged=is_ragged(config),

@@ -1,7 +1,7 @@
 """Reading and writing model folders, and the classes of models whose layers differ in width."""
 
 from prunus.checkpoint.architecture import empty_model, is_ragged, pruned_config, register
-from prunus.checkpoint.card import CalibrationFacts, CardFacts, PerplexityFacts, license_of, model_card
+from prunus.checkpoint.card import CalibrationFacts, CardFacts, OriginalFacts, PerplexityFacts, license_of, model_card
 from prunus.checkpoint.load import check_finite, check_folder, load_model, locate, read_config
 from prunus.checkpoint.open import open_model
 from prunus.checkpoint.placement import resolve_device, resolve_dtype
@@ -12,6 +12,7 @@ register()
 __all__ = [
     "CalibrationFacts",
     "CardFacts",
+    "OriginalFacts",
     "PerplexityFacts",
     "check_disk",
     "check_finite",

@@ -14,7 +14,7 @@ from huggingface_hub import metadata_load
 
 from prunus.groups import LayerWidths
 
-__all__ = ["CalibrationFacts", "CardFacts", "PerplexityFacts", "license_of", "model_card"]
+__all__ = ["CalibrationFacts", "CardFacts", "OriginalFacts", "PerplexityFacts", "license_of", "model_card"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,21 @@ class PerplexityFacts:
 
 
 @dataclass(frozen=True)
+class OriginalFacts:
+    """The model that was never cut, where the base model of the last cut had been cut before.
+
+    Attributes:
+        model: Hub id or name.
+        parameters: tied ones counted once.
+        on_hub: whether `model` is a Hub id.
+    """
+
+    model: str
+    parameters: int
+    on_hub: bool
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """Everything a model card says.
 
@@ -68,9 +83,9 @@ class CardFacts:
         ratio: share of all parameters that was to be removed.
         parameters_before: of the base model, tied ones counted once.
         parameters_after: of this model.
-        base_widths: groups per layer of the base model.
-        widths: groups per layer of the base model's layers that this one keeps; a layer of which nothing is left has
-            zeros on both axes.
+        base_widths: groups per layer of the base model; of the original one, if there is one.
+        widths: groups per layer that this one keeps of the layers in `base_widths`; a layer of which nothing is left
+            has zeros on both axes.
         num_key_value_groups: query heads per key/value head.
         model_type: of this model's config.
         ragged: whether it needs the modelling files that lie beside the weights.
@@ -81,6 +96,7 @@ class CardFacts:
         calibration: None for a method that needs no text.
         perplexities: measurements.
         details: more settings, shown as they are (normalisation, compensation, frozen layers, …).
+        original: the model that was never cut; None if that is the base model.
     """
 
     name: str
@@ -101,6 +117,7 @@ class CardFacts:
     calibration: CalibrationFacts | None = None
     perplexities: Sequence[PerplexityFacts] = ()
     details: Mapping[str, str] = field(default_factory=dict)
+    original: OriginalFacts | None = None
 
 
 def license_of(folder: Path) -> dict[str, str]:
@@ -134,25 +151,38 @@ def model_card(facts: CardFacts) -> str:
 def _front_matter(facts: CardFacts) -> str:
     # A JSON string is a YAML string, whatever is in it.
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- prunus", "- pruned"]
-    if facts.on_hub:
-        lines.append(f"base_model: {json.dumps(facts.base_model)}")
+    base, on_hub = (facts.original.model, facts.original.on_hub) if facts.original else (facts.base_model, facts.on_hub)
+    if on_hub:
+        lines.append(f"base_model: {json.dumps(base)}")
     lines += [f"{name}: {json.dumps(facts.license[name])}" for name in LICENSE_FIELDS if name in facts.license]
     return "\n".join([*lines, "---"])
 
 
+def _link(model: str, on_hub: bool) -> str:
+    if on_hub:
+        return f"[{_text(model)}](https://huggingface.co/{model})"
+    return _text(PurePath(model).name or model)
+
+
 def _base(facts: CardFacts) -> str:
-    if facts.on_hub:
-        return f"[{_text(facts.base_model)}](https://huggingface.co/{facts.base_model})"
-    return _text(PurePath(facts.base_model).name or facts.base_model)
+    return _link(facts.base_model, facts.on_hub)
 
 
 def _summary(facts: CardFacts) -> str:
-    removed = 1 - facts.parameters_after / facts.parameters_before
+    whole, before = _base(facts), facts.parameters_before
+    steps = ""
+    if facts.original:
+        whole, before = _link(facts.original.model, facts.original.on_hub), facts.original.parameters
+        steps = (
+            f" It was cut in steps: the base of this one was {_base(facts)}, with {facts.parameters_before:,} "
+            "parameters left."
+        )
     return (
-        f"{_base(facts)} without {removed:.1%} of its parameters: whole attention groups (a key/value head with its "
-        "query heads) and MLP channels were removed, chosen in one ranking over all layers by prunus.\n\n"
-        "| | base | this model |\n|---|---:|---:|\n"
-        f"| parameters | {facts.parameters_before:,} | {facts.parameters_after:,} |\n"
+        f"{whole} without {1 - facts.parameters_after / before:.1%} of its parameters: whole attention groups (a "
+        "key/value head with its query heads) and MLP channels were removed, chosen in one ranking over all layers by "
+        f"prunus.{steps}\n\n"
+        f"| | {'original' if facts.original else 'base'} | this model |\n|---|---:|---:|\n"
+        f"| parameters | {before:,} | {facts.parameters_after:,} |\n"
         f"| decoder layers | {len(facts.base_widths)} | {sum(map(_is_left, facts.widths))} |"
     )
 
@@ -178,7 +208,10 @@ def _loading(facts: CardFacts) -> str:
 
 
 def _making(facts: CardFacts) -> str:
-    rows = {"base model": _base(facts), "method": _code(facts.method), "ratio": f"{facts.ratio:g} of all parameters"}
+    rows = {"base model": _base(facts)}
+    if facts.original:
+        rows["original model"] = _link(facts.original.model, facts.original.on_hub)
+    rows |= {"method": _code(facts.method), "ratio": f"{facts.ratio:g} of all parameters"}
     if calibration := facts.calibration:
         rows["calibration text"] = _text(calibration.source)
         rows["calibration size"] = (
@@ -189,12 +222,17 @@ def _making(facts: CardFacts) -> str:
         rows["calibration text"] = "none: the method needs no text"
     rows |= {_text(name): _text(value) for name, value in facts.details.items()}
     rows["prunus"] = _text(facts.version)
+    composed = (
+        f" `prunus/plan_from_original.json` holds all steps as one plan, for {_link(facts.original.model, False)}."
+        if facts.original
+        else ""
+    )
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
     return (
         f"{table}\n\nThe command was\n\n{_block(facts.command, 'sh')}\n\n"
         "and the folder `prunus/` holds the plan and the scores: `prunus apply BASE prunus/plan.json --out DIR` cuts "
         "the base model again without measuring anything; a compensation of the remaining weights is not part of a "
-        "plan."
+        f"plan.{composed}"
     )
 
 
@@ -207,7 +245,8 @@ def _perplexities(facts: CardFacts) -> str:
 
 
 def _widths(facts: CardFacts) -> str:
-    rows = ["| layer of the base | query heads | key/value heads | MLP channels |", "|---:|---:|---:|---:|"]
+    of = "original" if facts.original else "base"
+    rows = [f"| layer of the {of} | query heads | key/value heads | MLP channels |", "|---:|---:|---:|---:|"]
     for layer_idx, (before, after) in enumerate(zip(facts.base_widths, facts.widths, strict=True)):
         if not _is_left(after):
             rows.append(f"| {layer_idx} | removed | removed | removed |")
