@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_the_default_recipe_on_a_pruned_model(engine, saved, tmp_path):
 def test_three_steps_and_what_the_card_says(saved, tmp_path, capsys):
     model, tokens = make_model("llama", num_hidden_layers=4), random_tokens()
     folders = [saved(model), *(tmp_path / name for name in ("once", "twice", "thrice"))]
-    for source, out in zip(folders, folders[1:], strict=False):
+    for source, out in pairwise(folders):
         prune(source, out, 0.1)
     assert not (folders[1] / "prunus" / COMPOSED_PLAN).exists(), "one step is its own plan"
     last = folders[-1]

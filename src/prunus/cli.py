@@ -21,7 +21,7 @@ from prunus.comparison import compare as compare_methods
 from prunus.compensation import CompensationOptions
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import perplexity, read_text
-from prunus.evaluation.speed import SpeedOptions, SpeedReport, Spread
+from prunus.evaluation.speed import SpeedOptions, SpeedReport, SpeedResult, Spread
 from prunus.evaluation.speed import bench as bench_models
 from prunus.export import GgufType, export_dense, export_gguf
 from prunus.families import AXES, Axis
@@ -421,8 +421,9 @@ def evaluate(
 def bench(*models: ModelName, speed: SpeedFlags = SpeedOptions(), json: Flag = False) -> None:
     """Measure how fast models are, and what memory they need, on transformers, against the first one.
 
-    All are loaded, and run in turn, A, B, A, B, …, so that a slow moment of the machine falls on all alike. Peak memory
-    is measured afterwards, in a fresh process for each model.
+    All are loaded, and run in turn, A, B, B, A, A, B, …, so that a slow moment of the machine falls on all alike.
+    Ratios to the first model are taken within each round. Peak memory is measured afterwards, in a fresh process for
+    each model.
 
     Args:
         models: folders, Hub ids or `smollm2-135m`, the dense model first. One that is named twice shows the noise.
@@ -565,20 +566,30 @@ def _speed_rows(report: SpeedReport) -> list[tuple[str, ...]]:
     def spread(values: Spread, scale: float = 1.0) -> str:
         return f"{values.median * scale:,.1f} ({values.low * scale:,.1f}–{values.high * scale:,.1f})"
 
+    def ratio(values: Spread) -> str:
+        return f"× {values.median:.2f} ({values.low:.2f}–{values.high:.2f})"
+
     def mebibytes(number: int | None) -> str:
         return "not known" if number is None else f"{number / 2**20:,.1f}"
+
+    def memory(result: SpeedResult) -> dict[str, str]:
+        if result.memory is None:
+            return {}
+        return {
+            "peak memory, MiB": mebibytes(result.memory.peak_bytes),
+            "… before loading": mebibytes(result.memory.before_bytes),
+        }
 
     columns = [
         {
             "parameters": f"{result.parameters:,}",
             "dtype": result.dtype,
             "prefill, tokens/s": spread(result.prefill_tokens_per_second),
-            "against the first": f"× {result.prefill_ratio:.2f}",
+            "against the first": ratio(result.prefill_ratio),
             "decode, tokens/s": spread(result.decode_tokens_per_second),
-            "against the first ": f"× {result.decode_ratio:.2f}",
+            "against the first ": ratio(result.decode_ratio),
             "first token, ms": spread(result.first_token_seconds, 1000),
-            "peak memory, MiB": mebibytes(result.memory.peak_bytes),
-            "… before loading": mebibytes(result.memory.before_bytes),
+            **memory(result),
             "KV cache, bytes/token": f"{result.kv_cache_bytes_per_token:,}",
             "… of this run, MiB": mebibytes(result.kv_cache_bytes),
             "… of one full context, MiB": mebibytes(result.kv_cache_bytes_full),

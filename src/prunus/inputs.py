@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -331,4 +332,6 @@ def open_inputs(
 
 def model_name(model: str) -> str:
     """What a result calls its base model: a Hub id as it is, of a folder its own name."""
-    return Path(model).name if Path(model).is_dir() else model
+    folder = Path(model).expanduser()
+    # "." and ".." have no name of their own; links keep theirs.
+    return Path(os.path.abspath(folder)).name if folder.is_dir() else model

@@ -288,7 +288,7 @@ def apply_checkpoint(
         "parameters_after": smaller.num_parameters(),
         "plan": plan.fingerprint,
     }
-    metrics = save_result(
+    return save_result(
         smaller,
         tokenizer,
         out,
@@ -299,7 +299,6 @@ def apply_checkpoint(
         command or f"prunus apply {shlex.quote(model)} plan.json --out {shlex.quote(str(out))}",
         overwrite,
     )
-    return metrics
 
 
 def _command(model: str, out: str | Path, ratio: float, method: str) -> str:

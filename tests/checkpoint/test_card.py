@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from huggingface_hub import ModelCard, metadata_load
 
-from prunus.checkpoint import CalibrationFacts, CardFacts, PerplexityFacts, license_of, model_card
+from prunus.checkpoint import CalibrationFacts, CardFacts, OriginalFacts, PerplexityFacts, license_of, model_card
 from prunus.groups import LayerWidths
 
 DENSE = LayerWidths(3, 100)
@@ -69,6 +69,18 @@ def test_a_local_base_is_named_without_its_path():
     assert "license" not in metadata
 
 
+def test_a_base_that_was_cut_before_is_no_original():
+    text = card(base_model="llama-10", on_hub=False, original=OriginalFacts("someone/llama", 2_000_000, True))
+    assert ModelCard(text).data.to_dict()["base_model"] == "someone/llama"
+    assert "without 59.9% of its parameters" in text
+    assert "the base of this one was llama-10, with 1,000,000 parameters left" in text
+    assert ["parameters", "2,000,000", "801,234"] in rows(text, "| parameters")
+    assert ["original model", "[someone/llama](https://huggingface.co/someone/llama)"] in rows(text, "| original model")
+    assert "layer of the original" in text
+    local = card(original=OriginalFacts("llama", 2_000_000, False))
+    assert "base_model" not in ModelCard(local).data.to_dict(), "no model of the Hub may pass for the original"
+
+
 def test_facts_are_told():
     text = card()
     assert ["parameters", "1,000,000", "801,234"] in rows(text, "| parameters")
@@ -117,8 +129,9 @@ def test_any_string_leaves_the_card_whole(text):
     metadata = ModelCard(card(license={"license": text, "license_link": text})).data.to_dict()
     assert metadata["license"] == text
     assert metadata["license_link"] == text
-    plain = card()
+    plain = card(original=OriginalFacts("a", 2_000_000, False))
     facts = {
+        "original": OriginalFacts(text, 2_000_000, False),
         "name": text,
         "base_model": text,
         "on_hub": False,

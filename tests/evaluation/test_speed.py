@@ -20,12 +20,14 @@ from prunus.errors import CheckpointError, NonFiniteError, OptionError
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.kv_cache import kv_cache_bytes
 from prunus.evaluation.memory import PeakMemory, peak_memory
-from prunus.evaluation.speed import SpeedOptions, Spread, bench, time_in_turn
+from prunus.evaluation.speed import SpeedOptions, Spread, Timing, _result, bench, time_in_turn
 from prunus.groups import Geometry
 from prunus.plan import KeptGroups, Plan
 from prunus.surgery import apply_plan
 
 NEW = 9
+#: what else is known of a model, besides its timings
+FIGURES = ("parameters", "dtype", "kv_cache_bytes_per_token", "kv_cache_bytes", "kv_cache_bytes_full")
 SMALL = {"prompt_tokens": 6, "new_tokens": 3, "device": "cpu"}
 
 
@@ -134,7 +136,7 @@ def test_models_take_turns():
         )
     options = SpeedOptions(**SMALL, repeats=3, warm_up=2)
     timings = time_in_turn([first, second], random_tokens(1, 6), options, progress=False)
-    assert "".join(order) == "AB" * 5
+    assert "".join(order) == "ABBAABBAAB"
     assert [len(kept) for kept in timings] == [3, 3]
 
 
@@ -195,10 +197,14 @@ def test_longer_than_the_context(folders, tmp_path):
         bench(models, SpeedOptions(prompt_tokens=27, new_tokens=5, device="cpu"))
 
 
-def test_memory_that_could_not_be_measured_is_not_known(tmp_path, caplog):
+def test_memory_that_could_not_be_measured_is_not_known(tmp_path, caplog, monkeypatch):
+    # A process that dies as it starts, for a reason that it tells: Python runs this file first of all.
+    (tmp_path / "sitecustomize.py").write_text("raise SystemExit('no memory left')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     memory = peak_memory(tmp_path, prompt_tokens=2, new_tokens=2, batch_size=1, device="cpu", dtype="auto")
     assert memory == PeakMemory(None, None)
-    assert "has no config.json" in caplog.text
+    assert f"the peak memory of {tmp_path} is not known" in caplog.text
+    assert "no memory left" in caplog.text
 
 
 def test_a_missing_model_is_named_before_anything_runs(folders, tmp_path):
@@ -208,21 +214,23 @@ def test_a_missing_model_is_named_before_anything_runs(folders, tmp_path):
 
 def test_the_table(folders, capsys, monkeypatch):
     monkeypatch.setattr("prunus.cli.out_console", Console(width=200))
-    words = ["--prompt-tokens", "6", "--new-tokens", "3", "--repeats", "2", "--device", "cpu"]
+    words = ["--prompt-tokens", "6", "--new-tokens", "3", "--repeats", "2", "--device", "cpu", "--no-memory"]
     assert main(["bench", str(folders[1]), *words]) == 0
     table = capsys.readouterr().out
     assert "6 + 3 tokens, batch 1, median of 2" in table
     assert f"{count_parameters(attention_free()):,}" in table
-    assert "× 1.00" in table
+    assert "× 1.00 (1.00–1.00)" in table
+    assert "peak memory" not in table
 
 
-def test_the_command(folders, capsys):
-    """Everything at once, with the processes that measure memory."""
-    dense, pruned = map(str, folders)
-    words = ["--prompt-tokens", "60", "--new-tokens", "4", "--batch-size", "2", "--repeats", "3", "--device", "cpu"]
-    assert main(["bench", dense, pruned, *words, "--json"]) == 0
-    captured = capsys.readouterr()
-    report = json.loads(captured.out)
+def bench_json(capsys, *words):
+    assert main(["bench", *map(str, words), "--device", "cpu", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_two_models(folders, capsys):
+    words = ["--prompt-tokens", "60", "--new-tokens", "4", "--batch-size", "2", "--repeats", "3", "--no-memory"]
+    report = bench_json(capsys, *folders, *words)
     assert report["options"]["repeats"] == 3
     assert report["device"] == "cpu"
     first, second = report["results"]
@@ -231,7 +239,7 @@ def test_the_command(folders, capsys):
         count_parameters(make_model("llama", "gqa")),
         count_parameters(attention_free()),
     ]
-    assert first["prefill_ratio"] == first["decode_ratio"] == 1
+    assert first["prefill_ratio"] == first["decode_ratio"] == {"median": 1, "low": 1, "high": 1}
     # Two layers of three heads of eight numbers, keys and values, four bytes each; then two heads and one tick.
     assert first["kv_cache_bytes_per_token"] == 2 * 2 * 3 * 8 * 4
     assert second["kv_cache_bytes_per_token"] == (2 * 2 * 8 + 2) * 4
@@ -239,9 +247,35 @@ def test_the_command(folders, capsys):
         per_token = result["kv_cache_bytes_per_token"]
         assert result["kv_cache_bytes"] == per_token * 63 * 2
         assert result["kv_cache_bytes_full"] == per_token * 64
-        for name in ("prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds"):
+        for name in ("prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds", "prefill_ratio"):
             spread = result[name]
             assert 0 < spread["low"] <= spread["median"] <= spread["high"]
         prefill, wait = result["prefill_tokens_per_second"]["median"], result["first_token_seconds"]["median"]
         assert prefill * wait == pytest.approx(2 * 60)
-        assert result["memory"]["peak_bytes"] > result["memory"]["before_bytes"] > 0
+        assert result["memory"] is None
+
+
+def test_ratios_are_taken_within_a_round():
+    timings = [
+        [Timing(2.0, 4.0), Timing(30.0, 9.0), Timing(3.0, 1.0)],
+        [Timing(1.0, 8.0), Timing(10.0, 3.0), Timing(3.0, 1.0)],
+    ]
+    slow, fast = ({"timings": kept, **dict.fromkeys(FIGURES, 0)} for kept in timings)
+    result = _result("fast", fast, slow["timings"], None, SpeedOptions(**SMALL, repeats=3))
+    assert result.prefill_ratio == Spread(2.0, 1.0, 3.0)
+    assert result.decode_ratio == Spread(1.0, 0.5, 3.0)
+
+
+def test_a_model_named_twice_shows_the_noise(folders, capsys, monkeypatch):
+    monkeypatch.chdir(folders[1])  # a folder is called by its own name, however it is written
+    report = bench_json(capsys, ".", folders[1], "--prompt-tokens", 6, "--new-tokens", 3, "--no-memory")
+    first, second = report["results"]
+    assert first["model"] == second["model"] == "pruned"
+    assert first["parameters"] == second["parameters"]
+    assert second["prefill_ratio"]["low"] < second["prefill_ratio"]["high"], "two runs are never equally long"
+
+
+def test_with_the_process_that_measures_memory(folders, capsys):
+    report = bench_json(capsys, folders[1], "--prompt-tokens", 6, "--new-tokens", 3, "--repeats", 1)
+    memory = report["results"][0]["memory"]
+    assert memory["peak_bytes"] > memory["before_bytes"] > 0

@@ -1,7 +1,7 @@
 """How fast models are, against each other: all in memory at once, and their repetitions in turn.
 
-A, B, A, B, …: a slow moment of the machine then falls on all models alike, and each is compared with the first one in
-the same round.
+A, B, then B, A, then A, B, …: a slow moment of the machine then falls on all models alike, none always runs right after
+the same other one, and each is compared with the first one in the same round.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from prunus.errors import CheckpointError, OptionError
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.kv_cache import kv_cache_bytes
 from prunus.evaluation.memory import PeakMemory, peak_memory
+from prunus.inputs import model_name
 from prunus.packaged_model import resolve_model
 
 __all__ = ["SpeedOptions", "SpeedReport", "SpeedResult", "Spread", "Timing", "bench", "time_in_turn"]
@@ -42,6 +43,7 @@ class SpeedOptions:
         repeats: rounds that count; each runs every model once.
         warm_up: rounds before them that do not count.
         seed: of the prompts.
+        memory: also measure peak memory, for which each model is loaded once more in a process of its own.
         device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
         dtype: auto keeps each checkpoint's own; else float32, bfloat16 or float16.
     """
@@ -52,6 +54,7 @@ class SpeedOptions:
     repeats: int = 5
     warm_up: int = 1
     seed: int = 0
+    memory: bool = True
     device: str = "auto"
     dtype: str = "auto"
 
@@ -102,9 +105,9 @@ class SpeedResult:
         prefill_tokens_per_second: prompt tokens of the batch over the time of prefill.
         decode_tokens_per_second: new tokens of the batch, but the first of each, over the time of the steps.
         first_token_seconds: time to first token: prefill with the choice of its token, without tokenising.
-        prefill_ratio: median over rounds of this model's prefill speed over the first model's in the same round.
+        prefill_ratio: over rounds, this model's prefill speed over the first model's in the same round.
         decode_ratio: the same for decode.
-        memory: peak of one run in a process of its own.
+        memory: peak of one run in a process of its own; None if it was not to be measured.
         kv_cache_bytes_per_token: what one more token of one sequence takes, before any sliding window is full.
         kv_cache_bytes: what the cache holds at the end of a run.
         kv_cache_bytes_full: what it holds of one sequence as long as the model's context.
@@ -116,9 +119,9 @@ class SpeedResult:
     prefill_tokens_per_second: Spread
     decode_tokens_per_second: Spread
     first_token_seconds: Spread
-    prefill_ratio: float
-    decode_ratio: float
-    memory: PeakMemory
+    prefill_ratio: Spread
+    decode_ratio: Spread
+    memory: PeakMemory | None
     kv_cache_bytes_per_token: int
     kv_cache_bytes: int
     kv_cache_bytes_full: int
@@ -169,7 +172,7 @@ def bench(models: Sequence[str], options: SpeedOptions | None = None, *, progres
         raise OptionError("no model was given; name at least one, and the dense one first to compare others with it")
     folders = [locate(resolve_model(model)) for model in models]
     vocabulary = min(_check(folder, options) for folder in folders)
-    names = [Path(model).name if Path(model).expanduser().is_dir() else model for model in models]
+    names = [model_name(model) for model in models]
     figures = list(_loaded_and_timed(folders, vocabulary, options, progress))
     # The models are gone by now; on an accelerator their memory has to be given back for another process to have it.
     device = resolve_device(options.device)
@@ -178,14 +181,16 @@ def bench(models: Sequence[str], options: SpeedOptions | None = None, *, progres
     first = figures[0]["timings"]
     results = []
     for name, folder, figure in zip(names, folders, figures, strict=True):
-        memory = peak_memory(
-            folder,
-            prompt_tokens=options.prompt_tokens,
-            new_tokens=options.new_tokens,
-            batch_size=options.batch_size,
-            device=options.device,
-            dtype=options.dtype,
-        )
+        memory = None
+        if options.memory:
+            memory = peak_memory(
+                folder,
+                prompt_tokens=options.prompt_tokens,
+                new_tokens=options.new_tokens,
+                batch_size=options.batch_size,
+                device=options.device,
+                dtype=options.dtype,
+            )
         results.append(_result(name, figure, first, memory, options))
     return SpeedReport(
         options,
@@ -200,7 +205,7 @@ def bench(models: Sequence[str], options: SpeedOptions | None = None, *, progres
 def time_in_turn(
     models: Sequence[Any], input_ids: Tensor, options: SpeedOptions, *, progress: bool = True
 ) -> list[list[Timing]]:
-    """Run all models in turn, again and again (A, B, A, B, …).
+    """Run all models in turn, again and again, every second round in reverse (A, B, B, A, A, B, …).
 
     Args:
         models: transformers causal language models on one device.
@@ -215,7 +220,8 @@ def time_in_turn(
     rounds = options.warm_up + options.repeats
     with tqdm(total=rounds * len(models), desc="bench", unit="run", disable=None if progress else True) as bar:
         for number in range(rounds):
-            for model, kept in zip(models, timings, strict=True):
+            pairs = list(zip(models, timings, strict=True))
+            for model, kept in reversed(pairs) if number % 2 else pairs:
                 run = greedy_run(model, input_ids, options.new_tokens)
                 if number >= options.warm_up:
                     kept.append(Timing(run.prefill_seconds, run.decode_seconds))
@@ -268,7 +274,7 @@ def _loaded_and_timed(
 
 
 def _result(
-    name: str, figure: dict[str, Any], first: Sequence[Timing], memory: PeakMemory, options: SpeedOptions
+    name: str, figure: dict[str, Any], first: Sequence[Timing], memory: PeakMemory | None, options: SpeedOptions
 ) -> SpeedResult:
     timings: list[Timing] = figure.pop("timings")
     prompt = options.batch_size * options.prompt_tokens
@@ -279,8 +285,8 @@ def _result(
         prefill_tokens_per_second=Spread.of([prompt / timing.prefill_seconds for timing in timings]),
         decode_tokens_per_second=Spread.of([steps / timing.decode_seconds for timing in timings]),
         first_token_seconds=Spread.of([timing.prefill_seconds for timing in timings]),
-        prefill_ratio=statistics.median(base.prefill_seconds / timing.prefill_seconds for base, timing in rounds),
-        decode_ratio=statistics.median(base.decode_seconds / timing.decode_seconds for base, timing in rounds),
+        prefill_ratio=Spread.of([base.prefill_seconds / timing.prefill_seconds for base, timing in rounds]),
+        decode_ratio=Spread.of([base.decode_seconds / timing.decode_seconds for base, timing in rounds]),
         memory=memory,
         **figure,
     )
