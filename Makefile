@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo bench quality deploy-check clean
+.PHONY: help install test lint format demo bench quality deploy-check transformers4-check clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +71,17 @@ deploy-check: $(DEPLOY)/.installed ## pruned models in real llama.cpp and vLLM, 
 	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python benchmarks/deploy_check.py --work build/deploy --out benchmarks/results/deployment.json
 	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python examples/llama_cpp_chat.py build/deploy/20-f16.gguf --ask "What is the capital of France?"
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 $(DEPLOY)/bin/python examples/vllm_client.py build/deploy/20 --enforce-eager
+
+# The last transformers 4, without prunus: an environment of its own.
+TRANSFORMERS4 := build/transformers4-venv
+$(TRANSFORMERS4)/.installed:
+	$(PYTHON) -m venv $(TRANSFORMERS4)
+	$(TRANSFORMERS4)/bin/pip install --quiet transformers==4.57.6 torch==2.13.0 'numpy<3'
+	touch $@
+
+transformers4-check: $(VENV)/.installed $(TRANSFORMERS4)/.installed ## pruned folders of every family in transformers 4.57
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/transformers4_check.py \
+	    --python $(TRANSFORMERS4)/bin/python --out benchmarks/results/transformers4.json
 
 clean: ## remove the environment and caches (not the model cache of the user)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
