@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .PHONY: help install test lint format demo bench quality deploy-check transformers4-check clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -76,7 +76,7 @@ deploy-check: $(DEPLOY)/.installed ## pruned models in real llama.cpp and vLLM, 
 TRANSFORMERS4 := build/transformers4-venv
 $(TRANSFORMERS4)/.installed:
 	$(PYTHON) -m venv $(TRANSFORMERS4)
-	$(TRANSFORMERS4)/bin/pip install --quiet transformers==4.57.6 torch==2.13.0 'numpy<3'
+	$(TRANSFORMERS4)/bin/pip install --quiet transformers==4.57.6 torch==2.13.0
 	touch $@
 
 transformers4-check: $(VENV)/.installed $(TRANSFORMERS4)/.installed ## pruned folders of every family in transformers 4.57

@@ -54,7 +54,7 @@ def report(name: str, candidate: torch.nn.Module) -> None:
 
 report("pruned", result.model)
 
-# 2. LoRA. PEFT has no list of target modules for models whose layers differ in width: "all-linear" adapts what is there.
+# 2. LoRA. PEFT knows no target modules of models whose layers differ in width: "all-linear" adapts what is there.
 pruned = result.model.float()
 adapted = get_peft_model(pruned, LoraConfig(r=args.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
 adapted.print_trainable_parameters()

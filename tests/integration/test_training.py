@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from shaped_models import HARDEST, Shaped, left_padded
 from tiny_families import ONE_EACH, logits, random_tokens
 from torch.utils.data import Dataset
@@ -15,8 +19,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from prunus.checkpoint import is_ragged
 
+peft = pytest.importorskip("peft")
+
 LLAMA, PHI3 = ONE_EACH[0], next(case for case in ONE_EACH if case[0] == "phi3")
-GEMMA3 = next(case for case in ONE_EACH if case[0] == "gemma3_text")
 hardest = pytest.mark.parametrize("shaped", HARDEST, ids=str)
 
 
@@ -108,7 +113,7 @@ def test_lora_trained_merged_saved_and_loaded(shaped, folder_of, tmp_path):
     before = logits(base, random_tokens())
     targets = names_of_projections(base)
     torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
     assert torch.equal(logits(model, random_tokens()), before), "an untrained adapter changes nothing"
     losses = train(model)
     assert losses[-1] < losses[0]
@@ -116,7 +121,7 @@ def test_lora_trained_merged_saved_and_loaded(shaped, folder_of, tmp_path):
     assert not torch.allclose(trained, before, atol=1e-2)
     model.save_pretrained(tmp_path / "adapter")
     fresh = AutoModelForCausalLM.from_pretrained(folder_of(shaped))
-    assert torch.equal(logits(PeftModel.from_pretrained(fresh, tmp_path / "adapter"), random_tokens()), trained)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter"), random_tokens()), trained)
     merged = model.merge_and_unload()
     assert type(merged) is type(shaped.pruned)
     torch.testing.assert_close(logits(merged, random_tokens()), trained, rtol=1e-4, atol=1e-4)
@@ -130,6 +135,29 @@ def test_lora_on_all_linear_layers(case):
     """Where an attention or an MLP is missing, there is nothing to adapt, and that is no error."""
     model = copy.deepcopy(Shaped(case, "everything").pruned)
     projections = [n for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)]
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     with_adapters = {n.split(".lora_A")[0] for n, _ in adapted.named_parameters() if ".lora_A" in n}
     assert with_adapters == {f"base_model.model.model.{name}" for name in projections}
+
+
+def test_the_example_of_pruning_and_lora_runs(folder_of, tokenizer, tmp_path):
+    """From a pruned folder, so that it also cuts what was cut before."""
+    text = tmp_path / "text.txt"
+    text.write_text(tokenizer.decode(random_tokens(1, 800)[0]))
+    example = Path(__file__).parents[2] / "examples" / "prune_then_lora.py"
+    words = ["--model", folder_of(Shaped(LLAMA, "ragged")), "--text", text, "--out", tmp_path / "out", "--ratio", "0.1"]
+    words += ["--samples", "6", "--seq-len", "12", "--steps", "12", "--learning-rate", "0.02", "--rank", "4"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(example), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    said = dict(re.findall(r"(?m)^(pruned|trained|loaded): (.*)$", done.stdout))
+    assert said["trained"] == said["loaded"]
+    assert said["trained"] != said["pruned"]
+    losses = [float(loss) for loss in re.findall(r"step .*: loss ([\d.]+)", done.stdout)]
+    assert losses[-1] < losses[0]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = Shaped(LLAMA, "ragged").pruned.num_parameters()
+    assert loaded.num_parameters() <= 0.9 * before
+    assert said["loaded"].startswith(f"{loaded.num_parameters():,} parameters")
+    assert (tmp_path / "out" / "modeling_prunus.py").is_file()
