@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunus
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.export import export_gguf
-from prunus.export.llama_cpp import CANDIDATES
+from prunus.export.llama_cpp import CANDIDATES, STOCK_CUTS
 from prunus.families import FAMILIES
 from prunus.groups import Geometry
 from prunus.plan import Plan
@@ -220,8 +220,11 @@ def test_norms_per_head_with_a_head_of_its_own_are_refused_with_the_layer(saved,
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - CANDIDATES.keys()))
 def test_families_that_nobody_has_checked_are_refused(family, saved, tmp_path):
     folder = saved(make_model(family, vocab_size=VOCABULARY))
-    with pytest.raises(UnsupportedModelError, match=f"{family}.*cannot be written as GGUF.*checked are llama"):
+    with pytest.raises(UnsupportedModelError, match=f"{family}.*cannot be written as GGUF.*checked are llama") as error:
         export_gguf(str(folder), tmp_path / "a.gguf")
+    stock = STOCK_CUTS[family]
+    assert f"convert_hf_to_gguf.py takes the folder of a model cut with {stock.flags}, or" in str(error.value)
+    assert f"--to dense {stock.filled}: {stock.reason}" in str(error.value)
 
 
 def test_other_refusals(saved, tmp_path):

@@ -18,8 +18,10 @@ from prunus.groups import Geometry, LayerWidths
 __all__ = [
     "ARCHITECTURES",
     "CANDIDATES",
+    "STOCK_CUTS",
     "ZERO_CHANNELS",
     "Architecture",
+    "StockCuts",
     "candidates",
     "choose_architecture",
     "widths_to_write",
@@ -84,6 +86,35 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class StockCuts:
+    """After which cuts llama.cpp's own converter and graph still compute a model of a family that is not written here.
+
+    Attributes:
+        flags: of `prunus prune`.
+        filled: what has to hold of a ragged model that is filled up to equal layers first.
+        reason: what llama.cpp takes for granted.
+    """
+
+    flags: str
+    filled: str
+    reason: str
+
+
+_SPANS = ("--shape uniform --axes mlp, or --shape depth", "if a layer keeps all its heads")
+_COUNTS = ("--shape uniform", "if no layer was removed")
+
+#: Each of the cuts was converted and run. After others a file does not load (heads cut in granite, phi3) or gives other
+#: numbers without a word (layers removed from smollm3, gemma3_text; gemma2 once a text is longer than its window).
+STOCK_CUTS: dict[str, StockCuts] = {
+    "granite": StockCuts(*_SPANS, "it takes the heads to span the hidden size"),
+    "phi3": StockCuts(*_SPANS, "it takes the heads to span the hidden size"),
+    "smollm3": StockCuts(*_COUNTS, "it takes every fourth layer of the file to have no positions"),
+    "gemma2": StockCuts(*_COUNTS, "it takes every second layer of the file to have a sliding window"),
+    "gemma3_text": StockCuts(*_COUNTS, "it takes all but every sixth layer of the file to have a sliding window"),
+}
+
+
 def candidates(config: Any) -> tuple[str, ...]:
     """Names of the architectures that have a family's arithmetic.
 
@@ -92,9 +123,16 @@ def candidates(config: Any) -> tuple[str, ...]:
     """
     family = family_of(config)
     if family.model_type not in CANDIDATES:
+        remedy = ""
+        if family.model_type in STOCK_CUTS:
+            stock = STOCK_CUTS[family.model_type]
+            remedy = (
+                f". llama.cpp's own convert_hf_to_gguf.py takes the folder of a model cut with {stock.flags}, or a "
+                f"ragged one filled up by prunus export --to dense {stock.filled}: {stock.reason}"
+            )
         raise UnsupportedModelError(
             f"{family.title} ({family.model_type!r}) cannot be written as GGUF: it is not checked which of llama.cpp's "
-            f"architectures computes it with layers of different widths; checked are {', '.join(CANDIDATES)}"
+            f"architectures computes it with layers of different widths; checked are {', '.join(CANDIDATES)}{remedy}"
         )
     return CANDIDATES[family.model_type]
 
