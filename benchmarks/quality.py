@@ -278,8 +278,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """One line per recipe, calibration text and seed; multiples of the dense perplexity by ratio."""
     dense = next(row["perplexity"] for row in rows if row["recipe"] == "dense")
     ratios = sorted({row["ratio"] for row in rows} - {0.0})
+    heads = " | ".join(f"{100 * ratio:g} %" for ratio in ratios)
     lines = [
-        f"| recipe | calibration | seed | {' | '.join(f'{100 * ratio:g} %' for ratio in ratios)} | seconds after scoring |",
+        f"| recipe | calibration | seed | {heads} | seconds after scoring |",
         f"|---|---|---|{'---|' * len(ratios)}---|",
     ]
     keys = dict.fromkeys((row["recipe"], row["calibration"], row["seed"]) for row in rows if row["recipe"] != "dense")
