@@ -39,7 +39,7 @@ def test_the_factor_is_the_best_of_a_fine_grid_and_stands_in_the_norm(case):
     best = min(grid, key=lambda factor: losses(model, ids, factor))
     before = copy.deepcopy(model)
     found = fit_temperature_(model, [Batch(part, None) for part in ids.split(2)])
-    assert found == pytest.approx(best, abs=0.02)
+    assert found == pytest.approx(best, rel=0.02)
     assert losses(model, ids) == pytest.approx(losses(before, ids, found), rel=1e-5)
     changed = [
         name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before.state_dict()[name])

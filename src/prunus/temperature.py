@@ -28,10 +28,10 @@ from prunus.sweep.spool import Slots
 
 __all__ = ["fit_temperature_"]
 
-#: about how many tokens the factor is measured on: it is one number, and 4,096 of SmolLM2's give it to 0.01
-TOKENS = 4096
-#: where the factor is looked for, and how closely
-LOWEST, HIGHEST, TOLERANCE = 0.5, 2.0, 0.01
+#: about how many tokens the factor is measured on: it is one number, and the loss is flat around it
+TOKENS = 2048
+#: where the factor is looked for, and how closely on a logarithmic scale
+LOWEST, HIGHEST, TOLERANCE = 0.5, 2.0, 0.02
 
 
 @torch.no_grad()
