@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import prunus
 from prunus.cli import main
+from prunus.families import AXES
 
 #: the original behaviour: one cut, as it is
 PLAIN = ["--method", "taylor", "--no-compensate", "--rounds", "1"]
@@ -322,7 +324,43 @@ def test_methods_made_of_methods(capsys, tmp_path, folder, text):
     assert facts["scoring"]["method"] == "hybrid"
     assert facts["scoring"]["hybrid"] == [["taylor", 0.4], ["wanda", 0.3], ["gate_fisher", 0.3]]
     words = ["score", folder, "--out", tmp_path / "chosen", *options, "--method", "adaptive", "--candidates"]
-    facts = run_json(capsys, *words, "taylor,magnitude")
+    captured = run(capsys, *words, "taylor,magnitude", "--json")
+    facts = json.loads(captured.out)
     assert [set(record["loss_rise"]) for record in facts["adaptive"]] == [{"taylor", "magnitude"}] * 2
+    for record in facts["adaptive"]:
+        assert f"{record['axis']}, layers 0-2: {record['method']}, because a quarter less of it by" in captured.err
     wrong = ["score", folder, "--out", tmp_path / "no", *options, "--method", "gate_fisher", "--hybrid", "wanda=1"]
     assert "--hybrid goes with --method hybrid, not with --method gate_fisher" in fails(capsys, *wrong)
+
+
+def test_another_normalisation_keeps_the_layer_priors(capsys, tmp_path, folder, text):
+    scores, priors = tmp_path / "scores", ["--prior", "cosine", "--temperature", "0.5"]
+    run(capsys, "score", folder, "--out", scores, "--calibration", text, *SIZES, "--method", "wanda", *priors)
+    options = ["--ratio", "0.3", "--out", tmp_path / "plan.json"]
+    run(capsys, "plan", scores, *options, "--normalize", "layer_sum")
+    table, prior = pd.read_csv(scores / "groups.csv"), json.loads((scores / "score.json").read_text())["layer_priors"]
+    by_layer = table.groupby(["layer_idx", "group_type"])["importance"]
+    weight = [math.log(1 + prior[row.group_type][row.layer_idx]) ** 0.5 for row in table.itertuples()]
+    table["score"] = table["importance"] / by_layer.transform("mean") * weight
+    removed, target, gone = (
+        0,
+        0.3 * json.loads((scores / "score.json").read_text())["geometry"]["total_parameters"],
+        set(),
+    )
+    for row in table.sort_values("score").itertuples():
+        if removed < target:
+            removed += row.cost
+            gone.add((row.layer_idx, row.group_type, row.group_idx))
+    plan = prunus.Plan.load(tmp_path / "plan.json")
+    kept = {(i, axis, group) for i, layer in enumerate(plan.layers) for axis in AXES for group in layer[axis]}
+    every = set(table[["layer_idx", "group_type", "group_idx"]].itertuples(index=False, name=None))
+    assert kept == every - gone
+    assert "malformed scores: layer priors, but no options" in fails_without_options(capsys, scores, options)
+
+
+def fails_without_options(capsys, scores, options) -> str:
+    """The message when score.json lost what the priors were used with."""
+    about = json.loads((scores / "score.json").read_text())
+    del about["scoring"]["priors"]
+    (scores / "score.json").write_text(json.dumps(about))
+    return fails(capsys, "plan", scores, *options, "--overwrite", "--normalize", "rank")

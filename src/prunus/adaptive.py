@@ -13,7 +13,7 @@ asked. Per unit, which is an axis or an axis within a band of depth:
 Scores never fall along a unit's ranking. Groups beyond the last share keep the last scale.
 """
 
-import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,17 +23,17 @@ import numpy as np
 import pandas as pd
 
 from prunus.calibration import Calibration
+from prunus.constraints import Constraints
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.families import AXES, Axis
 from prunus.groups import Geometry
-from prunus.selection import Constraints, select
+from prunus.selection import select
 from prunus.surgery import apply_plan
+from prunus.sweep.processes import is_first
 from prunus.table import rank_table
 
 __all__ = ["AdaptiveOptions", "adapt", "check_enough", "split_probe"]
-
-logger = logging.getLogger(__name__)
 
 #: share of a unit's parameters at which candidates are compared, and the shares at which the winner is measured
 PROBE_SHARE = 0.25
@@ -103,7 +103,7 @@ def adapt(
         tables: the global table of every candidate, with scores that are comparable across layers.
         probe: calibration sequences that the tables were not made from.
         options: candidates and depth bands.
-        progress: show progress bars on a terminal.
+        progress: show progress bars on a terminal, and say on stderr what was chosen and why.
 
     Returns:
         The global table, and one record per unit: axis, layers, the loss rise of each candidate at `PROBE_SHARE`, the
@@ -138,14 +138,13 @@ def adapt(
             "curve": dict(zip(map(str, SCALE_SHARES), curve, strict=True)),
         }
         records.append(record)
-        logger.info(
-            "%s, layers %d-%d: %s, because a quarter less of it by each method raises the held-out loss by %s",
-            axis,
-            layers.start,
-            layers.stop - 1,
-            chosen,
-            ", ".join(f"{name} {value:.4f}" for name, value in rises.items()),
-        )
+        if progress and is_first():
+            each = ", ".join(f"{name} {value:.4f}" for name, value in rises.items())
+            print(
+                f"{axis}, layers {layers.start}-{layers.stop - 1}: {chosen}, because a quarter less of it by each "
+                f"method raises the held-out loss by {each}",
+                file=sys.stderr,
+            )
     return rank_table(pd.concat(parts, ignore_index=True)), records
 
 
@@ -159,8 +158,7 @@ def _units(geometry: Geometry, bands: int) -> list[tuple[Axis, range]]:
 
 
 def _scaled(rows: pd.DataFrame, curve: Sequence[float]) -> pd.DataFrame:
-    """The rows of a unit with importances that add up to the measured rises of the loss."""
-    rows = rows.sort_values(["score", "layer_idx", "importance", "group_idx"], ignore_index=True)
+    """The rows of a unit, ranked, with importances that add up to the measured rises of the loss."""
     values = (rows["score"] * rows["cost"]).to_numpy(dtype=float)
     values = values - min(values.min(), 0.0)
     share = rows["cost"].cumsum().to_numpy() / rows["cost"].sum()

@@ -19,6 +19,7 @@ from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.checkpoint import check_output
 from prunus.comparison import compare as compare_methods
 from prunus.compensation import CompensationOptions
+from prunus.constraints import ALIGNMENTS, Constraints, Shape
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import perplexity, read_text
 from prunus.evaluation.speed import SpeedOptions, SpeedReport, SpeedResult, Spread
@@ -34,11 +35,10 @@ from prunus.plan import Plan
 from prunus.priors import PriorOptions
 from prunus.scoring import Score, ScoringOptions
 from prunus.scoring import score as score_model
-from prunus.selection import ALIGNMENTS, Constraints, select
-from prunus.shapes import Shape
+from prunus.selection import select
 from prunus.sweep.estimate import Workload
 from prunus.sweep.processes import is_first, joined, launched
-from prunus.table import Normalization, rank_table
+from prunus.table import Normalization
 from prunus.terminal import quoted_command, run_command
 from prunus.version import __version__
 from prunus.work_folder import WorkFolder
@@ -288,8 +288,9 @@ def plan(
     if out.is_dir():
         raise OptionError(f"{out} is a folder; --out is the plan file to write, e.g. {out / 'plan.json'}")
     result = Score.load(table)
-    ranked = result.table if normalize is None else rank_table(result.table, normalize)
-    chosen = select(ranked, result.geometry, ratio, selection)
+    if normalize is not None:
+        result = result.ranked(normalize)
+    chosen = select(result.table, result.geometry, ratio, selection)
     out.parent.mkdir(parents=True, exist_ok=True)
     chosen.save(out)
     left = result.geometry.parameters_left(chosen.kept_widths)

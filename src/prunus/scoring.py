@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -120,6 +120,24 @@ class Score:
     about: Mapping[str, Any]
     statistics: Statistics | None = None
     prior: Prior | None = None
+
+    def ranked(self, normalization: Normalization) -> Self:
+        """The same importances, made comparable in another way, and weighed by the layer priors that were measured.
+
+        Raises:
+            OptionError: the normalisation gives negative scores, which priors cannot weigh.
+            PlanError: priors were measured, but not how they weigh scores.
+        """
+        table = rank_table(self.table, normalization)
+        if self.prior is not None:
+            try:
+                options = PriorOptions(**self.about["scoring"]["priors"])
+            except (KeyError, TypeError) as error:
+                raise PlanError(
+                    f"malformed scores: layer priors, but no options of theirs ({type(error).__name__} {error})"
+                ) from error
+            table = weigh(table, self.prior, options)
+        return replace(self, table=table)
 
     def save(self, folder: str | Path) -> None:
         """Write groups.csv, score.json and, if there are any, statistics.safetensors."""

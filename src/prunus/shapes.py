@@ -17,20 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
 
 import numpy as np
 import pandas as pd
 
+from prunus.constraints import Constraints
 from prunus.errors import OptionError
 from prunus.families import AXES, Axis
 from prunus.groups import Geometry
 
 __all__ = [
-    "SHAPES",
     "Cut",
-    "Limits",
-    "Shape",
     "cut_depth",
     "cut_uniform",
     "reachable_depth",
@@ -38,28 +35,8 @@ __all__ = [
     "uniform_widths",
 ]
 
-Shape = Literal["ragged", "uniform", "depth"]
-SHAPES: tuple[Shape, ...] = get_args(Shape)
-
 #: (layer_idx, axis) → group indices that go
 Cut = Mapping[tuple[int, Axis], Iterable[int]]
-
-
-class Limits(Protocol):
-    """What `prunus.selection.Constraints` says about a cut."""
-
-    @property
-    def axes(self) -> tuple[Axis, ...]:
-        """The kinds of group that may be cut."""
-
-    def min_keep(self, axis: Axis) -> int:
-        """Groups of an axis that every layer keeps at least."""
-
-    def bundle(self, axis: Axis) -> int:
-        """Kept widths of an axis are multiples of this."""
-
-    def layers(self, num_layers: int) -> range:
-        """The decoder layers that may be cut."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +54,12 @@ class Unit:
     cost: int
 
 
-def uniform_widths(geometry: Geometry, limits: Limits, target: float) -> list[tuple[int, int]]:
+def uniform_widths(geometry: Geometry, constraints: Constraints, target: float) -> list[tuple[int, int]]:
     """Equal widths that remove at least `target` parameters, as few as possible for each number of attention groups.
 
     Args:
         geometry: shape of the model.
-        limits: what may be cut.
+        constraints: what may be cut.
         target: number of parameters to remove.
 
     Returns:
@@ -92,7 +69,7 @@ def uniform_widths(geometry: Geometry, limits: Limits, target: float) -> list[tu
     Raises:
         OptionError: see `reachable_uniform`.
     """
-    allowed = _equal_widths(geometry, limits)
+    allowed = _equal_widths(geometry, constraints)
     found = []
     for attention in allowed["attention"]:
         for channels in allowed["mlp"]:
@@ -102,21 +79,21 @@ def uniform_widths(geometry: Geometry, limits: Limits, target: float) -> list[tu
     return found
 
 
-def reachable_uniform(geometry: Geometry, limits: Limits) -> int:
+def reachable_uniform(geometry: Geometry, constraints: Constraints) -> int:
     """Number of parameters that equal widths can remove at most.
 
     Raises:
         OptionError: some layers may not be cut, an axis that may not be cut has unequal widths, or no width of an axis
             suits every layer.
     """
-    allowed = _equal_widths(geometry, limits)
+    allowed = _equal_widths(geometry, constraints)
     return _removed(geometry, allowed["attention"][-1], allowed["mlp"][-1])
 
 
-def _equal_widths(geometry: Geometry, limits: Limits) -> dict[Axis, list[int]]:
+def _equal_widths(geometry: Geometry, constraints: Constraints) -> dict[Axis, list[int]]:
     """Per axis the widths that every layer can have, the largest first."""
     layers = len(geometry.widths)
-    if limits.layers(layers) != range(layers):
+    if constraints.layers(layers) != range(layers):
         raise OptionError(
             "shape uniform cuts every layer alike, which frozen layers or a layer range exclude; leave out "
             "freeze-first, freeze-last, layer-start and layer-end, or choose another shape"
@@ -124,15 +101,15 @@ def _equal_widths(geometry: Geometry, limits: Limits) -> dict[Axis, list[int]]:
     allowed: dict[Axis, list[int]] = {}
     for axis in AXES:
         widths = [layer[axis] for layer in geometry.widths]
-        if axis in limits.axes:
-            bundle, narrowest = limits.bundle(axis), min(widths)
+        if axis in constraints.axes:
+            bundle, narrowest = constraints.bundle(axis), min(widths)
             whole = [narrowest] if min(widths) == max(widths) else []
-            below = [n for n in range(narrowest // bundle * bundle, 0, -bundle) if n >= limits.min_keep(axis)]
+            below = [n for n in range(narrowest // bundle * bundle, 0, -bundle) if n >= constraints.min_keep(axis)]
             allowed[axis] = [n for n in dict.fromkeys([*whole, *below]) if n]
             if not allowed[axis]:
                 raise OptionError(
                     f"shape uniform: the narrowest layer has {narrowest} {axis} groups, of which no number from "
-                    f"{max(1, limits.min_keep(axis))} on is a multiple of {bundle}; choose another shape"
+                    f"{max(1, constraints.min_keep(axis))} on is a multiple of {bundle}; choose another shape"
                 )
         elif min(widths) == max(widths):
             allowed[axis] = [widths[0]]
@@ -144,13 +121,13 @@ def _equal_widths(geometry: Geometry, limits: Limits) -> dict[Axis, list[int]]:
     return allowed
 
 
-def cut_uniform(table: pd.DataFrame, geometry: Geometry, limits: Limits, target: float) -> Cut:
+def cut_uniform(table: pd.DataFrame, geometry: Geometry, constraints: Constraints, target: float) -> Cut:
     """Cut every layer to the same widths, its least important groups first.
 
     Args:
         table: the global table, see `prunus.table`.
         geometry: shape of the model.
-        limits: what may be cut.
+        constraints: what may be cut.
         target: number of parameters to remove at least, at most `reachable_uniform`.
 
     Returns:
@@ -169,7 +146,7 @@ def cut_uniform(table: pd.DataFrame, geometry: Geometry, limits: Limits, target:
         keep = dict(zip(AXES, widths, strict=True))
         return float(sum(sums[len(sums) - 1 - keep[axis]] for (_, axis), sums in worth.items()))
 
-    best = min(uniform_widths(geometry, limits, target), key=lost)
+    best = min(uniform_widths(geometry, constraints, target), key=lost)
     keep = dict(zip(AXES, best, strict=True))
     return {
         (layer_idx, axis): rows["group_idx"].to_numpy()[: len(rows) - keep[axis]].tolist()
@@ -177,39 +154,39 @@ def cut_uniform(table: pd.DataFrame, geometry: Geometry, limits: Limits, target:
     }
 
 
-def reachable_depth(geometry: Geometry, limits: Limits) -> int:
+def reachable_depth(geometry: Geometry, constraints: Constraints) -> int:
     """Number of parameters that whole layers or blocks can remove at most, leaving at least one block."""
-    units = _units(geometry, limits)
+    units = _units(geometry, constraints)
     blocks = sum(bool(layer[axis]) for layer in geometry.widths for axis in AXES)
     everything = sum(len(unit.axes) for unit in units) == blocks
     # For all we know, the layer that has to stay is the dearest.
     return sum(unit.cost for unit in units) - (max(unit.cost for unit in units) if everything else 0)
 
 
-def _units(geometry: Geometry, limits: Limits) -> list[Unit]:
+def _units(geometry: Geometry, constraints: Constraints) -> list[Unit]:
     """What may go as a whole: of each layer that may be cut, the blocks of the axes that may be cut.
 
     Where some groups of an axis have to stay (min-keep), none can.
     """
     units: list[Unit] = []
-    if any(limits.min_keep(axis) for axis in limits.axes):
+    if any(constraints.min_keep(axis) for axis in constraints.axes):
         return units
-    for layer_idx in limits.layers(len(geometry.widths)):
+    for layer_idx in constraints.layers(len(geometry.widths)):
         widths = geometry.widths[layer_idx]
-        axes = tuple(axis for axis in AXES if axis in limits.axes and widths[axis])
+        axes = tuple(axis for axis in AXES if axis in constraints.axes and widths[axis])
         cost = sum(widths[axis] * geometry.group_parameters[axis] + geometry.block_parameters[axis] for axis in axes)
         if axes:
             units.append(Unit(layer_idx, axes, cost))
     return units
 
 
-def cut_depth(table: pd.DataFrame, geometry: Geometry, limits: Limits, target: float) -> Cut:
+def cut_depth(table: pd.DataFrame, geometry: Geometry, constraints: Constraints, target: float) -> Cut:
     """Remove whole layers (or blocks), the least important per parameter first, until the target is met.
 
     Args:
         table: the global table, see `prunus.table`.
         geometry: shape of the model.
-        limits: what may be cut.
+        constraints: what may be cut.
         target: number of parameters to remove at least, at most `reachable_depth`.
 
     Returns:
@@ -224,7 +201,7 @@ def cut_depth(table: pd.DataFrame, geometry: Geometry, limits: Limits, target: f
 
     cut: dict[tuple[int, Axis], Iterable[int]] = {}
     removed = 0
-    for unit in sorted(_units(geometry, limits), key=lambda unit: (score(unit), unit.layer_idx)):
+    for unit in sorted(_units(geometry, constraints), key=lambda unit: (score(unit), unit.layer_idx)):
         if removed >= target:
             break
         removed += unit.cost
