@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from prunus.families import AXES, FAMILIES
 from prunus.groups import Geometry, LayerWidths
+from prunus.latency import LatencyProfile, PhaseTimes, ProfiledShape
 from prunus.plan import KeptGroups, Plan
 from prunus.table import build_table
 
 #: scores whose sums are exact in floating point, with many ties
 exact_scores = st.integers(0, 12).map(lambda n: n / 4)
 any_scores = st.one_of(st.just(0.0), st.floats(1e-9, 1e9))
+seconds = st.floats(0, 1, allow_subnormal=False)
 
 
 @st.composite
@@ -43,7 +45,9 @@ def geometries(draw: Any) -> Geometry:
         hidden_size=8,
         head_dim=2,
         num_key_value_groups=draw(st.integers(1, 3)),
+        vocab_size=draw(st.integers(1, 50)),
         widths=widths,
+        windows=tuple(draw(st.sampled_from([None, 2, 5])) for _ in widths),
         total_parameters=rest + inside,
         group_parameters=group,
         block_parameters=block,
@@ -140,3 +144,30 @@ def damaged(content: bytes) -> st.SearchStrategy[bytes]:
     """A file that holds JSON, damaged in its values or in its bytes."""
     changed = changed_json(json.loads(content)).map(lambda values: json.dumps(values).encode())
     return st.one_of(changed, overwritten(content))
+
+
+@st.composite
+def profiles(draw: Any, geometry: Geometry) -> LatencyProfile:
+    """Some measured table that fits a model; some times fall where the block is wider."""
+
+    def points(axis: str) -> tuple[tuple[int, float], ...]:
+        widest = max(max(layer[axis] for layer in geometry.widths), 1)
+        widths = sorted({widest, *draw(st.sets(st.integers(1, widest), max_size=4))})
+        return tuple((width, draw(seconds)) for width in widths)
+
+    return LatencyProfile(
+        model="some",
+        shape=ProfiledShape.of(geometry),
+        device="cpu",
+        machine="x86_64 Linux",
+        threads=1,
+        dtype="float32",
+        torch="2",
+        transformers="5",
+        prompt_tokens=8,
+        new_tokens=4,
+        batch_size=1,
+        repeats=1,
+        prefill=PhaseTimes(draw(seconds) + 0.01, points("attention"), points("mlp")),
+        decode=PhaseTimes(draw(seconds) + 0.01, points("attention"), points("mlp")),
+    )

@@ -334,14 +334,15 @@ def test_methods_made_of_methods(capsys, tmp_path, folder, text):
 
 
 def test_another_normalisation_keeps_the_layer_priors(capsys, tmp_path, folder, text):
-    scores, priors = tmp_path / "scores", ["--prior", "cosine", "--temperature", "0.5"]
+    scores, priors = tmp_path / "scores", ["--prior", "cosine", "--temperature", "0.5", "--attention-weight", "1.3"]
     run(capsys, "score", folder, "--out", scores, "--calibration", text, *SIZES, "--method", "wanda", *priors)
     options = ["--ratio", "0.3", "--out", tmp_path / "plan.json"]
     run(capsys, "plan", scores, *options, "--normalize", "layer_sum")
     table, prior = pd.read_csv(scores / "groups.csv"), json.loads((scores / "score.json").read_text())["layer_priors"]
     by_layer = table.groupby(["layer_idx", "group_type"])["importance"]
     weight = [math.log(1 + prior[row.group_type][row.layer_idx]) ** 0.5 for row in table.itertuples()]
-    table["score"] = table["importance"] / by_layer.transform("mean") * weight
+    attention = table["group_type"].map({"attention": 1.3, "mlp": 1.0})
+    table["score"] = table["importance"] / by_layer.transform("mean") * weight * attention
     removed, target, gone = (
         0,
         0.3 * json.loads((scores / "score.json").read_text())["geometry"]["total_parameters"],
@@ -355,7 +356,9 @@ def test_another_normalisation_keeps_the_layer_priors(capsys, tmp_path, folder, 
     kept = {(i, axis, group) for i, layer in enumerate(plan.layers) for axis in AXES for group in layer[axis]}
     every = set(table[["layer_idx", "group_type", "group_idx"]].itertuples(index=False, name=None))
     assert kept == every - gone
-    assert "malformed scores: layer priors, but no options" in fails_without_options(capsys, scores, options)
+    assert "malformed scores: how they were weighed (KeyError 'priors')" in fails_without_options(
+        capsys, scores, options
+    )
 
 
 def fails_without_options(capsys, scores, options) -> str:

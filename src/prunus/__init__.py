@@ -17,15 +17,18 @@ from prunus.checkpoint import load_model, open_model, save_checkpoint
 from prunus.compensation import CompensationOptions, compensate_
 from prunus.errors import PrunusError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows
+from prunus.evaluation.profiling import profile
 from prunus.export import export_dense, export_gguf
 from prunus.groups import Geometry
 from prunus.importance import METHODS, MethodOptions
 from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
+from prunus.latency import LatencyProfile
 from prunus.pipeline import PruneResult, apply_checkpoint, prune, prune_checkpoint
 from prunus.plan import Plan
 from prunus.scoring import Score, ScoringOptions, score
 from prunus.selection import Constraints, select
 from prunus.surgery import apply_plan
+from prunus.targets import TargetOptions
 from prunus.version import __version__
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "Constraints",
     "EvaluationOptions",
     "Geometry",
+    "LatencyProfile",
     "MethodOptions",
     "ModelOptions",
     "PerplexityResult",
@@ -44,6 +48,7 @@ __all__ = [
     "PrunusError",
     "Score",
     "ScoringOptions",
+    "TargetOptions",
     "__version__",
     "apply_checkpoint",
     "apply_plan",
@@ -58,6 +63,7 @@ __all__ = [
     "open_model",
     "perplexity",
     "perplexity_of_windows",
+    "profile",
     "prune",
     "prune_checkpoint",
     "save_checkpoint",

@@ -22,6 +22,7 @@ from prunus.compensation import CompensationOptions
 from prunus.constraints import ALIGNMENTS, Constraints, Shape
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import perplexity, read_text
+from prunus.evaluation.profiling import profile as profile_model
 from prunus.evaluation.speed import SpeedOptions, SpeedReport, SpeedResult, Spread
 from prunus.evaluation.speed import bench as bench_models
 from prunus.export import GgufType, export_dense, export_gguf
@@ -29,6 +30,7 @@ from prunus.families import AXES, Axis
 from prunus.importance.hybrid import DEFAULT_MIX, Weights
 from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, draw_calibration, load_or_open
 from prunus.inspection import inspect as inspect_model
+from prunus.latency import PHASES, LatencyProfile
 from prunus.packaged_model import resolve_model
 from prunus.pipeline import apply_checkpoint, prune_checkpoint
 from prunus.plan import Plan
@@ -39,6 +41,7 @@ from prunus.selection import select
 from prunus.sweep.estimate import Workload
 from prunus.sweep.processes import is_first, joined, launched
 from prunus.table import Normalization
+from prunus.targets import TargetOptions
 from prunus.terminal import quoted_command, run_command
 from prunus.version import __version__
 from prunus.work_folder import WorkFolder
@@ -89,6 +92,10 @@ def _alignment(type_: Any, tokens: Sequence[Token]) -> int:
         raise OptionError(f"align {text!r} is neither a number nor one of {', '.join(ALIGNMENTS)}") from None
 
 
+def _profile(type_: Any, tokens: Sequence[Token]) -> LatencyProfile:
+    return LatencyProfile.load(tokens[0].value)
+
+
 def _join_weights(weights: Weights) -> str:
     return ",".join(f"{name}={weight:g}" for name, weight in weights)
 
@@ -127,6 +134,20 @@ class _SelectionFlags(Constraints):
     shape: Shape = "ragged"
 
 
+@dataclass(frozen=True)
+class _TargetFlags(TargetOptions):
+    __doc__ = TargetOptions.__doc__
+    profile: Annotated[
+        LatencyProfile | None, Parameter(converter=_profile, n_tokens=1, negative="", accepts_keys=False)
+    ] = None
+
+
+@dataclass(frozen=True)
+class _ProfileFlags(SpeedOptions):
+    __doc__ = SpeedOptions.__doc__
+    memory: Annotated[bool, Parameter(parse=False)] = False
+
+
 ModelName = Annotated[str, Parameter(name="MODEL")]
 ModelFlags = Annotated[ModelOptions, Parameter(name="*", group=Group("Model", sort_key=1))]
 CalibrationFlags = Annotated[CalibrationOptions, Parameter(name="*", group=Group("Calibration", sort_key=2))]
@@ -135,11 +156,14 @@ RecipeFlags = Annotated[_RecipeFlags, Parameter(name="*", group=_SCORING)]
 ScoringFlags = Annotated[_ScoringFlags, Parameter(name="*", group=_SCORING)]
 _SELECTION = Group("Selection", sort_key=4)
 SelectionFlags = Annotated[_SelectionFlags, Parameter(name="*", group=_SELECTION)]
+TargetFlags = Annotated[_TargetFlags, Parameter(name="*", group=_SELECTION)]
 _COMPENSATION = Group("Compensation", sort_key=5)
 CompensationFlags = Annotated[CompensationOptions, Parameter(name="*", group=_COMPENSATION)]
 EvaluationFlags = Annotated[EvaluationOptions, Parameter(name="*", group=Group("Evaluation", sort_key=6))]
 _GGUF = Group("GGUF", sort_key=7)
-SpeedFlags = Annotated[SpeedOptions, Parameter(name="*", group=Group("Runs", sort_key=8))]
+_RUNS = Group("Runs", sort_key=8)
+SpeedFlags = Annotated[SpeedOptions, Parameter(name="*", group=_RUNS)]
+ProfileFlags = Annotated[_ProfileFlags, Parameter(name="*", group=_RUNS)]
 Flag = Annotated[bool, Parameter(negative="")]
 Rounds = Annotated[int, Parameter(group=_SELECTION)]
 
@@ -155,6 +179,7 @@ def prune(
     scoring: RecipeFlags = _RecipeFlags(),
     attention_weight: Annotated[float | None, Parameter(group=_SCORING)] = None,
     selection: SelectionFlags = _SelectionFlags(),
+    target: TargetFlags = _TargetFlags(),
     compensate: Annotated[bool, Parameter(group=_COMPENSATION)] = True,
     compensation: CompensationFlags = CompensationOptions(),
     rounds: Annotated[int | None, Parameter(group=_SELECTION)] = None,
@@ -172,7 +197,7 @@ def prune(
     Args:
         model: folder, Hub id or `smollm2-135m`.
         out: folder for the result; it appears when it is complete.
-        ratio: share of all parameters to remove, in [0, 1).
+        ratio: share of all parameters to remove, or of what --target says, in [0, 1).
         attention_weight: factor on the scores of attention groups; by default 1.5, as repair makes up for lost channels
             better than for lost attention, and 1 with
             `--no-compensate` or `--normalize zscore`.
@@ -194,6 +219,7 @@ def prune(
             attention_weight=_attention_weight(scoring, compensate) if attention_weight is None else attention_weight,
         ),
         constraints=selection,
+        target=target,
         compensation=compensation if compensate else None,
         rounds=rounds or (1 if selection.shape == "uniform" else DEFAULT_ROUNDS),
         evaluation=evaluation,
@@ -210,6 +236,7 @@ def prune(
         ("", "before", "after"),
         [
             ("parameters", f"{metrics['parameters_before']:,}", f"{metrics['parameters_after']:,}"),
+            *_target_row(metrics["target"]),
             *_perplexity_row(metrics),
         ],
     )
@@ -270,6 +297,7 @@ def plan(
     out: Path = Path("plan.json"),
     normalize: Normalization | None = None,
     selection: SelectionFlags = _SelectionFlags(),
+    target: TargetFlags | None = None,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -277,7 +305,8 @@ def plan(
 
     Args:
         table: groups.csv, or the folder that `prunus score` wrote.
-        ratio: share of all parameters to remove, in [0, 1).
+        ratio: share of all parameters to remove, or of what --target says, in [0, 1). Without --target it is what the
+            table was made for.
         out: the plan file to write.
         normalize: make importances of different layers comparable in another way than when they were scored.
         overwrite: replace an existing file.
@@ -288,9 +317,10 @@ def plan(
     if out.is_dir():
         raise OptionError(f"{out} is a folder; --out is the plan file to write, e.g. {out / 'plan.json'}")
     result = Score.load(table)
+    costs = (target or result.target).costs(result.geometry)
     if normalize is not None:
         result = result.ranked(normalize)
-    chosen = select(result.table, result.geometry, ratio, selection)
+    chosen = select(result.table, result.geometry, ratio, selection, costs)
     out.parent.mkdir(parents=True, exist_ok=True)
     chosen.save(out)
     left = result.geometry.parameters_left(chosen.kept_widths)
@@ -298,6 +328,9 @@ def plan(
         "parameters_before": result.geometry.total_parameters,
         "parameters_after": left,
         "removed": 1 - left / result.geometry.total_parameters,
+        "quantity": costs.quantity,
+        "quantity_before": costs.total,
+        "quantity_after": costs.left(chosen.kept_widths),
         "layers_left": len(chosen.surviving_layers),
         "fingerprint": chosen.fingerprint,
     }
@@ -308,7 +341,8 @@ def plan(
         (str(layer_idx), *(f"{len(kept[axis])} of {before[axis]}" for axis in AXES))
         for layer_idx, (before, kept) in enumerate(zip(chosen.widths, chosen.layers, strict=True))
     ]
-    _print_rows(f"{facts['removed']:.2%} of all parameters go → {out}", ("layer", *AXES), rows)
+    removed = 1 - facts["quantity_after"] / (facts["quantity_before"] or 1)
+    _print_rows(f"{removed:.2%} of all {costs.quantity} go → {out}", ("layer", *AXES), rows)
 
 
 @app.command
@@ -442,6 +476,48 @@ def bench(*models: ModelName, speed: SpeedFlags = SpeedOptions(), json: Flag = F
 
 
 @app.command
+def profile(
+    model: ModelName,
+    /,
+    *,
+    out: Path = Path("profile.json"),
+    speed: ProfileFlags = _ProfileFlags(),
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Measure on this machine how long a model's blocks take by their width, for `--target latency`.
+
+    Blocks of all widths stand in one model with random weights, and run as in `prunus bench`; give it the prompt
+    length, batch size, device and dtype that will be used.
+
+    Args:
+        model: folder, Hub id or `smollm2-135m`; its weights are not read.
+        out: the profile file to write.
+        overwrite: replace an existing file.
+        json: print the profile as JSON.
+    """
+    if out.exists() and not overwrite:
+        raise OptionError(f"{out} exists; choose another --out or add --overwrite")
+    if out.is_dir():
+        raise OptionError(f"{out} is a folder; --out is the profile file to write, e.g. {out / 'profile.json'}")
+    measured = profile_model(model, speed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    measured.save(out)
+    if json:
+        _print_json(measured.to_dict())
+        return
+    rows = [("all else", "", *(f"{1e6 * measured.times(phase).fixed:,.1f}" for phase in PHASES))]
+    for axis in AXES:
+        for points in zip(*(measured.times(phase).points(axis) for phase in PHASES), strict=True):
+            rows.append((axis, f"{points[0][0]:,}", *(f"{1e6 * seconds:,.1f}" for _, seconds in points)))
+    title = (
+        f"microseconds: {speed.prompt_tokens} prompt tokens, and each of {speed.new_tokens} after them, batch "
+        f"{speed.batch_size}, {measured.dtype}, {measured.device}, {measured.threads} CPU threads → {out}"
+    )
+    _print_rows(title, ("", "groups", *PHASES), rows)
+
+
+@app.command
 def inspect(model: ModelName, /, *, ratio: float | None = None, json: Flag = False) -> None:
     """Show what a model consists of, what a ratio would remove, and what was removed from a pruned one.
 
@@ -475,6 +551,7 @@ def compare(
     calibration: CalibrationFlags = CalibrationOptions(),
     scoring: ScoringFlags = _ScoringFlags(),
     selection: SelectionFlags = _SelectionFlags(),
+    target: TargetFlags = _TargetFlags(),
     compensate: Annotated[bool, Parameter(group=_COMPENSATION)] = False,
     compensation: CompensationFlags = CompensationOptions(),
     rounds: Rounds = 1,
@@ -488,7 +565,7 @@ def compare(
     Args:
         model: folder, Hub id or `smollm2-135m`.
         methods: importance methods, e.g. `taylor,wanda`; methods of one kind share their statistics pass.
-        ratios: shares of all parameters to remove, e.g. `0.1,0.2,0.4`.
+        ratios: shares of all parameters to remove, or of what --target says, e.g. `0.1,0.2,0.4`.
         out: folder for comparison.csv, comparison.json, comparison.png and the plans.
         compensate: measure each result also with the remaining weights repaired by least squares.
         rounds: cut in so many equal parts, scoring what is left (and repaired) before each next one.
@@ -503,6 +580,7 @@ def compare(
         calibration=calibration,
         scoring=_seeded(scoring, calibration),
         constraints=selection,
+        target=target,
         compensation=compensation if compensate else None,
         rounds=rounds,
         evaluation=evaluation,
@@ -554,6 +632,12 @@ def _attention_weight(scoring: ScoringOptions, compensate: bool) -> float:
 
 def _typed_command() -> str:
     return quoted_command("prunus", sys.argv[1:])
+
+
+def _target_row(target: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    if target["target"] == "params":
+        return []
+    return [(target["quantity"], f"{target['before']:,.0f}", f"{target['after']:,.0f}")]
 
 
 def _perplexity_row(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:

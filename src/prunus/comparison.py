@@ -26,6 +26,7 @@ from prunus.scoring import Score, ScoringOptions, score_together
 from prunus.selection import Constraints, select
 from prunus.surgery import apply_plan
 from prunus.sweep.estimate import Workload, bytes_of_a_cut, free_memory, parse_bytes
+from prunus.targets import TargetOptions
 from prunus.version import __version__
 
 __all__ = ["compare", "cuts_at_once", "plot_comparison"]
@@ -43,6 +44,7 @@ def compare(
     calibration: CalibrationOptions | None = None,
     scoring: ScoringOptions | None = None,
     constraints: Constraints | None = None,
+    target: TargetOptions | None = None,
     compensation: CompensationOptions | None = None,
     rounds: int = 1,
     evaluation: EvaluationOptions | None = None,
@@ -59,11 +61,12 @@ def compare(
     Args:
         model: a folder, a Hub id, or `smollm2-135m`.
         methods: importance methods.
-        ratios: shares of all parameters to remove.
+        ratios: shares of all parameters (or of what `target` says) to remove.
         out: folder for comparison.csv, comparison.json, comparison.png and the plans.
         calibration: the text that importance is measured on.
         scoring: normalisation and method options; its `method` is not read.
         constraints: what may be cut.
+        target: what the ratios are shares of; default: parameters.
         compensation: also measure each result with the remaining weights repaired; None = plain slicing only.
         rounds: cut in so many parts, see `prunus.prune`.
         evaluation: how the models are compared.
@@ -85,12 +88,13 @@ def compare(
     calibrate = compensation is not None or any(options.needs_calibration for options in each)
     sequences = calibration.samples if calibrate else None
     for options, ratio in product(each, ratios):
-        check_recipe(ratio, options, constraints, compensation, rounds, sequences=sequences)
+        check_recipe(ratio, options, constraints, compensation, rounds, sequences=sequences, target=target)
     inputs = open_inputs(
         model,
         out,
         ratios,
         constraints,
+        target,
         calibration,
         evaluation,
         model_options,
@@ -114,6 +118,7 @@ def compare(
         "model": model_name(model),
         "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
         "normalize": scoring.normalize,
+        "target": (target or TargetOptions()).to_dict(),
         "rounds": rounds,
     }
     repairs = [None] if compensation is None else [None, compensation]
@@ -125,10 +130,10 @@ def compare(
     found = score_together(inputs.model, inputs.calibration, each, curvature=reselects, progress=progress)
     scores = {options.method: scored for options, scored in zip(each, found, strict=True)}
     if rounds == 1 and not reselects:
-        _compare_plans(record, scores, each, ratios, constraints, compensation, model_options)
+        _compare_plans(record, scores, each, ratios, constraints, target, compensation, model_options)
     else:
         for options, ratio, repair in product(each, ratios, repairs):
-            _add_result(record, scores[options.method], options, ratio, constraints, repair, rounds)
+            _add_result(record, scores[options.method], options, ratio, constraints, target, repair, rounds)
     plot_comparison(record.frame, Path(out) / "comparison.png")
     return record.frame
 
@@ -139,6 +144,7 @@ def _compare_plans(
     each: Sequence[ScoringOptions],
     ratios: Sequence[float],
     constraints: Constraints | None,
+    target: TargetOptions | None,
     compensation: CompensationOptions | None,
     model_options: ModelOptions,
 ) -> None:
@@ -149,8 +155,9 @@ def _compare_plans(
     inputs, dense = record.inputs, record.inputs.model
     plans: dict[str, Plan] = {}
     wanted: dict[str, list[tuple[str, float]]] = {}
+    costs = (target or TargetOptions()).costs(inputs.geometry)
     for options, ratio in product(each, ratios):
-        plan = select(scores[options.method].table, inputs.geometry, ratio, constraints)
+        plan = select(scores[options.method].table, inputs.geometry, ratio, constraints, costs)
         plans[plan.fingerprint] = plan
         wanted.setdefault(plan.fingerprint, []).append((options.method, ratio))
 
@@ -210,6 +217,7 @@ def _add_result(
     options: ScoringOptions,
     ratio: float,
     constraints: Constraints | None,
+    target: TargetOptions | None,
     repair: CompensationOptions | None,
     rounds: int,
 ) -> None:
@@ -222,6 +230,7 @@ def _add_result(
             inputs.calibration,
             scoring=options,
             constraints=constraints,
+            target=target,
             compensation=repair,
             rounds=rounds,
             scored=scored,
@@ -313,7 +322,7 @@ def plot_comparison(comparison: pd.DataFrame, path: str | Path) -> None:
             label=f"{name}, compensated" if compensated else name,
         )
     curve.axhline(dense, color="grey", linewidth=1, linestyle=":")
-    curve.set(yscale="log", xlabel="parameters removed (%)", ylabel="perplexity", title="Quality")
+    curve.set(yscale="log", xlabel="removed (%)", ylabel="perplexity", title="Quality")
     curve.legend()
     firsts = comparison[comparison["method"] != DENSE].drop_duplicates("method")
     time.barh(firsts["method"], firsts["seconds"].fillna(0))

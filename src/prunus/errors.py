@@ -9,7 +9,7 @@ PrunusError
  ├─ NonFiniteError         NaN or infinity in weights, statistics or loss
  ├─ StatisticsError        statistics are missing, or were made from other inputs
  ├─ BudgetError            the asked ratio cannot be reached under the given constraints
- ├─ PlanError              a plan or table file is malformed, or does not fit the model
+ ├─ PlanError              a plan, table or profile file is malformed, or does not fit the model
  └─ CheckpointError        a model folder is incomplete, damaged or cannot be written
 """
 
@@ -55,7 +55,7 @@ class BudgetError(PrunusError):
 
 
 class PlanError(PrunusError):
-    """A plan or table file is malformed, or does not fit the model."""
+    """A plan, table or profile file is malformed, or does not fit the model."""
 
 
 class CheckpointError(PrunusError):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from prunus.errors import PlanError, UnsupportedModelError
 from prunus.families import AXES, FAMILIES, Axis, Family, Projection, Space, family_of
@@ -43,7 +44,9 @@ class Geometry:
         hidden_size: width of the residual stream.
         head_dim: width of one head.
         num_key_value_groups: query heads per key/value head.
+        vocab_size: rows of the head.
         widths: groups per axis of every decoder layer.
+        windows: per decoder layer the sliding window of its attention, a token itself included; None where it sees all.
         total_parameters: all parameters of the model, tied embeddings counted once.
         group_parameters: parameters of one group of each axis.
         block_parameters: parameters that leave only with a whole block: its norms, output bias and per-head norms.
@@ -53,7 +56,9 @@ class Geometry:
     hidden_size: int
     head_dim: int
     num_key_value_groups: int
+    vocab_size: int
     widths: tuple[LayerWidths, ...]
+    windows: tuple[int | None, ...]
     total_parameters: int
     group_parameters: Mapping[Axis, int] = field(hash=False)
     block_parameters: Mapping[Axis, int] = field(hash=False)
@@ -90,7 +95,9 @@ class Geometry:
             hidden_size=hidden_size,
             head_dim=head_dim,
             num_key_value_groups=int(config.num_attention_heads) // int(config.num_key_value_heads),
+            vocab_size=int(config.vocab_size),
             widths=widths,
+            windows=_windows_of(config),
             total_parameters=sum(p.numel() for p in model.parameters()),
             group_parameters={},
             block_parameters={},
@@ -120,7 +127,9 @@ class Geometry:
             "hidden_size": self.hidden_size,
             "head_dim": self.head_dim,
             "num_key_value_groups": self.num_key_value_groups,
+            "vocab_size": self.vocab_size,
             "layers": [[widths[axis] for axis in AXES] for widths in self.widths],
+            "windows": list(self.windows),
             "total_parameters": self.total_parameters,
             "group_parameters": dict(self.group_parameters),
             "block_parameters": dict(self.block_parameters),
@@ -139,7 +148,9 @@ class Geometry:
                 hidden_size=_count(values["hidden_size"]),
                 head_dim=_count(values["head_dim"]),
                 num_key_value_groups=_count(values["num_key_value_groups"]),
+                vocab_size=_count(values["vocab_size"]),
                 widths=tuple(LayerWidths(*(_count(groups) for groups in layer)) for layer in values["layers"]),
+                windows=tuple(None if window is None else _count(window) for window in values["windows"]),
                 total_parameters=_count(values["total_parameters"]),
                 group_parameters={axis: _count(values["group_parameters"][axis]) for axis in AXES},
                 block_parameters={axis: _count(values["block_parameters"][axis]) for axis in AXES},
@@ -162,6 +173,14 @@ class Geometry:
         if space == "query":
             return self.num_key_value_groups * self.head_dim
         return self.head_dim if space == "key_value" else 1
+
+    def group_weights(self, axis: Axis) -> int:
+        """Entries of the weight matrices that one group owns: its parameters without biases."""
+        total = 0
+        for projection in self.family.block(axis).projections:
+            cut = projection.outputs if projection.inputs == "residual" else (projection.inputs,)
+            total += sum(self.unit(space) for space in cut) * self.hidden_size
+        return total
 
     def size(self, layer_idx: int, space: Space) -> int:
         """Width of a space in a layer."""
@@ -294,6 +313,12 @@ def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is not a whole number from 0 on")
     return value
+
+
+def _windows_of(config: Any) -> tuple[int | None, ...]:
+    """Sliding windows per layer. Which layers slide is transformers' decision; an empty cache holds no memory."""
+    kinds = DynamicCache(config=config).layers
+    return tuple(int(kind.sliding_window) if kind.is_sliding else None for kind in kinds)
 
 
 def submodule(model: nn.Module, path: str) -> Any:

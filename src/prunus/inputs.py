@@ -35,6 +35,7 @@ from prunus.selection import Constraints, check_ratio, check_reachable
 from prunus.sweep import Engine, EngineChoice
 from prunus.sweep.estimate import Workload, available_memory, choose_engine, estimate, parse_bytes, show_bytes
 from prunus.sweep.processes import is_first
+from prunus.targets import TargetOptions
 
 __all__ = [
     "CalibrationOptions",
@@ -262,6 +263,7 @@ def open_inputs(
     out: str | Path,
     ratios: Sequence[float],
     constraints: Constraints | None,
+    target: TargetOptions | None,
     calibration: CalibrationOptions,
     evaluation: EvaluationOptions,
     model_options: ModelOptions,
@@ -279,8 +281,9 @@ def open_inputs(
     Args:
         model: a folder, a Hub id, or `smollm2-135m`.
         out: folder for the result.
-        ratios: shares of all parameters to remove.
+        ratios: shares of all parameters, or of what `target` says, to remove.
         constraints: what may be cut.
+        target: what the ratios are shares of; default: parameters.
         calibration: the text to calibrate on.
         evaluation: what to measure on.
         model_options: device, dtype and memory.
@@ -295,8 +298,9 @@ def open_inputs(
     Raises:
         PrunusError: whatever is wrong with options, model, text or folder.
     """
+    target = target or TargetOptions()
     for ratio in ratios:
-        check_ratio(ratio)
+        check_ratio(ratio, target.quantity)
     check_output(out, overwrite, model)
     text = read_text(evaluation.eval_text) if evaluation.eval_text else None
     source = resolve_model(model)
@@ -312,10 +316,12 @@ def open_inputs(
     )
     dense, tokenizer, held_for = load_or_open(source, model_options, engine, workload, scratch=work, progress=progress)
     geometry = Geometry.of(dense)
+    costs = target.costs(geometry)
     for ratio in ratios:
-        check_reachable(geometry, ratio, constraints)
+        check_reachable(geometry, ratio, constraints, costs)
     if save_model:
-        check_disk(out, int(model_bytes(dense) * (1 - min(ratios))))
+        # How many parameters another target leaves is not known before groups are ranked.
+        check_disk(out, int(model_bytes(dense) * (1 - min(ratios) if target.target == "params" else 1)))
     sequences, held_out = draw_calibration(
         dense,
         tokenizer,

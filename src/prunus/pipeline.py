@@ -26,6 +26,8 @@ from prunus.selection import Constraints, check_reachable, select
 from prunus.statistics import Statistics
 from prunus.surgery import apply_plan
 from prunus.sweep.estimate import Workload
+from prunus.table import price
+from prunus.targets import TargetOptions
 from prunus.version import __version__
 from prunus.work_folder import WorkFolder
 
@@ -62,6 +64,7 @@ def prune(
     *,
     scoring: ScoringOptions | None = None,
     constraints: Constraints | None = None,
+    target: TargetOptions | None = None,
     compensation: CompensationOptions | None = None,
     rounds: int = 1,
     scored: Score | None = None,
@@ -72,11 +75,12 @@ def prune(
 
     Args:
         model: a causal language model; it stays as it is.
-        ratio: share of all its parameters to remove, in [0, 1).
+        ratio: share of all its parameters (or of what `target` says) to remove, in [0, 1).
         calibration: token sequences, from `prunus.load_calibration` or `prunus.calibration_from_texts`; None for a
             method that needs none.
         scoring: method and normalisation; default: first-order Taylor.
         constraints: what may be cut; default: everything.
+        target: what the ratio is a share of; default: parameters.
         compensation: repair the remaining weights by least squares, see `prunus.compensation`; None = plain slicing.
         rounds: cut in so many equal parts, scoring the model that is left (and repaired) before each next one. Later
             scores are taken on half of the sequences, and all repairs but the last are made on a quarter.
@@ -92,25 +96,28 @@ def prune(
         UnsupportedModelError: the model's family is not described.
     """
     scoring, sequences = scoring or ScoringOptions(), None if calibration is None else len(calibration)
-    check_recipe(ratio, scoring, constraints, compensation, rounds, sequences=sequences, scored=scored)
-    geometry = Geometry.of(model)
-    check_reachable(geometry, ratio, constraints)
+    check_recipe(ratio, scoring, constraints, compensation, rounds, sequences=sequences, target=target, scored=scored)
+    geometry, target = Geometry.of(model), target or TargetOptions()
+    costs = target.costs(geometry)
+    check_reachable(geometry, ratio, constraints, costs)
     take = partial(score, options=scoring, curvature=compensation is not None and compensation.reselect)
     steps = schedule(ratio, rounds)
     folders = [work / f"round-{step.number}" if work else None for step in steps]
     scored = scored or take(model, calibration, work=folders[0], progress=progress)
-    smaller, done, table, statistics = model, Plan.keep_all(geometry), scored.table, scored.statistics
+    smaller, done, statistics = model, Plan.keep_all(geometry), scored.statistics
+    table = price(scored.table, costs)
     for step, folder in zip(steps, folders, strict=True):
         if step.number > 1:
             again = take(smaller, _first(calibration, step.scored_on), work=folder, progress=progress)
-            table, statistics = carry_over(table, done, again.table), again.statistics
-        plan = select(table, geometry, step.share, constraints)
+            later = price(again.table, costs.of_layers(done.surviving_layers))
+            table, statistics = carry_over(table, done, later), again.statistics
+        plan = select(table, geometry, step.share, constraints, costs)
         fit = _first(calibration, step.repaired_on)
         batches = list(fit.batches(scoring.batch_size)) if fit is not None else []
         smaller, kept, repairs = _cut(smaller, done, model, plan, statistics, batches, compensation, folder, progress)
         table, done = table if kept == plan else hand_out_scores(table, kept), kept
     scored = replace(scored, table=table, about={**scored.about, "rounds": rounds})
-    return PruneResult(smaller, done, scored, repairs)
+    return PruneResult(smaller, done, scored.priced(target, done), repairs)
 
 
 def _first(calibration: Calibration | None, part: Callable[[int], int]) -> Calibration | None:
@@ -149,6 +156,7 @@ def prune_checkpoint(
     calibration: CalibrationOptions | None = None,
     scoring: ScoringOptions | None = None,
     constraints: Constraints | None = None,
+    target: TargetOptions | None = None,
     compensation: CompensationOptions | None = None,
     rounds: int = 1,
     evaluation: EvaluationOptions | None = None,
@@ -163,10 +171,11 @@ def prune_checkpoint(
     Args:
         model: a folder, a Hub id, or `smollm2-135m` for the packaged model.
         out: folder for the result; complete or not there at all.
-        ratio: share of all parameters to remove, in [0, 1).
+        ratio: share of all parameters (or of what `target` says) to remove, in [0, 1).
         calibration: the text that importance is measured on.
         scoring: method and normalisation.
         constraints: what may be cut.
+        target: what the ratio is a share of; default: parameters.
         compensation: repair the remaining weights by least squares; None = plain slicing.
         rounds: cut in so many equal parts, see `prune`.
         evaluation: how the models before and after are compared.
@@ -186,13 +195,14 @@ def prune_checkpoint(
     calibration, scoring = calibration or CalibrationOptions(), scoring or ScoringOptions()
     calibrate = scoring.needs_calibration or compensation is not None
     sequences = calibration.samples if calibrate else None
-    check_recipe(ratio, scoring, constraints, compensation, rounds, sequences=sequences)
+    check_recipe(ratio, scoring, constraints, compensation, rounds, sequences=sequences, target=target)
     folder = WorkFolder(out, work)
     inputs = open_inputs(
         model,
         out,
         [ratio],
         constraints,
+        target,
         calibration,
         evaluation or EvaluationOptions(),
         model_options or ModelOptions(),
@@ -212,6 +222,7 @@ def prune_checkpoint(
             inputs.calibration,
             scoring=scoring,
             constraints=constraints,
+            target=target,
             compensation=compensation,
             rounds=rounds,
             work=folder.used_by(inputs.engine),

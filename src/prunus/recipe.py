@@ -9,6 +9,7 @@ from prunus.reselection import CHOSEN_BY
 from prunus.rounds import schedule
 from prunus.scoring import Score, ScoringOptions
 from prunus.selection import Constraints, check_ratio
+from prunus.targets import TargetOptions
 
 __all__ = ["check_recipe"]
 
@@ -21,17 +22,19 @@ def check_recipe(
     rounds: int,
     *,
     sequences: int | None,
+    target: TargetOptions | None = None,
     scored: Score | None = None,
 ) -> None:
     """Check a recipe by itself, without a model.
 
     Args:
-        ratio: share of all parameters to remove.
+        ratio: share of all parameters, or of what `target` says, to remove.
         scoring: method and its options.
         constraints: what may be cut.
         compensation: repair; None = plain slicing.
         rounds: how often to cut.
         sequences: number of calibration sequences; None where there are none.
+        target: what the ratio is a share of; default: parameters.
         scored: the scores of the first round, where they are there already.
 
     Raises:
@@ -39,7 +42,7 @@ def check_recipe(
         CalibrationError: something needs calibration sequences, and there are none.
         StatisticsError: `scored` lacks what the repair chooses channels by.
     """
-    check_ratio(ratio)
+    check_ratio(ratio, (target or TargetOptions()).quantity)
     steps = schedule(ratio, rounds)
     if rounds > 1 and constraints is not None and constraints.shape == "uniform":
         raise OptionError(

@@ -116,6 +116,7 @@ def _card_facts(
         base_model=metrics["base_model"],
         method=metrics["scoring"]["method"] if "scoring" in metrics else "a given plan",
         ratio=metrics["ratio"],
+        quantity=metrics["target"]["quantity"] if "target" in metrics else "parameters",
         parameters_before=metrics["parameters_before"],
         parameters_after=metrics["parameters_after"],
         base_widths=(origin.plan if origin else plan).widths,

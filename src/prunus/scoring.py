@@ -19,11 +19,13 @@ from prunus.importance.hybrid import DEFAULT_MIX, Weights, check_weights, mix
 from prunus.importance.registry import statistics_for
 from prunus.layers import layers_of
 from prunus.metering import Cost, metered
+from prunus.plan import Plan
 from prunus.priors import Prior, PriorOptions, measure_prior, weigh
 from prunus.replacing import replacing
 from prunus.statistics import ActivationStatistics, OutputFisher, Statistics
 from prunus.sweep import ENGINES, EngineChoice, sweep
-from prunus.table import NORMALIZATIONS, Normalization, build_table, load_table, rank_table, save_table
+from prunus.table import NORMALIZATIONS, Normalization, build_table, load_table, price, rank_table, save_table
+from prunus.targets import TargetOptions
 from prunus.weighing import weigh_scores
 
 __all__ = ["Score", "ScoringOptions", "score", "score_together", "take_statistics"]
@@ -110,7 +112,8 @@ class Score:
     Attributes:
         table: one row per group, see `prunus.table`.
         geometry: shape of the model.
-        about: method, options, calibration provenance, loss and cost, as plain values.
+        about: method, options, calibration provenance, loss and cost, as plain values; `target` where the table is not
+            at parameters.
         statistics: what the table was made from; None where the method needs none.
         prior: what the layers are worth, where that was measured.
     """
@@ -121,23 +124,41 @@ class Score:
     statistics: Statistics | None = None
     prior: Prior | None = None
 
-    def ranked(self, normalization: Normalization) -> Self:
-        """The same importances, made comparable in another way, and weighed by the layer priors that were measured.
+    @property
+    def target(self) -> TargetOptions:
+        """What the table's costs are of.
 
         Raises:
-            OptionError: the normalisation gives negative scores, which priors cannot weigh.
+            PlanError: it is malformed.
+        """
+        return TargetOptions.from_dict(self.about.get("target", {}))
+
+    def ranked(self, normalization: Normalization) -> Self:
+        """The same importances, made comparable in another way; priors and the weight of attention hold as before.
+
+        Costs are parameters afterwards.
+
+        Raises:
+            OptionError: the normalisation gives negative scores, which nothing can be multiplied with.
             PlanError: priors were measured, but not how they weigh scores.
         """
-        table = rank_table(self.table, normalization)
-        if self.prior is not None:
-            try:
-                options = PriorOptions(**self.about["scoring"]["priors"])
-            except (KeyError, TypeError) as error:
-                raise PlanError(
-                    f"malformed scores: layer priors, but no options of theirs ({type(error).__name__} {error})"
-                ) from error
-            table = weigh(table, self.prior, options)
-        return replace(self, table=table)
+        parameters = self.table["group_type"].map(dict(self.geometry.group_parameters))
+        table = rank_table(self.table.assign(cost=parameters), normalization)
+        try:
+            options = self.about["scoring"]
+            priors = PriorOptions(**options["priors"]) if self.prior is not None else None
+            attention_weight = float(options.get("attention_weight", 1.0))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"malformed scores: how they were weighed ({type(error).__name__} {error})") from error
+        table = _weighed(table, self.geometry, self.prior, priors, attention_weight)
+        return replace(self, table=table, about={key: value for key, value in self.about.items() if key != "target"})
+
+    def priced(self, target: TargetOptions, plan: Plan) -> Self:
+        """The table at the costs of a target, and in `about` what a plan leaves of it."""
+        costs = target.costs(self.geometry)
+        before, after = costs.total, costs.left(plan.kept_widths)
+        about = {**target.to_dict(), "quantity": costs.quantity, "before": before, "after": after}
+        return replace(self, table=price(self.table, costs), about={**self.about, "target": about})
 
     def save(self, folder: str | Path) -> None:
         """Write groups.csv, score.json and, if there are any, statistics.safetensors."""
@@ -300,9 +321,7 @@ def _score(
         if options.priors.prior != "none":
             assert calibration is not None
             prior = measure_prior(model, calibration, options.priors.prior, progress=progress)
-            table = weigh(table, prior, options.priors)
-        if options.attention_weight != 1:
-            table = weigh_scores(table, {"attention": [options.attention_weight] * len(geometry.widths)})
+        table = _weighed(table, geometry, prior, options.priors, options.attention_weight)
     peaks = [peak for peak in (shared.peak_bytes, cost.peak_bytes) if peak is not None]
     about = {
         "scoring": asdict(options),
@@ -315,6 +334,21 @@ def _score(
         **findings,
     }
     return Score(table, geometry, about, statistics, prior)
+
+
+def _weighed(
+    table: pd.DataFrame,
+    geometry: Geometry,
+    prior: Prior | None,
+    priors: PriorOptions | None,
+    attention_weight: float,
+) -> pd.DataFrame:
+    """A ranked table after layer priors, where there are any, and the factor on attention."""
+    if prior is not None and priors is not None:
+        table = weigh(table, prior, priors)
+    if attention_weight != 1:
+        table = weigh_scores(table, {"attention": [attention_weight] * len(geometry.widths)})
+    return table
 
 
 def _table_of(model: Any, name: str, statistics: Statistics | None, options: ScoringOptions) -> pd.DataFrame:

@@ -8,9 +8,11 @@ depth     whole decoder layers go (with one axis: whole blocks of it), those wit
 
 Stock classes load the results of `uniform`, and of `depth` on both axes, without any code of prunus.
 
-What a set of groups is worth is Σ score · cost over it: its importance, after the normalisation that the table was
-ranked with. `uniform` tries every number of attention groups, cuts channels down to the budget, and keeps the plan that
-loses the least. `depth` ranks layers by Σ score · cost / Σ cost, the mean importance per parameter of what they hold.
+What a set of groups is worth is Σ score · cost over it, see `prunus.table.worth`: its importance, after the
+normalisation that the table was ranked with. `uniform` tries every number of attention groups, cuts channels down to
+the budget, and keeps the plan that loses the least. `depth` ranks layers by their worth over the costs of their groups,
+the mean importance per parameter (or FLOP, …) of what they hold. Groups that save nothing go with the layer that they
+stand in.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ import numpy as np
 import pandas as pd
 
 from prunus.constraints import Constraints
+from prunus.costs import Costs
 from prunus.errors import OptionError
 from prunus.families import AXES, Axis
 from prunus.groups import Geometry
+from prunus.table import worth
 
 __all__ = [
     "Cut",
@@ -46,48 +50,50 @@ class Unit:
     Attributes:
         layer_idx: the decoder layer.
         axes: its blocks.
-        cost: parameters that leave with them, norms included.
+        cost: what leaves with them; of parameters, norms included.
     """
 
     layer_idx: int
     axes: tuple[Axis, ...]
-    cost: int
+    cost: float
 
 
-def uniform_widths(geometry: Geometry, constraints: Constraints, target: float) -> list[tuple[int, int]]:
-    """Equal widths that remove at least `target` parameters, as few as possible for each number of attention groups.
+def uniform_widths(geometry: Geometry, constraints: Constraints, costs: Costs, target: float) -> list[tuple[int, int]]:
+    """Equal widths that save at least `target`, with as many channels as possible for each number of attention groups.
 
     Args:
         geometry: shape of the model.
         constraints: what may be cut.
-        target: number of parameters to remove.
+        costs: the quantity.
+        target: how much of it is to be saved.
 
     Returns:
-        `(attention groups, channels)`, by descending number of attention groups; empty if no equal widths remove so
-        many. Both blocks stay in every layer.
+        `(attention groups, channels)`, by descending number of attention groups; empty if no equal widths save so
+        much. Both blocks stay in every layer.
 
     Raises:
         OptionError: see `reachable_uniform`.
     """
     allowed = _equal_widths(geometry, constraints)
+    saved = {axis: {width: _saved(costs, axis, width) for width in allowed[axis]} for axis in AXES}
     found = []
     for attention in allowed["attention"]:
         for channels in allowed["mlp"]:
-            if _removed(geometry, attention, channels) >= target:
+            if saved["attention"][attention] + saved["mlp"][channels] >= target:
                 found.append((attention, channels))
                 break
     return found
 
 
-def reachable_uniform(geometry: Geometry, constraints: Constraints) -> int:
-    """Number of parameters that equal widths can remove at most.
+def reachable_uniform(geometry: Geometry, constraints: Constraints, costs: Costs) -> float:
+    """How much equal widths can save at most.
 
     Raises:
         OptionError: some layers may not be cut, an axis that may not be cut has unequal widths, or no width of an axis
             suits every layer.
     """
     allowed = _equal_widths(geometry, constraints)
-    return _removed(geometry, allowed["attention"][-1], allowed["mlp"][-1])
+    return sum(_saved(costs, axis, allowed[axis][-1]) for axis in AXES)
 
 
 def _equal_widths(geometry: Geometry, constraints: Constraints) -> dict[Axis, list[int]]:
@@ -121,14 +127,15 @@ def _equal_widths(geometry: Geometry, constraints: Constraints) -> dict[Axis, li
     return allowed
 
 
-def cut_uniform(table: pd.DataFrame, geometry: Geometry, constraints: Constraints, target: float) -> Cut:
+def cut_uniform(table: pd.DataFrame, geometry: Geometry, constraints: Constraints, costs: Costs, target: float) -> Cut:
     """Cut every layer to the same widths, its least important groups first.
 
     Args:
-        table: the global table, see `prunus.table`.
+        table: the global table, at `costs`.
         geometry: shape of the model.
         constraints: what may be cut.
-        target: number of parameters to remove at least, at most `reachable_uniform`.
+        costs: the quantity.
+        target: how much of it is to be saved at least, at most `reachable_uniform`.
 
     Returns:
         The groups that go: of the widths in `uniform_widths`, those that lose the least importance.
@@ -137,16 +144,14 @@ def cut_uniform(table: pd.DataFrame, geometry: Geometry, constraints: Constraint
         (int(layer_idx), axis): rows.sort_values(["score", "group_idx"], kind="stable")
         for (layer_idx, axis), rows in table.groupby(["layer_idx", "group_type"])
     }
-    # worth[key][n]: what the n least important groups of a layer and axis are worth together
-    worth = {
-        key: np.concatenate([[0.0], (rows["score"] * rows["cost"]).cumsum().to_numpy()]) for key, rows in ranked.items()
-    }
+    # worths[key][n]: what the n least important groups of a layer and axis are worth together
+    worths = {key: np.concatenate([[0.0], worth(rows).cumsum().to_numpy()]) for key, rows in ranked.items()}
 
     def lost(widths: tuple[int, int]) -> float:
         keep = dict(zip(AXES, widths, strict=True))
-        return float(sum(sums[len(sums) - 1 - keep[axis]] for (_, axis), sums in worth.items()))
+        return float(sum(sums[len(sums) - 1 - keep[axis]] for (_, axis), sums in worths.items()))
 
-    best = min(uniform_widths(geometry, constraints, target), key=lost)
+    best = min(uniform_widths(geometry, constraints, costs, target), key=lost)
     keep = dict(zip(AXES, best, strict=True))
     return {
         (layer_idx, axis): rows["group_idx"].to_numpy()[: len(rows) - keep[axis]].tolist()
@@ -154,19 +159,19 @@ def cut_uniform(table: pd.DataFrame, geometry: Geometry, constraints: Constraint
     }
 
 
-def reachable_depth(geometry: Geometry, constraints: Constraints) -> int:
-    """Number of parameters that whole layers or blocks can remove at most, leaving at least one block."""
-    units = _units(geometry, constraints)
+def reachable_depth(geometry: Geometry, constraints: Constraints, costs: Costs) -> float:
+    """How much whole layers or blocks can save at most, leaving at least one block."""
+    units = _units(geometry, constraints, costs)
     blocks = sum(bool(layer[axis]) for layer in geometry.widths for axis in AXES)
     everything = sum(len(unit.axes) for unit in units) == blocks
     # For all we know, the layer that has to stay is the dearest.
     return sum(unit.cost for unit in units) - (max(unit.cost for unit in units) if everything else 0)
 
 
-def _units(geometry: Geometry, constraints: Constraints) -> list[Unit]:
+def _units(geometry: Geometry, constraints: Constraints, costs: Costs) -> list[Unit]:
     """What may go as a whole: of each layer that may be cut, the blocks of the axes that may be cut.
 
-    Where some groups of an axis have to stay (min-keep), none can.
+    Where some groups of an axis have to stay (min-keep), none can. What saves nothing stays.
     """
     units: list[Unit] = []
     if any(constraints.min_keep(axis) for axis in constraints.axes):
@@ -174,34 +179,35 @@ def _units(geometry: Geometry, constraints: Constraints) -> list[Unit]:
     for layer_idx in constraints.layers(len(geometry.widths)):
         widths = geometry.widths[layer_idx]
         axes = tuple(axis for axis in AXES if axis in constraints.axes and widths[axis])
-        cost = sum(widths[axis] * geometry.group_parameters[axis] + geometry.block_parameters[axis] for axis in axes)
-        if axes:
+        cost = sum(costs.saved(layer_idx, axis, widths[axis], 0) for axis in axes)
+        if any(costs.group[layer_idx][axis] for axis in axes):
             units.append(Unit(layer_idx, axes, cost))
     return units
 
 
-def cut_depth(table: pd.DataFrame, geometry: Geometry, constraints: Constraints, target: float) -> Cut:
-    """Remove whole layers (or blocks), the least important per parameter first, until the target is met.
+def cut_depth(table: pd.DataFrame, geometry: Geometry, constraints: Constraints, costs: Costs, target: float) -> Cut:
+    """Remove whole layers (or blocks), the least important for what they cost first, until the target is met.
 
     Args:
-        table: the global table, see `prunus.table`.
+        table: the global table, at `costs`.
         geometry: shape of the model.
         constraints: what may be cut.
-        target: number of parameters to remove at least, at most `reachable_depth`.
+        costs: the quantity.
+        target: how much of it is to be saved at least, at most `reachable_depth`.
 
     Returns:
         All groups of the blocks that go.
     """
-    sums = (table["score"] * table["cost"]).groupby([table["layer_idx"], table["group_type"]]).sum()
-    costs = table["cost"].groupby([table["layer_idx"], table["group_type"]]).sum()
+    worths = worth(table).groupby([table["layer_idx"], table["group_type"]]).sum()
+    prices = table["cost"].groupby([table["layer_idx"], table["group_type"]]).sum()
 
     def score(unit: Unit) -> float:
         keys = [(unit.layer_idx, axis) for axis in unit.axes]
-        return float(sum(sums[key] for key in keys) / sum(costs[key] for key in keys))
+        return float(sum(worths[key] for key in keys) / sum(prices[key] for key in keys))
 
     cut: dict[tuple[int, Axis], Iterable[int]] = {}
-    removed = 0
-    for unit in sorted(_units(geometry, constraints), key=lambda unit: (score(unit), unit.layer_idx)):
+    removed: float = 0
+    for unit in sorted(_units(geometry, constraints, costs), key=lambda unit: (score(unit), unit.layer_idx)):
         if removed >= target:
             break
         removed += unit.cost
@@ -209,8 +215,8 @@ def cut_depth(table: pd.DataFrame, geometry: Geometry, constraints: Constraints,
     return cut
 
 
-def _removed(geometry: Geometry, attention: int, channels: int) -> int:
-    keep: dict[Axis, int] = {"attention": attention, "mlp": channels}
+def _saved(costs: Costs, axis: Axis, width: int) -> float:
+    """What cutting one axis to `width` groups in every layer saves."""
     return sum(
-        (layer[axis] - keep[axis]) * geometry.group_parameters[axis] for layer in geometry.widths for axis in AXES
+        costs.saved(layer_idx, axis, len(layer[axis]) - 1, width) for layer_idx, layer in enumerate(costs.blocks)
     )

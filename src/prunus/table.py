@@ -1,6 +1,8 @@
 """The global table: one row per group of the whole model, with its importance, cost and score.
 
-Columns: `layer_idx, group_type, group_idx, importance, cost, score`, sorted by score, cheapest to cut first.
+Columns: `layer_idx, group_type, group_idx, importance, cost, score`, sorted by score, cheapest to cut first. The cost
+is in parameters, or what `price` put in their place. What a group is worth, its importance after normalisation, is
+score · cost; where a group costs nothing, the score is that itself.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from prunus.costs import Costs
 from prunus.errors import NonFiniteError, OptionError, PlanError
 from prunus.families import AXES, Axis
 from prunus.groups import Geometry
@@ -27,8 +30,10 @@ __all__ = [
     "check_table",
     "load_table",
     "normalize",
+    "price",
     "rank_table",
     "save_table",
+    "worth",
 ]
 
 COLUMNS = ("layer_idx", "group_type", "group_idx", "importance", "cost", "score")
@@ -100,6 +105,28 @@ def rank_table(
         table["score"] = normalize(table, normalization) / table["cost"]
     table = table.sort_values(["score", "layer_idx", "group_type", "importance", "group_idx"], ignore_index=True)
     return table[list(COLUMNS)]
+
+
+def worth(table: pd.DataFrame) -> pd.Series:
+    """What each group is worth: its importance after all normalisation and weighing, whatever it costs."""
+    return table["score"] * table["cost"].where(table["cost"] > 0, 1)
+
+
+def price(table: pd.DataFrame, costs: Costs) -> pd.DataFrame:
+    """The same groups at other costs: what they are worth stays.
+
+    Args:
+        table: a global table, whatever its costs.
+        costs: those of the model that the table is of.
+
+    Returns:
+        The table with `cost` and `score` anew; as it is where the costs are the same.
+    """
+    keys = zip(table["layer_idx"], table["group_type"], strict=True)
+    cost = np.array([costs.group[layer_idx][axis] for layer_idx, axis in keys])
+    if (cost == table["cost"].to_numpy()).all():
+        return table
+    return rank_table(table.assign(cost=cost), scores=worth(table) / np.where(cost > 0, cost, 1))
 
 
 def normalize(groups: pd.DataFrame, normalization: Normalization) -> pd.Series:
@@ -176,15 +203,14 @@ def check_table(table: pd.DataFrame, source: str = "the table") -> pd.DataFrame:
         raise PlanError(f"{source} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
     if table.empty:
         raise PlanError(f"{source} has no rows")
-    for column in ("layer_idx", "group_idx", "cost"):
-        if not pd.api.types.is_integer_dtype(table[column]) or (table[column] < (column == "cost")).any():
-            raise PlanError(
-                f"{source}: column {column} must hold {'positive' if column == 'cost' else 'non-negative'} "
-                "whole numbers"
-            )
-    for column in ("importance", "score"):
+    for column in ("layer_idx", "group_idx"):
+        if not pd.api.types.is_integer_dtype(table[column]) or (table[column] < 0).any():
+            raise PlanError(f"{source}: column {column} must hold non-negative whole numbers")
+    for column in ("importance", "cost", "score"):
         if not pd.api.types.is_numeric_dtype(table[column]) or not np.isfinite(table[column]).all():
             raise PlanError(f"{source}: column {column} holds values that are not finite numbers")
+    if (table["cost"] < 0).any():
+        raise PlanError(f"{source}: column cost must hold non-negative numbers")
     unknown = set(table["group_type"]) - set(AXES)
     if unknown:
         raise PlanError(f"{source}: group_type {sorted(map(str, unknown))[0]!r} is not one of {', '.join(AXES)}")

@@ -80,7 +80,7 @@ class CardFacts:
         name: of the pruned model, the card's title.
         base_model: Hub id or folder of the base model; of a folder only the last part is shown.
         method: importance method.
-        ratio: share of all parameters that was to be removed.
+        ratio: share of all of `quantity` that was to be removed.
         parameters_before: of the base model, tied ones counted once.
         parameters_after: of this model.
         base_widths: groups per layer of the base model; of the original one, if there is one.
@@ -97,6 +97,7 @@ class CardFacts:
         perplexities: measurements.
         details: more settings, shown as they are (normalisation, compensation, frozen layers, …).
         original: the model that was never cut; None if that is the base model.
+        quantity: what `ratio` is a share of.
     """
 
     name: str
@@ -118,6 +119,7 @@ class CardFacts:
     perplexities: Sequence[PerplexityFacts] = ()
     details: Mapping[str, str] = field(default_factory=dict)
     original: OriginalFacts | None = None
+    quantity: str = "parameters"
 
 
 def license_of(folder: Path) -> dict[str, str]:
@@ -211,7 +213,7 @@ def _making(facts: CardFacts) -> str:
     rows = {"base model": _base(facts)}
     if facts.original:
         rows["original model"] = _link(facts.original.model, facts.original.on_hub)
-    rows |= {"method": _code(facts.method), "ratio": f"{facts.ratio:g} of all parameters"}
+    rows |= {"method": _code(facts.method), "ratio": f"{facts.ratio:g} of all {facts.quantity}"}
     if calibration := facts.calibration:
         rows["calibration text"] = _text(calibration.source)
         rows["calibration size"] = (
