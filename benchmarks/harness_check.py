@@ -2,9 +2,9 @@
 
     python benchmarks/harness_check.py DIR --tasks zeroshot --items 50
 
-Writes task files for the harness that read the local JSON lines, runs its own command (`lm_eval run --model hf`, offline,
-without importing prunus) on the model folder, runs ours on the same items, and compares them one by one. The exit status
-is 1 if a single verdict differs. Needs `pip install 'prunus[eval]'`.
+Writes task files for the harness that read the local JSON lines, runs its own command (`lm_eval run --model hf`,
+offline, without importing prunus) on the model folder, runs ours on the same items, and compares them one by one. The
+exit status is 1 if a single verdict differs. Needs `pip install 'prunus[eval]'`.
 
 The harness is told `softmax_dtype=float32`, as ours takes it; `--softmax-dtype model` leaves it at its default.
 """
@@ -24,8 +24,8 @@ from typing import Any
 from prunus.checkpoint import load_model
 from prunus.evaluation.zero_shot import Task, answers, load_tasks
 
-#: the harness' own task definitions (arc_easy, piqa, winogrande), but for where the items come from; arc_easy's file has
-#: the choices as a list and the right one by number
+#: the harness' own definitions of these tasks, but for where the items come from; arc_easy's file has the choices as a
+#: list and the right one by number
 PROMPTS: dict[str, dict[str, Any]] = {
     "arc_easy": {
         "doc_to_text": "Question: {{question}}\nAnswer:",
@@ -134,7 +134,9 @@ def main() -> int:
         rows += compare(task, ours, theirs[task.name])
     print(f"{Path(options.model).name}, {options.dtype}, lm_eval {version('lm_eval')}, softmax {options.softmax_dtype}")
     for row in rows:
-        print("{task:12s} {metric:9s} {items:5d} items  prunus {prunus:.4f}  lm_eval {lm_eval:.4f}".format(**row), end="")
+        print(
+            "{task:12s} {metric:9s} {items:5d} items  prunus {prunus:.4f}  lm_eval {lm_eval:.4f}".format(**row), end=""
+        )
         print(f"  {len(row['differing'])} differ")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

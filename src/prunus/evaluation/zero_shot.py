@@ -10,8 +10,8 @@ for one), unless the text starts with one. A text longer than the model's contex
     winogrande  the sentence up to the gap with either option + the rest of the sentence, which is what is scored;
                 its length is the same for both, so the two accuracies agree
 
-Log-softmax is float32. The harness takes it in the model's dtype unless it is told `softmax_dtype=float32`; in bfloat16 a
-sum of log-likelihoods then has 8 bits, and likely choices tie. In float32 both give the same answer to every item, see
+Log-softmax is float32. The harness takes it in the model's dtype unless it is told `softmax_dtype=float32`; a sum of
+log-likelihoods in bfloat16 has 8 bits, and choices tie. In float32 both give the same answer to every item, see
 benchmarks/harness_check.py.
 
 Source: Gao et al., "A framework for few-shot language model evaluation" (tasks arc_easy, piqa and winogrande).
