@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def check_harness(tasks: Sequence[str], include: Sequence[Path] = ()) -> None:
     for folder in include:
         if not folder.is_dir():
             raise OptionError(f"{folder} is no folder of task files")
-    known = set(_manager(include).all_tasks)
+    known = set(_manager(tuple(tasks), tuple(include)).all_tasks)
     if unknown := [task for task in tasks if task not in known]:
         raise OptionError(
             f"lm-evaluation-harness knows no task {unknown[0]!r}; `lm_eval ls tasks` lists its own, and a folder of "
@@ -107,7 +108,7 @@ def run_harness(
                 limit=limit,
                 log_samples=False,
                 bootstrap_iters=0,
-                task_manager=_manager(include),
+                task_manager=_manager(tuple(tasks), tuple(include)),
             )
     except Exception as error:  # its tasks, metrics and data sets raise whatever they like
         raise OptionError(
@@ -117,10 +118,17 @@ def run_harness(
     return [_result(task, results, version) for task in results["results"] if task in results["n-samples"]]
 
 
-def _manager(include: Sequence[Path]) -> Any:
+@cache
+def _manager(tasks: tuple[str, ...], include: tuple[Path, ...]) -> Any:
+    """Where the harness finds tasks; its own, which are thousands of files, are read only if one is asked for."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=[str(folder) for folder in include] or None)
+    folders: list[str | Path] = [str(folder) for folder in include]
+    if folders:
+        manager = TaskManager(include_path=folders, include_defaults=False)
+        if all(task in manager.all_tasks for task in tasks):
+            return manager
+    return TaskManager(include_path=folders or None)
 
 
 def _result(task: str, results: dict[str, Any], version: str) -> HarnessResult:
