@@ -1,6 +1,6 @@
-"""The page in a real browser: charts drawn, nothing loaded, nothing in the console; by keyboard, on a phone, in the dark.
+"""The page in a real browser: charts drawn, nothing loaded or complained about; by keyboard, on a phone, in the dark.
 
-Needs playwright, and a Chromium as the command chromium, chromium-browser or google-chrome, or named by PRUNUS_CHROMIUM.
+Needs playwright, and a browser as the command chromium, chromium-browser or google-chrome, or named by PRUNUS_CHROMIUM.
 Screenshots go to build/report/.
 """
 
@@ -135,8 +135,8 @@ def test_colours_follow_the_system(visit, pruned):
     light = mark.get_attribute("fill")
     page.emulate_media(color_scheme="dark")
     page.wait_for_function(
-        "old => document.querySelector('#chart-keep .chart .mark-rect.role-mark path')?.getAttribute('fill') !== old && "
-        "document.querySelectorAll('.chart svg').length === 3",
+        "old => document.querySelectorAll('.chart svg').length === 3 && "
+        "document.querySelector('#chart-keep .chart .mark-rect.role-mark path')?.getAttribute('fill') !== old",
         arg=light,
     )
 

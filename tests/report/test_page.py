@@ -1,4 +1,4 @@
-"""The page is valid HTML that says what the files say, needs nothing from elsewhere, and treats every string as text."""
+"""The page is valid HTML, says what the files say, needs nothing from elsewhere, and takes every string as text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prunus.report import write_report
 
 draws = importlib.util.find_spec("vl_convert") is not None
 needs_library = pytest.mark.skipif(not draws, reason="vl-convert-python is not installed")
-#: tables of two figures that the page may have
+#: parts of the page about a result that has everything but an evaluation
 SECTIONS = ["kept", "scores", "removed", "measured", "samples", "calibration", "settings", "commands"]
 
 
