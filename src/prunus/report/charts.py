@@ -318,7 +318,7 @@ def comparison_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
             "y": {
                 "field": "perplexity",
                 "type": "quantitative",
-                "scale": {"type": "log", "zero": False},
+                "scale": {"type": "log", "nice": False},
                 "title": "perplexity, logarithmic",
                 "axis": {"format": "~s", "tickCount": 6},
             },

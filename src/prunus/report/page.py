@@ -26,6 +26,8 @@ __all__ = ["FILE_NAME", "page", "write_report"]
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "report.html"
+#: what HTML forbids in text: control characters, halves of characters, code points that are none
+FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -55,6 +57,7 @@ def page(contents: Contents) -> str:
         loader=PackageLoader("prunus", "report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -70,6 +73,11 @@ def page(contents: Contents) -> str:
         script=Markup((own / "page.js").read_text(encoding="utf-8")),
         library=Markup(library) if library else None,
     )
+
+
+def _printable(value: Any) -> Any:
+    """Any string as one that may stand in a page: a model can write every character."""
+    return FORBIDDEN.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 @cache
