@@ -40,7 +40,10 @@ def place(tmp_path_factory) -> Path:
 
 
 def run(capsys, *words) -> str:
-    status = main([str(word) for word in words])
+    words = [str(word) for word in words]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["prunus", *words])  # what is kept is what was typed
+        status = main()
     captured = capsys.readouterr()
     assert status == 0, captured.err
     return captured.out
@@ -90,7 +93,7 @@ def test_everything_beside_the_dense_model_and_in_the_card(capsys, place):
     assert "tokens/s" in card.text
     report = (small / "report.html").read_text()
     assert "Speed and memory" in report
-    assert "prunus eval" in report
+    assert "prunus eval small --compare dense --text one.txt two.txt" in report
 
     # A second evaluation of one text replaces its figures; the others stay.
     again = json.loads(run(capsys, "eval", small, "--text", place / "one.txt", *short, "16", "--update-card"))

@@ -57,9 +57,9 @@ def test_the_page_that_prune_writes(pruned):
     for layer_idx, (before, kept) in enumerate(zip(plan.widths, plan.layers, strict=True)):
         expected = [str(layer_idx), *(f"{len(kept[axis])} of {before[axis]}" for axis in ("attention", "mlp"))]
         assert found["What stays of each layer"][1 + layer_idx] == expected
-    # Parameters removed on both axes are all that are missing, but for the norms of layers that are gone.
+    # Parameters removed on both axes are all that are missing, but for the norms before blocks that are gone.
     removed = sum(int(row[-1].replace(",", "")) for row in found["Groups over all layers"][1:])
-    norms = 2 * 48 * (len(plan.layers) - len(plan.surviving_layers))
+    norms = 48 * sum(not kept[axis] for kept in plan.layers for axis in ("attention", "mlp"))
     assert removed + norms == metrics["parameters_before"] - metrics["parameters_after"]
     assert ["sha256", metrics["calibration"]["sha256"]] in found["The text that importance was measured on"]
     samples = json.loads((pruned / "prunus" / "samples.json").read_text())
