@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from test_zero_shot import RECORDS
-from tiny_folder import TEXT, write_folder
+from tiny_folder import TEXT, save_tiny_folder
 
 import prunus
 from prunus.cli import main
@@ -21,7 +21,7 @@ from prunus.scoring import ScoringOptions
 def place(tmp_path_factory) -> Path:
     """A dense model, a pruned one, two texts and a folder of tasks."""
     place = tmp_path_factory.mktemp("evaluation")
-    write_folder(place / "dense")
+    save_tiny_folder(place / "dense", "llama", "gqa", num_hidden_layers=3, max_position_embeddings=96)
     (place / "one.txt").write_text(TEXT)
     (place / "two.txt").write_text(TEXT[::-1])
     (place / "tasks").mkdir()

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from test_zero_shot import RECORDS
-from tiny_folder import write_folder
+from tiny_folder import save_tiny_folder
 
 from benchmarks.harness_check import METRICS, write_task
 from prunus.checkpoint import load_model
@@ -22,7 +22,7 @@ needs_harness = pytest.mark.skipif(not installed, reason="lm-evaluation-harness 
 @needs_harness
 def test_both_give_the_same_accuracies(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    model, tokenizer = load_model(write_folder(tmp_path / "model"))
+    model, tokenizer = load_model(save_tiny_folder(tmp_path / "model", "llama", "gqa", max_position_embeddings=96))
     names = {}
     for name, records in RECORDS.items():
         items = tmp_path / f"{name}.jsonl"

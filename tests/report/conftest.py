@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_folder import TEXT, write_folder
+from tiny_folder import TEXT, save_tiny_folder
 
 from prunus.comparison import compare
 from prunus.inputs import CalibrationOptions, EvaluationOptions
@@ -22,7 +22,7 @@ def sources(tmp_path_factory) -> tuple[Path, Path]:
     place = tmp_path_factory.mktemp("sources")
     text = place / "text <b>.txt"
     text.write_text(TEXT, encoding="utf-8")
-    return write_folder(place / HOSTILE), text
+    return save_tiny_folder(place / HOSTILE, "llama", "gqa", num_hidden_layers=3, max_position_embeddings=96), text
 
 
 @pytest.fixture(scope="session")
