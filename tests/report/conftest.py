@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hostile import HOSTILE
 from tiny_folder import TEXT, save_tiny_folder
 
 from prunus.comparison import compare
 from prunus.inputs import CalibrationOptions, EvaluationOptions
 from prunus.pipeline import prune_checkpoint
 from prunus.scoring import ScoringOptions
-
-#: names and text that would be markup, a script's end, or a template's expression if they were not escaped
-HOSTILE = "<img src=x onerror=alert(1)>{{ 7*7 }}'\"&<&#47;script>"
 
 
 @pytest.fixture(scope="session")

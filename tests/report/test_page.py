@@ -9,7 +9,7 @@ import shutil
 import html5lib
 import pandas as pd
 import pytest
-from conftest import HOSTILE
+from hostile import HOSTILE
 
 from prunus.cli import main
 from prunus.errors import CheckpointError
