@@ -272,7 +272,8 @@ def speed_notes(speed: Mapping[str, Any] | None) -> list[str]:
         f"{last['decode_tokens_per_second']['median']:,.1f} tokens/s"
     )
     if last is not first:
-        figures += f" ({last['prefill_ratio']:.2f} and {last['decode_ratio']:.2f} times the base model's)"
+        ratios = " and ".join(f"{last[f'{part}_ratio']['median']:.2f}" for part in ("prefill", "decode"))
+        figures += f" ({ratios} times the base model's)"
     figures += f", KV cache {last['kv_cache_bytes_per_token']:,} bytes per token"
     if last is not first:
         figures += f" (base model: {first['kv_cache_bytes_per_token']:,})"

@@ -168,10 +168,8 @@ def _tiles(result: Result, figures: Sequence[MeasuredFacts]) -> list[Tile]:
         tiles.append(Tile(title, f"{means[1]:.1%}", f"base model {means[0]:.1%}"))
     speed = result.evaluation.get("speed")
     if speed and len(speed["results"]) > 1:
-        figure = speed["results"][-1]
-        tiles.append(
-            Tile("decode speed", f"× {figure['decode_ratio']:.2f}", f"prefill × {figure['prefill_ratio']:.2f}")
-        )
+        prefill, decode = (speed["results"][-1][f"{part}_ratio"]["median"] for part in ("prefill", "decode"))
+        tiles.append(Tile("decode speed", f"× {decode:.2f}", f"prefill × {prefill:.2f}"))
     if size := sum(path.stat().st_size for path in result.folder.glob("*.safetensors")):
         tiles.append(Tile("weights on disk", f"{size / 2**20:,.1f} MiB", ""))
     return tiles
@@ -233,7 +231,7 @@ def _speed(speed: Mapping[str, Any]) -> Rows:
         ["prefill, tokens/s", *(spread(result["prefill_tokens_per_second"]) for result in results)],
         ["decode, tokens/s", *(spread(result["decode_tokens_per_second"]) for result in results)],
         ["first token, s", *(f"{result['first_token_seconds']['median']:.3f}" for result in results)],
-        ["peak memory, MiB", *(mebibytes(result["memory"]["peak_bytes"]) for result in results)],
+        ["peak memory, MiB", *(mebibytes((result["memory"] or {}).get("peak_bytes")) for result in results)],
         ["KV cache, bytes per token", *(f"{result['kv_cache_bytes_per_token']:,}" for result in results)],
     ]
     return Rows(["median (lowest–highest)", *(result["model"] for result in results)], rows)
