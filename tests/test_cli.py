@@ -31,7 +31,9 @@ def test_prune_writes_a_whole_folder(capsys, tmp_path, folder, text):
     options = ["--ratio", "0.2", "--calibration", text, *SIZES, "--held-out", "2"]
     metrics = run_json(capsys, "prune", folder, "--out", out, *options)
     assert metrics == json.loads((out / "prunus" / "metrics.json").read_text())
-    assert {p.name for p in (out / "prunus").iterdir()} == {"plan.json", "groups.csv", "score.json", "metrics.json"}
+    files = {"plan.json", "groups.csv", "score.json", "metrics.json", "samples.json"}
+    assert {p.name for p in (out / "prunus").iterdir()} == files
+    assert (out / "report.html").is_file()
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.num_parameters() == metrics["parameters_after"]
     one_group = 48 * 8 * 6
@@ -219,7 +221,7 @@ def test_a_text_that_is_just_long_enough_is_not_measured_on(capsys, caplog, tmp_
     words = ["--calibration", text, "--seq-len", "100", "--samples", len(TEXT) // 100]
     assert run_json(capsys, "prune", folder, "--out", out, "--ratio", "0.1", *words)["perplexity_after"] is None
     assert "perplexity is not measured" in caplog.text
-    assert "## Perplexity" not in (out / "README.md").read_text()
+    assert "## Evaluation" not in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("missing", ["score.json", "groups.csv"])

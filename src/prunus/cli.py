@@ -11,17 +11,17 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter, Token
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from prunus.adaptive import AdaptiveOptions
-from prunus.calibration.embedded import embedded_documents
-from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.checkpoint import check_output
 from prunus.comparison import compare as compare_methods
 from prunus.compensation import CompensationOptions
 from prunus.constraints import ALIGNMENTS, Constraints, Shape
 from prunus.errors import OptionError
-from prunus.evaluation.perplexity import perplexity, read_text
+from prunus.evaluation.evaluate import EvalOptions, Evaluation
+from prunus.evaluation.evaluate import evaluate as evaluate_model
 from prunus.evaluation.profiling import profile as profile_model
 from prunus.evaluation.speed import SpeedOptions, SpeedReport, SpeedResult, Spread
 from prunus.evaluation.speed import bench as bench_models
@@ -35,6 +35,9 @@ from prunus.packaged_model import resolve_model
 from prunus.pipeline import apply_checkpoint, prune_checkpoint
 from prunus.plan import Plan
 from prunus.priors import PriorOptions
+from prunus.report import write_report
+from prunus.report.page import FILE_NAME
+from prunus.result_folder import add_evaluation, read_result
 from prunus.scoring import Score, ScoringOptions
 from prunus.scoring import score as score_model
 from prunus.selection import select
@@ -148,6 +151,18 @@ class _ProfileFlags(SpeedOptions):
     memory: Annotated[bool, Parameter(parse=False)] = False
 
 
+@dataclass(frozen=True)
+class _EvalFlags(EvalOptions):
+    __doc__ = EvalOptions.__doc__
+    text: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative="")] = ()
+    tasks: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative="")] = ()
+    harness: Annotated[tuple[str, ...], Parameter(converter=_split_commas, negative="")] = ()
+    harness_path: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative="")] = ()
+    samples: Annotated[bool, Parameter(negative="")] = False
+    prompt: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
+    speed: Annotated[bool, Parameter(negative="")] = False
+
+
 ModelName = Annotated[str, Parameter(name="MODEL")]
 ModelFlags = Annotated[ModelOptions, Parameter(name="*", group=Group("Model", sort_key=1))]
 CalibrationFlags = Annotated[CalibrationOptions, Parameter(name="*", group=Group("Calibration", sort_key=2))]
@@ -164,6 +179,7 @@ _GGUF = Group("GGUF", sort_key=7)
 _RUNS = Group("Runs", sort_key=8)
 SpeedFlags = Annotated[SpeedOptions, Parameter(name="*", group=_RUNS)]
 ProfileFlags = Annotated[_ProfileFlags, Parameter(name="*", group=_RUNS)]
+EvalFlags = Annotated[_EvalFlags, Parameter(name="*", group=Group("Evaluation", sort_key=6))]
 Flag = Annotated[bool, Parameter(negative="")]
 Rounds = Annotated[int, Parameter(group=_SELECTION)]
 
@@ -186,6 +202,7 @@ def prune(
     evaluation: EvaluationFlags = EvaluationOptions(),
     where: ModelFlags = ModelOptions(),
     work: Path | None = None,
+    report: bool = True,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -206,6 +223,7 @@ def prune(
             1 for `--shape uniform`, which knows no more.
         work: folder from which a killed run goes on when the same command is given again; by default OUT.work, with the
             streamed engine only. Removed at the end.
+        report: write report.html, with what both models make of a few prompts.
         overwrite: replace an earlier result in the folder.
         json: print the metrics as JSON.
     """
@@ -227,6 +245,7 @@ def prune(
         overwrite=overwrite,
         work=work,
         command=_typed_command(),
+        report=report,
     )
     if json:
         _print_json(metrics)
@@ -420,36 +439,53 @@ def evaluate(
     model: ModelName,
     /,
     *,
-    text: Path | None = None,
-    seq_len: int = 2048,
-    batch_size: int = 1,
-    max_windows: int | None = None,
+    compare: str | None = None,
+    evaluation: EvalFlags = _EvalFlags(),
     where: ModelFlags = ModelOptions(),
+    update_card: Flag = False,
     json: Flag = False,
 ) -> None:
-    """Measure the perplexity of a model, pruned or not, on a text.
+    """Measure a model, pruned or not: perplexity, zero-shot accuracy, speed and memory, and what it writes.
 
     Args:
         model: folder, Hub id or `smollm2-135m`.
-        text: a UTF-8 text file, read as one string; without it, the text that ships with Python.
-        seq_len: tokens per window; windows do not overlap.
-        batch_size: windows per forward pass.
-        max_windows: only the first so many windows.
+        compare: another model, such as the dense one, to measure by the same rules beside it.
+        update_card: keep the figures in the pruned folder, its model card and its report.
         json: print the result as JSON.
     """
-    content = read_text(text) if text else "\n\n".join(embedded_documents())
-    live, tokenizer, _ = load_or_open(resolve_model(model), where)
-    result = perplexity(live, tokenizer, content, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows)
-    facts = {
-        "model": Path(model).name,
-        "text": text.name if text else DEFAULT_SOURCE,
-        **result.to_dict(),
-        "parameters": live.num_parameters(),
-    }
+    if update_card:
+        read_result(model)  # refuses a folder that is not ours before long work
+    result = evaluate_model(model, evaluation, dense=compare, model_options=where)
+    facts = result.to_dict()
+    if update_card:
+        add_evaluation(model, facts, _typed_command())
+        if (Path(model) / FILE_NAME).is_file():
+            write_report(model)
     if json:
-        _print_json(facts)
+        # Fields of the first text stand at the top as well, for programs that read one figure.
+        _print_json({**(facts["perplexities"][0] if facts["perplexities"] else {}), **facts})
+        return
+    figures = [result.dense, result.model] if result.dense else [result.model]
+    _print_rows(str(facts["model"]), ("", *(one.model for one in figures)), _evaluation_rows(result))
+    if result.speed:
+        names = [one.model for one in result.speed.results]
+        _print_rows("speed and memory", ("", *names), _speed_rows(result.speed))
+
+
+@app.command
+def report(folder: Path, /, *, out: Path | None = None, json: Flag = False) -> None:
+    """Write one self-contained HTML page about a result of `prune`, `apply` or `compare`.
+
+    Args:
+        folder: what prunus wrote.
+        out: the file to write; by default report.html in the folder.
+        json: print where it is as JSON.
+    """
+    path = write_report(folder, out)
+    if json:
+        _print_json({"report": str(path), "bytes": path.stat().st_size})
     else:
-        _print_rows(str(facts.pop("model")), ("", ""), [(name, _short(value)) for name, value in facts.items()])
+        print(path)
 
 
 @app.command
@@ -557,6 +593,7 @@ def compare(
     rounds: Rounds = 1,
     evaluation: EvaluationFlags = EvaluationOptions(),
     where: ModelFlags = ModelOptions(),
+    report: bool = True,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -569,6 +606,7 @@ def compare(
         out: folder for comparison.csv, comparison.json, comparison.png and the plans.
         compensate: measure each result also with the remaining weights repaired by least squares.
         rounds: cut in so many equal parts, scoring what is left (and repaired) before each next one.
+        report: write report.html.
         overwrite: replace an earlier comparison in the folder.
         json: print the rows as JSON.
     """
@@ -586,6 +624,8 @@ def compare(
         evaluation=evaluation,
         model_options=where,
         overwrite=overwrite,
+        command=_typed_command(),
+        report=report,
     )
     if json:
         _print_json(jsonlib.loads(comparison.to_json(orient="records")))
@@ -645,6 +685,26 @@ def _perplexity_row(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return []
     before, after = metrics["perplexity_before"], metrics["perplexity_after"]
     return [(f"perplexity, {metrics['perplexity_text']}", f"{before:.2f}", f"{after:.2f}")]
+
+
+def _evaluation_rows(result: Evaluation) -> list[tuple[str, ...]]:
+    """One column per model, the dense one first; every text, task and prompt is measured on all."""
+    models = [result.dense, result.model] if result.dense else [result.model]
+    rows = [("parameters", *(f"{one.parameters:,}" for one in models)), ("dtype", *(one.dtype for one in models))]
+    for text in result.model.perplexities:
+        rows.append((f"perplexity, {text}", *(f"{one.perplexities[text].perplexity:,.2f}" for one in models)))
+    for number, task in enumerate(result.model.zero_shot):
+        same = [one.zero_shot[number] for one in models]
+        rows.append((f"{task.task} acc, {task.items} items", *(f"{one.accuracy:.2%}" for one in same)))
+        rows.append((f"{task.task} acc_norm", *(f"{one.accuracy_norm:.2%}" for one in same)))
+    for number, harness in enumerate(result.model.harness):
+        for metric in harness.metrics:
+            figures = [one.harness[number].metrics[metric] for one in models]
+            label = f"lm_eval {harness.task} {metric}, {harness.items} items"
+            rows.append((label, *(f"{figure:,.4f}" for figure in figures)))
+    for number, sample in enumerate(result.model.samples):
+        rows.append(tuple(map(escape, (sample.prompt, *(one.samples[number].text for one in models)))))
+    return rows
 
 
 def _speed_rows(report: SpeedReport) -> list[tuple[str, ...]]:

@@ -22,6 +22,7 @@ from prunus.pipeline import prune
 from prunus.plan import Plan
 from prunus.recipe import check_recipe
 from prunus.replacing import replacing
+from prunus.report import write_report
 from prunus.scoring import Score, ScoringOptions, score_together
 from prunus.selection import Constraints, select
 from prunus.surgery import apply_plan
@@ -50,6 +51,8 @@ def compare(
     evaluation: EvaluationOptions | None = None,
     model_options: ModelOptions | None = None,
     overwrite: bool = False,
+    command: str | None = None,
+    report: bool = True,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Prune a model by every method at every ratio and measure each result.
@@ -72,6 +75,8 @@ def compare(
         evaluation: how the models are compared.
         model_options: device and dtype.
         overwrite: replace an earlier comparison.
+        command: what the user typed, for the record.
+        report: also write report.html.
         progress: show progress bars on a terminal.
 
     Returns:
@@ -116,6 +121,7 @@ def compare(
     about = {
         "prunus": __version__,
         "model": model_name(model),
+        "command": command,
         "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
         "normalize": scoring.normalize,
         "target": (target or TargetOptions()).to_dict(),
@@ -135,6 +141,8 @@ def compare(
         for options, ratio, repair in product(each, ratios, repairs):
             _add_result(record, scores[options.method], options, ratio, constraints, target, repair, rounds)
     plot_comparison(record.frame, Path(out) / "comparison.png")
+    if report:
+        write_report(out)
     return record.frame
 
 

@@ -12,12 +12,14 @@ from typing import Any
 from prunus.calibration import Batch, Calibration
 from prunus.checkpoint import check_output
 from prunus.compensation import CompensationOptions, Repair, compensate_
+from prunus.evaluation.samples import side_by_side
 from prunus.groups import Geometry
 from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, load_or_open, model_name, open_inputs
 from prunus.metering import metered
 from prunus.packaged_model import resolve_model
 from prunus.plan import Plan
 from prunus.recipe import check_recipe
+from prunus.report import write_report
 from prunus.reselection import hand_out_scores, reselect
 from prunus.result_folder import save_result
 from prunus.rounds import carry_over, schedule
@@ -164,6 +166,7 @@ def prune_checkpoint(
     overwrite: bool = False,
     work: str | Path | None = None,
     command: str | None = None,
+    report: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Prune a model folder or Hub model and save the result.
@@ -184,6 +187,7 @@ def prune_checkpoint(
         work: folder from which a killed run goes on; None for `<out>.work` under the streamed engine, and no such
             folder under the resident one. Removed when the result is there.
         command: what the user typed, for the model card.
+        report: also write report.html, with what both models make of a few prompts where both are in memory.
         progress: show progress bars on a terminal.
 
     Returns:
@@ -233,6 +237,7 @@ def prune_checkpoint(
     metrics = {
         "prunus": __version__,
         "base_model": model_name(model),
+        "command": command or _command(model, out, ratio, scoring.method),
         "ratio": ratio,
         "parameters_before": inputs.geometry.total_parameters,
         "parameters_after": result.model.num_parameters(),
@@ -246,6 +251,9 @@ def prune_checkpoint(
         "peak_bytes": cost.peak_bytes,
         **{key: value for key, value in result.score.about.items() if key not in ("seconds", "peak_bytes")},
     }
+    # A streamed model would be read from the disk once for every token.
+    shown = report and inputs.engine == "resident"
+    samples = side_by_side(inputs.model, result.model, inputs.tokenizer, progress=progress) if shown else []
     metrics = save_result(
         result.model,
         inputs.tokenizer,
@@ -253,10 +261,12 @@ def prune_checkpoint(
         result.plan,
         result.score,
         metrics,
+        samples,
         inputs.source,
-        command or _command(model, out, ratio, scoring.method),
         overwrite,
     )
+    if report:
+        write_report(out)
     folder.remove()
     return metrics
 
@@ -294,6 +304,7 @@ def apply_checkpoint(
     metrics = {
         "prunus": __version__,
         "base_model": model_name(model),
+        "command": command or f"prunus apply {shlex.quote(model)} plan.json --out {shlex.quote(str(out))}",
         "ratio": 1 - smaller.num_parameters() / geometry.total_parameters,
         "parameters_before": geometry.total_parameters,
         "parameters_after": smaller.num_parameters(),
@@ -306,8 +317,8 @@ def apply_checkpoint(
         plan,
         None,
         metrics,
+        (),
         source,
-        command or f"prunus apply {shlex.quote(model)} plan.json --out {shlex.quote(str(out))}",
         overwrite,
     )
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub import EvalResult, ModelCard, metadata_load
 
-from prunus.checkpoint import CalibrationFacts, CardFacts, OriginalFacts, PerplexityFacts, license_of, model_card
+from prunus.checkpoint import (
+    CalibrationFacts,
+    CardFacts,
+    MeasuredFacts,
+    OriginalFacts,
+    license_of,
+    model_card,
+    updated_card,
+)
+from prunus.errors import CheckpointError
 from prunus.groups import LayerWidths
 
 DENSE = LayerWidths(3, 100)
@@ -28,9 +37,9 @@ FACTS = CardFacts(
     on_hub=True,
     license={"license": "other", "license_name": "llama3", "license_link": "LICENSE"},
     calibration=CalibrationFacts("c4", 128, 512, 7, "ab" * 32),
-    perplexities=(
-        PerplexityFacts("wikitext-2", "windows of 2048", 21.784, 40.55),
-        PerplexityFacts("ptb", "p", None, 9.0),
+    measured=(
+        MeasuredFacts("wikitext-2", "wikitext-2", "perplexity", "perplexity", "windows of 2048", 21.784, 40.55),
+        MeasuredFacts("ptb", "ptb", "perplexity", "perplexity", "p", None, 9.0),
     ),
     details={"normalisation": "layer_sum"},
 )
@@ -57,7 +66,83 @@ def test_front_matter():
         "license": "other",
         "license_name": "llama3",
         "license_link": "LICENSE",
+        "metrics": ["perplexity"],
+        "model-index": metadata["model-index"],
     }
+    assert ModelCard(card()).data.eval_results == [
+        result("wikitext-2", "perplexity", 40.55, "windows of 2048"),
+        result("wikitext-2", "perplexity of the base model", 21.784, "windows of 2048"),
+        result("ptb", "perplexity", 9.0, "p"),
+    ]
+
+
+def result(dataset: str, metric_name: str, value: float, protocol: str, metric: str = "perplexity") -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Text Generation",
+        dataset_type=dataset,
+        dataset_name=dataset,
+        metric_type=metric,
+        metric_name=metric_name,
+        metric_value=value,
+        metric_args={"protocol": protocol},
+    )
+
+
+def test_only_changed_weights_make_a_finetune():
+    assert "base_model_relation" not in ModelCard(card()).data.to_dict()
+    assert ModelCard(card(retrained=True)).data.to_dict()["base_model_relation"] == "finetune"
+    assert "base_model_relation" not in ModelCard(card(retrained=True, on_hub=False)).data.to_dict()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_no_number_is_no_result(value):
+    measured = (MeasuredFacts("t", "t", "perplexity", "perplexity", "p", 2.0, value),)
+    results = ModelCard(card(measured=measured)).data.eval_results
+    assert [(r.metric_name, r.metric_value) for r in results] == [("perplexity of the base model", 2.0)]
+
+
+MORE = (
+    MeasuredFacts("piqa", "ybisk/piqa", "accuracy", "acc_norm", "zero-shot", 0.7, 0.65),
+    MeasuredFacts("wikitext-2", "wikitext-2", "perplexity", "perplexity", "windows of 512", 25.0, 44.0),
+)
+
+
+def test_an_evaluation_changes_its_own_figures_alone():
+    by_hand = (
+        card()
+        .replace("# llama-taylor-0.2", "# My model\n\nWritten by hand: | \\ <b>.")
+        .replace("library_name: transformers", "library_name: transformers\nwidget:\n- text: Hello")
+    )
+    text = updated_card(by_hand, "other", MORE, ["Decode is fast."])
+    before, after = ModelCard(by_hand), ModelCard(text)
+    assert after.data.model_name == "llama-taylor-0.2"
+    assert after.data.to_dict()["widget"] == [{"text": "Hello"}]
+    assert after.data.metrics == ["accuracy", "perplexity"]
+    assert [(r.dataset_name, r.metric_name, r.metric_value) for r in after.data.eval_results] == [
+        ("ptb", "perplexity", 9.0),
+        ("piqa", "acc_norm", 0.65),
+        ("piqa", "acc_norm of the base model", 0.7),
+        ("wikitext-2", "perplexity", 44.0),
+        ("wikitext-2", "perplexity of the base model", 25.0),
+    ]
+    assert ["piqa", "acc\\_norm", "70.0%", "65.0%", "zero-shot"] in rows(text, "| piqa")
+    assert "Decode is fast." in text
+    # Around the section every character is what it was.
+    for part, side in (("<!-- evaluation by prunus -->", 0), ("<!-- end of evaluation by prunus -->", 1)):
+        assert before.text.split(part)[side] == after.text.split(part)[side]
+    assert updated_card(text, "other", MORE, ["Decode is fast."]) == text
+
+
+def test_an_evaluation_of_a_card_without_one():
+    bare = card(measured=())
+    assert "## Evaluation" not in bare
+    text = updated_card(bare, "name", MORE)
+    assert ModelCard(text).data.model_name == "name"
+    assert text.count("## Evaluation") == 1
+    assert ModelCard(updated_card("", "name", MORE)).data.eval_results[0].metric_value == 0.65
+    with pytest.raises(CheckpointError, match="front matter of the model card cannot be read"):
+        updated_card("---\nlicense: [unclosed\n---\n", "name", MORE)
 
 
 def test_a_local_base_is_named_without_its_path():
@@ -86,8 +171,8 @@ def test_facts_are_told():
     assert ["parameters", "1,000,000", "801,234"] in rows(text, "| parameters")
     assert ["decoder layers", "4", "3"] in rows(text, "| decoder")
     assert "19.9%" in text
-    assert ["wikitext-2", "21.78", "40.55", "windows of 2048"] in rows(text, "| wikitext")
-    assert ["ptb", "", "9.00", "p"] in rows(text, "| ptb")
+    assert ["wikitext-2", "perplexity", "21.78", "40.55", "windows of 2048"] in rows(text, "| wikitext")
+    assert ["ptb", "perplexity", "", "9.00", "p"] in rows(text, "| ptb")
     for part in ("`taylor`", "0.2 of all", "128 sequences of 512 tokens, seed 7", "ab" * 32, "layer\\_sum", "0.1.0"):
         assert part in text
     assert "```sh\nprunus prune someone/llama --ratio 0.2 --out out\n```" in text
@@ -117,9 +202,9 @@ def test_loading_instructions():
 
 
 def test_methods_without_calibration():
-    text = card(calibration=None, perplexities=())
+    text = card(calibration=None, measured=())
     assert "needs no text" in text
-    assert "## Perplexity" not in text
+    assert "## Evaluation" not in text
 
 
 @pytest.mark.parametrize(
@@ -139,11 +224,14 @@ def test_any_string_leaves_the_card_whole(text):
         "command": text,
         "version": text,
         "calibration": CalibrationFacts(text, 1, 2, 3, text),
-        "perplexities": (PerplexityFacts(text, text, 1.0, 2.0), FACTS.perplexities[1]),
+        "measured": (MeasuredFacts(text, text, text, text, text, 1.0, 2.0), FACTS.measured[1]),
         "details": {text: text},
     }
     changed = card(**facts)
-    assert ModelCard(changed).data.to_dict()["tags"] == ["prunus", "pruned"]
+    data = ModelCard(changed).data
+    assert data.tags == ["prunus", "pruned"]
+    assert (data.model_name, data.eval_results[0].dataset_name) == (text, text)
+    assert ModelCard(updated_card(changed, text, facts["measured"], [text])).data.eval_results == data.eval_results
     # The same tables with the same number of cells, and the same headings.
     bars = [line.replace("\\|", "").count("|") for line in changed.splitlines() if line.startswith("| ")]
     assert bars == [line.count("|") for line in plain.splitlines() if line.startswith("| ")]

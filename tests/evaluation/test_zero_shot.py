@@ -9,7 +9,7 @@ import torch
 from tiny_families import make_model
 
 from prunus.errors import NonFiniteError, OptionError
-from prunus.evaluation.zero_shot import TASKS, load_task, zero_shot
+from prunus.evaluation.zero_shot import TASKS, answers, load_task, load_tasks, zero_shot
 
 RECORDS = {
     "arc_easy": [
@@ -31,9 +31,24 @@ RECORDS = {
 class LetterTokenizer:
     """One token per letter: what is right of the cut is then known without looking."""
 
-    def __call__(self, text, add_special_tokens):
-        assert not add_special_tokens
+    bos_token_id = eos_token_id = None
+
+    def __call__(self, text, add_special_tokens=True):
         return {"input_ids": [ord(letter) % 90 for letter in text]}
+
+
+class MarkedTokenizer(LetterTokenizer):
+    """The same with a token at the start, which is spelled `^`."""
+
+    bos_token_id = 91
+
+    def __call__(self, text, add_special_tokens=True):
+        marks = [91] if add_special_tokens else []
+        return {"input_ids": marks + [91 if letter == "^" else ord(letter) % 90 for letter in text]}
+
+    def decode(self, token):
+        assert token == 91
+        return "^"
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +113,65 @@ def test_log_likelihoods_themselves(model, tmp_path):
     actual = _log_likelihoods(model, encoded)
     expected = torch.tensor([likelihood(model, *pair) for pair in pairs], dtype=torch.float64)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "ids", "scored"),
+    [
+        ("ab", " cd", [91, *map(ord, "ab cd")], 3),
+        ("ab  ", "cd", [91, *map(ord, "ab  cd")], 4),  # spaces at the end are scored, as the harness scores them
+        ("^ab", "c", [91, *map(ord, "abc")], 1),  # marked already
+    ],
+)
+def test_tokens_of_a_choice(context, continuation, ids, scored):
+    from prunus.evaluation.zero_shot import _encode
+
+    expected = [token if token == 91 else token % 90 for token in ids]
+    assert _encode(MarkedTokenizer(), context, continuation) == (expected, scored)
+
+
+@torch.no_grad()
+def test_a_long_text_loses_its_start(tmp_path):
+    """All of the context that the model can read is read: its last token is only predicted."""
+    model = make_model("llama", "gqa", max_position_embeddings=16)
+    records = [
+        {"goal": "p" * 30 + str(n), "sol1": f"a{n} b", "sol2": f"c{n * 7} dd", "label": n % 2} for n in range(12)
+    ]
+    expected = []
+    for record in records:
+        sums = []
+        for context, continuation in prompts("piqa", record):
+            ids = [ord(letter) % 90 for letter in context + continuation][-17:]
+            logits = torch.log_softmax(model(torch.tensor([ids[:-1]])).logits[0].double(), dim=-1)
+            own = len(continuation)
+            sums.append(sum(float(logits[len(ids) - own + k - 1, ids[len(ids) - own + k]]) for k in range(own)))
+        expected.append(sums.index(max(sums)) == record["label"])
+    actual = answers(model, LetterTokenizer(), load_task(write(tmp_path, "piqa", records)))
+    assert [right for right, _ in actual] == expected
+    assert len(set(expected)) == 2
+
+
+def test_a_choice_without_a_token_of_its_own(model, tmp_path):
+    class Swallowing(LetterTokenizer):
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [1, 2]}
+
+    with pytest.raises(OptionError, match="piqa, item 0: 0 of the 2 tokens of its text belong to the choice"):
+        zero_shot(model, Swallowing(), load_task(write(tmp_path, "piqa")))
+
+
+def test_tasks_of_a_folder(tmp_path):
+    for name in ("winogrande", "arc_easy"):
+        write(tmp_path, name)
+    (tmp_path / "notes.jsonl").write_text("no task")
+    assert [task.name for task in load_tasks([tmp_path])] == ["arc_easy", "winogrande"]
+    assert [task.name for task in load_tasks([tmp_path / "winogrande_test.jsonl"])] == ["winogrande"]
+    with pytest.raises(OptionError, match="task winogrande is given twice"):
+        load_tasks([tmp_path, tmp_path / "winogrande_test.jsonl"])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(OptionError, match=r"empty holds no task: its \.jsonl files are named after one of arc_easy"):
+        load_tasks([empty])
 
 
 def test_limit(model, tmp_path):

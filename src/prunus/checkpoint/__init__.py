@@ -1,7 +1,15 @@
 """Reading and writing model folders, and the classes of models whose layers differ in width."""
 
 from prunus.checkpoint.architecture import empty_model, is_ragged, pruned_config, register
-from prunus.checkpoint.card import CalibrationFacts, CardFacts, OriginalFacts, PerplexityFacts, license_of, model_card
+from prunus.checkpoint.card import (
+    CalibrationFacts,
+    CardFacts,
+    MeasuredFacts,
+    OriginalFacts,
+    license_of,
+    model_card,
+    updated_card,
+)
 from prunus.checkpoint.load import check_finite, check_folder, load_model, locate, read_config
 from prunus.checkpoint.open import open_model
 from prunus.checkpoint.placement import resolve_device, resolve_dtype
@@ -12,8 +20,8 @@ register()
 __all__ = [
     "CalibrationFacts",
     "CardFacts",
+    "MeasuredFacts",
     "OriginalFacts",
-    "PerplexityFacts",
     "check_disk",
     "check_finite",
     "check_folder",
@@ -32,4 +40,5 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "save_checkpoint",
+    "updated_card",
 ]

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from huggingface_hub import metadata_load
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
+from prunus.errors import CheckpointError
 from prunus.groups import LayerWidths
 
-__all__ = ["CalibrationFacts", "CardFacts", "OriginalFacts", "PerplexityFacts", "license_of", "model_card"]
+__all__ = [
+    "CalibrationFacts",
+    "CardFacts",
+    "MeasuredFacts",
+    "OriginalFacts",
+    "license_of",
+    "model_card",
+    "updated_card",
+]
 
 logger = logging.getLogger(__name__)
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
+#: how a metric is shown
+FORMATS = {"perplexity": "{:.2f}", "accuracy": "{:.1%}"}
+#: what stands between these is written anew by every evaluation
+EVALUATION_START, EVALUATION_END = "<!-- evaluation by prunus -->", "<!-- end of evaluation by prunus -->"
 
 
 @dataclass(frozen=True)
@@ -41,20 +55,30 @@ class CalibrationFacts:
 
 
 @dataclass(frozen=True)
-class PerplexityFacts:
-    """Perplexity before and after, and how it was measured.
+class MeasuredFacts:
+    """One figure before and after, and how it was measured.
 
     Attributes:
-        text: what was read.
-        protocol: windows, dtype, loss.
+        dataset: text or task, for a reader.
+        dataset_id: the Hub's id of it, or its name again.
+        metric: the Hub's id of the metric: perplexity or accuracy.
+        metric_name: the same for a reader; tells acc from acc_norm.
+        protocol: windows, dtype, number of items.
         before: of the base model; None if it was not measured.
         after: of this model.
     """
 
-    text: str
+    dataset: str
+    dataset_id: str
+    metric: str
+    metric_name: str
     protocol: str
     before: float | None
     after: float
+
+    def show(self, value: float | None) -> str:
+        """One of the two for a reader: perplexities with two decimals, accuracies in percent."""
+        return "" if value is None else FORMATS.get(self.metric, "{:.4g}").format(value)
 
 
 @dataclass(frozen=True)
@@ -89,12 +113,13 @@ class CardFacts:
         num_key_value_groups: query heads per key/value head.
         model_type: of this model's config.
         ragged: whether it needs the modelling files that lie beside the weights.
+        retrained: whether weights that stayed were changed, too.
         command: what was typed to make it.
         version: of prunus.
         on_hub: whether `base_model` is a Hub id.
         license: license fields of the base model's card (`license`, `license_name`, `license_link`).
         calibration: None for a method that needs no text.
-        perplexities: measurements.
+        measured: figures before and after.
         details: more settings, shown as they are (normalisation, compensation, frozen layers, …).
         original: the model that was never cut; None if that is the base model.
         quantity: what `ratio` is a share of.
@@ -113,10 +138,11 @@ class CardFacts:
     ragged: bool
     command: str
     version: str
+    retrained: bool = False
     on_hub: bool = False
     license: Mapping[str, str] = field(default_factory=dict)
     calibration: CalibrationFacts | None = None
-    perplexities: Sequence[PerplexityFacts] = ()
+    measured: Sequence[MeasuredFacts] = ()
     details: Mapping[str, str] = field(default_factory=dict)
     original: OriginalFacts | None = None
     quantity: str = "parameters"
@@ -144,20 +170,88 @@ def model_card(facts: CardFacts) -> str:
         "## How it was made",
         _making(facts),
     ]
-    if facts.perplexities:
-        sections += ["## Perplexity", _perplexities(facts)]
+    if facts.measured:
+        sections.append(_evaluation(facts.measured, ()))
     sections += ["## Widths", _widths(facts)]
     return "\n\n".join(sections) + "\n"
 
 
+def updated_card(text: str, name: str, measured: Sequence[MeasuredFacts], notes: Sequence[str] = ()) -> str:
+    """A model card with new figures, and everything else as it was, whoever wrote it.
+
+    Args:
+        text: the card.
+        name: of the model, for a card that has no results yet.
+        measured: all figures that the card shall show; results in its `model-index` for other data or metrics stay.
+        notes: sentences below the table, as they are.
+
+    Raises:
+        CheckpointError: the card's front matter cannot be read.
+    """
+    try:
+        card = ModelCard(text)
+    except Exception as error:  # any YAML that somebody wrote by hand
+        raise CheckpointError(
+            f"the front matter of the model card cannot be read, so it stays as it is: {error}"
+        ) from None
+    new = _results(measured)
+    kept = [old for old in card.data.eval_results or () if not any(_is_same_figure(old, result) for result in new)]
+    if kept or new:
+        card.data.eval_results = kept + new
+        card.data.model_name = card.data.model_name or name
+        card.data.metrics = sorted({*(card.data.metrics or ()), *(result.metric_type for result in new)})
+    section = _evaluation(measured, notes)
+    body, start, rest = card.text.partition(EVALUATION_START)
+    _, end, after = rest.partition(EVALUATION_END)
+    if start and end:
+        card.text = f"{body}{section}{after}"
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{section}\n"
+    return str(card)
+
+
+def _results(measured: Sequence[MeasuredFacts]) -> list[EvalResult]:
+    """Figures as the Hub's `model-index` has them; what is no finite number is left out."""
+    results = []
+    for facts in measured:
+        for name, value in ((facts.metric_name, facts.after), (f"{facts.metric_name} of the base model", facts.before)):
+            if value is not None and math.isfinite(value):
+                results.append(
+                    EvalResult(
+                        task_type="text-generation",
+                        task_name="Text Generation",
+                        dataset_type=facts.dataset_id,
+                        dataset_name=facts.dataset,
+                        metric_type=facts.metric,
+                        metric_name=name,
+                        metric_value=value,
+                        metric_args={"protocol": facts.protocol},
+                    )
+                )
+    return results
+
+
+def _is_same_figure(old: EvalResult, new: EvalResult) -> bool:
+    return (old.dataset_type, old.metric_type, old.metric_name) == (new.dataset_type, new.metric_type, new.metric_name)
+
+
 def _front_matter(facts: CardFacts) -> str:
-    # A JSON string is a YAML string, whatever is in it.
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- prunus", "- pruned"]
     base, on_hub = (facts.original.model, facts.original.on_hub) if facts.original else (facts.base_model, facts.on_hub)
-    if on_hub:
-        lines.append(f"base_model: {json.dumps(base)}")
-    lines += [f"{name}: {json.dumps(facts.license[name])}" for name in LICENSE_FIELDS if name in facts.license]
-    return "\n".join([*lines, "---"])
+    fields: dict[str, Any] = {"base_model": base} if on_hub else {}
+    if on_hub and facts.retrained:
+        # The Hub knows adapter, merge, quantized and finetune. Weights that were only cut are none of them.
+        fields["base_model_relation"] = "finetune"
+    if results := _results(facts.measured):
+        metrics = sorted({result.metric_type for result in results})
+        fields |= {"eval_results": results, "model_name": facts.name, "metrics": metrics}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["prunus", "pruned"],
+        **{name: facts.license[name] for name in LICENSE_FIELDS if name in facts.license},
+        **fields,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _link(model: str, on_hub: bool) -> str:
@@ -238,12 +332,14 @@ def _making(facts: CardFacts) -> str:
     )
 
 
-def _perplexities(facts: CardFacts) -> str:
-    rows = ["| text | base | this model | protocol |", "|---|---:|---:|---|"]
-    for measured in facts.perplexities:
-        before = "" if measured.before is None else f"{measured.before:.2f}"
-        rows.append(f"| {_text(measured.text)} | {before} | {measured.after:.2f} | {_text(measured.protocol)} |")
-    return "\n".join(rows)
+def _evaluation(measured: Sequence[MeasuredFacts], notes: Sequence[str]) -> str:
+    rows = ["| data | metric | base | this model | protocol |", "|---|---|---:|---:|---|"]
+    for facts in measured:
+        figures = (facts.show(facts.before), facts.show(facts.after))
+        cells = (_text(facts.dataset), _text(facts.metric_name), *figures, _text(facts.protocol))
+        rows.append(f"| {' | '.join(cells)} |")
+    parts = [EVALUATION_START, "## Evaluation", *(["\n".join(rows)] if measured else []), *map(_text, notes)]
+    return "\n\n".join([*parts, EVALUATION_END])
 
 
 def _widths(facts: CardFacts) -> str:

@@ -41,7 +41,18 @@ logger = logging.getLogger(__name__)
 #: what a folder that may be replaced can hold; anything else in it is somebody's, and stops the run
 OUTPUT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "*.md"),
-    *("vocab.txt", "merges.txt", "plan.json", "*.csv", "*.png", "*.svg", "LICENSE*", "NOTICE*", ".gitattributes"),
+    *(
+        "vocab.txt",
+        "merges.txt",
+        "plan.json",
+        "*.csv",
+        "*.png",
+        "*.svg",
+        "report.html",
+        "LICENSE*",
+        "NOTICE*",
+        ".gitattributes",
+    ),
     *("prunus", "plans", "chat_templates", "additional_chat_templates", "__pycache__", ".cache", ".DS_Store"),
 )
 #: a folder without any of these is not an earlier output, whatever else it holds

@@ -2,12 +2,17 @@ r"""Zero-shot accuracy on multiple-choice tasks, from local files of their items
 
 Protocol, that of lm-evaluation-harness: a model answers with the choice whose text it finds most likely after the
 question. `accuracy` compares summed log-likelihoods, `accuracy_norm` those divided by the number of characters of the
-choice. Nothing is shown before the question, and no special tokens are added.
+choice. Nothing is shown before the question. The tokenizer adds the special tokens that it always adds (Llama's `<s>`,
+for one), unless the text starts with one. A text longer than the model's context loses tokens at its start.
 
     arc_easy    "Question: {question}\nAnswer:" + " {choice}"
     piqa        "Question: {goal}\nAnswer:" + " {solution}"
     winogrande  the sentence up to the gap with either option + the rest of the sentence, which is what is scored;
                 its length is the same for both, so the two accuracies agree
+
+Log-softmax is float32. The harness takes it in the model's dtype unless it is told `softmax_dtype=float32`; a sum of
+log-likelihoods in bfloat16 has 8 bits, and choices tie. In float32 both give the same answer to every item, see
+benchmarks/harness_check.py.
 
 Source: Gao et al., "A framework for few-shot language model evaluation" (tasks arc_easy, piqa and winogrande).
 """
@@ -28,7 +33,7 @@ from prunus.errors import NonFiniteError, OptionError
 from prunus.evaluation.mode import evaluation_mode
 from prunus.loss import head_function
 
-__all__ = ["TASKS", "Item", "Task", "ZeroShotResult", "load_task", "zero_shot"]
+__all__ = ["TASKS", "Item", "Task", "ZeroShotResult", "answers", "load_task", "load_tasks", "zero_shot"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,28 @@ def load_task(path: str | Path, name: str | None = None) -> Task:
     return Task(name, tuple(items))
 
 
-@torch.no_grad()
+def load_tasks(paths: Sequence[str | Path]) -> tuple[Task, ...]:
+    """Read tasks from files, or from folders of them.
+
+    Args:
+        paths: files for `load_task`; of a folder every `.jsonl` file that is named after a task, in the order of names.
+
+    Raises:
+        OptionError: a folder holds no task, a task is there twice, or see `load_task`.
+    """
+    files: list[Path] = []
+    for path in (Path(path).expanduser() for path in paths):
+        found = [file for file in sorted(path.glob("*.jsonl")) if file.name.startswith(tuple(TASKS))]
+        if path.is_dir() and not found:
+            raise OptionError(f"{path} holds no task: its .jsonl files are named after one of {', '.join(TASKS)}")
+        files += found if path.is_dir() else [path]
+    tasks = tuple(load_task(file) for file in files)
+    names = [task.name for task in tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise OptionError(f"task {min(twice)} is given twice; name one file of it")
+    return tasks
+
+
 def zero_shot(
     model: Any, tokenizer: Any, task: Task, *, limit: int | None = None, batch_size: int = 16, progress: bool = True
 ) -> ZeroShotResult:
@@ -159,15 +185,39 @@ def zero_shot(
         progress: show a bar on a terminal.
 
     Raises:
-        OptionError: a limit or batch size below 1.
+        OptionError: a limit or batch size below 1, or a choice without a token of its own.
         NonFiniteError: a log-likelihood is NaN.
+    """
+    right = answers(model, tokenizer, task, limit=limit, batch_size=batch_size, progress=progress)
+    accuracy, accuracy_norm = (sum(verdicts) / len(right) for verdicts in zip(*right, strict=True))
+    stderr = (accuracy_norm * (1 - accuracy_norm) / max(1, len(right) - 1)) ** 0.5
+    return ZeroShotResult(task.name, len(right), accuracy, accuracy_norm, stderr)
+
+
+@torch.no_grad()
+def answers(
+    model: Any, tokenizer: Any, task: Task, *, limit: int | None = None, batch_size: int = 16, progress: bool = True
+) -> list[tuple[bool, bool]]:
+    """For every item whether a model answers it right, by log-likelihood and by log-likelihood per character.
+
+    Arguments and errors are those of `zero_shot`.
     """
     if (limit is not None and limit < 1) or batch_size < 1:
         raise OptionError(f"limit is {limit}, batch_size {batch_size}; they must be at least 1")
     items = task.items[:limit]
-    pairs = [_encode(tokenizer, *choice) for item in items for choice in item.choices]
     longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
-    pairs = [(ids[-longest:], min(scored, longest - 1)) for ids, scored in pairs]
+    pairs = []
+    for number, item in enumerate(items):
+        for context, continuation in item.choices:
+            ids, scored = _encode(tokenizer, context, continuation)
+            # Each scored token has a token before it.
+            if not 0 < scored <= min(longest, len(ids) - 1):
+                raise OptionError(
+                    f"{task.name}, item {number}: {scored} of the {len(ids)} tokens of its text belong to the choice "
+                    f"{continuation.strip()!r}; at least one must, and one not, within a context of {longest}"
+                )
+            # The last token is predicted, and not read.
+            pairs.append((ids[-(longest + 1) :], scored))
     likelihoods = torch.empty(len(pairs), dtype=torch.float64)
     # Sequences of like lengths together: little padding.
     order = sorted(range(len(pairs)), key=lambda number: len(pairs[number][0]))
@@ -181,37 +231,35 @@ def zero_shot(
             bar.update(len(numbers))
     if bool(likelihoods.isnan().any()):
         raise NonFiniteError(f"{task.name}: a log-likelihood is NaN. Check the model's weights, or load it in float32.")
-    right = list(_verdicts(items, likelihoods))
-    accuracy, accuracy_norm = (sum(verdicts) / len(items) for verdicts in zip(*right, strict=True))
-    stderr = (accuracy_norm * (1 - accuracy_norm) / max(1, len(items) - 1)) ** 0.5
-    return ZeroShotResult(task.name, len(items), accuracy, accuracy_norm, stderr)
+    return list(_verdicts(items, likelihoods))
 
 
 def _encode(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
     """Token ids of both texts together, and how many of the last ones belong to the continuation.
 
-    They are tokenised as one text, and cut where the context alone would end.
+    They are tokenised as one text, and cut where the context alone would end. Spaces at the end of the context go to
+    the continuation, as most tokenizers join a space with the word after it.
     """
-    both = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
-    alone = tokenizer(context, add_special_tokens=False)["input_ids"]
-    return both, max(1, len(both) - len(alone))
+    both, start = context + continuation, context.rstrip()
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    marked = first is not None and both.startswith(tokenizer.decode(first))
+    ids = tokenizer(both, add_special_tokens=not marked)["input_ids"]
+    return ids, len(ids) - len(tokenizer(start, add_special_tokens=not marked)["input_ids"])
 
 
 def _log_likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Tensor:
     """Log-likelihood of the last tokens of each sequence: float64 (len(pairs),)."""
-    width = max(len(ids) for ids, _ in pairs)
-    input_ids = torch.zeros(len(pairs), width, dtype=torch.int64)
-    mask = torch.zeros_like(input_ids)
+    # Padding stands on the right, where no token before it looks: no mask is needed.
+    input_ids = torch.zeros(len(pairs), max(len(ids) for ids, _ in pairs) - 1, dtype=torch.int64)
     for row, (ids, _) in enumerate(pairs):
-        input_ids[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
-    hidden = model.base_model(
-        input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-    ).last_hidden_state
+        input_ids[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+    hidden = model.base_model(input_ids=input_ids.to(model.device), use_cache=False).last_hidden_state
     # Only positions that predict a scored token go through the head.
     rows = torch.tensor([row for row, (_, scored) in enumerate(pairs) for _ in range(scored)])
-    columns = torch.tensor([len(ids) - scored + k for ids, scored in pairs for k in range(scored)])
-    logits = head_function(model)(hidden[rows, columns - 1]).float()
-    losses = torch.nn.functional.cross_entropy(logits, input_ids[rows, columns].to(logits.device), reduction="none")
+    columns = torch.tensor([len(ids) - scored + k - 1 for ids, scored in pairs for k in range(scored)])
+    targets = torch.tensor([token for ids, scored in pairs for token in ids[len(ids) - scored :]])
+    logits = head_function(model)(hidden[rows, columns]).float()
+    losses = torch.nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
     return torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, rows, -losses.double().cpu())
 
 

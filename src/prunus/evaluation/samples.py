@@ -1,0 +1,108 @@
+"""What a model writes: greedy continuations of a few prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from prunus.errors import OptionError
+from prunus.evaluation.greedy import greedy_run
+
+__all__ = ["NEW_TOKENS", "PROMPTS", "Sample", "continuations", "side_by_side"]
+
+#: a fact, a story, instructions, code
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, a little girl",
+    "To make a good cup of tea, first",
+    "def is_prime(n):\n",
+)
+NEW_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and what a model continues it with.
+
+    Attributes:
+        prompt: as it was given.
+        text: the continuation alone.
+    """
+
+    prompt: str
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
+        return asdict(self)
+
+
+def continuations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    new_tokens: int = NEW_TOKENS,
+    progress: bool = True,
+) -> list[Sample]:
+    """Continue prompts by the most likely token, again and again, up to an end-of-text token.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer, which adds the special tokens that it always adds.
+        prompts: texts, run one after another.
+        new_tokens: at most so many; fewer where the model's context ends.
+        progress: show a bar on a terminal.
+
+    Raises:
+        OptionError: a prompt is empty, or fills the model's context.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    samples = []
+    for prompt in tqdm(prompts, desc="samples", unit="prompt", disable=None if progress else True):
+        ids = tokenizer(prompt)["input_ids"]
+        if not _fits(model, ids):
+            raise OptionError(
+                f"the prompt {prompt[:40]!r} has {len(ids)} tokens; it needs at least one, fewer than the "
+                f"{_context(model)} of the model's context, and only tokens that the model embeds"
+            )
+        run = greedy_run(model, torch.tensor([ids], device=model.device), min(new_tokens, _context(model) - len(ids)))
+        made = run.tokens[0].tolist()
+        stop = next((position for position, token in enumerate(made) if token in ends), len(made))
+        # What is new is cut off the whole: a token by itself may lose the space before it.
+        whole = tokenizer.decode(ids + made[:stop], skip_special_tokens=True)
+        start = len(tokenizer.decode(ids, skip_special_tokens=True))
+        samples.append(Sample(prompt, whole[start:]))
+    return samples
+
+
+def side_by_side(dense: Any, smaller: Any, tokenizer: Any, *, progress: bool = True) -> list[dict[str, str]]:
+    """Continue `PROMPTS` by two models; those that do not fit the models are left out.
+
+    Args:
+        dense: a transformers causal language model.
+        smaller: another one of the same tokenizer.
+        tokenizer: None gives no samples.
+        progress: show bars on a terminal.
+
+    Returns:
+        For each prompt `prompt`, `dense` and `pruned`.
+    """
+    if tokenizer is None:
+        return []
+    prompts = [prompt for prompt in PROMPTS if _fits(smaller, tokenizer(prompt)["input_ids"])]
+    runs = [continuations(model, tokenizer, prompts, progress=progress) for model in (dense, smaller)]
+    return [{"prompt": one.prompt, "dense": one.text, "pruned": other.text} for one, other in zip(*runs, strict=True)]
+
+
+def _context(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+
+
+def _fits(model: Any, ids: Sequence[int]) -> bool:
+    return 0 < len(ids) < _context(model) and max(ids) < model.get_input_embeddings().num_embeddings

@@ -1,0 +1,342 @@
+"""What the page says about a folder that prunus wrote: plain text, rows and charts. What is not there is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prunus.checkpoint import MeasuredFacts
+from prunus.errors import CheckpointError
+from prunus.families import AXES
+from prunus.plan import Plan
+from prunus.report.charts import (
+    TITLES,
+    Chart,
+    Rows,
+    accuracy_chart,
+    comparison_chart,
+    keep_chart,
+    score_charts,
+    seconds_chart,
+)
+from prunus.result_folder import Result, measured_facts, read_facts, read_result, speed_notes
+
+__all__ = ["Contents", "Section", "Tile", "WritingSample", "contents_of"]
+
+#: fields of a provenance, in the order of the page
+PROVENANCE = ("source", "kind", "samples", "seq_len", "tokens", "documents", "seed", "sha256")
+#: fields of metrics.json that have a place of their own
+PLACED = frozenset(
+    ("prunus", "base_model", "command", "ratio", "parameters_before", "parameters_after", "calibration", "plan")
+)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure of the summary: what it is, the figure, and a line below it."""
+
+    title: str
+    figure: str
+    note: str
+
+
+@dataclass(frozen=True)
+class WritingSample:
+    """A prompt, and what each model makes of it, by the name of the model."""
+
+    prompt: str
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        name: its anchor.
+        title: its heading.
+        notes: paragraphs.
+        tables: tables, each with its title.
+        charts: charts.
+        commands: what to type.
+        samples: what the models wrote.
+    """
+
+    name: str
+    title: str
+    notes: Sequence[str] = ()
+    tables: Sequence[tuple[str, Rows]] = ()
+    charts: Sequence[Chart] = ()
+    commands: Sequence[str] = ()
+    samples: Sequence[WritingSample] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to say."""
+        return not (self.notes or self.tables or self.charts or self.commands or self.samples)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything the page says.
+
+    Attributes:
+        title: of the page.
+        summary: one or two sentences.
+        prunus: version that made the result.
+        tiles: figures of the summary.
+        sections: in their order; empty ones do not appear.
+    """
+
+    title: str
+    summary: str
+    prunus: str
+    tiles: Sequence[Tile]
+    sections: Sequence[Section] = field(default=())
+
+
+def contents_of(folder: str | Path) -> Contents:
+    """Read a folder of `prunus prune`, `apply` or `compare`.
+
+    Raises:
+        CheckpointError: prunus did not write it, or a file in it is damaged.
+        PlanError: a plan or table in it is malformed.
+    """
+    folder = Path(folder).expanduser()
+    if (folder / "comparison.json").is_file():
+        return _of_comparison(folder)
+    if not (folder / "prunus" / "metrics.json").is_file():
+        raise CheckpointError(
+            f"{folder} is no folder that prunus wrote: a report needs prunus/metrics.json (of `prunus prune` or "
+            "`prunus apply`) or comparison.json (of `prunus compare`)"
+        )
+    return _of_result(read_result(folder))
+
+
+def _of_result(result: Result) -> Contents:
+    metrics, name = result.metrics, result.folder.resolve().name
+    before, after = metrics["parameters_before"], metrics["parameters_after"]
+    figures = measured_facts(metrics, result.evaluation)
+    samples = _samples(result)
+    scores = score_charts(result.table, result.plan) if result.table is not None else []
+    sections = (
+        Section("kept", "Layers", charts=[keep_chart({name: result.plan})]),
+        Section("scores", "Scores", charts=scores),
+        _removed(result),
+        _measured(figures, result.evaluation),
+        Section(
+            "samples",
+            "What the models write",
+            ["Continued greedily: the most likely token, again and again, at most 40."] * bool(samples),
+            samples=samples,
+        ),
+        _calibration(metrics.get("calibration")),
+        _settings(metrics),
+        _commands(result),
+    )
+    return Contents(
+        title=f"{name}: {metrics['base_model']} without {1 - after / before:.1%} of its parameters",
+        summary=(
+            f"prunus removed whole attention groups (a key/value head with the query heads that read it) and MLP "
+            f"channels from {metrics['base_model']}, chosen in one ranking over all layers. "
+            f"{before:,} parameters became {after:,}."
+        ),
+        prunus=str(metrics.get("prunus", "")),
+        tiles=_tiles(result, figures),
+        sections=[section for section in sections if not section.is_empty],
+    )
+
+
+def _tiles(result: Result, figures: Sequence[MeasuredFacts]) -> list[Tile]:
+    before, after = (result.metrics[f"parameters_{when}"] for when in ("before", "after"))
+    tiles = [Tile("parameters", f"{after:,}", f"{after / before - 1:.1%} of {before:,}".replace("-", "−"))]
+    tiles += [
+        Tile(f"perplexity, {figure.dataset}", figure.show(figure.after), f"base model {figure.show(figure.before)}")
+        for figure in figures
+        if figure.metric == "perplexity" and figure.before is not None
+    ]
+    compared = [figure for figure in figures if figure.metric_name in ("acc", "acc_norm") and figure.before is not None]
+    last = {figure.dataset: figure for figure in compared}  # acc_norm where there is one, as it comes after acc
+    if last:
+        means = [
+            sum(values) / len(last)
+            for values in ([f.before or 0.0 for f in last.values()], [f.after for f in last.values()])
+        ]
+        title = f"accuracy, mean of {len(last)} tasks" if len(last) > 1 else f"accuracy, {next(iter(last))}"
+        tiles.append(Tile(title, f"{means[1]:.1%}", f"base model {means[0]:.1%}"))
+    speed = result.evaluation.get("speed")
+    if speed and len(speed["results"]) > 1:
+        prefill, decode = (speed["results"][-1][f"{part}_ratio"]["median"] for part in ("prefill", "decode"))
+        tiles.append(Tile("decode speed", f"× {decode:.2f}", f"prefill × {prefill:.2f}"))
+    if size := sum(path.stat().st_size for path in result.folder.glob("*.safetensors")):
+        tiles.append(Tile("weights on disk", f"{size / 2**20:,.1f} MiB", ""))
+    return tiles
+
+
+def _removed(result: Result) -> Section:
+    plan, table = result.plan, result.table
+    rows = []
+    for axis in AXES:
+        total = sum(widths[axis] for widths in plan.widths)
+        left = sum(len(kept[axis]) for kept in plan.layers)
+        row = [TITLES[axis], f"{total:,}", f"{left:,}", f"{total - left:,}", f"{1 - left / total:.1%}" if total else ""]
+        if table is not None:
+            of_axis = table[table["group_type"] == axis]
+            keys = zip(of_axis["layer_idx"], of_axis["group_idx"], of_axis["cost"], strict=True)
+            kept_sets = [set(kept[axis]) for kept in plan.layers]
+            row.append(f"{sum(int(cost) for layer, group, cost in keys if group not in kept_sets[layer]):,}")
+        rows.append(row)
+    columns = ["", "before", "kept", "removed", "share removed", *(["parameters removed"] if table is not None else [])]
+    gone = [i for i in range(len(plan.layers)) if i not in plan.surviving_layers]
+    bare = {
+        axis: [i for i in plan.surviving_layers if plan.widths[i][axis] and not plan.layers[i][axis]] for axis in AXES
+    }
+    notes = []
+    if gone:
+        notes.append(f"Nothing is left of {_layers(gone)}.")
+    if bare["attention"]:
+        notes.append(f"No attention is left in {_layers(bare['attention'])}.")
+    if bare["mlp"]:
+        notes.append(f"No MLP is left in {_layers(bare['mlp'])}.")
+    return Section("removed", "What was removed", notes, [("Groups over all layers", Rows(columns, rows))])
+
+
+def _layers(indices: Sequence[int]) -> str:
+    return f"layer{'s' * (len(indices) > 1)} {', '.join(map(str, indices))}"
+
+
+def _measured(figures: Sequence[MeasuredFacts], evaluation: Mapping[str, Any]) -> Section:
+    rows = [[f.dataset, f.metric_name, f.show(f.before), f.show(f.after), f.protocol] for f in figures]
+    tables = [("Quality", Rows(["data", "metric", "base model", "pruned", "protocol"], rows))] if rows else []
+    accuracies = [
+        (f"{f.dataset} {f.metric_name}", f.before, f.after) for f in figures if f.metric_name in ("acc", "acc_norm")
+    ]
+    charts = [accuracy_chart(accuracies)] if accuracies else []
+    if speed := evaluation.get("speed"):
+        tables.append(("Speed and memory on transformers", _speed(speed)))
+    return Section("measured", "Measured", speed_notes(evaluation.get("speed")), tables, charts)
+
+
+def _speed(speed: Mapping[str, Any]) -> Rows:
+    def spread(values: Mapping[str, float]) -> str:
+        return f"{values['median']:,.1f} ({values['low']:,.1f}–{values['high']:,.1f})"
+
+    def mebibytes(count: int | None) -> str:
+        return "not known" if count is None else f"{count / 2**20:,.1f}"
+
+    results = speed["results"]
+    rows = [
+        ["prefill, tokens/s", *(spread(result["prefill_tokens_per_second"]) for result in results)],
+        ["decode, tokens/s", *(spread(result["decode_tokens_per_second"]) for result in results)],
+        ["first token, s", *(f"{result['first_token_seconds']['median']:.3f}" for result in results)],
+        ["peak memory, MiB", *(mebibytes((result["memory"] or {}).get("peak_bytes")) for result in results)],
+        ["KV cache, bytes per token", *(f"{result['kv_cache_bytes_per_token']:,}" for result in results)],
+    ]
+    return Rows(["median (lowest–highest)", *(result["model"] for result in results)], rows)
+
+
+def _samples(result: Result) -> list[WritingSample]:
+    shown = {
+        sample["prompt"]: WritingSample(sample["prompt"], {"base model": sample["dense"], "pruned": sample["pruned"]})
+        for sample in result.samples
+    }
+    dense = {sample["prompt"]: sample["text"] for sample in (result.evaluation.get("dense") or {}).get("samples", ())}
+    for sample in result.evaluation.get("samples", ()):
+        prompt = sample["prompt"]
+        texts = {"base model": dense[prompt]} if prompt in dense else {}
+        if texts or prompt not in shown:
+            shown[prompt] = WritingSample(prompt, {**texts, "pruned": sample["text"]})
+    return list(shown.values())
+
+
+def _calibration(provenance: Mapping[str, Any] | None) -> Section:
+    if not provenance:
+        return Section("calibration", "Calibration")
+    names = [*PROVENANCE, *sorted(set(provenance) - set(PROVENANCE))]
+    rows = [[name, _plain(provenance[name])] for name in names if provenance.get(name) not in (None, "", [], {})]
+    return Section(
+        "calibration", "Calibration", tables=[("The text that importance was measured on", Rows(["", ""], rows))]
+    )
+
+
+def _settings(metrics: Mapping[str, Any]) -> Section:
+    rows = [
+        [name, _plain(value)]
+        for name, value in metrics.items()
+        if name not in PLACED and not name.startswith("perplexity_") and value is not None
+    ]
+    return Section("settings", "Settings", tables=[("How it was made", Rows(["", ""], rows))] if rows else ())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) if value else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _commands(result: Result) -> Section:
+    commands = [
+        command for command in (result.metrics.get("command"), *result.evaluation.get("commands", ())) if command
+    ]
+    again = "Needs the same versions, calibration text and seed." if commands else ""
+    plan = "The cut alone, without measuring anything, is made again from the base model by its plan."
+    return Section(
+        "commands",
+        "Make it again",
+        [note for note in (again, plan) if note],
+        commands=[*commands, "prunus apply BASE_MODEL prunus/plan.json --out AGAIN"],
+    )
+
+
+def _of_comparison(folder: Path) -> Contents:
+    facts = read_facts(folder / "comparison.json")
+    rows = facts.get("rows")
+    if not isinstance(rows, list) or not any(row.get("method") == "dense" for row in rows):
+        raise CheckpointError(f"{folder / 'comparison.json'} has no rows of a comparison; run `prunus compare` again")
+    others = [row for row in rows if row["method"] != "dense"]
+    plans = {
+        path.stem: Plan.load(path)
+        for row in others
+        for path in [
+            folder / "plans" / f"{row['method']}-{row['ratio']:g}{'-compensated' * bool(row.get('compensated'))}.json"
+        ]
+        if path.is_file()
+    }
+    evaluation = facts.get("evaluation") or {}
+    charts = [comparison_chart(rows)] if others else []
+    seconds = seconds_chart(others)
+    settings = {name: facts[name] for name in ("normalize", "rounds") if facts.get(name) is not None}
+    measured = [f"Perplexity on {evaluation['text']}: {evaluation['protocol']}."] if evaluation else []
+    sections = (
+        Section("comparison", "Quality", measured, charts=charts),
+        Section("kept", "Layers", charts=[keep_chart(plans)] if plans else ()),
+        Section("cost", "Cost", charts=[seconds] if seconds else ()),
+        _calibration(facts.get("calibration")),
+        _settings(settings),
+        Section("commands", "Make it again", commands=[facts["command"]] if facts.get("command") else ()),
+    )
+    dense = next(row for row in rows if row["method"] == "dense")
+    start = "infinite" if dense["perplexity"] is None else f"{dense['perplexity']:,.2f}"
+    tiles = [Tile("dense", start, f"perplexity, {dense['parameters']:,} parameters")]
+    for ratio in sorted({row["ratio"] for row in others}):
+        finite = [row for row in others if row["ratio"] == ratio and row["perplexity"] is not None]
+        if finite:
+            best = min(finite, key=lambda row: row["perplexity"])
+            method = f"{best['method']}{', compensated' if best.get('compensated') else ''}"
+            tiles.append(Tile(f"best at {ratio:.0%}", f"{best['perplexity']:,.2f}", method))
+    model = facts.get("model", folder.resolve().name)
+    return Contents(
+        title=f"Comparison on {model}",
+        summary=f"{len(others)} results on {model}: methods of choosing what to remove, each at the same shares.",
+        prunus=str(facts.get("prunus", "")),
+        tiles=tiles,
+        sections=[section for section in sections if not section.is_empty],
+    )

@@ -1,0 +1,58 @@
+"""Real results of tiny models to report on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hostile import HOSTILE
+from tiny_folder import TEXT, save_tiny_folder
+
+from prunus.comparison import compare
+from prunus.inputs import CalibrationOptions, EvaluationOptions
+from prunus.pipeline import prune_checkpoint
+from prunus.scoring import ScoringOptions
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory) -> tuple[Path, Path]:
+    """A dense model folder with a hostile name, and a text file."""
+    place = tmp_path_factory.mktemp("sources")
+    text = place / "text <b>.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    return save_tiny_folder(place / HOSTILE, "llama", "gqa", num_hidden_layers=3, max_position_embeddings=96), text
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory, sources) -> Path:
+    """What `prune` writes."""
+    dense, text = sources
+    out = tmp_path_factory.mktemp("results") / f"small {HOSTILE}"
+    prune_checkpoint(
+        str(dense),
+        out,
+        0.3,
+        calibration=CalibrationOptions(str(text), samples=4, seq_len=24),
+        evaluation=EvaluationOptions(held_out=2),
+        command="prunus prune </code><script>alert(2)</script>",
+        progress=False,
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def comparison(tmp_path_factory, sources) -> Path:
+    """What `compare` writes."""
+    dense, text = sources
+    out = tmp_path_factory.mktemp("comparisons") / "comparison"
+    compare(
+        str(dense),
+        ["magnitude", "random"],
+        [0.1, 0.3],
+        out,
+        calibration=CalibrationOptions(str(text), samples=4, seq_len=24),
+        scoring=ScoringOptions(normalize="layer_sum"),
+        evaluation=EvaluationOptions(str(text), eval_seq_len=32, eval_windows=2),
+        progress=False,
+    )
+    return out
