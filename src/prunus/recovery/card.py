@@ -40,7 +40,7 @@ def _section(facts: Mapping[str, Any], command: str) -> str:
         "teacher": facts["teacher"] or "none",
         "text": f"{text['source']}, {text['samples']} sequences of {text['seq_len']} tokens, seed {text['seed']}",
         "tokens of the text, SHA-256": f"`{text['sha256']}`",
-        "steps": f"{facts['best_step']} of {facts['steps']} (lowest held-out loss), {options['batch_size']} sequences each",
+        "steps": f"{facts['best_step']} of {facts['steps']} (lowest held-out loss), {options['batch_size']} sequences",
         "peak learning rate": f"{options['learning_rate']:g}",
         "seconds": f"{facts['seconds']:.0f}",
         "prunus": facts["prunus"],
@@ -50,8 +50,8 @@ def _section(facts: Mapping[str, Any], command: str) -> str:
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
     return (
         "## Recovery\n\nAfter pruning the model was trained. Perplexity on held-out sequences of the training text: "
-        f"{math.exp(loss['before']):.2f} before, {math.exp(loss['after']):.2f} after{dense}. Perplexities in other sections "
-        f"are those before this training.\n\n{table}\n\n{fence}sh\n{command}\n{fence}\n\n"
+        f"{math.exp(loss['before']):.2f} before, {math.exp(loss['after']):.2f} after{dense}. Perplexities in other "
+        f"sections are those before this training.\n\n{table}\n\n{fence}sh\n{command}\n{fence}\n\n"
         "`prunus/recovery.json` has all options and losses."
     )
 

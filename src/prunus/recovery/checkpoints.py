@@ -1,9 +1,9 @@
 """The folder beside an output in which a training run keeps what it goes on from after a kill.
 
-    OUT.work/
-        checkpoint-N/            Trainer's, complete once it holds trainer_state.json
-        recovery-inputs.json     what the run was started with
-        recovery-trained.json    the run is over, and only the result is left to be written
+OUT.work/
+    checkpoint-N/            Trainer's, complete once it holds trainer_state.json
+    recovery-inputs.json     what the run was started with
+    recovery-trained.json    the run is over, and only the result is left to be written
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from prunus.errors import OptionError
 from prunus.replacing import replacing
 
-__all__ = ["Checkpoints", "WEIGHTS_FILE"]
+__all__ = ["WEIGHTS_FILE", "Checkpoints"]
 
 #: Trainer's name for weights; here those that are trained
 WEIGHTS_FILE = "model.safetensors"
@@ -49,13 +49,13 @@ class Checkpoints:
         there = self._inputs_path.is_file()
         if resume and not there:
             raise OptionError(
-                f"--resume, but {self.path} holds no checkpoints of an earlier run; leave --resume out, or name its folder "
-                "with --work"
+                f"--resume, but {self.path} holds no checkpoints of an earlier run; leave --resume out, or name its "
+                "folder with --work"
             )
         if there and not resume and not overwrite:
             raise OptionError(
-                f"{self.path} holds the checkpoints of a run that did not finish: go on with --resume, or begin anew with "
-                "--overwrite"
+                f"{self.path} holds the checkpoints of a run that did not finish: go on with --resume, or begin anew "
+                "with --overwrite"
             )
         if self.path.exists() and not self.path.is_dir():
             raise OptionError(f"{self.path} is a file; checkpoints need a folder of that name, or --work another one")
@@ -80,8 +80,8 @@ class Checkpoints:
         for name in [*inputs, *before]:
             if before.get(name) != inputs.get(name):
                 raise OptionError(
-                    f"{self.path} was begun with {name} {before.get(name)}, now it is {inputs.get(name)}: a run goes on "
-                    "with what it was begun with. Give the same options, or begin anew with --overwrite"
+                    f"{self.path} was begun with {name} {before.get(name)}, now it is {inputs.get(name)}: a run goes "
+                    "on with what it was begun with. Give the same options, or begin anew with --overwrite"
                 )
         for path in self.path.glob("checkpoint-*"):
             if _NAME.fullmatch(path.name) and not self._is_whole(path):
@@ -89,7 +89,9 @@ class Checkpoints:
 
     def last(self) -> Path | None:
         """The last complete checkpoint."""
-        found = {int(match[1]): path for path in self.path.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
+        found = {
+            int(match[1]): path for path in self.path.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))
+        }
         return next((found[step] for step in sorted(found, reverse=True) if self._is_whole(found[step])), None)
 
     def at(self, step: int) -> Path:

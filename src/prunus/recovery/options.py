@@ -64,8 +64,10 @@ class RecoveryOptions:
         lora_alpha: factor on them, times the rank; by default twice the rank.
         learning_rate: its peak; by default 1e-3 for lora, 2e-4 for full.
         batch_size: sequences per optimizer step, over all processes.
-        micro_batch: sequences per forward pass; by default at most 2 on a CPU, at most 8 elsewhere. Less takes less memory.
-        kl_weight: share of the distillation loss: KL divergence of the model's next-token distribution from the dense one's.
+        micro_batch: sequences per forward pass; by default at most 2 on a CPU, at most 8 elsewhere. Fewer
+            take less memory.
+        kl_weight: share of the distillation loss: KL divergence of the model's next-token distribution from that of
+            the dense model.
         ce_weight: share of the next-token loss on the text itself.
         hidden_weight: share of the loss on hidden states: relative squared distance from the dense model's, after every
             layer that is left.
@@ -76,8 +78,8 @@ class RecoveryOptions:
         max_grad_norm: gradients are scaled down to this norm.
         checkpoints: how many times in the run the held-out loss is measured and a checkpoint is written.
         gradient_checkpointing: compute activations again in the backward pass: less memory, a third more time.
-        precision: dtype of forward and backward passes; weights that are trained are float32 in any case. auto is bfloat16
-            where the model is in half precision and the device is fast in it.
+        precision: dtype of forward and backward passes; weights that are trained are float32 in any case. auto is
+            bfloat16 where the model is in half precision and the device is fast in it.
     """
 
     max_steps: int | None = None

@@ -87,7 +87,7 @@ def recover_checkpoint(
         progress: show progress bars on a terminal.
 
     Returns:
-        What was done and measured, as it is written to prunus/recovery.json; of other processes than the first, nothing.
+        What was done and measured, as it is written to prunus/recovery.json; nothing in other processes than the first.
 
     Raises:
         PrunusError: whatever is wrong with options, models, text or folders; a loss that is not finite.
@@ -272,8 +272,8 @@ class _Run:
         }
         if not best_step and is_first():
             logger.warning(
-                "no checkpoint has a lower held-out loss than the model had before (%.4f, best afterwards %.4f): the result "
-                "is the model as it was. Try a lower --learning-rate, more steps, or more text",
+                "no checkpoint has a lower held-out loss than the model had before (%.4f, best afterwards %.4f): the "
+                "result is the model as it was. Try a lower --learning-rate, more steps, or more text",
                 before,
                 best_loss,
             )
@@ -359,7 +359,9 @@ class _Run:
 def _require_packages() -> None:
     missing = [name for name in ("accelerate", "peft") if importlib.util.find_spec(name) is None]
     if missing:
-        raise OptionError(f"recovery needs {' and '.join(missing)}, not installed here. Run: pip install 'prunus[recover]'")
+        raise OptionError(
+            f"recovery needs {' and '.join(missing)}, not installed here. Run: pip install 'prunus[recover]'"
+        )
 
 
 def _place(device: str) -> torch.device:
@@ -392,8 +394,8 @@ def _check_length(config: Any, seq_len: int) -> None:
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and seq_len > longest:
         raise OptionError(
-            f"seq_len is {seq_len}, and the model knows only {longest} positions (max_position_embeddings): use a seq_len "
-            f"of at most {longest}"
+            f"seq_len is {seq_len}, and the model knows only {longest} positions (max_position_embeddings): use a "
+            f"seq_len of at most {longest}"
         )
 
 
@@ -416,5 +418,3 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-

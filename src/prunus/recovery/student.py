@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,9 @@ def add_adapters(model: Any, rank: int, alpha: float, seed: int) -> Any:
     # Named by the family: peft knows no targets of a model type of ours.
     targets = sorted({projection.name for projection in family_of(model.config).projections})
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft asks transformers for an attribute by the name it had before 5.24.
+        warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config, autocast_adapter_dtype=True)
 
@@ -53,7 +56,7 @@ def add_adapters(model: Any, rank: int, alpha: float, seed: int) -> Any:
 def merge_adapters(adapted: Any) -> Any:
     """Add adapters to the weights that they belong to.
 
-    Each sum is made in float32 and rounded once, to the dtype of the weight; peft's own merging rounds both terms first.
+    Each sum is made in float32 and rounded once, to the dtype of the weight; peft's own merging rounds more.
 
     Args:
         adapted: what `add_adapters` returned.
@@ -122,7 +125,7 @@ class Student(nn.Module):
             labels: not read: a sequence is its own label. Trainer measures a loss where a batch has them.
 
         Returns:
-            `loss`: in training the weighted loss; in evaluation mode the mean next-token loss, whatever the weights are.
+            `loss`: in training the weighted loss; in evaluation mode the mean next-token loss.
         """
         options, (teacher,) = self.options, self._teacher
         next_tokens = next_token_labels(input_ids)

@@ -20,8 +20,8 @@ __all__ = ["check_vocabulary", "find_teacher", "layers_behind"]
 def find_teacher(pruned: Path) -> str:
     """The base model that a pruned folder names, if it is on this machine.
 
-    A folder is named without its place: it is looked for beside the pruned one, and in the current directory. A model of
-    the Hub is taken from the Hub's cache.
+    A folder is named without its place: it is looked for beside the pruned one, and in the current directory. A model
+    of the Hub is taken from the Hub's cache.
 
     Args:
         pruned: folder of the pruned model.
@@ -33,14 +33,13 @@ def find_teacher(pruned: Path) -> str:
         CheckpointError: none is named, or it is not here.
     """
     record = pruned / "prunus" / "metrics.json"
+    advice = "name the dense model with --teacher, or train without one: --kl-weight 0 --ce-weight 1"
     try:
         name = str(json.loads(record.read_text(encoding="utf-8"))["base_model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{record} does not say which model {pruned} was cut from ({type(error).__name__}); name the dense model with "
-            "--teacher, or train without one: --kl-weight 0 --ce-weight 1"
+            f"{record} does not say which model {pruned} was cut from ({type(error).__name__}); {advice}"
         ) from error
-    advice = "name the dense model with --teacher, or train without one: --kl-weight 0 --ce-weight 1"
     if name == PACKAGED_MODEL:
         return resolve_model(name)
     for place in (pruned.resolve().parent / Path(name).name, Path(name)):
@@ -51,8 +50,8 @@ def find_teacher(pruned: Path) -> str:
         check_folder(Path(folder))
     except (LocalEntryNotFoundError, HFValidationError, PrunusError, OSError) as error:
         raise CheckpointError(
-            f"{pruned} was cut from {name!r}, which is neither beside it, nor in the current directory, nor in the Hub's "
-            f"cache; {advice}"
+            f"{pruned} was cut from {name!r}, which is neither beside it, nor in the current directory, nor in the "
+            f"Hub's cache; {advice}"
         ) from error
     return folder
 
@@ -66,8 +65,8 @@ def check_vocabulary(config: Any, tokenizer: Any, teacher_config: Any, teacher_t
     sizes = config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size
     if sizes[0] != sizes[1]:
         raise OptionError(
-            f"the teacher {teacher} has logits for {sizes[1]} tokens, the pruned model for {sizes[0]}: distillation needs "
-            "the model it was cut from, or one with the same vocabulary"
+            f"the teacher {teacher} has logits for {sizes[1]} tokens, the pruned model for {sizes[0]}: distillation "
+            "needs the model it was cut from, or one with the same vocabulary"
         )
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if ours != theirs:
@@ -97,8 +96,9 @@ def layers_behind(pruned: Path, config: Any, teacher_config: Any, teacher: str) 
     survivors = plan.surviving_layers
     if len(plan.layers) != dense_layers or len(survivors) != layers or config.hidden_size != teacher_config.hidden_size:
         raise OptionError(
-            f"hidden_weight compares hidden states, and {teacher} (hidden size {teacher_config.hidden_size}, {dense_layers} "
-            f"layers) is not what {pruned} was cut from (hidden size {config.hidden_size}, {len(plan.layers)} layers of "
-            f"which {len(survivors)} are left); name that model with --teacher, or leave hidden_weight out"
+            f"hidden_weight compares hidden states, and {teacher} (hidden size {teacher_config.hidden_size}, "
+            f"{dense_layers} layers) is not what {pruned} was cut from (hidden size {config.hidden_size}, "
+            f"{len(plan.layers)} layers of which {len(survivors)} are left); name that model with --teacher, or leave "
+            "hidden_weight out"
         )
     return survivors

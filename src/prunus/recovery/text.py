@@ -37,19 +37,20 @@ def load_sequences(
         CalibrationError: the text is missing, unreadable or too short.
     """
     samples = options.samples if options.samples is not None else min(needed or MOST_SAMPLES, MOST_SAMPLES)
-    wanted = {"samples": samples + options.held_out, "seq_len": options.seq_len, "seed": options.seed, "fewer": True}
+    samples += options.held_out
+    wanted: dict[str, Any] = {"samples": samples, "seq_len": options.seq_len, "seed": options.seed, "fewer": True}
     if options.chat_column is None:
         drawn = load_calibration(options.text, tokenizer, text_column=options.text_column, **wanted)
     else:
-        texts = list(_chat_texts(options.text, options.chat_column, tokenizer, limit=50 * wanted["samples"]))
+        texts = list(_chat_texts(options.text, options.chat_column, tokenizer, limit=50 * samples))
         name = Path(options.text).name
         drawn = calibration_from_texts(texts, tokenizer, source=name, **wanted)
         drawn = replace(drawn, provenance=replace(drawn.provenance, kind="chat"))
     if len(drawn) < options.held_out + batch_size:
         raise CalibrationError(
-            f"the text {options.text} holds {len(drawn)} sequences of {options.seq_len} tokens, and {options.held_out} held "
-            f"out with one step of {batch_size} need {options.held_out + batch_size}. Give more text, or smaller --seq-len, "
-            "--held-out or --batch-size"
+            f"the text {options.text} holds {len(drawn)} sequences of {options.seq_len} tokens, and {options.held_out} "
+            f"held out with one step of {batch_size} need {options.held_out + batch_size}. Give more text, or smaller "
+            "--seq-len, --held-out or --batch-size"
         )
     return drawn.split(options.held_out)
 
@@ -58,8 +59,8 @@ def _chat_texts(source: str, column: str, tokenizer: Any, limit: int) -> Iterato
     """Conversations as text, by the chat template of the tokenizer."""
     if not getattr(tokenizer, "chat_template", None):
         raise OptionError(
-            f"chat_column is {column!r}, and the model's tokenizer has no chat template to write conversations with; give "
-            "a text column instead"
+            f"chat_column is {column!r}, and the model's tokenizer has no chat template to write conversations with; "
+            "give a text column instead"
         )
     for number, messages in enumerate(_column(source, column)):
         if number == limit:
@@ -79,7 +80,9 @@ def _chat_texts(source: str, column: str, tokenizer: Any, limit: int) -> Iterato
 
 def _is_conversation(messages: Any) -> bool:
     return isinstance(messages, list) and all(
-        isinstance(message, Mapping) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
         for message in messages
     )
 
@@ -92,7 +95,9 @@ def _column(source: str, column: str) -> Iterator[Any]:
     elif path.suffix.lower() == ".parquet":
         records = _parquet_records(path)
     elif path.exists() or path.suffix:
-        raise CalibrationError(f"conversations come from .jsonl, .parquet or a data set of the Hub, and {source} is neither")
+        raise CalibrationError(
+            f"conversations come from .jsonl, .parquet or a data set of the Hub, and {source} is neither"
+        )
     else:
         records = _hub_records(source, column)
     for number, record in enumerate(records):
@@ -137,6 +142,8 @@ def _hub_records(source: str, column: str) -> Iterator[Any]:
 
         yield from datasets.load_dataset(text.path, text.config, split=text.split, streaming=True)
     except ImportError as error:
-        raise CalibrationError('a data set of the Hub needs the package `datasets`: pip install "prunus[hub-data]"') from error
+        raise CalibrationError(
+            'a data set of the Hub needs the package `datasets`: pip install "prunus[hub-data]"'
+        ) from error
     except Exception as error:  # no network, no such data set or split, access refused, …
         raise CalibrationError(f"cannot read the data set {source}: {type(error).__name__}: {error}") from error

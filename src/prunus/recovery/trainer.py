@@ -57,7 +57,7 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Ctrl-C (or the end of a job's time) asks the run to stop after the step it is in; a second one ends it at once."""
+    """Ctrl-C, or the end of a job, asks the run to stop after the step it is in; a second one ends it at once."""
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption
@@ -228,6 +228,7 @@ class RecoveryTrainer(Trainer):
         progress: bool = True,
     ):
         self.pace = pace
+        self.lr_scheduler: Any
         self.keeper = _Keeper(pace, interruption, progress)
         self._student = student
         super().__init__(
@@ -277,8 +278,8 @@ class RecoveryTrainer(Trainer):
     def _fail(self, what: str, step: int) -> None:
         raise NonFiniteError(
             f"{what} of step {step} is not finite (learning rate {self._get_learning_rate():.3g}, peak "
-            f"{self.args.learning_rate:g}). Begin anew with a lower --learning-rate, or more --warmup; nothing was written "
-            "to the output"
+            f"{self.args.learning_rate:g}). Begin anew with a lower --learning-rate, or more --warmup; nothing was "
+            "written to the output"
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
