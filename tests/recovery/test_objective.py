@@ -8,15 +8,13 @@ import math
 import pytest
 import torch
 from tiny_families import ONE_EACH, VOCABULARY, case_id, make_model, random_tokens
+from tiny_recovery import cut
 from torch import nn
 
-from prunus.groups import Geometry
 from prunus.loss import IGNORE_INDEX, head_function, next_token_labels
-from prunus.plan import Plan
 from prunus.recovery.objective import hidden_state_loss, token_loss
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.student import Student, Teacher
-from prunus.surgery import apply_plan
 
 BATCH, LENGTH, HIDDEN, VOCABULARY_HERE = 3, 7, 12, 29
 
@@ -139,20 +137,6 @@ def test_hidden_state_loss_is_that_written_out():
                 pairs = list(zip(state[b, t].tolist(), target[b, t].tolist(), strict=True))
                 total += sum((h - d) ** 2 for h, d in pairs) / sum(d * d for _, d in pairs)
     assert hidden_state_loss(states, targets).item() == pytest.approx(total / 12, rel=1e-5)
-
-
-def cut(dense):
-    """Unequal widths, a layer without attention, and a layer gone."""
-    geometry = Geometry.of(dense)
-    attention, mlp = geometry.widths[0]["attention"], geometry.widths[0]["mlp"]
-    kept = [
-        {"attention": range(attention), "mlp": range(5, mlp)},
-        {"attention": [], "mlp": []},
-        {"attention": [], "mlp": range(7)},
-        {"attention": range(max(1, attention - 1)), "mlp": range(3)},
-    ]
-    plan = Plan.from_kept(geometry, kept)
-    return plan, apply_plan(dense, plan)
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=case_id)

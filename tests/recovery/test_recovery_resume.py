@@ -1,0 +1,120 @@
+"""A run that was killed or interrupted goes on, and ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from tiny_recovery import ENVIRONMENT, PRUNUS, SHORT
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
+
+#: more than one pass over the 120 sequences, so that the second one's order counts too
+RUN = [*SHORT, "--samples", "120", "--max-steps", "60", "--checkpoints", "12", "--learning-rate", "3e-3"]
+
+
+@pytest.fixture(scope="module")
+def expected(pruned, tmp_path_factory):
+    """What a run gives that nobody disturbs."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = subprocess.run(
+        [*PRUNUS, "recover", str(pruned), "--out", str(out), *RUN], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def started(pruned, out, after, *more):
+    """A run that has come as far as a checkpoint."""
+    command = [*PRUNUS, "recover", str(pruned), "--out", str(out), *RUN, *more]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    written = out.with_name(out.name + ".work") / f"checkpoint-{after}" / "trainer_state.json"
+    while not written.is_file() and process.poll() is None:
+        time.sleep(0.002)
+    assert process.poll() is None, process.communicate()[1]
+    return process
+
+
+def assert_same(out, expected):
+    assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    found, wanted = (json.loads((folder / "prunus" / "recovery.json").read_text()) for folder in (out, expected))
+    for name in ("history", "training_losses", "held_out_loss", "best_step", "steps", "text"):
+        assert found[name] == wanted[name], name
+    assert not out.with_name(out.name + ".work").exists()
+
+
+def test_killed_twice(recover, pruned, expected, tmp_path):
+    out = tmp_path / "out"
+    for number, after in enumerate((10, 35)):
+        process = started(pruned, out, after, *(["--resume"] if number else []))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not out.exists()
+    # A checkpoint that was being written when the power went is none.
+    broken = out.with_name("out.work") / "checkpoint-59"
+    shutil.copytree(out.with_name("out.work") / "checkpoint-35", broken)
+    (broken / "trainer_state.json").write_text('{"global_step": 5')
+    recover(pruned, "--out", out, *RUN, "--resume")
+    assert_same(out, expected)
+
+
+def test_interrupted_by_ctrl_c(recover, pruned, expected, tmp_path):
+    out = tmp_path / "out"
+    process = started(pruned, out, 5)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1]
+    assert process.returncode == 130, errors
+    assert "interrupted after step" in errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    (step,) = [int(word) for line in errors.splitlines() if "after step" in line for word in _numbers(line)][:1]
+    assert (out.with_name("out.work") / f"checkpoint-{step}").is_dir(), "nothing of what was done is lost"
+    recover(pruned, "--out", out, *RUN, "--resume")
+    assert_same(out, expected)
+
+
+def _numbers(line):
+    return [word.strip(",") for word in line.split() if word.strip(",").isdigit()]
+
+
+def test_killed_when_only_the_result_was_left_to_write(recover, pruned, expected, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prunus.recovery.run.save_checkpoint", killed)
+        with pytest.raises(Killed):
+            recover(pruned, "--out", out, *RUN)
+        patch.setattr("prunus.recovery.trainer.RecoveryTrainer.train", killed)
+        patch.undo()
+    facts = recover(pruned, "--out", out, *RUN, "--resume")
+    assert facts["steps"] == 60
+    assert_same(out, expected)
+
+
+def test_what_does_not_go_together_is_refused(refused, recover, pruned, tmp_path):
+    out = tmp_path / "out"
+    assert "holds no checkpoints of an earlier run" in refused(pruned, "--out", out, *RUN, "--resume")
+    process = started(pruned, out, 5)
+    process.kill()
+    process.communicate()
+    assert "go on with --resume, or begin anew with --overwrite" in refused(pruned, "--out", out, *RUN)
+    other = [word if word != "3e-3" else "1e-3" for word in RUN]
+    message = refused(pruned, "--out", out, *other, "--resume")
+    assert "learning_rate 0.003, now it is 0.001" in message
+    message = refused(pruned, "--out", out, *RUN, "--seed", "1", "--resume")
+    assert "was begun with" in message
+    facts = recover(pruned, "--out", out, *SHORT, "--max-steps", "2", "--overwrite")
+    assert facts["steps"] == 2
+    assert not out.with_name("out.work").exists()
