@@ -41,6 +41,7 @@ def add_adapters(model: Any, rank: int, alpha: float, seed: int) -> Any:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", https://arxiv.org/abs/2106.09685
     """
     import peft
+    from peft.tuners.lora import LoraLayer
 
     # Named by the family: peft knows no targets of a model type of ours.
     targets = sorted({projection.name for projection in family_of(model.config).projections})
@@ -49,7 +50,12 @@ def add_adapters(model: Any, rank: int, alpha: float, seed: int) -> Any:
         # peft asks transformers for an attribute by the name it had before 5.24.
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            # In mixed precision autocast casts what needs it; casting inputs to float32 first would be for nothing.
+            module.cast_input_dtype_enabled = False
+    return adapted
 
 
 @torch.no_grad()
