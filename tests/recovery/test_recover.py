@@ -142,21 +142,23 @@ def test_merging_into_half_precision_rounds_once():
     product = 2.0 * adapter.lora_B["default"].weight.double() @ adapter.lora_A["default"].weight.double()
     merged = merge_adapters(adapted).model.layers[0].mlp.up_proj.weight
     assert merged.dtype == torch.bfloat16
-    exact = weight.double() + product
-    # bfloat16 has 8 significant bits: to the nearest is within 2^-9 of the value.
-    assert bool(((merged.double() - exact).abs() <= exact.abs() * 2**-8 / 2 * 1.01 + 1e-12).all())
+    once = (weight.double() + product).to(torch.bfloat16)
+    twice = (weight + product.to(torch.bfloat16)).to(torch.bfloat16)
+    # The sum in float32 may fall on the other side of the middle between two numbers now and then.
+    assert (merged == once).double().mean() > 0.999
+    assert (twice == once).double().mean() < 0.99, "rounding the product first would be seen"
 
 
 def test_the_best_checkpoint_is_kept_and_not_the_last(recover, pruned, tmp_path):
-    """Many steps on four sequences: they are learned by heart, and the held-out loss turns around."""
-    learn = ["--kl-weight", 0, "--ce-weight", 1, "--train", "full", "--decay", "constant", "--learning-rate", "1e-2"]
-    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *learn, "--samples", 4, "--max-steps", 40)
+    """Many steps on few sequences: they are learned by heart, and the held-out loss turns around."""
+    learn = ["--kl-weight", 0, "--ce-weight", 1, "--train", "full", "--decay", "constant", "--learning-rate", "3e-3"]
+    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *learn, "--samples", 16, "--max-steps", 60)
     losses = {entry["step"]: entry["held_out_loss"] for entry in facts["history"]}
     best = min(losses, key=losses.get)
-    assert best < 40
-    assert losses[40] > losses[best] + 0.01
-    assert facts["best_step"] == best
-    assert held_out_loss(tmp_path / "out", facts, 4 + 16) == pytest.approx(losses[best], rel=1e-5)
+    assert best < 60
+    assert losses[60] > losses[best] + 0.01
+    assert facts["best_step"] == best > 0
+    assert held_out_loss(tmp_path / "out", facts, 16 + 16) == pytest.approx(losses[best], rel=1e-5)
     assert facts["held_out_loss"]["dense"] is None, "no teacher was needed"
 
 

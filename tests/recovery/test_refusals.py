@@ -45,6 +45,13 @@ def test_a_folder_that_is_in_use(refused, pruned, tmp_path):
     assert "is not empty" in refused(pruned, "--out", tmp_path, *SHORT)
 
 
+def test_checkpoints_of_somebody_else_are_left_alone(refused, pruned, tmp_path):
+    (tmp_path / "runs" / "checkpoint-500").mkdir(parents=True)
+    words = [pruned, "--out", tmp_path / "out", *SHORT, "--work", tmp_path / "runs", "--overwrite"]
+    assert "checkpoints that are not of a recovery run" in refused(*words)
+    assert (tmp_path / "runs" / "checkpoint-500").is_dir()
+
+
 def test_a_text_that_is_too_short_says_how_long_it_is(refused, pruned, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("word " * 100)

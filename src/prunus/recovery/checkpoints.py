@@ -57,6 +57,10 @@ class Checkpoints:
                 f"{self.path} holds the checkpoints of a run that did not finish: go on with --resume, or begin anew "
                 "with --overwrite"
             )
+        if self._found() and not there:
+            raise OptionError(
+                f"{self.path} holds checkpoints that are not of a recovery run; name another folder with --work"
+            )
         if self.path.exists() and not self.path.is_dir():
             raise OptionError(f"{self.path} is a file; checkpoints need a folder of that name, or --work another one")
 
@@ -83,15 +87,13 @@ class Checkpoints:
                     f"{self.path} was begun with {name} {before.get(name)}, now it is {inputs.get(name)}: a run goes "
                     "on with what it was begun with. Give the same options, or begin anew with --overwrite"
                 )
-        for path in self.path.glob("checkpoint-*"):
-            if _NAME.fullmatch(path.name) and not self._is_whole(path):
+        for path in self._found().values():
+            if not self._is_whole(path):
                 shutil.rmtree(path, ignore_errors=True)
 
     def last(self) -> Path | None:
         """The last complete checkpoint."""
-        found = {
-            int(match[1]): path for path in self.path.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))
-        }
+        found = self._found()
         return next((found[step] for step in sorted(found, reverse=True) if self._is_whole(found[step])), None)
 
     def at(self, step: int) -> Path:
@@ -109,13 +111,17 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Take away what this class and Trainer put there, and the folder if nothing else is in it."""
-        for path in self.path.glob("checkpoint-*"):
-            if _NAME.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+        for path in self._found().values():
+            shutil.rmtree(path, ignore_errors=True)
         for name in (INPUTS_FILE, TRAINED_FILE):
             (self.path / name).unlink(missing_ok=True)
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
+
+    def _found(self) -> dict[int, Path]:
+        """All checkpoints by step, whole or not."""
+        matches = ((path, _NAME.fullmatch(path.name)) for path in self.path.glob("checkpoint-*"))
+        return {int(match[1]): path for path, match in matches if match}
 
     @property
     def _inputs_path(self) -> Path:

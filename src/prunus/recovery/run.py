@@ -170,11 +170,11 @@ class _Run:
                 layers = layers_behind(folder, config, dense_config, str(dense))
         needed = options.max_steps * options.batch_size if options.max_steps else None
         train_on, held_out = load_sequences(text, tokenizer, needed, options.batch_size)
+        if len(train_on) == MOST_SAMPLES and text.samples is None and is_first():
+            logger.warning("training goes through %d sequences of the text; more with --samples", MOST_SAMPLES)
         steps = options.max_steps
         if steps is None and options.max_minutes is None:
             steps = len(train_on) // options.batch_size
-            if len(train_on) == MOST_SAMPLES and text.samples is None:
-                logger.warning("one pass over the first %d sequences of the text; more with --samples", MOST_SAMPLES)
         return cls(
             folder,
             tokenizer,
@@ -230,6 +230,7 @@ class _Run:
             device=self.device,
             bfloat16=self.bfloat16,
             micro_batch=self.micro_batch,
+            held_out=len(self.held_out),
             steps=self.steps,
         )
         last = checkpoints.last() if resume else None

@@ -15,8 +15,8 @@ from prunus.recovery.options import TextOptions
 
 __all__ = ["MOST_SAMPLES", "load_sequences"]
 
-#: sequences that are drawn where neither steps nor the user bound them: with 512 tokens each, four million
-MOST_SAMPLES = 8192
+#: sequences that are drawn where the user does not bound them: with 512 tokens each, eight million tokens
+MOST_SAMPLES = 2**14
 
 
 def load_sequences(

@@ -85,6 +85,7 @@ def training_arguments(
     device: torch.device,
     bfloat16: bool,
     micro_batch: int,
+    held_out: int,
 ) -> TrainingArguments:
     """What Trainer needs to know.
 
@@ -96,13 +97,15 @@ def training_arguments(
         device: cpu, cuda or mps.
         bfloat16: dtype of forward and backward passes; else float32.
         micro_batch: sequences per forward pass.
+        held_out: number of held-out sequences.
     """
     on_cpu = device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps or ENDLESS,
         per_device_train_batch_size=micro_batch,
-        per_device_eval_batch_size=micro_batch,
+        # Trainer takes a mean over batches: all of them have to be of one size.
+        per_device_eval_batch_size=max(n for n in range(1, micro_batch + 1) if held_out % n == 0),
         gradient_accumulation_steps=options.batch_size // (micro_batch * number_of_processes()),
         learning_rate=options.peak_rate,
         weight_decay=options.weight_decay,
@@ -283,6 +286,8 @@ class RecoveryTrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self._student.trained_state(state_dict), folder / WEIGHTS_FILE, metadata={"format": "pt"})
