@@ -10,7 +10,9 @@ import subprocess
 import time
 
 import pytest
-from tiny_recovery import ENVIRONMENT, PRUNUS, SHORT
+from tiny_recovery import ENVIRONMENT, PRUNUS, SHORT, last_wins
+
+from prunus.cli import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
 
@@ -22,16 +24,30 @@ RUN = [*SHORT, "--samples", "120", "--max-steps", "60", "--checkpoints", "12", "
 def expected(pruned, tmp_path_factory):
     """What a run gives that nobody disturbs."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    done = subprocess.run(
-        [*PRUNUS, "recover", str(pruned), "--out", str(out), *RUN], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    assert main(["recover", str(pruned), "--out", str(out), *last_wins(RUN)]) == 0
     return out
+
+
+class Killed(BaseException):
+    """Not an error that anything handles."""
+
+
+def without_result(recover, pruned, out):
+    """A run that is killed when only its result is left to be written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prunus.recovery.run.save_checkpoint", killed)
+        with pytest.raises(Killed):
+            recover(pruned, "--out", out, *RUN)
+    assert not out.exists()
+
+
+def killed(*args, **kwargs):
+    raise Killed
 
 
 def started(pruned, out, after, *more):
     """A run that has come as far as a checkpoint."""
-    command = [*PRUNUS, "recover", str(pruned), "--out", str(out), *RUN, *more]
+    command = [*PRUNUS, "recover", str(pruned), "--out", str(out), *last_wins([*RUN, *more])]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     written = out.with_name(out.name + ".work") / f"checkpoint-{after}" / "trainer_state.json"
     while not written.is_file() and process.poll() is None:
@@ -85,30 +101,16 @@ def _numbers(line):
 
 def test_killed_when_only_the_result_was_left_to_write(recover, pruned, expected, tmp_path, monkeypatch):
     out = tmp_path / "out"
-
-    class Killed(BaseException):
-        pass
-
-    def killed(*args, **kwargs):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr("prunus.recovery.run.save_checkpoint", killed)
-        with pytest.raises(Killed):
-            recover(pruned, "--out", out, *RUN)
-        patch.setattr("prunus.recovery.trainer.RecoveryTrainer.train", killed)
-        patch.undo()
-    facts = recover(pruned, "--out", out, *RUN, "--resume")
-    assert facts["steps"] == 60
+    without_result(recover, pruned, out)
+    monkeypatch.setattr("prunus.recovery.trainer.RecoveryTrainer.train", killed)
+    recover(pruned, "--out", out, *RUN, "--resume")
     assert_same(out, expected)
 
 
 def test_what_does_not_go_together_is_refused(refused, recover, pruned, tmp_path):
     out = tmp_path / "out"
     assert "holds no checkpoints of an earlier run" in refused(pruned, "--out", out, *RUN, "--resume")
-    process = started(pruned, out, 5)
-    process.kill()
-    process.communicate()
+    without_result(recover, pruned, out)
     assert "go on with --resume, or begin anew with --overwrite" in refused(pruned, "--out", out, *RUN)
     other = [word if word != "3e-3" else "1e-3" for word in RUN]
     message = refused(pruned, "--out", out, *other, "--resume")
