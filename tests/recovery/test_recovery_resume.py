@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -86,17 +87,13 @@ def test_interrupted_by_ctrl_c(recover, pruned, expected, tmp_path):
     process.send_signal(signal.SIGINT)
     errors = process.communicate()[1]
     assert process.returncode == 130, errors
-    assert "interrupted after step" in errors
     assert "--resume" in errors
     assert "Traceback" not in errors
-    (step,) = [int(word) for line in errors.splitlines() if "after step" in line for word in _numbers(line)][:1]
-    assert (out.with_name("out.work") / f"checkpoint-{step}").is_dir(), "nothing of what was done is lost"
+    (name,) = re.findall(r"checkpoint-\d+", errors)
+    assert int(name.partition("-")[2]) >= 5
+    assert (out.with_name("out.work") / name / "trainer_state.json").is_file()
     recover(pruned, "--out", out, *RUN, "--resume")
     assert_same(out, expected)
-
-
-def _numbers(line):
-    return [word.strip(",") for word in line.split() if word.strip(",").isdigit()]
 
 
 def test_killed_when_only_the_result_was_left_to_write(recover, pruned, expected, tmp_path, monkeypatch):
@@ -105,6 +102,19 @@ def test_killed_when_only_the_result_was_left_to_write(recover, pruned, expected
     monkeypatch.setattr("prunus.recovery.trainer.RecoveryTrainer.train", killed)
     recover(pruned, "--out", out, *RUN, "--resume")
     assert_same(out, expected)
+
+
+def test_killed_after_the_last_checkpoint(recover, pruned, tmp_path, monkeypatch):
+    """In the middle of a pass over the text: nothing is left to train."""
+    run = [*SHORT, "--samples", "120", "--max-steps", "7", "--checkpoints", "1"]
+    expected = recover(pruned, "--out", tmp_path / "expected", *run)
+    with monkeypatch.context() as patch:
+        patch.setattr("prunus.recovery.checkpoints.Checkpoints.finish", killed)
+        with pytest.raises(Killed):
+            recover(pruned, "--out", tmp_path / "out", *run)
+    assert (tmp_path / "out.work" / "checkpoint-7").is_dir()
+    assert recover(pruned, "--out", tmp_path / "out", *run, "--resume")["steps"] == 7 == expected["steps"]
+    assert_same(tmp_path / "out", tmp_path / "expected")
 
 
 def test_what_does_not_go_together_is_refused(refused, recover, pruned, tmp_path):

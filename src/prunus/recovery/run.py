@@ -10,6 +10,7 @@ import os
 import shlex
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,16 @@ def recover_checkpoint(
     with joined():
         run = _Run.prepared(model, text, options, teacher, device)
         check_disk(out, run.expected_bytes)
-        trained = run.train(checkpoints, resume, progress=progress)
+        try:
+            trained = run.train(checkpoints, resume, progress=progress)
+        except KeyboardInterrupt:
+            if is_first() and (last := checkpoints.last()) is not None:
+                logger.warning(
+                    "interrupted; %s is saved in %s, and the same command with --resume goes on from there",
+                    last.name,
+                    last.parent,
+                )
+            raise
         if not is_first():
             wait_for_all()
             return {}
@@ -198,7 +208,7 @@ class _Run:
 
     def train(self, checkpoints: Checkpoints, resume: bool, *, progress: bool) -> dict[str, Any]:
         """Train, or go on training; what was measured on the way."""
-        from prunus.recovery.trainer import RecoveryTrainer, interruptible, training_arguments
+        from prunus.recovery.trainer import AlreadyOver, RecoveryTrainer, interruptible, training_arguments
 
         options = self.options
         model, dense = self._load_model(), self._load_teacher()
@@ -244,14 +254,10 @@ class _Run:
                 interruption,
                 progress=progress and is_first(),
             )
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            with suppress(AlreadyOver):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
         state = trainer.state
         if trainer.keeper.interrupted:
-            if is_first():
-                logger.warning(
-                    "interrupted after step %d, which is saved: the same command with --resume goes on from there",
-                    state.global_step,
-                )
             raise KeyboardInterrupt
         best_loss = state.best_metric if state.best_metric is not None else float("inf")
         best_step = state.best_global_step if best_loss < before else 0

@@ -25,7 +25,7 @@ from prunus.recovery.pace import Pace
 from prunus.recovery.student import Student
 from prunus.sweep.processes import add_up_, number_of_processes
 
-__all__ = ["Interruption", "RecoveryTrainer", "interruptible", "training_arguments"]
+__all__ = ["AlreadyOver", "Interruption", "RecoveryTrainer", "interruptible", "training_arguments"]
 
 #: more steps than any run has
 ENDLESS = 10**9
@@ -42,6 +42,10 @@ class _Sequences(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.input_ids[index], "labels": self.input_ids[index]}
+
+
+class AlreadyOver(Exception):
+    """The checkpoint to go on from is that of the last step."""
 
 
 class Interruption:
@@ -158,6 +162,9 @@ class _Keeper(TrainerCallback):
         return self._interrupted
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Of a run that goes on, the scheduler has brought the clock by now. Trainer itself would do one step too many.
+        if state.global_step and self.pace.is_over(state.global_step):
+            raise AlreadyOver
         self._since = time.monotonic()
         total = self.pace.max_steps or round(self.pace.max_seconds or 0)
         shown = self.progress and state.is_world_process_zero
