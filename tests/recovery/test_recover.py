@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_families import ONE_EACH, case_id, logits, make_model, random_tokens
-from tiny_recovery import ENVIRONMENT, SHORT, byte_tokenizer, cut
+from tiny_recovery import ENVIRONMENT, SHORT, chat_tokenizer, cut
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
@@ -104,7 +104,7 @@ def test_adapters_merged_and_saved_compute_what_they_computed_before(tmp_path):
     before = logits(smaller, torch.arange(40).view(2, 20))
     assert (before - untouched).abs().max() > 0.1
     merged = merge_adapters(adapted)
-    prunus.save_checkpoint(merged, byte_tokenizer(), tmp_path / "out", card="", extras={})
+    prunus.save_checkpoint(merged, chat_tokenizer(), tmp_path / "out", card="", extras={})
     with_prunus = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.arange(40).view(2, 20))
     torch.testing.assert_close(with_prunus, before, rtol=1e-4, atol=1e-5)
     command = [sys.executable, "-I", "-c", WITHOUT_PRUNUS, str(tmp_path / "out"), str(tmp_path / "logits")]

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from tiny_families import make_model
-from tiny_recovery import SHORT, byte_tokenizer
+from tiny_recovery import SHORT, chat_tokenizer
 from transformers import AutoModelForCausalLM
 
 from prunus.cli import main
@@ -45,6 +45,13 @@ def test_a_folder_that_is_in_use(refused, pruned, tmp_path):
     assert "is not empty" in refused(pruned, "--out", tmp_path, *SHORT)
 
 
+def test_neither_model_is_replaced_by_the_result(refused, pruned, dense):
+    for folder in (pruned, dense):
+        message = refused(pruned, "--out", folder, *SHORT, "--max-steps", "2", "--overwrite")
+        assert "is the folder of the model" in message
+        assert (folder / "model.safetensors").is_file()
+
+
 def test_checkpoints_of_somebody_else_are_left_alone(refused, pruned, tmp_path):
     (tmp_path / "runs" / "checkpoint-500").mkdir(parents=True)
     words = [pruned, "--out", tmp_path / "out", *SHORT, "--work", tmp_path / "runs", "--overwrite"]
@@ -64,17 +71,17 @@ def test_a_text_that_is_too_short_says_how_long_it_is(refused, pruned, tmp_path)
 def test_teachers(refused, pruned, dense, tmp_path):
     small = tmp_path / "small"
     make_model("llama", "gqa", vocab_size=261).save_pretrained(small)
-    byte_tokenizer().save_pretrained(small)
+    chat_tokenizer().save_pretrained(small)
     options = ["--out", tmp_path / "out", *SHORT, "--max-steps", "2"]
     assert "logits for 261 tokens, the pruned model for 260" in refused(pruned, *options, "--teacher", small)
     other = tmp_path / "other"
     shutil.copytree(dense, other)
-    byte_tokenizer("<other>").save_pretrained(other)
+    chat_tokenizer("<other>").save_pretrained(other)
     message = refused(pruned, *options, "--teacher", other)
     assert "1 tokens differ, first '<other>'" in message
     deeper = tmp_path / "deeper"
     make_model("llama", "gqa", num_hidden_layers=5, vocab_size=260).save_pretrained(deeper)
-    byte_tokenizer().save_pretrained(deeper)
+    chat_tokenizer().save_pretrained(deeper)
     message = refused(pruned, *options, "--teacher", deeper, "--hidden-weight", "1")
     assert "5 layers" in message
     assert "is not what" in message
@@ -109,7 +116,7 @@ def test_conversations_that_are_none(refused, pruned, tmp_path):
     assert "line 1 is not JSON" in refused(*given)
     bare = tmp_path / "bare"
     AutoModelForCausalLM.from_pretrained(pruned).save_pretrained(bare)
-    tokenizer = byte_tokenizer()
+    tokenizer = chat_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(bare)
     assert "no chat template" in refused(bare, *given[1:], "--kl-weight", "0", "--ce-weight", "1")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_folder import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import prunus
@@ -38,17 +38,12 @@ def last_wins(words: Iterable[object]) -> list[str]:
     return kept
 
 
-def byte_tokenizer(*more: str) -> PreTrainedTokenizerFast:
-    """One token per byte, and a chat template."""
-    tokenizer = Tokenizer(
-        models.BPE(vocab={t: i for i, t in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<eos>", *more])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    fast.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    return fast
+def chat_tokenizer(*more: str) -> PreTrainedTokenizerFast:
+    """One token per byte, further ones, and a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(list(more))
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    return tokenizer
 
 
 def cut(dense):

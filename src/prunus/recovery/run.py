@@ -96,11 +96,13 @@ def recover_checkpoint(
     """
     options = options or RecoveryOptions()
     _require_packages()
-    check_output(out, overwrite)
+    check_output(out, overwrite, model)
     checkpoints = Checkpoints(out, work)
     checkpoints.check(resume, overwrite)
     with joined():
         run = _Run.prepared(model, text, options, teacher, device)
+        if run.teacher is not None:
+            check_output(out, overwrite, run.teacher)
         check_disk(out, run.expected_bytes)
         try:
             trained = run.train(checkpoints, resume, progress=progress)
