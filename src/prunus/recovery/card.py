@@ -1,0 +1,60 @@
+"""What recovery adds to the card of a pruned model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["card_with_recovery"]
+
+
+def card_with_recovery(folder: Path, name: str, facts: Mapping[str, Any], command: str) -> str:
+    """The card of a pruned model under its new name, with a section on recovery at its end.
+
+    Args:
+        folder: of the pruned model.
+        name: of the recovered one.
+        facts: what goes into prunus/recovery.json.
+        command: what the user typed.
+    """
+    path = folder / "README.md"
+    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.name}\n"
+    old = folder.resolve().name
+    card = re.sub(rf"^# {re.escape(old)}$", lambda _: f"# {name}", card, count=1, flags=re.MULTILINE)
+    card = card.replace(f"from_pretrained({json.dumps(old)}", f"from_pretrained({json.dumps(name)}")
+    return f"{card.rstrip()}\n\n{_section(facts, command)}\n"
+
+
+def _section(facts: Mapping[str, Any], command: str) -> str:
+    options, text, loss = facts["options"], facts["text"], facts["held_out_loss"]
+    parts = {"kl_weight": "distillation", "ce_weight": "next token", "hidden_weight": "hidden states"}
+    shares = ", ".join(f"{title} {options[weight]:g}" for weight, title in parts.items() if options[weight])
+    trained = f"adapters of rank {options['lora_rank']}, merged" if options["train"] == "lora" else "all weights"
+    rows = {
+        "trained": trained,
+        "loss": shares,
+        "teacher": facts["teacher"] or "none",
+        "text": f"{text['source']}, {text['samples']} sequences of {text['seq_len']} tokens, seed {text['seed']}",
+        "tokens of the text, SHA-256": f"`{text['sha256']}`",
+        "steps": f"{facts['best_step']} of {facts['steps']} (lowest held-out loss), {options['batch_size']} sequences",
+        "peak learning rate": f"{options['learning_rate']:g}",
+        "seconds": f"{facts['seconds']:.0f}",
+        "prunus": facts["prunus"],
+    }
+    table = "\n".join(["| | |", "|---|---|", *(f"| {row} | {_cell(value)} |" for row, value in rows.items())])
+    dense = "" if loss["dense"] is None else f" (dense model: {math.exp(loss['dense']):.2f})"
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
+    return (
+        "## Recovery\n\nAfter pruning the model was trained. Perplexity on held-out sequences of the training text: "
+        f"{math.exp(loss['before']):.2f} before, {math.exp(loss['after']):.2f} after{dense}. Perplexities in other "
+        f"sections are those before this training.\n\n{table}\n\n{fence}sh\n{command}\n{fence}\n\n"
+        "`prunus/recovery.json` has all options and losses."
+    )
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")

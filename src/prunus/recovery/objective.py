@@ -1,0 +1,142 @@
+r"""The training loss, without the logits of all tokens in memory at once.
+
+With a vocabulary of 49152 the float32 logits of 4096 tokens take 800 MB, and a distillation loss would need them for
+two models, with log-softmax and gradients on top. Here the heads of both models run on a few hundred tokens at a time.
+The gradient of each piece by its hidden states (and by the head, if that is trained) is taken at once, in the forward
+pass, so that nothing of a piece is kept and, unlike with activation checkpointing, nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from prunus.loss import IGNORE_INDEX
+
+__all__ = ["hidden_state_loss", "token_loss"]
+
+Head = Callable[[Tensor], Tensor]
+
+
+def token_loss(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Head | None = None,
+    kl_weight: float = 0.0,
+    ce_weight: float = 1.0,
+    temperature: float = 1.0,
+    head_parameters: Sequence[nn.Parameter] = (),
+    chunk: int = 256,
+) -> Tensor:
+    r"""Distillation and next-token loss, each a mean over tokens.
+
+        L = a · T² · mean_t KL(q_t ‖ p_t) + b · mean_t -log p_t[label_t]
+
+    with p the model's and q the dense model's distribution, in the first term both at temperature T. All positions
+    count in the first term, those with a label in the second. Softmax is in float32 whatever dtype the logits have.
+
+    Args:
+        hidden: hidden states after the final norm, shape (batch, seq_len, hidden_size).
+        head: hidden states → logits.
+        labels: int64, shape (batch, seq_len), see `prunus.loss.next_token_labels`.
+        teacher_hidden: the dense model's, shape (batch, seq_len, its hidden_size); needed with `kl_weight`.
+        teacher_head: its head.
+        kl_weight: a.
+        ce_weight: b.
+        temperature: T.
+        head_parameters: parameters of `head` that are trained. They get their gradient here, and must not be reached
+            through `head` in any other way.
+        chunk: tokens at a time. It changes memory, and the result only by rounding.
+
+    Returns:
+        float32 scalar. Differentiable by `hidden` and `head_parameters`, once.
+
+    Source:
+        Hinton et al., "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531 (with T²).
+    """
+    flat_labels = labels.flatten()
+    positions, predicted = flat_labels.numel(), int((flat_labels != IGNORE_INDEX).sum())
+    flat_teacher = None if teacher_hidden is None else teacher_hidden.detach().flatten(0, 1)
+
+    def loss_of(part: Tensor, where: slice) -> Tensor:
+        logits = head(part).float()
+        total = logits.new_zeros(())
+        if ce_weight and predicted:
+            losses = functional.cross_entropy(logits, flat_labels[where], ignore_index=IGNORE_INDEX, reduction="sum")
+            total = total + losses * (ce_weight / predicted)
+        if kl_weight:
+            assert flat_teacher is not None
+            assert teacher_head is not None
+            with torch.no_grad():
+                target = functional.log_softmax(teacher_head(flat_teacher[where]).float() / temperature, dim=-1)
+            own = functional.log_softmax(logits / temperature, dim=-1)
+            divergence = functional.kl_div(own, target, reduction="sum", log_target=True)
+            total = total + divergence * (kl_weight * temperature**2 / positions)
+        return total
+
+    loss: Tensor = _ByChunks.apply(loss_of, chunk, hidden.flatten(0, 1), *head_parameters)
+    return loss
+
+
+class _ByChunks(torch.autograd.Function):
+    """A sum of losses over pieces of the rows of a tensor, with its gradient taken piece by piece on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss_of: Callable[[Tensor, slice], Tensor], chunk: int, hidden: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        """The sum; gradients by `hidden` (rows, hidden_size) and `parameters` wait for the backward pass."""
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wanted = any(ctx.needs_input_grad)
+        by_hidden = torch.empty_like(hidden) if wanted else hidden
+        by_parameters = [torch.zeros_like(parameter) for parameter in parameters] if wanted else []
+        for start in range(0, len(hidden), chunk):
+            where = slice(start, start + chunk)
+            part = hidden[where].detach()
+            if not wanted:
+                total += loss_of(part, where)
+                continue
+            with torch.enable_grad():
+                part.requires_grad_()
+                loss = loss_of(part, where)
+            by_hidden[where], *others = torch.autograd.grad(loss, [part, *parameters])
+            for gathered, gradient in zip(by_parameters, others, strict=True):
+                gathered += gradient
+            total += loss.detach()
+        if wanted:
+            ctx.save_for_backward(by_hidden, *by_parameters)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        """The gradients that waited, times the scalar that came from outside."""
+        return None, None, *(gradient * outer[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
+
+
+def hidden_state_loss(states: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    r"""Relative squared distance of hidden states, a mean over pairs and tokens.
+
+        L = mean_{l,t} ‖h_lt - d_lt‖² / ‖d_lt‖²
+
+    Relative to each token's own length: a few tokens carry hidden states a thousand times as long as the others'.
+
+    Args:
+        states: the model's, each of shape (batch, seq_len, hidden_size).
+        targets: the dense model's, as many, of the same shapes.
+
+    Returns:
+        float32 scalar.
+    """
+    losses = []
+    for state, target in zip(states, targets, strict=True):
+        wanted = target.detach().float()
+        distance = (state.float() - wanted).square().sum(dim=-1)
+        losses.append((distance / wanted.square().sum(dim=-1).clamp_min(1e-12)).mean())
+    return torch.stack(losses).mean()

@@ -1,0 +1,140 @@
+"""What a user decides about recovery training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from prunus.errors import OptionError
+
+__all__ = ["Decay", "Precision", "RecoveryOptions", "TextOptions", "Trained"]
+
+Trained = Literal["lora", "full"]
+Decay = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "bfloat16", "float32"]
+
+#: learning rates by what is trained
+LEARNING_RATES: dict[Trained, float] = {"lora": 1e-3, "full": 2e-4}
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The text to train on.
+
+    Attributes:
+        text: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for the text
+            that ships with Python.
+        samples: train on at most so many sequences; by default as many as the steps need, or as the text has.
+        seq_len: tokens per sequence.
+        held_out: sequences that are not trained on and choose the best checkpoint.
+        seed: decides which sequences are drawn, their order, and how adapters begin.
+        text_column: column that holds the text in .jsonl and .parquet files.
+        chat_column: column that holds conversations, lists of {"role": …, "content": …}, in place of text; they become
+            text by the tokenizer's chat template.
+    """
+
+    text: str
+    samples: int | None = None
+    seq_len: int = 512
+    held_out: int = 16
+    seed: int = 0
+    text_column: str = "text"
+    chat_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise OptionError(f"samples is {self.samples}; training needs at least one sequence")
+        if self.seq_len < 2:
+            raise OptionError(f"seq_len is {self.seq_len}; a sequence needs at least two tokens")
+        if self.held_out < 1:
+            raise OptionError(f"held_out is {self.held_out}; without held-out sequences no checkpoint is the best")
+
+
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """How the pruned model is trained.
+
+    Attributes:
+        max_steps: optimizer steps.
+        max_minutes: stop after so many minutes of training; the learning rate follows the clock. With neither limit,
+            one pass over the text; with both, whichever comes first.
+        train: lora = adapters of low rank on every projection, merged at the end; full = all weights.
+        lora_rank: rank of the adapters.
+        lora_alpha: factor on them, times the rank; by default twice the rank.
+        learning_rate: its peak; by default 1e-3 for lora, 2e-4 for full.
+        batch_size: sequences per optimizer step, over all processes.
+        micro_batch: sequences per forward pass; by default at most 2 on a CPU, at most 8 elsewhere. Fewer
+            take less memory.
+        kl_weight: share of the distillation loss: KL divergence of the model's next-token distribution from that of
+            the dense model.
+        ce_weight: share of the next-token loss on the text itself.
+        hidden_weight: share of the loss on hidden states: relative squared distance from the dense model's, after every
+            layer that is left.
+        temperature: of both distributions in the distillation loss.
+        warmup: share of the run in which the learning rate rises.
+        decay: how it falls afterwards: to 0 along a cosine or a line, or not at all.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are scaled down to this norm.
+        checkpoints: how many times in the run the held-out loss is measured and a checkpoint is written.
+        gradient_checkpointing: compute activations again in the backward pass: less memory, a third more time.
+        precision: dtype of forward and backward passes; weights that are trained are float32 in any case. auto is
+            bfloat16 where the model is in half precision and the device is fast in it.
+    """
+
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    train: Trained = "lora"
+    lora_rank: int = 32
+    lora_alpha: float | None = None
+    learning_rate: float | None = None
+    batch_size: int = 8
+    micro_batch: int | None = None
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    hidden_weight: float = 0.0
+    temperature: float = 1.0
+    warmup: float = 0.05
+    decay: Decay = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    checkpoints: int = 10
+    gradient_checkpointing: bool = False
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "lora_rank", "batch_size", "micro_batch", "checkpoints"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} is {value}; it must be at least 1")
+        for name in ("max_minutes", "lora_alpha", "learning_rate", "temperature", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise OptionError(f"{name} is {value}; it must be a number above 0")
+        for name in ("kl_weight", "ce_weight", "hidden_weight", "weight_decay"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise OptionError(f"{name} is {value}; it must be a number of at least 0")
+        if not self.kl_weight + self.ce_weight + self.hidden_weight:
+            raise OptionError("kl_weight, ce_weight and hidden_weight are all 0: there is nothing to learn from")
+        if not 0 <= self.warmup < 1:
+            raise OptionError(f"warmup is {self.warmup}; it is a share of the run, from 0 to below 1")
+        if self.train == "full" and self.lora_alpha is not None:
+            raise OptionError("lora_alpha goes with train lora, and train is full")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise OptionError(f"micro_batch is {self.micro_batch}; it must divide batch_size, {self.batch_size}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss asks for the dense model."""
+        return bool(self.kl_weight or self.hidden_weight)
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate at its peak."""
+        return self.learning_rate if self.learning_rate is not None else LEARNING_RATES[self.train]
+
+    @property
+    def alpha(self) -> float:
+        """The adapters' factor, times the rank."""
+        return self.lora_alpha if self.lora_alpha is not None else 2.0 * self.lora_rank

@@ -1,0 +1,194 @@
+"""The pruned model as it is trained: which weights, in which dtype, with its loss, and back to a plain model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.families import family_of
+from prunus.groups import submodule
+from prunus.loss import chunked_cross_entropy, head_function, next_token_labels
+from prunus.recovery.objective import hidden_state_loss, token_loss
+from prunus.recovery.options import RecoveryOptions
+
+__all__ = ["Student", "Teacher", "add_adapters", "merge_adapters"]
+
+#: logits in memory at a time, by kind of device: on a CPU the pieces should stay in its caches
+LOGITS_AT_ONCE = {"cpu": 2**23}
+LOGITS_AT_ONCE_ELSEWHERE = 2**26
+
+
+def add_adapters(model: Any, rank: int, alpha: float, seed: int) -> Any:
+    """Put a LoRA adapter on every projection of the decoder layers; everything else is frozen. In place.
+
+    Adapters are float32 whatever the model's dtype, and begin as no change at all.
+
+    Args:
+        model: a causal language model of a described family.
+        rank: of the adapters.
+        alpha: factor on them, times the rank.
+        seed: of their first weights.
+
+    Returns:
+        The model inside peft's wrapper, for `merge_adapters`.
+
+    Source:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", https://arxiv.org/abs/2106.09685
+    """
+    import peft
+    from peft.tuners.lora import LoraLayer
+
+    # Named by the family: peft knows no targets of a model type of ours.
+    targets = sorted({projection.name for projection in family_of(model.config).projections})
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft asks transformers for an attribute by the name it had before 5.24.
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            # In mixed precision autocast casts what needs it; casting inputs to float32 first would be for nothing.
+            module.cast_input_dtype_enabled = False
+    return adapted
+
+
+@torch.no_grad()
+def merge_adapters(adapted: Any) -> Any:
+    """Add adapters to the weights that they belong to.
+
+    Each sum is made in float32 and rounded once, to the dtype of the weight; peft's own merging rounds more.
+
+    Args:
+        adapted: what `add_adapters` returned.
+
+    Returns:
+        The plain model, without anything of peft.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            (name,) = module.active_adapters
+            weight.copy_(weight.float() + module.get_delta_weight(name).float())
+    return adapted.unload()
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The dense model, and which of its hidden states belong to the student's.
+
+    Attributes:
+        model: a causal language model in evaluation mode.
+        layers: for every layer of the student that has one behind it, the dense model's layer that it comes from.
+    """
+
+    model: Any
+    layers: Sequence[int]
+
+
+class Student(nn.Module):
+    """The model that is trained, with its loss as its forward pass.
+
+    The loss has to be made inside: wrappers of data-parallel training gather weights before, and average gradients
+    after, the forward pass of the module they are given.
+
+    Args:
+        model: the pruned model.
+        options: the loss.
+        teacher: the dense model; None where the loss needs none.
+
+    Attributes:
+        trained: names of the parameters that are trained, tied ones once.
+    """
+
+    #: the loss is a mean over the tokens of a batch; Trainer divides it by the batches per step
+    accepts_loss_kwargs = False
+
+    def __init__(self, model: Any, options: RecoveryOptions, teacher: Teacher | None = None):
+        super().__init__()
+        self.model = model
+        self.options = options
+        # In a tuple, so that it is no submodule: nothing of it is trained, saved or moved about.
+        self._teacher = (teacher,)
+        self.trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        # What FSDP may wrap by itself.
+        self._no_split_modules = model._no_split_modules
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss of a batch.
+
+        Args:
+            input_ids: int64, shape (batch, seq_len), without padding.
+            labels: not read: a sequence is its own label. Trainer measures a loss where a batch has them.
+
+        Returns:
+            `loss`: in training the weighted loss; in evaluation mode the mean next-token loss.
+        """
+        options, (teacher,) = self.options, self._teacher
+        next_tokens = next_token_labels(input_ids)
+        head = head_function(self.model)
+        if not self.training:
+            hidden = self._decoder(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state
+            losses = chunked_cross_entropy(hidden, head, next_tokens, self._chunk(hidden))
+            return {"loss": losses.sum() / (next_tokens.numel() - len(next_tokens))}
+        with_states = bool(options.hidden_weight)
+        target: Any = None
+        if teacher is not None:
+            with torch.no_grad():
+                decoder = self._decoder(teacher.model)
+                target = decoder(input_ids=input_ids, use_cache=False, output_hidden_states=with_states)
+        output = self._decoder(self.model)(input_ids=input_ids, use_cache=False, output_hidden_states=with_states)
+        hidden = output.last_hidden_state
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        if options.kl_weight or options.ce_weight:
+            loss = loss + token_loss(
+                hidden,
+                head,
+                next_tokens,
+                teacher_hidden=None if target is None else target.last_hidden_state,
+                teacher_head=None if teacher is None else head_function(teacher.model),
+                kl_weight=options.kl_weight,
+                ce_weight=options.ce_weight,
+                temperature=options.temperature,
+                head_parameters=[p for p in self.model.get_output_embeddings().parameters() if p.requires_grad],
+                chunk=self._chunk(hidden),
+            )
+        if with_states:
+            assert teacher is not None
+            # Entry l + 1 is what layer l leaves; the last is behind the final norm, in both models.
+            own = [*output.hidden_states[1:-1], hidden]
+            wanted = [target.hidden_states[layer_idx + 1] for layer_idx in teacher.layers[:-1]]
+            loss = loss + options.hidden_weight * hidden_state_loss(own, [*wanted, target.last_hidden_state])
+        return {"loss": loss}
+
+    def _decoder(self, model: Any) -> Callable[..., Any]:
+        decoder: Any = submodule(model, family_of(model.config).layers.rpartition(".")[0])
+        return decoder
+
+    def _chunk(self, hidden: Tensor) -> int:
+        at_once = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE_ELSEWHERE)
+        return max(16, at_once // int(self.model.config.vocab_size))
+
+    def trained_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The weights that are trained, by name.
+
+        Args:
+            state: the whole state, where a wrapper has gathered it.
+        """
+        whole = self.state_dict() if state is None else state
+        return {name: whole[name].detach().cpu().contiguous() for name in self.trained}
+
+    def load_trained_state_(self, state: Mapping[str, Tensor]) -> None:
+        """Take weights that `trained_state` gave, in the dtypes that are here."""
+        result = self.load_state_dict(dict(state), strict=False)
+        assert not result.unexpected_keys
+        assert set(self.trained) == state.keys()

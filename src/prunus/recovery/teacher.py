@@ -1,0 +1,104 @@
+"""Which dense model a pruned one learns from, and whether it fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from prunus.checkpoint.load import HUB_FILES, check_folder
+from prunus.errors import CheckpointError, OptionError, PlanError, PrunusError
+from prunus.packaged_model import PACKAGED_MODEL, resolve_model
+from prunus.plan import Plan
+
+__all__ = ["check_vocabulary", "find_teacher", "layers_behind"]
+
+
+def find_teacher(pruned: Path) -> str:
+    """The base model that a pruned folder names, if it is on this machine.
+
+    A folder is named without its place: it is looked for beside the pruned one, and in the current directory. A model
+    of the Hub is taken from the Hub's cache.
+
+    Args:
+        pruned: folder of the pruned model.
+
+    Returns:
+        A folder.
+
+    Raises:
+        CheckpointError: none is named, or it is not here.
+    """
+    record = pruned / "prunus" / "metrics.json"
+    advice = "name the dense model with --teacher, or train without one: --kl-weight 0 --ce-weight 1"
+    try:
+        name = str(json.loads(record.read_text(encoding="utf-8"))["base_model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{record} does not say which model {pruned} was cut from ({type(error).__name__}); {advice}"
+        ) from error
+    if name == PACKAGED_MODEL:
+        return resolve_model(name)
+    for place in (pruned.resolve().parent / Path(name).name, Path(name)):
+        if (place / "config.json").is_file():
+            return str(place)
+    try:
+        folder = snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True)
+        check_folder(Path(folder))
+    except (LocalEntryNotFoundError, HFValidationError, PrunusError, OSError) as error:
+        raise CheckpointError(
+            f"{pruned} was cut from {name!r}, which is neither beside it, nor in the current directory, nor in the "
+            f"Hub's cache; {advice}"
+        ) from error
+    return folder
+
+
+def check_vocabulary(config: Any, tokenizer: Any, teacher_config: Any, teacher_tokenizer: Any, teacher: str) -> None:
+    """Check that two models speak of the same tokens: a distribution over others cannot be learned from.
+
+    Raises:
+        OptionError: sizes or tokens differ.
+    """
+    sizes = config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size
+    if sizes[0] != sizes[1]:
+        raise OptionError(
+            f"the teacher {teacher} has logits for {sizes[1]} tokens, the pruned model for {sizes[0]}: distillation "
+            "needs the model it was cut from, or one with the same vocabulary"
+        )
+    ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if ours != theirs:
+        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        raise OptionError(
+            f"the teacher {teacher} has another vocabulary than the pruned model: {len(differing)} tokens differ, "
+            f"first {differing[0]!r} ({theirs.get(differing[0])} there, {ours.get(differing[0])} here)"
+        )
+
+
+def layers_behind(pruned: Path, config: Any, teacher_config: Any, teacher: str) -> tuple[int, ...]:
+    """For every decoder layer of a pruned model, the index of the dense model's layer that it comes from.
+
+    Raises:
+        OptionError: the folder's plan is missing, or is not about these two models.
+    """
+    layers, dense_layers = config.num_hidden_layers, teacher_config.num_hidden_layers
+    try:
+        plan = Plan.load(pruned / "prunus" / "plan.json")
+    except PlanError as error:
+        if layers == dense_layers and config.hidden_size == teacher_config.hidden_size:
+            return tuple(range(layers))
+        raise OptionError(
+            f"hidden_weight needs to know which layers of the teacher belong to which of {pruned}, and its plan cannot "
+            f"be read ({error}); leave hidden_weight out"
+        ) from error
+    survivors = plan.surviving_layers
+    if len(plan.layers) != dense_layers or len(survivors) != layers or config.hidden_size != teacher_config.hidden_size:
+        raise OptionError(
+            f"hidden_weight compares hidden states, and {teacher} (hidden size {teacher_config.hidden_size}, "
+            f"{dense_layers} layers) is not what {pruned} was cut from (hidden size {config.hidden_size}, "
+            f"{len(plan.layers)} layers of which {len(survivors)} are left); name that model with --teacher, or leave "
+            "hidden_weight out"
+        )
+    return survivors

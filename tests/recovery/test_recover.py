@@ -1,0 +1,249 @@
+"""Recovery from end to end, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_families import ONE_EACH, case_id, logits, make_model, random_tokens
+from tiny_recovery import ENVIRONMENT, SHORT, chat_tokenizer, cut
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prunus
+from prunus.cli import main
+from prunus.evaluation.perplexity import perplexity_of_windows
+from prunus.recovery.student import add_adapters, merge_adapters
+
+FAST = ["--learning-rate", "5e-3", "--max-steps", "40", "--checkpoints", "4"]
+
+
+def held_out_loss(folder, facts, samples):
+    """The held-out loss of a saved folder, on sequences drawn again."""
+    model, tokenizer = prunus.load_model(folder)
+    drawn = prunus.load_calibration("default", tokenizer, samples=samples, seq_len=32)
+    held_out = drawn.split(16)[1]
+    assert held_out.provenance.sha256 == facts["held_out"]["sha256"]
+    return perplexity_of_windows(model, held_out.input_ids, progress=False).nll
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_distillation_wins_back_what_pruning_lost(recover, pruned, dense, tmp_path, train):
+    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *FAST, "--train", train)
+    loss = facts["held_out_loss"]
+    assert loss["dense"] < loss["before"], "pruning did harm"
+    assert loss["after"] < loss["before"] - 0.4 * (loss["before"] - loss["dense"])
+    assert facts["gap_closed"] == pytest.approx((loss["before"] - loss["after"]) / (loss["before"] - loss["dense"]))
+    # What the record says is what the folders do.
+    assert held_out_loss(tmp_path / "out", facts, 40 * 4 + 16) == pytest.approx(loss["after"], rel=1e-6)
+    assert held_out_loss(pruned, facts, 40 * 4 + 16) == pytest.approx(loss["before"], rel=1e-6)
+    assert held_out_loss(dense, facts, 40 * 4 + 16) == pytest.approx(loss["dense"], rel=1e-6)
+    assert loss["after"] == pytest.approx(min(entry["held_out_loss"] for entry in facts["history"]), rel=1e-5)
+    assert [entry["step"] for entry in facts["history"]] == [10, 20, 30, 40]
+    assert facts["teacher"] == "dense", "found beside the pruned folder"
+
+
+def test_the_result_is_a_folder_of_the_same_kind(recover, pruned, tmp_path):
+    out = tmp_path / "out"
+    facts = recover(pruned, "--out", out, *SHORT, *FAST)
+    assert not (tmp_path / "out.work").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    before = {path.relative_to(pruned).as_posix() for path in pruned.rglob("*") if path.is_file()}
+    after = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert after == before | {"prunus/recovery.json"}
+    for name in ("plan.json", "metrics.json", "groups.csv", "score.json"):
+        assert (out / "prunus" / name).read_bytes() == (pruned / "prunus" / name).read_bytes()
+    assert json.loads((out / "prunus" / "recovery.json").read_text()) == facts
+    assert (out / "config.json").read_text() == (pruned / "config.json").read_text()
+    card = (out / "README.md").read_text()
+    assert "\n# out\n" in card
+    assert 'from_pretrained("out"' in card
+    assert "pruned" not in card.split("## Recovery")[0].split("from_pretrained")[1]
+    assert f"{math.exp(facts['held_out_loss']['after']):.2f}" in card.split("## Recovery")[1]
+    assert facts["text"]["sha256"] in card
+    assert main(["export", str(out), "--to", "dense", "--out", str(tmp_path / "filled")]) == 0
+    ids = random_tokens()
+    recovered = AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "filled"), ids),
+        logits(recovered, ids),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    # Recovering once more keeps what was done before.
+    again = recover(out, "--out", tmp_path / "again", *SHORT, "--max-steps", 2, "--teacher", pruned.with_name("dense"))
+    assert again["earlier"]["history"] == facts["history"]
+
+
+WITHOUT_PRUNUS = """
+import sys
+sys.modules["prunus"] = None
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    save_file({"logits": model(torch.arange(40).view(2, 20)).logits}, sys.argv[2])
+"""
+
+
+def test_adapters_merged_and_saved_compute_what_they_computed_before(tmp_path):
+    dense = make_model("qwen2", "gqa-tied", num_hidden_layers=4, vocab_size=260)
+    _, smaller = cut(dense)
+    untouched = logits(smaller, torch.arange(40).view(2, 20))
+    adapted = add_adapters(smaller, rank=5, alpha=10.0, seed=0)
+    assert torch.equal(logits(smaller, torch.arange(40).view(2, 20)), untouched), "adapters begin as no change"
+    for name, parameter in smaller.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    before = logits(smaller, torch.arange(40).view(2, 20))
+    assert (before - untouched).abs().max() > 0.1
+    merged = merge_adapters(adapted)
+    prunus.save_checkpoint(merged, chat_tokenizer(), tmp_path / "out", card="", extras={})
+    with_prunus = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.arange(40).view(2, 20))
+    torch.testing.assert_close(with_prunus, before, rtol=1e-4, atol=1e-5)
+    command = [sys.executable, "-I", "-c", WITHOUT_PRUNUS, str(tmp_path / "out"), str(tmp_path / "logits")]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(load_file(tmp_path / "logits")["logits"], with_prunus)
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+def test_adapters_of_every_family(case):
+    """Every projection that is left has one, and nothing else is trained."""
+    _, smaller = cut(make_model(*case, num_hidden_layers=4))
+    plain = {name for name, _ in smaller.named_parameters()}
+    projections = {name for name, m in smaller.model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
+    adapted = add_adapters(smaller, rank=2, alpha=4.0, seed=0)
+    trained = {name for name, p in smaller.model.layers.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.lora_{side}.default.weight" for name in projections for side in "AB"}
+    assert all(p.dtype == torch.float32 for p in smaller.parameters() if p.requires_grad)
+    for parameter in smaller.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    before = logits(smaller, random_tokens())
+    merged = merge_adapters(adapted)
+    assert {name for name, _ in merged.named_parameters()} == plain
+    torch.testing.assert_close(logits(merged, random_tokens()), before, rtol=1e-3, atol=1e-4)
+
+
+def test_merging_into_half_precision_rounds_once():
+    model = make_model("llama", "gqa").to(torch.bfloat16)
+    weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    adapted = add_adapters(model, rank=3, alpha=6.0, seed=0)
+    adapter = model.model.layers[0].mlp.up_proj
+    adapter.lora_B["default"].weight.data.normal_(std=0.05)
+    product = 2.0 * adapter.lora_B["default"].weight.double() @ adapter.lora_A["default"].weight.double()
+    merged = merge_adapters(adapted).model.layers[0].mlp.up_proj.weight
+    assert merged.dtype == torch.bfloat16
+    once = (weight.double() + product).to(torch.bfloat16)
+    twice = (weight + product.to(torch.bfloat16)).to(torch.bfloat16)
+    # The sum in float32 may fall on the other side of the middle between two numbers now and then.
+    assert (merged == once).double().mean() > 0.999
+    assert (twice == once).double().mean() < 0.99, "rounding the product first would be seen"
+
+
+def test_the_best_checkpoint_is_kept_and_not_the_last(recover, pruned, tmp_path):
+    """Many steps on few sequences: they are learned by heart, and the held-out loss turns around."""
+    learn = ["--kl-weight", 0, "--ce-weight", 1, "--train", "full", "--decay", "constant", "--learning-rate", "3e-3"]
+    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *learn, "--samples", 16, "--max-steps", 60)
+    losses = {entry["step"]: entry["held_out_loss"] for entry in facts["history"]}
+    best = min(losses, key=losses.get)
+    assert best < 60
+    assert losses[60] > losses[best] + 0.01
+    assert facts["best_step"] == best > 0
+    assert held_out_loss(tmp_path / "out", facts, 16 + 16) == pytest.approx(losses[best], rel=1e-5)
+    assert facts["held_out_loss"]["dense"] is None, "no teacher was needed"
+
+
+def test_a_model_that_training_only_harms_comes_out_as_it_was(recover, pruned, tmp_path, caplog):
+    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, "--max-steps", 3, "--learning-rate", 2.0)
+    assert facts["best_step"] == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (pruned, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "the result is the model as it was" in caplog.text
+
+
+def test_an_absurd_learning_rate_stops_with_the_step(refused, pruned, tmp_path):
+    options = ["--max-steps", 20, "--train", "full", "--learning-rate", "1e38", "--max-grad-norm", "1e30"]
+    message = refused(pruned, "--out", tmp_path / "out", *SHORT, *options)
+    assert "of step 2 is not finite" in message or "of step 1 is not finite" in message
+    assert "lower --learning-rate" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_clock_ends_a_run(recover, pruned, tmp_path):
+    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, "--max-minutes", 0.05, "--checkpoints", 2)
+    assert 0 < facts["seconds"] <= 3.0
+    assert facts["history"][-1]["step"] == facts["steps"] > 1
+
+
+def test_one_pass_over_the_text_without_limits(recover, pruned, tmp_path):
+    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, "--samples", 22)
+    assert facts["steps"] == 5
+    assert facts["tokens"] == 5 * 4 * 32
+
+
+def test_hidden_states_bfloat16_and_gradient_checkpointing(recover, pruned, tmp_path):
+    options = ["--hidden-weight", 0.5, "--precision", "bfloat16", "--gradient-checkpointing"]
+    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *FAST, *options)
+    assert facts["held_out_loss"]["after"] < facts["held_out_loss"]["before"]
+    assert facts["options"]["precision"] == "bfloat16"
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_result(recover, pruned, tmp_path):
+    steps = [*SHORT, "--max-steps", 4, "--hidden-weight", 0.5]
+    facts = [
+        recover(pruned, "--out", tmp_path / name, *steps, *options)
+        for name, options in (("plain", []), ("checkpointed", ["--gradient-checkpointing"]))
+    ]
+    assert facts[0]["training_losses"] == facts[1]["training_losses"]
+
+
+def test_micro_batches_add_up_to_the_batch(recover, pruned, tmp_path):
+    losses = []
+    for size in (1, 4):
+        words = [*SHORT[:-1], size, "--max-steps", 5, "--learning-rate", 1e-3]
+        facts = recover(pruned, "--out", tmp_path / str(size), *words)
+        losses.append([entry["loss"] for entry in facts["training_losses"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_conversations(recover, pruned, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    records = [
+        {"messages": [{"role": "user", "content": f"What is {n} + {n}?"}, {"role": "assistant", "content": str(2 * n)}]}
+        for n in range(200)
+    ]
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    words = [str(path) if word == "default" else word for word in SHORT]
+    facts = recover(pruned, "--out", tmp_path / "out", *words, "--chat-column", "messages", "--max-steps", 10)
+    assert (facts["text"]["source"], facts["text"]["kind"]) == ("chat.jsonl", "chat")
+    tokenizer = AutoTokenizer.from_pretrained(pruned)
+    texts = [f"[user] What is {n} + {n}?\n[assistant] {2 * n}\n" for n in range(200)]
+    expected = prunus.calibration_from_texts(texts, tokenizer, samples=56, seq_len=32).split(16)[0]
+    assert facts["text"]["sha256"] == expected.provenance.sha256
+
+
+def test_two_processes(recover, pruned, tmp_path):
+    """torchrun with gloo: the same batches in other hands."""
+    options = [*SHORT[:-1], "2", "--max-steps", "6", "--checkpoints", "2", "--learning-rate", "1e-3", "--json"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["-m", "prunus", "recover", str(pruned), "--out", str(tmp_path / "two"), *options]
+    done = subprocess.run([*launcher, *words], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    one = recover(pruned, "--out", tmp_path / "one", *options[:-1])
+    assert two["processes"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    assert two["held_out_loss"]["after"] < two["held_out_loss"]["before"]
+    assert [entry["step"] for entry in two["history"]] == [3, 6]
+    assert two["held_out_loss"]["after"] == pytest.approx(one["held_out_loss"]["after"], abs=0.02)

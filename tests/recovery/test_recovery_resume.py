@@ -1,0 +1,132 @@
+"""A run that was killed or interrupted goes on, and ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from tiny_recovery import ENVIRONMENT, PRUNUS, SHORT, last_wins
+
+from prunus.cli import main
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
+
+#: more than one pass over the 120 sequences, so that the second one's order counts too
+RUN = [*SHORT, "--samples", "120", "--max-steps", "60", "--checkpoints", "12", "--learning-rate", "3e-3"]
+
+
+@pytest.fixture(scope="module")
+def expected(pruned, tmp_path_factory):
+    """What a run gives that nobody disturbs."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert main(["recover", str(pruned), "--out", str(out), *last_wins(RUN)]) == 0
+    return out
+
+
+class Killed(BaseException):
+    """Not an error that anything handles."""
+
+
+def without_result(recover, pruned, out):
+    """A run that is killed when only its result is left to be written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prunus.recovery.run.save_checkpoint", killed)
+        with pytest.raises(Killed):
+            recover(pruned, "--out", out, *RUN)
+    assert not out.exists()
+
+
+def killed(*args, **kwargs):
+    raise Killed
+
+
+def started(pruned, out, after, *more):
+    """A run that has come as far as a checkpoint."""
+    command = [*PRUNUS, "recover", str(pruned), "--out", str(out), *last_wins([*RUN, *more])]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    written = out.with_name(out.name + ".work") / f"checkpoint-{after}" / "trainer_state.json"
+    while not written.is_file() and process.poll() is None:
+        time.sleep(0.002)
+    assert process.poll() is None, process.communicate()[1]
+    return process
+
+
+def assert_same(out, expected):
+    assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    found, wanted = (json.loads((folder / "prunus" / "recovery.json").read_text()) for folder in (out, expected))
+    for name in ("history", "training_losses", "held_out_loss", "best_step", "steps", "text"):
+        assert found[name] == wanted[name], name
+    assert not out.with_name(out.name + ".work").exists()
+
+
+def test_killed_twice(recover, pruned, expected, tmp_path):
+    out = tmp_path / "out"
+    for number, after in enumerate((10, 35)):
+        process = started(pruned, out, after, *(["--resume"] if number else []))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not out.exists()
+    # A checkpoint that was being written when the power went is none.
+    broken = out.with_name("out.work") / "checkpoint-59"
+    shutil.copytree(out.with_name("out.work") / "checkpoint-35", broken)
+    (broken / "trainer_state.json").write_text('{"global_step": 5')
+    recover(pruned, "--out", out, *RUN, "--resume")
+    assert_same(out, expected)
+
+
+def test_interrupted_by_ctrl_c(recover, pruned, expected, tmp_path):
+    out = tmp_path / "out"
+    process = started(pruned, out, 5)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1]
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    (name,) = re.findall(r"checkpoint-\d+", errors)
+    assert int(name.partition("-")[2]) >= 5
+    assert (out.with_name("out.work") / name / "trainer_state.json").is_file()
+    recover(pruned, "--out", out, *RUN, "--resume")
+    assert_same(out, expected)
+
+
+def test_killed_when_only_the_result_was_left_to_write(recover, pruned, expected, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    without_result(recover, pruned, out)
+    monkeypatch.setattr("prunus.recovery.trainer.RecoveryTrainer.train", killed)
+    recover(pruned, "--out", out, *RUN, "--resume")
+    assert_same(out, expected)
+
+
+def test_killed_after_the_last_checkpoint(recover, pruned, tmp_path, monkeypatch):
+    """In the middle of a pass over the text: nothing is left to train."""
+    run = [*SHORT, "--samples", "120", "--max-steps", "7", "--checkpoints", "1"]
+    expected = recover(pruned, "--out", tmp_path / "expected", *run)
+    with monkeypatch.context() as patch:
+        patch.setattr("prunus.recovery.checkpoints.Checkpoints.finish", killed)
+        with pytest.raises(Killed):
+            recover(pruned, "--out", tmp_path / "out", *run)
+    assert (tmp_path / "out.work" / "checkpoint-7").is_dir()
+    assert recover(pruned, "--out", tmp_path / "out", *run, "--resume")["steps"] == 7 == expected["steps"]
+    assert_same(tmp_path / "out", tmp_path / "expected")
+
+
+def test_what_does_not_go_together_is_refused(refused, recover, pruned, tmp_path):
+    out = tmp_path / "out"
+    assert "holds no checkpoints of an earlier run" in refused(pruned, "--out", out, *RUN, "--resume")
+    without_result(recover, pruned, out)
+    assert "go on with --resume, or begin anew with --overwrite" in refused(pruned, "--out", out, *RUN)
+    other = [word if word != "3e-3" else "1e-3" for word in RUN]
+    message = refused(pruned, "--out", out, *other, "--resume")
+    assert "learning_rate 0.003, now it is 0.001" in message
+    message = refused(pruned, "--out", out, *RUN, "--seed", "1", "--resume")
+    assert "was begun with" in message
+    facts = recover(pruned, "--out", out, *SHORT, "--max-steps", "2", "--overwrite")
+    assert facts["steps"] == 2
+    assert not out.with_name("out.work").exists()

@@ -1,0 +1,128 @@
+"""Whatever cannot work is refused before long work, with the value and what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from tiny_families import make_model
+from tiny_recovery import SHORT, chat_tokenizer
+from transformers import AutoModelForCausalLM
+
+from prunus.cli import main
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--max-steps", "0"], "max_steps is 0"),
+        (["--max-minutes", "-1"], "max_minutes is -1.0"),
+        (["--learning-rate", "nan"], "learning_rate is nan"),
+        (["--temperature", "0"], "temperature is 0.0"),
+        (["--kl-weight", "-0.5"], "kl_weight is -0.5"),
+        (["--kl-weight", "0"], "nothing to learn from"),
+        (["--warmup", "1"], "warmup is 1.0"),
+        (["--train", "full", "--lora-alpha", "3"], "lora_alpha goes with train lora"),
+        (["--micro-batch", "3"], "micro_batch is 3; it must divide batch_size, 4"),
+        (["--held-out", "0"], "held_out is 0"),
+        (["--samples", "0"], "samples is 0"),
+        (["--seq-len", "1"], "seq_len is 1"),
+        (["--seq-len", "65"], "knows only 64 positions"),
+        (["--text", "nowhere.txt"], "'nowhere.txt' does not exist"),
+        (["--text", "nowhere.jsonl", "--chat-column", "messages"], "cannot read nowhere.jsonl"),
+        (["--device", "gpu"], "device 'gpu'"),
+        (["--teacher", "nowhere/at/all"], "no model folder 'nowhere/at/all'"),
+    ],
+)
+def test_options(refused, pruned, tmp_path, options, named):
+    assert named in refused(pruned, "--out", tmp_path / "out", *SHORT, "--max-steps", "2", *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_in_use(refused, pruned, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "is not empty" in refused(pruned, "--out", tmp_path, *SHORT)
+
+
+def test_neither_model_is_replaced_by_the_result(refused, pruned, dense):
+    for folder in (pruned, dense):
+        message = refused(pruned, "--out", folder, *SHORT, "--max-steps", "2", "--overwrite")
+        assert "is the folder of the model" in message
+        assert (folder / "model.safetensors").is_file()
+
+
+def test_checkpoints_of_somebody_else_are_left_alone(refused, pruned, tmp_path):
+    (tmp_path / "runs" / "checkpoint-500").mkdir(parents=True)
+    words = [pruned, "--out", tmp_path / "out", *SHORT, "--work", tmp_path / "runs", "--overwrite"]
+    assert "checkpoints that are not of a recovery run" in refused(*words)
+    assert (tmp_path / "runs" / "checkpoint-500").is_dir()
+
+
+def test_a_text_that_is_too_short_says_how_long_it_is(refused, pruned, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("word " * 100)
+    words = [str(path) if word == "default" else word for word in SHORT]
+    message = refused(pruned, "--out", tmp_path / "out", *words)
+    assert "holds 15 sequences of 32 tokens" in message
+    assert "need 20" in message
+
+
+def test_teachers(refused, pruned, dense, tmp_path):
+    small = tmp_path / "small"
+    make_model("llama", "gqa", vocab_size=261).save_pretrained(small)
+    chat_tokenizer().save_pretrained(small)
+    options = ["--out", tmp_path / "out", *SHORT, "--max-steps", "2"]
+    assert "logits for 261 tokens, the pruned model for 260" in refused(pruned, *options, "--teacher", small)
+    other = tmp_path / "other"
+    shutil.copytree(dense, other)
+    chat_tokenizer("<other>").save_pretrained(other)
+    message = refused(pruned, *options, "--teacher", other)
+    assert "1 tokens differ, first '<other>'" in message
+    deeper = tmp_path / "deeper"
+    make_model("llama", "gqa", num_hidden_layers=5, vocab_size=260).save_pretrained(deeper)
+    chat_tokenizer().save_pretrained(deeper)
+    message = refused(pruned, *options, "--teacher", deeper, "--hidden-weight", "1")
+    assert "5 layers" in message
+    assert "is not what" in message
+
+
+def test_a_base_model_that_is_not_here(refused, recover, pruned, tmp_path):
+    moved = tmp_path / "elsewhere" / "pruned"
+    shutil.copytree(pruned, moved)
+    message = refused(moved, "--out", tmp_path / "out", *SHORT, "--max-steps", "2")
+    assert "was cut from 'dense'" in message
+    assert "--teacher" in message
+    (moved / "prunus" / "metrics.json").unlink()
+    message = refused(moved, "--out", tmp_path / "out", *SHORT, "--max-steps", "2")
+    assert "does not say which model" in message
+    # What the message advises works.
+    facts = recover(moved, "--out", tmp_path / "out", *SHORT, "--max-steps", "2", "--kl-weight", 0, "--ce-weight", 1)
+    assert facts["teacher"] is None
+
+
+def test_conversations_that_are_none(refused, pruned, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    words = [str(path) if word == "default" else word for word in SHORT]
+    given = [pruned, "--out", tmp_path / "out", *words, "--chat-column", "messages"]
+    for record, named in (
+        ({"text": "no"}, "record 1 has no column 'messages'. Columns: text"),
+        ({"messages": "hello"}, "holds no conversation"),
+        ({"messages": [{"role": "user"}]}, "holds no conversation"),
+    ):
+        path.write_text(json.dumps(record))
+        assert named in refused(*given)
+    path.write_text("{")
+    assert "line 1 is not JSON" in refused(*given)
+    bare = tmp_path / "bare"
+    AutoModelForCausalLM.from_pretrained(pruned).save_pretrained(bare)
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(bare)
+    assert "no chat template" in refused(bare, *given[1:], "--kl-weight", "0", "--ce-weight", "1")
+
+
+def test_other_commands_still_refuse_many_processes(monkeypatch, capsys, pruned, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["prune", str(pruned), "--out", str(tmp_path / "out")]) == 1
+    assert "only `prunus score` shares its work out" in capsys.readouterr().err

@@ -1,0 +1,60 @@
+"""What the tests of recovery share: a short run, its tokenizer, and an uneven cut."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tiny_folder import byte_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+import prunus
+from prunus.groups import Geometry
+from prunus.plan import Plan
+from prunus.surgery import apply_plan
+
+#: one step is four sequences of 32 tokens of the manual in Python's standard library
+SHORT = ["--text", "default", "--seq-len", "32", "--held-out", "16", "--batch-size", "4", "--micro-batch", "4"]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{Path(prunus.__file__).parents[1]}:{Path(__file__).parents[1]}",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+PRUNUS = [sys.executable, "-m", "prunus"]
+
+
+def last_wins(words: Iterable[object]) -> list[str]:
+    """A command line in which an option that is given twice has its last value."""
+    given = [str(word) for word in words]
+    kept: list[str] = []
+    for number, word in enumerate(given):
+        again = word.startswith("--") and word in given[number + 1 :]
+        follows_dropped = number and given[number - 1].startswith("--") and given[number - 1] in given[number:]
+        if not again and not (follows_dropped and not word.startswith("--")):
+            kept.append(word)
+    return kept
+
+
+def chat_tokenizer(*more: str) -> PreTrainedTokenizerFast:
+    """One token per byte, further ones, and a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(list(more))
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    return tokenizer
+
+
+def cut(dense):
+    """Unequal widths, a layer without attention, and a layer gone."""
+    geometry = Geometry.of(dense)
+    attention, mlp = geometry.widths[0]["attention"], geometry.widths[0]["mlp"]
+    kept = [
+        {"attention": range(attention), "mlp": range(5, mlp)},
+        {"attention": [], "mlp": []},
+        {"attention": [], "mlp": range(7)},
+        {"attention": range(max(1, attention - 1)), "mlp": range(3)},
+    ]
+    plan = Plan.from_kept(geometry, kept)
+    return plan, apply_plan(dense, plan)
