@@ -87,6 +87,7 @@ def drawing_library() -> str | None:
         return None
     import vl_convert
 
-    bundle: Any = vl_convert.javascript_bundle()
+    make: Any = vl_convert.javascript_bundle  # by its types, but not in fact, it needs an argument
+    bundle: str = make()
     # In a script's strings and patterns a backslash before the slash changes nothing; markup it would end is no more.
     return re.sub(r"<(?=/script|!--)", r"\\x3c", bundle, flags=re.IGNORECASE)
