@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_families import ONE_EACH, case_id, logits, make_model, random_tokens
 from tiny_recovery import ENVIRONMENT, SHORT, chat_tokenizer, cut
@@ -19,6 +20,7 @@ import prunus
 from prunus.cli import main
 from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.recovery.student import add_adapters, merge_adapters
+from prunus.result_folder import read_result
 
 FAST = ["--learning-rate", "5e-3", "--max-steps", "40", "--checkpoints", "4"]
 
@@ -55,9 +57,15 @@ def test_the_result_is_a_folder_of_the_same_kind(recover, pruned, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     before = {path.relative_to(pruned).as_posix() for path in pruned.rglob("*") if path.is_file()}
     after = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert after == before | {"prunus/recovery.json"}
-    for name in ("plan.json", "metrics.json", "groups.csv", "score.json"):
+    # What the pruned model wrote and what its report says is not the recovered one's.
+    assert after == before - {"prunus/samples.json", "report.html"} | {"prunus/recovery.json"}
+    for name in ("plan.json", "groups.csv", "score.json"):
         assert (out / "prunus" / name).read_bytes() == (pruned / "prunus" / name).read_bytes()
+    own, old = (json.loads((folder / "prunus" / "metrics.json").read_text()) for folder in (out, pruned))
+    assert own.pop("before_recovery") == {name: old[name] for name in old if name.startswith("perplexity")}
+    assert own["perplexity_after"] == pytest.approx(math.exp(facts["held_out_loss"]["after"]))
+    assert own["perplexity_before"] == pytest.approx(math.exp(facts["held_out_loss"]["dense"]))
+    assert {n: own[n] for n in own if "perplexity" not in n} == {n: old[n] for n in old if "perplexity" not in n}
     assert json.loads((out / "prunus" / "recovery.json").read_text()) == facts
     assert (out / "config.json").read_text() == (pruned / "config.json").read_text()
     card = (out / "README.md").read_text()
@@ -66,6 +74,10 @@ def test_the_result_is_a_folder_of_the_same_kind(recover, pruned, tmp_path):
     assert "pruned" not in card.split("## Recovery")[0].split("from_pretrained")[1]
     assert f"{math.exp(facts['held_out_loss']['after']):.2f}" in card.split("## Recovery")[1]
     assert facts["text"]["sha256"] in card
+    (result,) = [r for r in ModelCard(card).data.eval_results if r.metric_name == "perplexity"]
+    assert result.metric_value == pytest.approx(math.exp(facts["held_out_loss"]["after"]))
+    assert read_result(out).metrics["perplexity_after"] == own["perplexity_after"]
+    assert main(["report", str(out)]) == 0
     assert main(["export", str(out), "--to", "dense", "--out", str(tmp_path / "filled")]) == 0
     ids = random_tokens()
     recovered = AutoModelForCausalLM.from_pretrained(out)

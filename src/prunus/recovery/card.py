@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
+from prunus.checkpoint.card import MeasuredFacts, updated_card
+from prunus.errors import CheckpointError
+
 __all__ = ["card_with_recovery"]
 
 
@@ -22,11 +27,28 @@ def card_with_recovery(folder: Path, name: str, facts: Mapping[str, Any], comman
         command: what the user typed.
     """
     path = folder / "README.md"
-    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.name}\n"
     old = folder.resolve().name
+    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {old}\n"
+    card = updated_card(_without_figures(card), name, [_measured(facts)])
     card = re.sub(rf"^# {re.escape(old)}$", lambda _: f"# {name}", card, count=1, flags=re.MULTILINE)
     card = card.replace(f"from_pretrained({json.dumps(old)}", f"from_pretrained({json.dumps(name)}")
     return f"{card.rstrip()}\n\n{_section(facts, command)}\n"
+
+
+def _without_figures(text: str) -> str:
+    """A card without what was measured on the model before its recovery."""
+    try:
+        card = ModelCard(text)
+    except Exception as error:  # any YAML that somebody wrote by hand
+        raise CheckpointError(f"the front matter of the pruned model's card cannot be read: {error}") from None
+    card.data.eval_results = card.data.model_name = card.data.metrics = None
+    return str(card)
+
+
+def _measured(facts: Mapping[str, Any]) -> MeasuredFacts:
+    loss, text = facts["held_out_loss"], f"held-out sequences ({facts['held_out']['source']})"
+    dense = None if loss["dense"] is None else math.exp(loss["dense"])
+    return MeasuredFacts(text, text, "perplexity", "perplexity", facts["protocol"], dense, math.exp(loss["after"]))
 
 
 def _section(facts: Mapping[str, Any], command: str) -> str:
@@ -50,8 +72,8 @@ def _section(facts: Mapping[str, Any], command: str) -> str:
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
     return (
         "## Recovery\n\nAfter pruning the model was trained. Perplexity on held-out sequences of the training text: "
-        f"{math.exp(loss['before']):.2f} before, {math.exp(loss['after']):.2f} after{dense}. Perplexities in other "
-        f"sections are those before this training.\n\n{table}\n\n{fence}sh\n{command}\n{fence}\n\n"
+        f"{math.exp(loss['before']):.2f} before, {math.exp(loss['after']):.2f} after{dense}.\n\n"
+        f"{table}\n\n{fence}sh\n{command}\n{fence}\n\n"
         "`prunus/recovery.json` has all options and losses."
     )
 

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import json
 import logging
+import math
 import os
 import shlex
 import time
@@ -30,7 +31,7 @@ from prunus.checkpoint import (
 from prunus.checkpoint.load import read_small_files
 from prunus.digest import digest_model
 from prunus.errors import OptionError
-from prunus.evaluation.perplexity import perplexity_of_windows
+from prunus.evaluation.perplexity import PerplexityResult, perplexity_of_windows
 from prunus.packaged_model import resolve_model
 from prunus.recovery.card import card_with_recovery
 from prunus.recovery.checkpoints import Checkpoints
@@ -53,6 +54,8 @@ MICRO_BATCHES_ELSEWHERE = 8
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 #: file of the folder prunus/ in which the run is described
 RECORD = "recovery.json"
+#: files in it about the pruned model that say nothing about the recovered one
+MEASURED_BEFORE = ("evaluation.json", "samples.json")
 
 
 def recover_checkpoint(
@@ -119,10 +122,11 @@ def recover_checkpoint(
             return {}
         result = run.result(checkpoints, trained["best_step"])
         after = perplexity_of_windows(result, run.held_out.input_ids, progress=progress)
-        facts = run.facts(trained, after.nll)
+        facts = run.facts(trained, after)
         command = command or f"prunus recover {shlex.quote(model)} --out {shlex.quote(str(out))} --text {text.text}"
+        facts["command"] = command
         card = card_with_recovery(run.folder, Path(out).name, facts, command)
-        extras = {**_extras(run.folder), RECORD: json.dumps(facts, indent=1) + "\n"}
+        extras = {**_extras(run.folder, facts), RECORD: json.dumps(facts, indent=1) + "\n"}
         save_checkpoint(result.cpu(), run.tokenizer, out, card=card, extras=extras, overwrite=overwrite)
         checkpoints.remove()
         wait_for_all()
@@ -301,9 +305,9 @@ class _Run:
         Student(model, self.options).load_trained_state_(load_file(checkpoints.at(best_step)))
         return (merge_adapters(adapted) if adapted is not None else model).eval()
 
-    def facts(self, trained: Mapping[str, Any], after: float) -> dict[str, Any]:
-        """What goes into prunus/recovery.json."""
-        before, dense = trained["before"], trained["dense"]
+    def facts(self, trained: Mapping[str, Any], measured: PerplexityResult) -> dict[str, Any]:
+        """What goes into prunus/recovery.json, but for the command."""
+        before, dense, after = trained["before"], trained["dense"], measured.nll
         closed = (before - after) / (before - dense) if dense is not None and before > dense else None
         earlier = _read(self.folder / "prunus" / RECORD)
         return {
@@ -327,6 +331,7 @@ class _Run:
             "tokens": trained["steps"] * self.options.batch_size * self.text.seq_len,
             "seconds": round(trained["seconds"], 1),
             "held_out_loss": {"before": before, "after": after, "dense": dense},
+            "protocol": measured.protocol,
             "gap_closed": closed,
             "history": trained["history"],
             "training_losses": trained["training_losses"],
@@ -417,9 +422,27 @@ def _fast_in_bfloat16(device: torch.device, config: Any) -> bool:
     return device.type == "cpu" and any(capabilities.get(name) for name in FAST_BFLOAT16)
 
 
-def _extras(folder: Path) -> dict[str, str | bytes]:
-    """Plan, scores and metrics of the pruned model."""
-    return {path.name: path.read_bytes() for path in sorted((folder / "prunus").glob("*")) if path.is_file()}
+def _extras(folder: Path, facts: Mapping[str, Any]) -> dict[str, str | bytes]:
+    """Plan, scores and metrics of the pruned model, without what was measured on it or written by it since.
+
+    Perplexity in the metrics becomes that of the recovered model; what was there stays under `before_recovery`.
+    """
+    extras: dict[str, str | bytes] = {
+        path.name: path.read_bytes()
+        for path in sorted((folder / "prunus").glob("*"))
+        if path.is_file() and path.name not in MEASURED_BEFORE
+    }
+    if metrics := _read(folder / "prunus" / "metrics.json"):
+        loss = facts["held_out_loss"]
+        new = {
+            "perplexity_before": None if loss["dense"] is None else math.exp(loss["dense"]),
+            "perplexity_after": math.exp(loss["after"]),
+            "perplexity_text": f"held-out sequences ({facts['held_out']['source']})",
+            "perplexity_protocol": facts["protocol"],
+        }
+        old = {name: metrics.get(name) for name in new}
+        extras["metrics.json"] = json.dumps({**metrics, **new, "before_recovery": old}, indent=1) + "\n"
+    return extras
 
 
 def _read(path: Path) -> Any:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from prunus.checkpoint.load import HUB_FILES, check_folder
 from prunus.errors import CheckpointError, OptionError, PlanError, PrunusError
+from prunus.lineage import COMPOSED_PLAN
 from prunus.packaged_model import PACKAGED_MODEL, resolve_model
 from prunus.plan import Plan
 
@@ -84,8 +85,11 @@ def layers_behind(pruned: Path, config: Any, teacher_config: Any, teacher: str) 
         OptionError: the folder's plan is missing, or is not about these two models.
     """
     layers, dense_layers = config.num_hidden_layers, teacher_config.num_hidden_layers
+    # A model that was cut more than once has a second plan, from the model that never was.
+    paths = [pruned / "prunus" / name for name in ("plan.json", COMPOSED_PLAN)]
     try:
-        plan = Plan.load(pruned / "prunus" / "plan.json")
+        plans = [Plan.load(path) for path in paths if path is paths[0] or path.is_file()]
+        plan = next((plan for plan in plans if len(plan.layers) == dense_layers), plans[0])
     except PlanError as error:
         if layers == dense_layers and config.hidden_size == teacher_config.hidden_size:
             return tuple(range(layers))
