@@ -398,6 +398,9 @@ def _describe_layer(
         hidden_size=hidden_size,
         head_dim=unit,
         num_key_value_groups=ratio,
+        # Of the model, which nobody gave; importances do not read them.
+        vocab_size=0,
+        windows=(None,),
         widths=(widths,),
         total_parameters=sum(parameter.numel() for parameter in layer.parameters()),
         group_parameters={},
