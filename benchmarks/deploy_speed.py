@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -107,6 +108,8 @@ def measure(program: str, paths: dict[str, Path], args: argparse.Namespace) -> d
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            # vLLM starts processes of its own, which have to end with it.
+            start_new_session=True,
         )
         for name, path in paths.items()
     }
@@ -121,7 +124,8 @@ def measure(program: str, paths: dict[str, Path], args: argparse.Namespace) -> d
                 seconds[name].append(tuple(_answer(workers[name])))
     finally:
         for worker in workers.values():
-            worker.kill()
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
     found = {}
     for name, runs in seconds.items():
         found[name] = {}
