@@ -317,6 +317,8 @@ def pruned(folder: Path, out: Path, options: argparse.Namespace, parent: Any) ->
         rounds=2,
         evaluation=prunus.EvaluationOptions(held_out=0),
         model_options=prunus.ModelOptions(device="cpu"),
+        # A kill may come when the result is there and the work folder not yet gone.
+        overwrite=True,
         progress=False,
     )
 
