@@ -117,11 +117,15 @@ def measure(program: str, paths: dict[str, Path], args: argparse.Namespace) -> d
     try:
         for worker in workers.values():
             _answer(worker)  # loaded and warm
+            os.killpg(worker.pid, signal.SIGSTOP)
         for number in range(args.repeats):
             for name in list(workers)[:: -1 if number % 2 else 1]:
+                # Idle threads may spin: whoever is not at work stands still.
+                os.killpg(workers[name].pid, signal.SIGCONT)
                 workers[name].stdin.write("run\n")  # type: ignore[union-attr]
                 workers[name].stdin.flush()  # type: ignore[union-attr]
                 seconds[name].append(tuple(_answer(workers[name])))
+                os.killpg(workers[name].pid, signal.SIGSTOP)
     finally:
         for worker in workers.values():
             os.killpg(worker.pid, signal.SIGKILL)
