@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,14 @@ from hypothesis import HealthCheck, settings
 from tiny_families import make_model, random_tokens
 from tiny_folder import TEXT, save_tiny_folder
 from torch import Tensor
+from tqdm import tqdm
 
 from prunus.groups import Geometry
+
+# tqdm's lock is shared with processes that a test forks: one that is killed while it holds the lock would stop all
+# others for good. A lock of threads is each process' own, and a forked one begins with a free one.
+tqdm.set_lock(threading.RLock())
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 
 # The same examples in every run: a failure in CI is one at home. `--hypothesis-profile=search` looks for new ones.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
