@@ -44,5 +44,5 @@ def test_what_cannot_be(llama):
         with pytest.raises(OptionError, match="attention weight is"):
             ScoringOptions(attention_weight=weight)
     options = ScoringOptions(method="random", normalize="zscore", attention_weight=2.0)
-    with pytest.raises(OptionError, match="normalise otherwise"):
+    with pytest.raises(OptionError, match="choose another normalisation"):
         score(llama, None, options, progress=False)

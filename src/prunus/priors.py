@@ -28,7 +28,7 @@ from prunus.evaluation.mode import evaluation_mode
 from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.families import AXES, Axis
 from prunus.groups import Geometry, submodule
-from prunus.table import rank_table
+from prunus.weighing import weigh_scores
 
 __all__ = ["PRIORS", "Prior", "PriorKind", "PriorOptions", "measure_prior", "weigh"]
 
@@ -108,15 +108,9 @@ def weigh(table: pd.DataFrame, prior: Prior, options: PriorOptions) -> pd.DataFr
         OptionError: a score is negative, so that a factor would turn the order around.
         PlanError: the priors are of a model with another number of layers.
     """
-    if (table["score"] < 0).any():
-        raise OptionError("layer priors multiply scores, and some are negative (zscore): choose another normalisation")
     if table["layer_idx"].max() >= len(prior.layer):
         raise PlanError(f"the priors are of {len(prior.layer)} layers, the table of {table['layer_idx'].max() + 1}")
-    factor = np.ones(len(table))
-    for axis in AXES:
-        rows = (table["group_type"] == axis).to_numpy()
-        factor[rows] = prior.weight(axis, options)[table["layer_idx"].to_numpy()[rows]]
-    return rank_table(table, scores=table["score"] * factor)
+    return weigh_scores(table, {axis: prior.weight(axis, options).tolist() for axis in AXES})
 
 
 @torch.no_grad()

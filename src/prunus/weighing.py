@@ -28,7 +28,10 @@ def weigh_scores(table: pd.DataFrame, factors: Mapping[Axis, Sequence[float]]) -
         OptionError: a score is negative, so that a factor would turn the order around.
     """
     if (table["score"] < 0).any():
-        raise OptionError("a factor on scores needs scores that are not negative (zscore's are): normalise otherwise")
+        raise OptionError(
+            "layer priors and the attention weight multiply scores, and some are negative (zscore): choose another "
+            "normalisation"
+        )
     each = np.ones(len(table))
     for axis in AXES:
         if axis in factors:
