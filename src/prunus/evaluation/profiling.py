@@ -26,10 +26,9 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig
 
-from prunus.checkpoint import empty_model, locate, pruned_config, resolve_device, resolve_dtype
-from prunus.errors import CheckpointError, OptionError
+from prunus.checkpoint import empty_model, locate, pruned_config, read_config, resolve_device, resolve_dtype
+from prunus.errors import OptionError
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.speed import SpeedOptions
 from prunus.families import AXES, Axis
@@ -62,10 +61,7 @@ def profile(model: str, options: SpeedOptions | None = None, *, progress: bool =
     """
     options = options or SpeedOptions()
     folder = locate(resolve_model(model))
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the config in {folder} cannot be read: {error}") from error
+    config = read_config(folder)
     needed, context = options.prompt_tokens + options.new_tokens, int(config.max_position_embeddings)
     if needed > context:
         raise OptionError(

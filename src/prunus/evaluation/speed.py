@@ -17,10 +17,9 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
 
-from prunus.checkpoint import check_folder, empty_model, load_model, locate, resolve_device, resolve_dtype
-from prunus.errors import CheckpointError, OptionError
+from prunus.checkpoint import check_folder, empty_model, load_model, locate, read_config, resolve_device, resolve_dtype
+from prunus.errors import OptionError
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.kv_cache import kv_cache_bytes
 from prunus.evaluation.memory import PeakMemory, peak_memory
@@ -234,10 +233,7 @@ def time_in_turn(
 def _check(folder: Path, options: SpeedOptions) -> int:
     """Check all that needs no weights; returns the size of the vocabulary."""
     check_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers' validators raise several kinds
-        raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error
+    config = read_config(folder)
     kv_cache_bytes(empty_model(config, torch.float32), 1)  # refuses what has no geometry
     needed, context = options.prompt_tokens + options.new_tokens, int(config.max_position_embeddings)
     if needed > context:
