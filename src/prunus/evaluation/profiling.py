@@ -28,9 +28,8 @@ import transformers
 from tqdm import tqdm
 
 from prunus.checkpoint import empty_model, locate, pruned_config, read_config, resolve_device, resolve_dtype
-from prunus.errors import OptionError
 from prunus.evaluation.greedy import greedy_run
-from prunus.evaluation.speed import SpeedOptions
+from prunus.evaluation.speed import SpeedOptions, check_context
 from prunus.families import AXES, Axis
 from prunus.groups import Geometry, LayerWidths, submodule
 from prunus.latency import LatencyProfile, PhaseTimes, ProfiledShape
@@ -62,12 +61,7 @@ def profile(model: str, options: SpeedOptions | None = None, *, progress: bool =
     options = options or SpeedOptions()
     folder = locate(resolve_model(model))
     config = read_config(folder)
-    needed, context = options.prompt_tokens + options.new_tokens, int(config.max_position_embeddings)
-    if needed > context:
-        raise OptionError(
-            f"prompt_tokens {options.prompt_tokens} and new_tokens {options.new_tokens} make {needed} tokens, more "
-            f"than the context of {folder.name}, {context}; take fewer"
-        )
+    check_context(options, config, folder.name)
     device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
     held_in: torch.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     geometry = Geometry.of(empty_model(config, held_in))

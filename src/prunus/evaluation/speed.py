@@ -26,7 +26,7 @@ from prunus.evaluation.memory import PeakMemory, peak_memory
 from prunus.inputs import model_name
 from prunus.packaged_model import resolve_model
 
-__all__ = ["SpeedOptions", "SpeedReport", "SpeedResult", "Spread", "Timing", "bench", "time_in_turn"]
+__all__ = ["SpeedOptions", "SpeedReport", "SpeedResult", "Spread", "Timing", "bench", "check_context", "time_in_turn"]
 
 logger = logging.getLogger(__name__)
 
@@ -230,17 +230,26 @@ def time_in_turn(
     return timings
 
 
+def check_context(options: SpeedOptions, config: Any, name: str) -> None:
+    """Check that a model's context holds the tokens of a run.
+
+    Raises:
+        OptionError: it does not.
+    """
+    needed, context = options.prompt_tokens + options.new_tokens, int(config.max_position_embeddings)
+    if needed > context:
+        raise OptionError(
+            f"prompt_tokens {options.prompt_tokens} and new_tokens {options.new_tokens} make {needed} tokens, more "
+            f"than the context of {name}, {context}; take fewer"
+        )
+
+
 def _check(folder: Path, options: SpeedOptions) -> int:
     """Check all that needs no weights; returns the size of the vocabulary."""
     check_folder(folder)
     config = read_config(folder)
     kv_cache_bytes(empty_model(config, torch.float32), 1)  # refuses what has no geometry
-    needed, context = options.prompt_tokens + options.new_tokens, int(config.max_position_embeddings)
-    if needed > context:
-        raise OptionError(
-            f"prompt_tokens {options.prompt_tokens} and new_tokens {options.new_tokens} make {needed} tokens, more "
-            f"than the context of {folder.name}, {context}; take fewer"
-        )
+    check_context(options, config, folder.name)
     return int(config.vocab_size)
 
 
