@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from tiny_families import undivided
 
 from prunus.families import AXES, FAMILIES
 from prunus.groups import Geometry, LayerWidths
@@ -31,8 +33,12 @@ def layer_widths(draw: Any, max_layers: int = 5, max_attention: int = 4, max_mlp
     return tuple(layers)
 
 
+#: families in which every group can go by itself
+DIVISIBLE = sorted(name for name, family in FAMILIES.items() if not any(block.indivisible for block in family.blocks))
+
+
 @st.composite
-def geometries(draw: Any) -> Geometry:
+def geometries(draw: Any, model_types: Sequence[str] = DIVISIBLE) -> Geometry:
     """Shapes of models; costs are free, as long as they add up."""
     widths = draw(layer_widths())
     there = {axis: any(layer[axis] for layer in widths) for axis in AXES}
@@ -41,7 +47,7 @@ def geometries(draw: Any) -> Geometry:
     rest = draw(st.integers(1, 200))
     inside = sum(layer[axis] * group[axis] + bool(layer[axis]) * block[axis] for layer in widths for axis in AXES)
     return Geometry(
-        family=FAMILIES[draw(st.sampled_from(sorted(FAMILIES)))],
+        family=FAMILIES[draw(st.sampled_from(model_types))],
         hidden_size=8,
         head_dim=2,
         num_key_value_groups=draw(st.integers(1, 3)),
@@ -72,14 +78,18 @@ def tables(draw: Any, geometry: Geometry, scores: st.SearchStrategy[float] = any
 
 @st.composite
 def plans(draw: Any, widths: tuple[LayerWidths, ...] | None = None, model_type: str | None = None) -> Plan:
-    """A plan for layers of these widths; it keeps at least one group somewhere."""
+    """A plan for layers of these widths, with which a model of the family can be cut; it keeps at least one group."""
     widths = widths or draw(layer_widths())
-    model_type = model_type or draw(st.sampled_from(sorted(FAMILIES)))
-    kept = [[[group for group in range(layer[axis]) if draw(st.booleans())] for axis in AXES] for layer in widths]
-    if not any(groups for layer in kept for groups in layer):
-        layer_idx, number = next((i, k) for i, layer in enumerate(widths) for k, a in enumerate(AXES) if layer[a])
-        kept[layer_idx][number] = [0]
-    return Plan(model_type, widths, tuple(KeptGroups(*map(tuple, layer)) for layer in kept))
+    family = FAMILIES[model_type or draw(st.sampled_from(sorted(FAMILIES)))]
+    kept = [{axis: [group for group in range(layer[axis]) if draw(st.booleans())] for axis in AXES} for layer in widths]
+    if not any(groups for layer in kept for groups in layer.values()):
+        layer_idx, axis = next((i, axis) for i, layer in enumerate(widths) for axis in AXES if layer[axis])
+        kept[layer_idx][axis] = [0]
+    layers = (
+        KeptGroups(*(tuple(undivided(family.block(axis), layer[axis], before[axis])) for axis in AXES))
+        for before, layer in zip(widths, kept, strict=True)
+    )
+    return Plan(family.model_type, widths, tuple(layers))
 
 
 #: what may stand where something else belongs

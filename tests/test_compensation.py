@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from tiny_families import ONE_EACH, case_id, logits, make_model, random_tokens
+from tiny_families import ONE_EACH, case_id, logits, make_model, plan_keeping, random_tokens
 
 from prunus.calibration import Batch
 from prunus.compensation import CompensationOptions, Cut, compensate_, compensate_together_
@@ -23,7 +23,7 @@ from prunus.temperature import fit_temperature_
 
 def half(geometry: Geometry) -> Plan:
     """Keep every other group of both axes."""
-    return Plan.from_kept(geometry, [{axis: range(0, widths[axis], 2) for axis in AXES} for widths in geometry.widths])
+    return plan_keeping(geometry, [{axis: range(0, widths[axis], 2) for axis in AXES} for widths in geometry.widths])
 
 
 def as_batches(input_ids, size=2):
@@ -103,13 +103,16 @@ def test_every_block_gets_the_solution_that_a_walk_by_hand_finds(case, residual)
 
     # The oracle runs the whole model anew for each block, from what is repaired so far. The residual stream before a
     # block is what enters the decoder layer, or the norm in front of the MLP.
-    before_mlp = "pre_feedforward_layernorm" if case[0].startswith("gemma") else "post_attention_layernorm"
+    norm_after = case[0].startswith("gemma") or case[0] == "olmo2"
+    before_mlp = {"olmo2": "mlp"}.get(
+        case[0], "pre_feedforward_layernorm" if norm_after else "post_attention_layernorm"
+    )
     outputs = {
         f"model.layers.{i}.{path}": f"model.layers.{i}.{entrance}".rstrip(".")
         for i, (path, entrance) in product(range(2), (("self_attn.o_proj", ""), ("mlp.down_proj", before_mlp)))
     }
-    if case[0].startswith("gemma"):
-        residual = 0.0  # a norm follows
+    if norm_after:
+        residual = 0.0  # no sum of this output and the residual stream is made
     dense = recorded(model, *outputs.keys(), *outputs.values())
     for path, entrance in outputs.items():
         now = recorded(oracle, *outputs.keys(), *outputs.values())

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import geometries
-from tiny_families import CASES, ONE_EACH, case_id, make_model, random_tokens
+from tiny_families import CASES, ONE_EACH, case_id, make_model, plan_keeping, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunus.costs import BYTES_PER_NUMBER, flop_costs, kv_cache_costs, parameter_costs
@@ -26,7 +26,7 @@ def ragged(model) -> Plan:
         {axis: range(min(widths[axis], 1), widths[axis]) or range(1) for axis in AXES} for widths in geometry.widths
     ]
     kept[1]["mlp"] = range(0)
-    return Plan.from_kept(geometry, kept)
+    return plan_keeping(geometry, kept)
 
 
 def counted_flops(model, tokens: int) -> float:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_families import CASES, case_id, make_model, padded_batches
+from tiny_families import CASES, case_id, make_model, padded_batches, plan_keeping
 
 from prunus.errors import NonFiniteError, OptionError
 from prunus.groups import Geometry
-from prunus.plan import Plan
 from prunus.statistics import ActivationStatistics, GateGradients, WeightGradients
 from prunus.surgery import apply_plan
 from prunus.sweep import sweep
@@ -47,7 +46,7 @@ def test_streamed_equals_resident_on_a_pruned_model_with_missing_blocks():
         {"attention": [0, 2], "mlp": []},
         {"attention": [1], "mlp": [0, 5, 7]},
     ]
-    pruned = apply_plan(model, Plan.from_kept(Geometry.of(model), kept))
+    pruned = apply_plan(model, plan_keeping(Geometry.of(model), kept))
     kinds = (lambda: WeightGradients(squares=True), GateGradients)
     assert_same(taken(pruned, "resident", *kinds), taken(pruned, "streamed", *kinds))
 

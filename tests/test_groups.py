@@ -64,6 +64,9 @@ def test_costs_are_what_smaller_models_lack(model):
         "num_attention_heads": 2 * config.num_key_value_heads * query_heads,
     }
     more = size(**wider) - geometry.total_parameters
+    if geometry.family.block("attention").indivisible:
+        # Norms that run over all heads grow with their number, and are the whole block's.
+        more -= sum(p.numel() for name, p in model.named_parameters() if ".q_norm." in name or ".k_norm." in name)
     assert more == layers * config.num_key_value_heads * geometry.group_parameters["attention"]
     one_layer_less = geometry.total_parameters - size(num_hidden_layers=layers - 1, layer_types=None)
     whole_layer = sum(geometry.widths[0][a] * geometry.group_parameters[a] + geometry.block_parameters[a] for a in AXES)
@@ -84,6 +87,8 @@ def test_block_parameters(model):
     if model.config.model_type.startswith("gemma"):
         norms["attention"].append("post_attention_layernorm")
         norms["mlp"] = ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    if model.config.model_type == "olmo2":
+        norms = {"attention": ["post_attention_layernorm"], "mlp": ["post_feedforward_layernorm"]}
     weights = {axis: [layer.get_submodule(name).weight for name in names] for axis, names in norms.items()}
     bias = [b for b in (layer.self_attn.o_proj.bias,) if b is not None]
     assert geometry.block_parameters["attention"] == numel(*weights["attention"], *head_norms, *bias)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from huggingface_hub import metadata_load
-from tiny_families import ONE_EACH, case_id, logits, make_model, random_tokens, zeroed
+from tiny_families import ONE_EACH, case_id, logits, make_model, plan_keeping, random_tokens, zeroed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -50,7 +50,7 @@ def prune(source, out, ratio):
 def by_hand(source, out, kept):
     """Cut a folder to these groups of each layer, and save the result."""
     geometry = Geometry.of(prunus.load_model(source)[0])
-    return prunus.apply_checkpoint(str(source), Plan.from_kept(geometry, kept), out)
+    return prunus.apply_checkpoint(str(source), plan_keeping(geometry, kept), out)
 
 
 def plan_in(folder, name=COMPOSED_PLAN):

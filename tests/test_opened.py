@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import CASES, ONE_EACH, case_id, logits, make_model, padded_batches, random_tokens
+from tiny_families import CASES, ONE_EACH, case_id, logits, make_model, padded_batches, plan_keeping, random_tokens
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +39,7 @@ def cut(geometry: Geometry) -> Plan:
     kept = [{axis: range(i % 2, widths[axis], 2) for axis in AXES} for i, widths in enumerate(geometry.widths)]
     kept[0] = {"attention": [], "mlp": range(5)}
     kept[1] = {"attention": [], "mlp": []}
-    return Plan.from_kept(geometry, kept)
+    return plan_keeping(geometry, kept)
 
 
 def assert_nothing_held(model):

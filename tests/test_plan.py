@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import changed_json, geometries, json_values, layer_widths, overwritten, plans
-from tiny_families import make_model
+from tiny_families import make_model, plan_keeping
 
 from prunus.errors import PlanError
 from prunus.families import AXES, FAMILIES
@@ -156,7 +156,7 @@ def test_composing_is_associative(data):
 def test_a_composed_plan_equals_two_cuts(model_type):
     """On real weights, with blocks and layers that go in the first cut, in the second, or bit by bit."""
     model = make_model(model_type, num_hidden_layers=4)
-    first = Plan.from_kept(
+    first = plan_keeping(
         Geometry.of(model),
         [
             {"attention": [0, 2], "mlp": range(5, 15)},
@@ -166,7 +166,7 @@ def test_a_composed_plan_equals_two_cuts(model_type):
         ],
     )
     once = apply_plan(model, first)
-    second = Plan.from_kept(
+    second = plan_keeping(
         Geometry.of(once),
         [
             {"attention": [1], "mlp": [0, 9]},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_families import ONE_EACH, case_id, make_model, random_tokens
+from tiny_families import ONE_EACH, case_id, make_model, plan_keeping, random_tokens
 
 import prunus
 from prunus.calibration import Batch, calibration_from_tokens
@@ -78,7 +78,7 @@ def test_output_fisher_is_the_second_moment_of_the_gradient(case):
 def plan_of(geometry):
     """A layer with both blocks narrower, and one that keeps its channels."""
     kept = [{"attention": range(1), "mlp": range(0, 20, 2)}, {"attention": range(1), "mlp": range(20)}]
-    return Plan.from_kept(geometry, kept)
+    return plan_keeping(geometry, kept)
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=case_id)

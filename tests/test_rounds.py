@@ -74,9 +74,12 @@ def test_the_table_gives_the_plan_again_and_new_scores_decide_the_rest(data):
 def test_rounds_without_repair_are_cuts_one_after_another(case):
     """By hand: score, cut, score what is left, cut that; the composed plan applied at once gives the same weights."""
     model, calibration = make_model(*case), calibration_from_tokens(random_tokens(4, 12))
-    result = prunus.prune(model, 0.3, calibration, rounds=2, progress=False)
     geometry = Geometry.of(model)
-    first = select(score(model, calibration, progress=False).table, geometry, 0.15)
+    # Where attention goes whole, that of one layer is all that both rounds take.
+    whole = any(block.indivisible for block in geometry.family.blocks)
+    constraints = Constraints(axes=("mlp",) if whole else AXES)
+    result = prunus.prune(model, 0.2, calibration, constraints=constraints, rounds=2, progress=False)
+    first = select(score(model, calibration, progress=False).table, geometry, 0.1, constraints)
     halfway = apply_plan(model, first)
     cut = {(i, axis): set(first.layers[i][axis]) - set(result.plan.layers[i][axis]) for i in range(2) for axis in AXES}
     assert any(cut.values())
@@ -90,14 +93,14 @@ def test_rounds_without_repair_are_cuts_one_after_another(case):
             row.group_type,
             first.layers[first.surviving_layers[row.layer_idx]][row.group_type][row.group_idx],
         )
-        for row in again.head(gone).itertuples()
+        for row in again[again.group_type.isin(constraints.axes)].head(gone).itertuples()
     }
     assert cheapest == {(*place, group) for place, groups in cut.items() for group in groups}
     at_once = apply_plan(model, result.plan).state_dict()
     assert result.model.state_dict().keys() == at_once.keys()
     assert all(torch.equal(tensor, at_once[name]) for name, tensor in result.model.state_dict().items())
     removed = geometry.total_parameters - result.model.num_parameters()
-    assert removed >= 0.3 * geometry.total_parameters
+    assert removed >= 0.2 * geometry.total_parameters
     assert result.score.about["rounds"] == 2
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import any_scores, exact_scores, geometries, tables
+from strategies import DIVISIBLE, any_scores, exact_scores, geometries, tables
 
 from prunus.errors import BudgetError, OptionError, PlanError
-from prunus.families import AXES
+from prunus.families import AXES, FAMILIES
 from prunus.groups import Geometry
 from prunus.plan import Plan
 from prunus.selection import Constraints, check_reachable, reachable_parameters, select
@@ -52,7 +52,7 @@ def constraints_for(draw, geometry: Geometry) -> Constraints:
 @st.composite
 def jobs(draw, scores=any_scores, constrained: bool = True):
     """A model, its table, constraints and a ratio that they allow."""
-    geometry = draw(geometries())
+    geometry = draw(geometries(sorted(FAMILIES) if constrained else DIVISIBLE))
     constraints = draw(constraints_for(geometry)) if constrained else Constraints()
     reachable = reachable_parameters(geometry, constraints) / geometry.total_parameters
     # Just below what is reachable: the product with the total must not round up past it.
@@ -86,6 +86,8 @@ def by_hand(table: pd.DataFrame, geometry: Geometry, ratio: float, c: Constraint
             rows = table[(table.layer_idx == layer_idx) & (table.group_type == axis)]
             ranked = sorted(zip(rows.score.map(Fraction), rows.group_idx, strict=True))
             align, min_keep = (c.align, c.min_keep_mlp) if axis == "mlp" else (1, c.min_keep_attention)
+            if geometry.family.block(axis).indivisible:
+                align = len(rows)
             bundles = []
             while ranked:
                 stay = next(n for n in range(len(ranked) - 1, -1, -1) if n % align == 0)
@@ -117,7 +119,9 @@ def test_the_budget_is_met_within_one_cut(job):
     removed, target = removed_by(plan, geometry), ratio * geometry.total_parameters
     assert removed >= target
     largest = max(
-        geometry.group_parameters[axis] * (constraints.align if axis == "mlp" else 1) + geometry.block_parameters[axis]
+        geometry.group_parameters[axis] * constraints.bundle(geometry.family.block(axis), widths[axis])
+        + geometry.block_parameters[axis]
+        for widths in geometry.widths
         for axis in AXES
     )
     assert removed < target + largest or removed == 0
@@ -156,7 +160,8 @@ def test_nothing_is_cut_above_a_cheaper_group_that_stays(job):
     # Within a layer, the cheapest go first, whatever the bundles.
     for _, rows in table.groupby(["layer_idx", "group_type"]):
         assert rows["kept"].is_monotonic_increasing
-    unbundled = table if constraints.align == 1 else table[table.group_type == "attention"]
+    one_by_one = [axis for axis in AXES if constraints.bundle(geometry.family.block(axis), 2) == 1]
+    unbundled = table[table.group_type.isin(one_by_one)]
     widths = {key: int(kept) for key, kept in unbundled.groupby(["layer_idx", "group_type"])["kept"].sum().items()}
     above_the_floor = pd.Series(
         [
@@ -167,7 +172,7 @@ def test_nothing_is_cut_above_a_cheaper_group_that_stays(job):
         dtype=bool,
     )
     cut, stays = unbundled[~unbundled.kept], unbundled[unbundled.kept & above_the_floor]
-    if constraints.align == 1 and len(cut) and len(stays):
+    if set(one_by_one) == set(AXES) and len(cut) and len(stays):
         assert cut["score"].max() <= stays["score"].min() * (1 + 1e-12)
 
 
@@ -184,6 +189,8 @@ def test_constraints_are_respected(job):
             assert width >= min(before[axis], constraints.min_keep(axis))
             if axis == "mlp" and width != before[axis]:
                 assert width % constraints.align == 0
+            if geometry.family.block(axis).indivisible:
+                assert width in (0, before[axis])
 
 
 @given(job=jobs(), data=st.data())

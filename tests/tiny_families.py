@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunus.calibration import Batch
-from prunus.families import FAMILIES
-from prunus.plan import KeptGroups
+from prunus.families import AXES, FAMILIES, Block
+from prunus.groups import Geometry
+from prunus.plan import KeptGroups, Plan
 
 VOCABULARY, HIDDEN, HEAD_DIM, CHANNELS = 96, 48, 8, 20
 
@@ -88,6 +89,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "smollm3": {
         # No positions but a sliding window in every second layer.
         "gqa": {**GQA, **DERIVED_HEADS, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
+    },
+    # Norms over all heads' queries and keys: attention goes whole.
+    "olmo2": {
+        "gqa-tied-biases": {**GQA, **TIED, **DERIVED_HEADS, "attention_bias": True},
+        "mha": {**MHA, "head_dim": None},
     },
     "phi3": {
         "gqa-half-rotary": {
@@ -188,6 +194,22 @@ def padded_batches() -> list[Batch]:
 def logits(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
     with torch.no_grad():
         return model(input_ids, **kwargs).logits
+
+
+def undivided(block: Block, kept: Sequence[int], groups: int) -> Sequence[int]:
+    """What a block of so many groups keeps where it should keep these: all of them, if it is indivisible."""
+    return range(groups) if block.indivisible and len(kept) else kept
+
+
+def plan_keeping(geometry: Geometry, kept: Sequence[dict[Any, Sequence[int]]]) -> Plan:
+    """The plan that keeps these groups of every layer, and the rest of indivisible blocks."""
+    return Plan.from_kept(
+        geometry,
+        [
+            {axis: undivided(geometry.family.block(axis), layer[axis], widths[axis]) for axis in AXES}
+            for widths, layer in zip(geometry.widths, kept, strict=True)
+        ],
+    )
 
 
 def count_parameters(model: Any) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from prunus.errors import OptionError
-from prunus.families import AXES, Axis
+from prunus.families import AXES, Axis, Block
 
 __all__ = ["ALIGNMENTS", "SHAPES", "Constraints", "Shape"]
 
@@ -72,9 +72,11 @@ class Constraints:
         """Groups of an axis that every layer keeps at least."""
         return self.min_keep_attention if axis == "attention" else self.min_keep_mlp
 
-    def bundle(self, axis: Axis) -> int:
-        """Kept widths of an axis are multiples of this."""
-        return self.align if axis == "mlp" else 1
+    def bundle(self, block: Block, groups: int) -> int:
+        """Of a block that has so many groups, kept numbers of groups are multiples of this."""
+        if block.indivisible:
+            return max(groups, 1)
+        return self.align if block.axis == "mlp" else 1
 
     def layers(self, num_layers: int) -> range:
         """The decoder layers that may be cut.

@@ -61,6 +61,8 @@ class Block:
         untouched: modules inside the block that no cut changes (per-head norms, which all heads share).
         post_norm: that one of `norms` which stands between the block and the residual stream; None where the output
             projection is added to it directly.
+        indivisible: its groups stay or go together, because a norm runs over all of them: without some, those that
+            stay would compute something else.
     """
 
     axis: Axis
@@ -69,6 +71,7 @@ class Block:
     projections: tuple[Projection, ...]
     untouched: tuple[str, ...] = ()
     post_norm: str | None = None
+    indivisible: bool = False
 
     @property
     def output(self) -> Projection:
@@ -122,12 +125,16 @@ class Family:
         return float(getattr(config, self.residual_multiplier)) if self.residual_multiplier else 1.0
 
 
-#: norms that work on each head by itself, with weights that all heads share
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+#: norms of queries and keys: where they work on each head by itself, all heads share their weights
+_QUERY_KEY_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 def _attention(
-    *, norms: tuple[str, ...] = ("input_layernorm",), untouched: tuple[str, ...] = (), post_norm: str | None = None
+    *,
+    norms: tuple[str, ...] = ("input_layernorm",),
+    untouched: tuple[str, ...] = (),
+    post_norm: str | None = None,
+    indivisible: bool = False,
 ) -> Block:
     return Block(
         axis="attention",
@@ -141,6 +148,7 @@ def _attention(
         ),
         untouched=untouched,
         post_norm=post_norm,
+        indivisible=indivisible,
     )
 
 
@@ -172,6 +180,17 @@ def _between_norms(*, untouched: tuple[str, ...] = ()) -> tuple[Block, Block]:
         ),
     )
 
+
+#: OLMo 2: a norm after each block and none before, and norms that run over the queries, and the keys, of all heads
+_NORMS_AFTER = (
+    _attention(
+        norms=("post_attention_layernorm",),
+        untouched=_QUERY_KEY_NORMS,
+        post_norm="post_attention_layernorm",
+        indivisible=True,
+    ),
+    _gated_mlp(norms=("post_feedforward_layernorm",), post_norm="post_feedforward_layernorm"),
+)
 
 #: Phi-3: q, k and v in one projection, gate and up in another
 _FUSED = (
@@ -205,12 +224,13 @@ FAMILIES: dict[str, Family] = {
         Family("llama", "Llama 2, 3, 3.x; SmolLM2; TinyLlama", (_attention(), _gated_mlp())),
         Family("mistral", "Mistral", (_attention(), _gated_mlp())),
         Family("qwen2", "Qwen2, Qwen2.5", (_attention(), _gated_mlp())),
-        Family("qwen3", "Qwen3", (_attention(untouched=_HEAD_NORMS), _gated_mlp())),
+        Family("qwen3", "Qwen3", (_attention(untouched=_QUERY_KEY_NORMS), _gated_mlp())),
         Family("granite", "Granite 3", (_attention(), _gated_mlp()), residual_multiplier="residual_multiplier"),
         Family("smollm3", "SmolLM3", (_attention(), _gated_mlp())),
+        Family("olmo2", "OLMo 2", _NORMS_AFTER),
         Family("phi3", "Phi-3, Phi-3.5, Phi-4", _FUSED),
         Family("gemma2", "Gemma 2", _between_norms(), norm_offset=1.0),
-        Family("gemma3_text", "Gemma 3 (text)", _between_norms(untouched=_HEAD_NORMS), norm_offset=1.0),
+        Family("gemma3_text", "Gemma 3 (text)", _between_norms(untouched=_QUERY_KEY_NORMS), norm_offset=1.0),
     )
 }
 

@@ -104,10 +104,10 @@ class Plan:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def check_fits(self, geometry: Geometry) -> None:
-        """Raise unless the plan was made for a model of this shape.
+        """Raise unless the plan was made for a model of this shape, and the model can be cut so.
 
         Raises:
-            PlanError: another family, number of layers or number of groups.
+            PlanError: another family, number of layers or number of groups; or a part of a block that is indivisible.
         """
         if self.model_type != geometry.family.model_type:
             raise PlanError(f"the plan is for family {self.model_type!r}, the model is {geometry.family.model_type!r}")
@@ -116,6 +116,13 @@ class Plan:
         for layer_idx, (expected, found) in enumerate(zip(self.widths, geometry.widths, strict=True)):
             if expected != found:
                 raise PlanError(f"layer {layer_idx}: the plan is for {expected}, the model has {found}")
+            for block in geometry.family.blocks:
+                kept = len(self.layers[layer_idx][block.axis])
+                if block.indivisible and 0 < kept < found[block.axis]:
+                    raise PlanError(
+                        f"layer {layer_idx}: the plan keeps {kept} of {found[block.axis]} {block.axis} groups, but in "
+                        f"{geometry.family.title} a norm runs over all of them, so that they stay or go together"
+                    )
 
     def compose(self, later: Plan) -> Plan:
         """This cut followed by another one, as one plan for the model before this cut.

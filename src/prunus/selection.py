@@ -39,7 +39,8 @@ def select(
     """Cut the cheapest groups of the whole model until `ratio` of all its parameters, or of another quantity, is gone.
 
     With `align` 1 the unit of cutting is a group, and the budget is passed by less than one group (and the norm of a
-    block that empties with it). With a larger `align`, channels of a layer go in bundles, ranked by their mean score.
+    block that empties with it). With a larger `align`, channels of a layer go in bundles, ranked by their mean score;
+    the groups of an indivisible block are one bundle.
 
     Args:
         table: the global table, see `prunus.table`; at whatever costs, as groups are ranked at `costs`.
@@ -182,7 +183,8 @@ def reachable(geometry: Geometry, constraints: Constraints, costs: Costs) -> flo
             width = widths[axis]
             bounds = []
             if layer_idx in allowed and axis in constraints.axes and costs.group[layer_idx][axis]:
-                bounds = _bundle_bounds(width, constraints.min_keep(axis), constraints.bundle(axis))
+                bundle = constraints.bundle(geometry.family.block(axis), width)
+                bounds = _bundle_bounds(width, constraints.min_keep(axis), bundle)
             cut = bounds[-1][1] if bounds else 0
             most += costs.saved(layer_idx, axis, width, width - cut)
             spared = spared or cut < width
@@ -217,7 +219,8 @@ def cut_candidates(
             continue
         rows = rows.sort_values(["score", "group_idx"], kind="stable")
         groups, scores = rows["group_idx"].to_numpy(), rows["score"].to_numpy()
-        bounds = _bundle_bounds(len(rows), constraints.min_keep(axis), constraints.bundle(axis))
+        bundle = constraints.bundle(geometry.family.block(axis), len(rows))
+        bounds = _bundle_bounds(len(rows), constraints.min_keep(axis), bundle)
         # Never below the bundle before: the means of equal scores differ in their last digit, and a bundle that
         # overtook another would leave a width that is no multiple.
         means = np.maximum.accumulate([scores[start:stop].mean() for start, stop in bounds])

@@ -108,7 +108,8 @@ def _equal_widths(geometry: Geometry, constraints: Constraints) -> dict[Axis, li
     for axis in AXES:
         widths = [layer[axis] for layer in geometry.widths]
         if axis in constraints.axes:
-            bundle, narrowest = constraints.bundle(axis), min(widths)
+            narrowest = min(widths)
+            bundle = constraints.bundle(geometry.family.block(axis), narrowest)
             whole = [narrowest] if min(widths) == max(widths) else []
             below = [n for n in range(narrowest // bundle * bundle, 0, -bundle) if n >= constraints.min_keep(axis)]
             allowed[axis] = [n for n in dict.fromkeys([*whole, *below]) if n]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_families import count_parameters, groups_of, logits, random_tokens, zeroed
+from tiny_families import count_parameters, groups_of, logits, plan_keeping, random_tokens, zeroed
 from torch import nn
 
 from prunus.families import AXES
@@ -88,7 +88,7 @@ def test_the_cut_groups_are_gone_and_nothing_else(tiny, axes, method):
 @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
 def test_whole_blocks_and_layers(tiny, kept):
     groups = tiny.geometry.widths[0]
-    plan = Plan.from_kept(tiny.geometry, kept(groups["attention"], groups["mlp"]))
+    plan = plan_keeping(tiny.geometry, kept(groups["attention"], groups["mlp"]))
     pruned = apply_plan(tiny.model, plan)
     expected = logits(zeroed(tiny.model, plan.layers), tiny.input_ids)
     torch.testing.assert_close(logits(pruned, tiny.input_ids), expected, **CLOSE)

@@ -14,6 +14,7 @@ from tiny_families import (
     case_id,
     groups_of,
     make_model,
+    plan_keeping,
     random_tokens,
     shared_model,
     weights_of_group,
@@ -25,7 +26,6 @@ from prunus.families import AXES, FAMILIES
 from prunus.groups import Geometry
 from prunus.importance import METHODS, MethodOptions, score_groups
 from prunus.importance.registry import statistics_for
-from prunus.plan import Plan
 from prunus.statistics.activations import ACTIVATION_STATISTICS
 from prunus.surgery import apply_plan
 from prunus.sweep import ENGINES, sweep
@@ -311,6 +311,10 @@ def permuted(model, axis: str, layer_idx: int, order: list[int]):
             here = weights_of_group(source, axis, old, model.config)
             for (name, to), (_, index) in zip(there, here, strict=True):
                 target.get_parameter(name)[to] = source.get_parameter(name)[index]
+                norm = name.replace("_proj.weight", "_norm.weight")
+                if FAMILIES[model.config.model_type].block(axis).indivisible and norm in source.state_dict():
+                    # No group's own, as none can go without the others, but it has an entry for each of its rows.
+                    target.get_parameter(norm)[to[0]] = source.get_parameter(norm)[index[0]]
     return other
 
 
@@ -334,12 +338,13 @@ def test_of_a_pruned_model(tiny, seeing, engine):
     """Importances of ragged models, with absent blocks: a second cut needs them."""
     groups = tiny.geometry.widths[0]
     kept = [{"attention": [], "mlp": [0, 3, 4]}, {"attention": range(groups["attention"])[:1], "mlp": []}]
-    ragged = apply_plan(tiny.model, Plan.from_kept(tiny.geometry, kept))
+    plan = plan_keeping(tiny.geometry, kept)
+    ragged = apply_plan(tiny.model, plan)
     rows = sequences()
     actual = measure(ragged, seeing, padded(rows, "left", 2), engine=engine)
     assert [{axis: len(by_axis[axis]) for axis in AXES} for by_axis in actual] == [
         {"attention": 0, "mlp": 3},
-        {"attention": 1, "mlp": 0},
+        {"attention": len(plan.layers[1].attention), "mlp": 0},
     ]
     assert_equal_importance(actual, expected(ragged, seeing, rows))
 

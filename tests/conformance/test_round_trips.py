@@ -12,7 +12,7 @@ import torch
 from cut_cases import Tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_families import CASES, FAMILIES, case_id, count_parameters, logits, shared_model
+from tiny_families import CASES, FAMILIES, case_id, count_parameters, logits, plan_keeping, shared_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -56,7 +56,7 @@ def uniform_plan(model) -> Plan:
     geometry = Geometry.of(model)
     groups = geometry.widths[0]
     attention, mlp = max(1, groups["attention"] - 1), groups["mlp"] - 5
-    return Plan.from_kept(
+    return plan_keeping(
         geometry,
         [
             {"attention": range(groups["attention"])[:attention], "mlp": range(mlp)},

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny_families import CASES, case_id, logits, make_model, random_tokens
+from tiny_families import CASES, case_id, logits, make_model, plan_keeping, random_tokens
 from transformers import AutoModelForCausalLM
 
 import prunus
@@ -32,11 +32,12 @@ def test_a_filled_model_is_stock_and_has_the_logits_of_the_ragged_one(case):
     geometry = Geometry.of(whole)
     heads = geometry.widths[0].num_key_value_heads
     kept = [*RAGGED, {"attention": range(max(1, heads - 1)), "mlp": range(17)}]
-    ragged = prunus.apply_plan(whole, Plan.from_kept(geometry, kept))
+    plan = plan_keeping(geometry, kept)
+    ragged = prunus.apply_plan(whole, plan)
     filled = fill_model(ragged)
     assert not hasattr(filled.config, "layer_widths")
     assert type(filled).__module__.startswith("transformers.models.")
-    assert filled.config.num_key_value_heads == max(1, heads - 1)
+    assert filled.config.num_key_value_heads == max(widths.num_key_value_heads for widths in plan.kept_widths)
     assert filled.config.intermediate_size == 17
     tokens = random_tokens()
     torch.testing.assert_close(logits(filled, tokens), logits(ragged, tokens), rtol=1e-4, atol=1e-4)

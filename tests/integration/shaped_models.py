@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from tiny_families import ONE_EACH, case_id, make_model, zeroed
+from tiny_families import ONE_EACH, case_id, make_model, plan_keeping, zeroed
 from torch import Tensor
 
 from prunus.groups import Geometry
@@ -52,7 +52,7 @@ class Shaped:
 
     @property
     def plan(self) -> Plan:
-        return Plan.from_kept(Geometry.of(self.dense), SHAPES[self.shape])
+        return plan_keeping(Geometry.of(self.dense), SHAPES[self.shape])
 
     @property
     def pruned(self) -> Any:

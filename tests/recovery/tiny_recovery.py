@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from tiny_families import plan_keeping
 from tiny_folder import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import prunus
 from prunus.groups import Geometry
-from prunus.plan import Plan
 from prunus.surgery import apply_plan
 
 #: one step is four sequences of 32 tokens of the manual in Python's standard library
@@ -56,5 +56,5 @@ def cut(dense):
         {"attention": [], "mlp": range(7)},
         {"attention": range(max(1, attention - 1)), "mlp": range(3)},
     ]
-    plan = Plan.from_kept(geometry, kept)
+    plan = plan_keeping(geometry, kept)
     return plan, apply_plan(dense, plan)

@@ -22,6 +22,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -213,6 +214,14 @@ class PrunusSmolLM3Config(LayerWidthsMixin, SmolLM3Config):
 
 
 @strict_if_dataclass
+class PrunusOlmo2Config(LayerWidthsMixin, Olmo2Config):
+    """OLMo 2 with one set of widths per decoder layer."""
+
+    model_type = "prunus_olmo2"
+    layer_widths: list[dict[str, int]] | None = None
+
+
+@strict_if_dataclass
 class PrunusPhi3Config(LayerWidthsMixin, Phi3Config):
     """Phi-3 with one set of widths per decoder layer."""
 
@@ -242,6 +251,7 @@ __all__ = [
     "PrunusGraniteConfig",
     "PrunusLlamaConfig",
     "PrunusMistralConfig",
+    "PrunusOlmo2Config",
     "PrunusPhi3Config",
     "PrunusQwen2Config",
     "PrunusQwen3Config",

@@ -25,6 +25,8 @@ from transformers import (
     LlamaModel,
     MistralForCausalLM,
     MistralModel,
+    Olmo2ForCausalLM,
+    Olmo2Model,
     Phi3ForCausalLM,
     Phi3Model,
     Qwen2ForCausalLM,
@@ -39,6 +41,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
@@ -50,6 +53,7 @@ from .configuration_prunus import (
     PrunusGraniteConfig,
     PrunusLlamaConfig,
     PrunusMistralConfig,
+    PrunusOlmo2Config,
     PrunusPhi3Config,
     PrunusQwen2Config,
     PrunusQwen3Config,
@@ -250,6 +254,26 @@ class PrunusSmolLM3ForCausalLM(LayerWidthsModel, SmolLM3ForCausalLM):
     _auto_class = "AutoModelForCausalLM"
 
 
+class PrunusOlmo2Model(LayerWidthsModel, Olmo2Model):
+    """OLMo 2 decoder with one set of widths per layer."""
+
+    config_class = PrunusOlmo2Config
+    decoder_layer = Olmo2DecoderLayer
+    attention_norms = ("post_attention_layernorm",)
+    mlp_norms = ("post_feedforward_layernorm",)
+    _auto_class = "AutoModel"
+
+
+class PrunusOlmo2ForCausalLM(LayerWidthsModel, Olmo2ForCausalLM):
+    """OLMo 2 language model with one set of widths per layer."""
+
+    config_class = PrunusOlmo2Config
+    decoder_layer = Olmo2DecoderLayer
+    attention_norms = ("post_attention_layernorm",)
+    mlp_norms = ("post_feedforward_layernorm",)
+    _auto_class = "AutoModelForCausalLM"
+
+
 class PrunusPhi3Model(LayerWidthsModel, Phi3Model):
     """Phi-3 decoder with one set of widths per layer."""
 
@@ -319,6 +343,8 @@ __all__ = [
     "PrunusLlamaModel",
     "PrunusMistralForCausalLM",
     "PrunusMistralModel",
+    "PrunusOlmo2ForCausalLM",
+    "PrunusOlmo2Model",
     "PrunusPhi3ForCausalLM",
     "PrunusPhi3Model",
     "PrunusQwen2ForCausalLM",

@@ -102,6 +102,7 @@ class StockCuts:
 
 
 _SPANS = ("--shape uniform --axes mlp, or --shape depth", "if a layer keeps all its heads")
+_WHOLE = ("--shape uniform or --shape depth", "if a layer keeps its attention")
 _COUNTS = ("--shape uniform", "if no layer was removed")
 
 #: Each of the cuts was converted and run. After others a file does not load (heads cut in granite, phi3) or gives other
@@ -111,6 +112,7 @@ STOCK_CUTS: dict[str, StockCuts] = {
     "phi3": StockCuts(*_SPANS, "it takes the heads to span the hidden size"),
     "smollm3": StockCuts(*_COUNTS, "it takes every fourth layer of the file to have no positions"),
     "gemma2": StockCuts(*_COUNTS, "it takes every second layer of the file to have a sliding window"),
+    "olmo2": StockCuts(*_WHOLE, "it takes every layer to have attention"),
     "gemma3_text": StockCuts(*_COUNTS, "it takes all but every sixth layer of the file to have a sliding window"),
 }
 
