@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import prunus
-from prunus.cli import DEFAULT_ATTENTION_WEIGHT, DEFAULT_ROUNDS
+from prunus.cli.prune import DEFAULT_ATTENTION_WEIGHT, DEFAULT_ROUNDS
 from prunus.compensation import CompensationOptions, Cut, compensate_together_
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, read_text
 from prunus.evaluation.zero_shot import load_task, zero_shot

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from prunus.calibration import Batch
 from prunus.compensation import CompensationOptions, Cut, compensate_together_
@@ -314,7 +313,9 @@ def plot_comparison(comparison: pd.DataFrame, path: str | Path) -> None:
     """
     methods = [name for name in comparison["method"].unique() if name != DENSE]
     dense = float(comparison.loc[comparison["method"] == DENSE, "perplexity"].iloc[0])
-    # Figure without pyplot: no global state, and no need for a display.
+    # Here, so that other commands do not wait for it. Figure without pyplot: no global state, no need for a display.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     curve, time, memory = figure.subplots(1, 3, width_ratios=[2, 1, 1])
     for (name, compensated), rows in comparison[comparison["method"] != DENSE].groupby(

@@ -213,7 +213,7 @@ def test_a_missing_model_is_named_before_anything_runs(folders, tmp_path):
 
 
 def test_the_table(folders, capsys, monkeypatch):
-    monkeypatch.setattr("prunus.cli.out_console", Console(width=200))
+    monkeypatch.setattr("prunus.cli.printing.out_console", Console(width=200))
     words = ["--prompt-tokens", "6", "--new-tokens", "3", "--repeats", "2", "--device", "cpu", "--no-memory"]
     assert main(["bench", str(folders[1]), *words]) == 0
     table = capsys.readouterr().out

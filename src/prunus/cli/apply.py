@@ -1,0 +1,44 @@
+"""`prunus apply`: cut by a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prunus.cli.flags import Flag, ModelFlags, ModelName
+from prunus.cli.printing import print_json, print_rows, typed_command
+from prunus.inputs import ModelOptions
+from prunus.pipeline import apply_checkpoint
+from prunus.plan import Plan
+
+__all__ = ["apply"]
+
+
+def apply(
+    model: ModelName,
+    plan: Path,
+    /,
+    *,
+    out: Path,
+    where: ModelFlags = ModelOptions(),
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Cut a model by a plan and save the result; nothing is measured.
+
+    Args:
+        model: folder, Hub id or `smollm2-135m`.
+        plan: plan.json, from `prunus plan` or from the folder prunus/ of a pruned model.
+        out: folder for the result; it appears when it is complete.
+        overwrite: replace an earlier result in the folder.
+        json: print the metrics as JSON.
+    """
+    metrics = apply_checkpoint(
+        model, Plan.load(plan), out, model_options=where, overwrite=overwrite, command=typed_command()
+    )
+    if json:
+        print_json(metrics)
+    else:
+        before, after = metrics["parameters_before"], metrics["parameters_after"]
+        print_rows(
+            f"{metrics['base_model']} → {out}", ("", "before", "after"), [("parameters", f"{before:,}", f"{after:,}")]
+        )

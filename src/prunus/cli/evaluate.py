@@ -1,0 +1,76 @@
+"""`prunus eval`: what a model is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.markup import escape
+
+from prunus.cli.bench import speed_rows
+from prunus.cli.flags import EvalFlags, EvalSettings, Flag, ModelFlags, ModelName
+from prunus.cli.printing import print_json, print_rows, typed_command
+from prunus.evaluation.evaluate import Evaluation
+from prunus.evaluation.evaluate import evaluate as evaluate_model
+from prunus.inputs import ModelOptions
+from prunus.report import write_report
+from prunus.report.page import FILE_NAME
+from prunus.result_folder import add_evaluation, read_result
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: ModelName,
+    /,
+    *,
+    compare: str | None = None,
+    evaluation: EvalFlags = EvalSettings(),
+    where: ModelFlags = ModelOptions(),
+    update_card: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Measure a model, pruned or not: perplexity, zero-shot accuracy, speed and memory, and what it writes.
+
+    Args:
+        model: folder, Hub id or `smollm2-135m`.
+        compare: another model, such as the dense one, to measure by the same rules beside it.
+        update_card: keep the figures in the pruned folder, its model card and its report.
+        json: print the result as JSON.
+    """
+    if update_card:
+        read_result(model)  # refuses a folder that is not ours before long work
+    result = evaluate_model(model, evaluation, dense=compare, model_options=where)
+    facts = result.to_dict()
+    if update_card:
+        add_evaluation(model, facts, typed_command())
+        if (Path(model) / FILE_NAME).is_file():
+            write_report(model)
+    if json:
+        # Fields of the first text stand at the top as well, for programs that read one figure.
+        print_json({**(facts["perplexities"][0] if facts["perplexities"] else {}), **facts})
+        return
+    figures = [result.dense, result.model] if result.dense else [result.model]
+    print_rows(str(facts["model"]), ("", *(one.model for one in figures)), _rows(result))
+    if result.speed:
+        names = [one.model for one in result.speed.results]
+        print_rows("speed and memory", ("", *names), speed_rows(result.speed))
+
+
+def _rows(result: Evaluation) -> list[tuple[str, ...]]:
+    """One column per model, the dense one first; every text, task and prompt is measured on all."""
+    models = [result.dense, result.model] if result.dense else [result.model]
+    rows = [("parameters", *(f"{one.parameters:,}" for one in models)), ("dtype", *(one.dtype for one in models))]
+    for text in result.model.perplexities:
+        rows.append((f"perplexity, {text}", *(f"{one.perplexities[text].perplexity:,.2f}" for one in models)))
+    for number, task in enumerate(result.model.zero_shot):
+        same = [one.zero_shot[number] for one in models]
+        rows.append((f"{task.task} acc, {task.items} items", *(f"{one.accuracy:.2%}" for one in same)))
+        rows.append((f"{task.task} acc_norm", *(f"{one.accuracy_norm:.2%}" for one in same)))
+    for number, harness in enumerate(result.model.harness):
+        for metric in harness.metrics:
+            figures = [one.harness[number].metrics[metric] for one in models]
+            label = f"lm_eval {harness.task} {metric}, {harness.items} items"
+            rows.append((label, *(f"{figure:,.4f}" for figure in figures)))
+    for number, sample in enumerate(result.model.samples):
+        rows.append(tuple(map(escape, (sample.prompt, *(one.samples[number].text for one in models)))))
+    return rows

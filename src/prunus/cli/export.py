@@ -1,0 +1,53 @@
+"""`prunus export`: the same model for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Group, Parameter
+
+from prunus.cli.flags import Flag, ModelName
+from prunus.cli.printing import print_json, print_rows, short
+from prunus.export import GgufType, export_dense, export_gguf
+
+__all__ = ["export"]
+
+_GGUF = Group("GGUF", sort_key=7)
+
+
+def export(
+    model: ModelName,
+    /,
+    *,
+    to: Literal["gguf", "dense"],
+    out: Path,
+    type: Annotated[GgufType, Parameter(group=_GGUF)] = "f16",
+    mlp_multiple: Annotated[int, Parameter(group=_GGUF)] = 1,
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Write a pruned model in a form that other programs load.
+
+    `gguf` is one file for llama.cpp, Ollama, LM Studio and others; needs `pip install 'prunus[gguf]'`. `dense` is a
+    model folder of a stock class, its layers filled up with zeros to the width of the widest, for loaders that need
+    equal layers.
+
+    Args:
+        model: folder, Hub id or `smollm2-135m`, pruned or not.
+        to: the form.
+        out: the file (gguf) or folder (dense) to write; it appears when it is complete.
+        type: of the matrices: f32, f16, bf16 or q8_0; norms and biases are f32 in each.
+        mlp_multiple: fill MLP widths up to multiples of this with zeros, 256 for llama.cpp's K-quants.
+        overwrite: replace an earlier result.
+        json: print what was written as JSON.
+    """
+    if to == "gguf":
+        facts = export_gguf(model, out, type=type, mlp_multiple=mlp_multiple, overwrite=overwrite)
+    else:
+        facts = export_dense(model, out, overwrite=overwrite)
+    if json:
+        print_json(facts)
+        return
+    rows = [(name, short(value)) for name, value in facts.items() if not isinstance(value, list)]
+    print_rows(f"{model} → {out}", ("", ""), rows)

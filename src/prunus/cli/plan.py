@@ -1,0 +1,71 @@
+"""`prunus plan`: from a table to a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prunus.cli.flags import Flag, Selection, SelectionFlags, TargetFlags
+from prunus.cli.printing import print_json, print_rows
+from prunus.errors import OptionError
+from prunus.families import AXES
+from prunus.scoring import Score
+from prunus.selection import select
+from prunus.table import Normalization
+
+__all__ = ["plan"]
+
+
+def plan(
+    table: Path,
+    /,
+    *,
+    ratio: float,
+    out: Path = Path("plan.json"),
+    normalize: Normalization | None = None,
+    selection: SelectionFlags = Selection(),
+    target: TargetFlags | None = None,
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Choose what to cut from a table of scores; needs no model.
+
+    Args:
+        table: groups.csv, or the folder that `prunus score` wrote.
+        ratio: share of all parameters to remove, or of what --target says, in [0, 1). Without --target it is what the
+            table was made for.
+        out: the plan file to write.
+        normalize: make importances of different layers comparable in another way than when they were scored.
+        overwrite: replace an existing file.
+        json: print a summary as JSON.
+    """
+    if out.exists() and not overwrite:
+        raise OptionError(f"{out} exists; choose another --out or add --overwrite")
+    if out.is_dir():
+        raise OptionError(f"{out} is a folder; --out is the plan file to write, e.g. {out / 'plan.json'}")
+    result = Score.load(table)
+    costs = (target or result.target).costs(result.geometry)
+    if normalize is not None:
+        result = result.ranked(normalize)
+    chosen = select(result.table, result.geometry, ratio, selection, costs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.save(out)
+    left = result.geometry.parameters_left(chosen.kept_widths)
+    facts = {
+        "parameters_before": result.geometry.total_parameters,
+        "parameters_after": left,
+        "removed": 1 - left / result.geometry.total_parameters,
+        "quantity": costs.quantity,
+        "quantity_before": costs.total,
+        "quantity_after": costs.left(chosen.kept_widths),
+        "layers_left": len(chosen.surviving_layers),
+        "fingerprint": chosen.fingerprint,
+    }
+    if json:
+        print_json(facts)
+        return
+    rows = [
+        (str(layer_idx), *(f"{len(kept[axis])} of {before[axis]}" for axis in AXES))
+        for layer_idx, (before, kept) in enumerate(zip(chosen.widths, chosen.layers, strict=True))
+    ]
+    removed = 1 - facts["quantity_after"] / (facts["quantity_before"] or 1)
+    print_rows(f"{removed:.2%} of all {costs.quantity} go → {out}", ("layer", *AXES), rows)

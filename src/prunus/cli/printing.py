@@ -1,0 +1,48 @@
+"""What commands print: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prunus.terminal import quoted_command
+
+__all__ = ["print_json", "print_rows", "short", "typed_command"]
+
+out_console = Console()
+
+
+def typed_command() -> str:
+    """The command line that is running, as it can be typed again."""
+    return quoted_command("prunus", sys.argv[1:])
+
+
+def print_json(values: Any) -> None:
+    """Values as JSON on stdout."""
+    print(jsonlib.dumps(values, indent=1))
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout, numbers to the right."""
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    out_console.print(table)
+
+
+def short(value: Any) -> str:
+    """A value as a cell of a table shows it."""
+    if isinstance(value, float):
+        return "" if value != value else f"{value:,.5g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {short(inner)}" for name, inner in value.items())
+    return str(value)

@@ -1,0 +1,55 @@
+"""`prunus profile`: how long blocks take by their width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prunus.cli.flags import Flag, ModelName, ProfileFlags, ProfileRuns
+from prunus.cli.printing import print_json, print_rows
+from prunus.errors import OptionError
+from prunus.evaluation.profiling import profile as profile_model
+from prunus.families import AXES
+from prunus.latency import PHASES
+
+__all__ = ["profile"]
+
+
+def profile(
+    model: ModelName,
+    /,
+    *,
+    out: Path = Path("profile.json"),
+    speed: ProfileFlags = ProfileRuns(),
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Measure on this machine how long a model's blocks take by their width, for `--target latency`.
+
+    Blocks of all widths stand in one model with random weights, and run as in `prunus bench`; give it the prompt
+    length, batch size, device and dtype that will be used.
+
+    Args:
+        model: folder, Hub id or `smollm2-135m`; its weights are not read.
+        out: the profile file to write.
+        overwrite: replace an existing file.
+        json: print the profile as JSON.
+    """
+    if out.exists() and not overwrite:
+        raise OptionError(f"{out} exists; choose another --out or add --overwrite")
+    if out.is_dir():
+        raise OptionError(f"{out} is a folder; --out is the profile file to write, e.g. {out / 'profile.json'}")
+    measured = profile_model(model, speed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    measured.save(out)
+    if json:
+        print_json(measured.to_dict())
+        return
+    rows = [("all else", "", *(f"{1e6 * measured.times(phase).fixed:,.1f}" for phase in PHASES))]
+    for axis in AXES:
+        for points in zip(*(measured.times(phase).points(axis) for phase in PHASES), strict=True):
+            rows.append((axis, f"{points[0][0]:,}", *(f"{1e6 * seconds:,.1f}" for _, seconds in points)))
+    title = (
+        f"microseconds: {speed.prompt_tokens} prompt tokens, and each of {speed.new_tokens} after them, batch "
+        f"{speed.batch_size}, {measured.dtype}, {measured.device}, {measured.threads} CPU threads → {out}"
+    )
+    print_rows(title, ("", "groups", *PHASES), rows)

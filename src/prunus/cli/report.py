@@ -1,0 +1,26 @@
+"""`prunus report`: the page about a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prunus.cli.flags import Flag
+from prunus.cli.printing import print_json
+from prunus.report import write_report
+
+__all__ = ["report"]
+
+
+def report(folder: Path, /, *, out: Path | None = None, json: Flag = False) -> None:
+    """Write one self-contained HTML page about a result of `prune`, `apply` or `compare`.
+
+    Args:
+        folder: what prunus wrote.
+        out: the file to write; by default report.html in the folder.
+        json: print where it is as JSON.
+    """
+    path = write_report(folder, out)
+    if json:
+        print_json({"report": str(path), "bytes": path.stat().st_size})
+    else:
+        print(path)
