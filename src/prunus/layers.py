@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,28 @@ from prunus.families import family_of
 from prunus.groups import submodule
 from prunus.tensor_file import TensorFile, TensorLayout, write_tensors
 
-__all__ = ["LayerState", "Layers", "StoredLayers", "layers_of", "move_present_", "outside_layers"]
+__all__ = ["Fetched", "LayerState", "Layers", "StoredLayers", "layers_of", "move_present_", "outside_layers"]
 
 #: a decoder layer's parameters and buffers by their names inside the layer
 LayerState = dict[str, Tensor]
 #: where a model keeps its `StoredLayers`
 ATTRIBUTE = "_prunus_layers"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A decoder layer on its way from disk.
+
+    Reading runs in a thread beside the computation, and must be no more than reading: PyTorch starts threads of its own
+    for an operation, and those of two threads keep each other from the cores. All else waits for `finish`.
+
+    Attributes:
+        state: the tensors that were read.
+        finish: makes the layer's state of them, wherever they have been sent meanwhile; it may empty what it is given.
+    """
+
+    state: LayerState
+    finish: Callable[[LayerState], LayerState]
 
 
 class Layers:
@@ -71,7 +88,7 @@ class StoredLayers(Layers):
 
     Args:
         modules: the list of decoder layers, without weights (on the meta device).
-        read: index of a layer → its state on the CPU, in tensors of its own. Called from a thread.
+        fetch: index of a layer → what is on disk of it, on the CPU, in tensors of its own. Called from a thread.
         device: where held layers go.
         scratch: folder in which changed layers are kept until the program ends; None for the system's temporary one.
     """
@@ -79,15 +96,15 @@ class StoredLayers(Layers):
     stored = True
 
     def __init__(
-        self, modules: Any, read: Callable[[int], LayerState], device: torch.device, scratch: Path | None = None
+        self, modules: Any, fetch: Callable[[int], Fetched], device: torch.device, scratch: Path | None = None
     ):
         super().__init__(modules)
         self.scratch = scratch
-        self._read_original = read
+        self._fetch_original = fetch
         self.device = device
         self._empty = [layer.state_dict() for layer in modules]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prunus-layers")
-        self._ahead: dict[int, Future[tuple[LayerState, Any]]] = {}
+        self._ahead: dict[int, Future[tuple[Fetched, LayerState, Any]]] = {}
         self._held: set[int] = set()
         self._changed: dict[int, TensorFile] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -98,15 +115,24 @@ class StoredLayers(Layers):
 
     def read(self, layer_idx: int) -> LayerState:
         """The state of a layer on the CPU, with the changes that were kept."""
+        fetched = self.fetch(layer_idx)
+        return fetched.finish(fetched.state)
+
+    def fetch(self, layer_idx: int) -> Fetched:
+        """The first half of `read`, with nothing computed."""
         file = self._changed.get(layer_idx)
-        return self._read_original(layer_idx) if file is None else {name: file.read(name) for name in file.entries}
+        if file is None:
+            return self._fetch_original(layer_idx)
+        return Fetched({name: file.read(name) for name in file.entries}, lambda state: state)
 
     @contextmanager
     def hold(self, layer_idx: int, then: int | None = None) -> Iterator[nn.Module]:
         """One layer with its weights; afterwards they are gone."""
-        state = self._take(layer_idx)
+        fetched, state = self._take(layer_idx)
         if then is not None and 0 <= then < len(self) and then != layer_idx:
-            self._ahead[then] = self._reader.submit(self._fetch, then)
+            self._ahead[then] = self._reader.submit(self._send, then)
+        state = fetched.finish(state)
+        del fetched
         layer: nn.Module = self.modules[layer_idx]
         self._held.add(layer_idx)
         try:
@@ -136,28 +162,29 @@ class StoredLayers(Layers):
         with nullcontext() if layer_idx in self._held else self.hold(layer_idx, then=layer_idx + 1):
             return type(layer).forward(layer, *args, **kwargs)
 
-    def _take(self, layer_idx: int) -> LayerState:
+    def _take(self, layer_idx: int) -> tuple[Fetched, LayerState]:
         future = self._ahead.pop(layer_idx, None)
         while self._ahead:  # not wanted after all; its memory must be free before more is read
             self._ahead.popitem()[1].cancel()
         if future is None:
-            future = self._reader.submit(self._fetch, layer_idx)
-        state, copied = future.result()
+            future = self._reader.submit(self._send, layer_idx)
+        fetched, state, copied = future.result()
         if self._stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)
             for tensor in state.values():
                 tensor.record_stream(current)
-        return state
+        return fetched, state
 
-    def _fetch(self, layer_idx: int) -> tuple[LayerState, Any]:
-        """Read a layer and send it to its device; on CUDA, also the event of its arrival."""
-        state = self.read(layer_idx)
+    def _send(self, layer_idx: int) -> tuple[Fetched, LayerState, Any]:
+        """Fetch a layer and send it to its device; on CUDA, also the event of its arrival."""
+        fetched = self.fetch(layer_idx)
+        state = fetched.state
         if self._stream is None:
-            return {name: tensor.to(self.device) for name, tensor in state.items()}, None
+            return fetched, {name: state.pop(name).to(self.device) for name in list(state)}, None
         with torch.cuda.stream(self._stream):
-            state = {name: t.pin_memory().to(self.device, non_blocking=True) for name, t in state.items()}
-            return state, self._stream.record_event()
+            sent = {name: state.pop(name).pin_memory().to(self.device, non_blocking=True) for name in list(state)}
+            return fetched, sent, self._stream.record_event()
 
 
 def layers_of(model: Any) -> Layers:

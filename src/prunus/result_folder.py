@@ -33,6 +33,7 @@ from prunus.checkpoint import (
     updated_card,
 )
 from prunus.errors import CheckpointError, PlanError
+from prunus.json_file import read_json
 from prunus.lineage import COMPOSED_PLAN, Lineage, lineage_of
 from prunus.plan import Plan
 from prunus.replacing import replacing
@@ -40,7 +41,7 @@ from prunus.scoring import Score
 from prunus.table import load_table
 from prunus.version import __version__
 
-__all__ = ["Result", "add_evaluation", "measured_facts", "read_facts", "read_result", "save_result", "speed_notes"]
+__all__ = ["Result", "add_evaluation", "measured_facts", "read_result", "save_result", "speed_notes"]
 
 FOLDER = "prunus"
 #: the Hub's ids of the data sets that the zero-shot tasks are made from
@@ -147,7 +148,7 @@ def read_result(folder: str | Path) -> Result:
             f"{folder} is no result of `prunus prune` or `prunus apply`: it has no {FOLDER}/metrics.json and "
             f"{FOLDER}/plan.json"
         )
-    metrics = read_facts(own / "metrics.json")
+    metrics = read_json(own / "metrics.json")
     if missing := [name for name in ("base_model", "parameters_before", "parameters_after") if name not in metrics]:
         raise CheckpointError(f"{own / 'metrics.json'} does not say {missing[0]}; it is damaged, or another program's")
     return Result(
@@ -155,24 +156,9 @@ def read_result(folder: str | Path) -> Result:
         Plan.load(own / "plan.json"),
         metrics,
         load_table(own / "groups.csv") if (own / "groups.csv").is_file() else None,
-        read_facts(own / "samples.json", list) if (own / "samples.json").is_file() else [],
-        read_facts(own / "evaluation.json") if (own / "evaluation.json").is_file() else {},
+        read_json(own / "samples.json", list) if (own / "samples.json").is_file() else [],
+        read_json(own / "evaluation.json") if (own / "evaluation.json").is_file() else {},
     )
-
-
-def read_facts(path: Path, kind: type = dict) -> Any:
-    """Read a JSON file that prunus wrote.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds something else than an object (or `kind`).
-    """
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(facts, kind):
-        raise CheckpointError(f"{path} holds a {type(facts).__name__}, not a {kind.__name__} as prunus writes it")
-    return facts
 
 
 def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any], command: str) -> None:

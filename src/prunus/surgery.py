@@ -16,7 +16,7 @@ from prunus.checkpoint.architecture import empty_model, pruned_config
 from prunus.checkpoint.open import attach_layers_
 from prunus.families import Block, Projection
 from prunus.groups import SPACE_AXIS, Geometry
-from prunus.layers import LayerState, StoredLayers, layers_of, outside_layers
+from prunus.layers import Fetched, LayerState, StoredLayers, layers_of, outside_layers
 from prunus.plan import KeptGroups, Plan
 
 __all__ = ["apply_plan", "cut_tensors"]
@@ -63,18 +63,23 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     return smaller
 
 
-def _cut_reader(layers: StoredLayers, geometry: Geometry, plan: Plan) -> Callable[[int], LayerState]:
-    """What reads a layer of an opened model and cuts it."""
+def _cut_reader(layers: StoredLayers, geometry: Geometry, plan: Plan) -> Callable[[int], Fetched]:
+    """What fetches a layer of an opened model and then cuts it."""
 
-    def read(new_index: int) -> LayerState:
+    def fetch(new_index: int) -> Fetched:
         layer_idx = plan.surviving_layers[new_index]
-        cut = (
-            (name, _cut_layer_tensor(name, tensor, geometry, layer_idx, plan.layers[layer_idx]))
-            for name, tensor in layers.read(layer_idx).items()
-        )
-        return {name: tensor for name, tensor in cut if tensor is not None}
+        whole = layers.fetch(layer_idx)
 
-    return read
+        def finish(state: LayerState) -> LayerState:
+            cut = (
+                (name, _cut_layer_tensor(name, tensor, geometry, layer_idx, plan.layers[layer_idx]))
+                for name, tensor in whole.finish(state).items()
+            )
+            return {name: tensor for name, tensor in cut if tensor is not None}
+
+        return Fetched(whole.state, finish)
+
+    return fetch
 
 
 def cut_tensors(tensors: Iterable[tuple[str, Tensor]], geometry: Geometry, plan: Plan) -> Iterator[tuple[str, Tensor]]:

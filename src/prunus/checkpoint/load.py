@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from prunus.checkpoint.placement import resolve_device, resolve_dtype
 from prunus.errors import CheckpointError, NonFiniteError, UnsupportedModelError
 from prunus.families import family_of
+from prunus.json_file import read_json
 from prunus.tensor_file import TensorFile
 
 __all__ = ["check_finite", "check_folder", "load_model", "locate", "read_config"]
@@ -183,7 +183,7 @@ def check_config(folder: Path) -> dict[str, Any]:
         CheckpointError: not valid JSON.
         UnsupportedModelError: unknown family, or quantised.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if quantization := config.get("quantization_config") or config.get("compression_config"):
         fields = quantization if isinstance(quantization, dict) else {}
         method = fields.get("quant_method") or fields.get("format") or "unknown method"
@@ -226,16 +226,6 @@ def _gguf_message(path: str) -> str:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return content
-
-
 def shards_of(folder: Path) -> dict[Path, set[str]]:
     """The weight files of a folder, with the tensors that the index places in each (none named: there is no index).
 
@@ -252,7 +242,7 @@ def shards_of(folder: Path) -> dict[Path, set[str]]:
                 "prunus never does. Convert them to safetensors, or use a revision of the model that has them"
             )
         raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; fetch the model again")
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no weight_map; fetch the model again")
     shards: dict[Path, set[str]] = {}

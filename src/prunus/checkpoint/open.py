@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from prunus.checkpoint.placement import resolve_device, resolve_dtype
 from prunus.errors import CheckpointError
 from prunus.families import family_of
 from prunus.groups import submodule
-from prunus.layers import ATTRIBUTE, LayerState, StoredLayers, move_present_, outside_layers
+from prunus.layers import ATTRIBUTE, Fetched, StoredLayers, move_present_, outside_layers
 from prunus.tensor_file import TensorFile
 
 __all__ = ["attach_layers_", "open_model"]
@@ -78,30 +79,35 @@ def open_model(
                 f"{tuple(tensor.shape)}; fetch the model again, or correct config.json"
             )
 
-    def read(name: str) -> Tensor:
-        tensor = places[name].read(name)
+    def checked(name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.to(torch_dtype) if tensor.is_floating_point() else tensor
-        if name not in checked:
+        if name not in seen:
             check_finite_tensor(name, tensor)
-            checked.add(name)
+            seen.add(name)
         return tensor
 
-    def read_layer(layer_idx: int) -> LayerState:
+    def fetch_layer(layer_idx: int) -> Fetched:
         start = f"{prefix}{layer_idx}."
-        return {name.removeprefix(start): read(name) for name in in_layers if name.startswith(start)}
+        names = [name.removeprefix(start) for name in in_layers if name.startswith(start)]
+        return Fetched(
+            {name: places[start + name].read(start + name) for name in names},
+            # Popped: what was read goes as soon as it is converted.
+            lambda state: {name: checked(start + name, state.pop(name)) for name in names},
+        )
 
-    checked: set[str] = set()
-    model.load_state_dict({name: read(name) for name in outside}, strict=False, assign=True)
-    attach_layers_(model, read_layer, torch_device, scratch)
+    seen: set[str] = set()
+    outer = {name: checked(name, places[name].read(name)) for name in outside}
+    model.load_state_dict(outer, strict=False, assign=True)
+    attach_layers_(model, fetch_layer, torch_device, scratch)
     return model, tokenizer
 
 
-def attach_layers_(model: Any, read: Any, device: torch.device, scratch: Path | None) -> None:
+def attach_layers_(model: Any, fetch: Callable[[int], Fetched], device: torch.device, scratch: Path | None) -> None:
     """Give a model that has all but its decoder layers a place to read those from.
 
     Args:
         model: its layers are on the meta device; the rest is moved to `device`.
-        read: see `StoredLayers`.
+        fetch: see `StoredLayers`.
         device: where it computes.
         scratch: see `StoredLayers`.
     """
@@ -112,4 +118,4 @@ def attach_layers_(model: Any, read: Any, device: torch.device, scratch: Path | 
     model.tie_weights()
     model.requires_grad_(False)
     layers = submodule(model, family_of(model.config).layers)
-    setattr(model, ATTRIBUTE, StoredLayers(layers, read, device, scratch))
+    setattr(model, ATTRIBUTE, StoredLayers(layers, fetch, device, scratch))

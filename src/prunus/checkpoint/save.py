@@ -31,6 +31,7 @@ from transformers import GenerationConfig
 from prunus.checkpoint.configuration_prunus import rope_fields_of_transformers_4
 from prunus.errors import CheckpointError
 from prunus.families import family_of
+from prunus.json_file import read_json, read_json_if_whole
 from prunus.layers import layers_of, outside_layers
 from prunus.tensor_file import TensorLayout, write_tensors
 
@@ -306,14 +307,14 @@ def _keep_rope_readable(path: Path) -> None:
 
     Those ignore `rope_parameters` and silently fall back to a default base; transformers 5 accepts both forms at once.
     """
-    config = _read_json(path)
+    config = read_json(path)
     if fields := rope_fields_of_transformers_4(config["model_type"], config.get("rope_parameters") or {}):
         _write_json(path, {**config, **fields})
 
 
 def _keep_readable_by_transformers_4(path: Path, tokenizer: Any) -> None:
     """Say in the words of transformers 4, which 5 understands as well, what only 5 would understand."""
-    config = _read_json(path)
+    config = read_json(path)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.setdefault("model_input_names", list(tokenizer.model_input_names))
@@ -323,13 +324,9 @@ def _keep_readable_by_transformers_4(path: Path, tokenizer: Any) -> None:
 
 
 def _drop_local_fields(path: Path) -> None:
-    content = _read_json(path)
-    if isinstance(content, dict) and not content.keys().isdisjoint(LOCAL_FIELDS):
+    content = read_json_if_whole(path) or {}
+    if not content.keys().isdisjoint(LOCAL_FIELDS):
         _write_json(path, {name: value for name, value in content.items() if name not in LOCAL_FIELDS})
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write_json(path: Path, content: Any) -> None:

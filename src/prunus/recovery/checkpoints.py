@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.errors import OptionError
+from prunus.json_file import read_json_if_whole
 from prunus.replacing import replacing
 
 __all__ = ["WEIGHTS_FILE", "Checkpoints"]
@@ -80,7 +81,7 @@ class Checkpoints:
             with replacing(self._inputs_path) as partial:
                 partial.write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
             return
-        before = self._read(INPUTS_FILE) or {}
+        before = read_json_if_whole(self.path / INPUTS_FILE) or {}
         for name in [*inputs, *before]:
             if before.get(name) != inputs.get(name):
                 raise OptionError(
@@ -107,7 +108,7 @@ class Checkpoints:
 
     def finished(self) -> dict[str, Any] | None:
         """What `finish` wrote; None while training is not over."""
-        return self._read(TRAINED_FILE)
+        return read_json_if_whole(self.path / TRAINED_FILE)
 
     def remove(self) -> None:
         """Take away what this class and Trainer put there, and the folder if nothing else is in it."""
@@ -129,11 +130,4 @@ class Checkpoints:
 
     def _is_whole(self, checkpoint: Path) -> bool:
         # Trainer writes its state last.
-        return self._read(f"{checkpoint.name}/{STATE_FILE}") is not None
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            content = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return content if isinstance(content, dict) else None
+        return read_json_if_whole(checkpoint / STATE_FILE) is not None

@@ -32,6 +32,7 @@ from prunus.checkpoint.load import read_small_files
 from prunus.digest import digest_model
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity_of_windows
+from prunus.json_file import read_json_if_whole
 from prunus.packaged_model import resolve_model
 from prunus.recovery.card import card_with_recovery
 from prunus.recovery.checkpoints import Checkpoints
@@ -309,7 +310,7 @@ class _Run:
         """What goes into prunus/recovery.json, but for the command."""
         before, dense, after = trained["before"], trained["dense"], measured.nll
         closed = (before - after) / (before - dense) if dense is not None and before > dense else None
-        earlier = _read(self.folder / "prunus" / RECORD)
+        earlier = read_json_if_whole(self.folder / "prunus" / RECORD)
         return {
             "prunus": __version__,
             "model": self.folder.name,
@@ -432,7 +433,7 @@ def _extras(folder: Path, facts: Mapping[str, Any]) -> dict[str, str | bytes]:
         for path in sorted((folder / "prunus").glob("*"))
         if path.is_file() and path.name not in MEASURED_BEFORE
     }
-    if metrics := _read(folder / "prunus" / "metrics.json"):
+    if metrics := read_json_if_whole(folder / "prunus" / "metrics.json"):
         loss = facts["held_out_loss"]
         new = {
             "perplexity_before": None if loss["dense"] is None else math.exp(loss["dense"]),
@@ -443,10 +444,3 @@ def _extras(folder: Path, facts: Mapping[str, Any]) -> dict[str, str | bytes]:
         old = {name: metrics.get(name) for name in new}
         extras["metrics.json"] = json.dumps({**metrics, **new, "before_recovery": old}, indent=1) + "\n"
     return extras
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

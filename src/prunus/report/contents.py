@@ -10,6 +10,7 @@ from typing import Any
 from prunus.checkpoint import MeasuredFacts
 from prunus.errors import CheckpointError
 from prunus.families import AXES
+from prunus.json_file import read_json
 from prunus.plan import Plan
 from prunus.report.charts import (
     TITLES,
@@ -21,7 +22,7 @@ from prunus.report.charts import (
     score_charts,
     seconds_chart,
 )
-from prunus.result_folder import Result, measured_facts, read_facts, read_result, speed_notes
+from prunus.result_folder import Result, measured_facts, read_result, speed_notes
 
 __all__ = ["Contents", "Section", "Tile", "WritingSample", "contents_of"]
 
@@ -297,7 +298,7 @@ def _commands(result: Result) -> Section:
 
 
 def _of_comparison(folder: Path) -> Contents:
-    facts = read_facts(folder / "comparison.json")
+    facts = read_json(folder / "comparison.json")
     rows = facts.get("rows")
     if not isinstance(rows, list) or not any(row.get("method") == "dense" for row in rows):
         raise CheckpointError(f"{folder / 'comparison.json'} has no rows of a comparison; run `prunus compare` again")
