@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunus.loss import IGNORE_INDEX, sequence_losses
+from prunus.loss import IGNORE_INDEX
 
 __all__ = ["losses_and_gradient"]
 
@@ -44,11 +44,27 @@ def losses_and_gradient(
         leaf = hidden[:, part].detach().requires_grad_()
         with torch.enable_grad():
             logits = head_fn(leaf)
-            wanted = labels[:, part] if generator is None else _draw(logits.detach(), labels[:, part], generator)
-            loss = sequence_losses(logits, wanted).to(hidden.device)
-            (gradient[:, part],) = torch.autograd.grad(loss.sum(), leaf)
-        losses += loss.detach()
+        wanted = labels[:, part] if generator is None else _draw(logits.detach(), labels[:, part], generator)
+        part_losses, by_logits = _cross_entropy(logits.detach(), wanted.to(logits.device))
+        (gradient[:, part],) = torch.autograd.grad(logits, leaf, by_logits.to(logits.dtype))
+        losses += part_losses.to(hidden.device)
     return losses, gradient
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses summed per sequence, float32 (batch,), and the gradient of their total by the logits, float32.
+
+    The gradient is softmax(logits) - onehot(label), written into the memory of the log-probabilities: autograd takes as
+    much again and goes over it twice more, which is what the loss costs where the vocabulary is large.
+    """
+    log_probabilities = logits.float().log_softmax(dim=-1)
+    counted = labels != IGNORE_INDEX
+    target = labels.where(counted, 0)[..., None]
+    losses = -log_probabilities.gather(-1, target).squeeze(-1) * counted
+    gradient = log_probabilities.exp_()
+    gradient.scatter_add_(-1, target, torch.full_like(target, -1.0, dtype=gradient.dtype))
+    gradient.masked_fill_(~counted[..., None], 0.0)
+    return losses.sum(dim=1), gradient
 
 
 def _draw(logits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
