@@ -97,6 +97,8 @@ ALWAYS = {
 }
 #: the page whose commands make reports
 REPORTED = "docs/report.md"
+#: stands for the package `datasets` in Python blocks, and so for the Hub
+HUB = SimpleNamespace(load_dataset=lambda *_, **__: {"text": TEXT.splitlines()})
 #: numbers of Python blocks, by the name of the argument
 NUMBERS = {"samples": "6", "seq_len": "24", "max_minutes": "0.005", "max_new_tokens": "3"}
 
@@ -249,7 +251,7 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=260,
         hidden_size=64,
         intermediate_size=256,
-        num_hidden_layers=5,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -285,16 +287,17 @@ def test_a_page_does_what_it_says(page, brought, tmp_path, monkeypatch, capsys):
     if page in PRUNED:
         shutil.copytree(brought / "pruned", tmp_path / PRUNED[page])
     monkeypatch.chdir(tmp_path)
-    # The Hub stands behind one function of `datasets`.
-    hub = SimpleNamespace(load_dataset=lambda *_, **__: {"text": TEXT.splitlines()})
-    monkeypatch.setitem(sys.modules, "datasets", hub)
     registered = dict(METHODS)
     names: dict[str, Any] = {"__name__": "page"}
     try:
         for block in blocks(page):
             if block.language == "python":
                 # Empty lines before it: a traceback then names the line of the page.
-                exec(compile("\n" * (block.line - 1) + small_python(block.text), str(ROOT / page), "exec"), names)
+                code = compile("\n" * (block.line - 1) + small_python(block.text), str(ROOT / page), "exec")
+                with monkeypatch.context() as patched:
+                    if "datasets" in code.co_names:
+                        patched.setitem(sys.modules, "datasets", HUB)
+                    exec(code, names)
                 continue
             for words in block.commands():
                 if entry_of(words) is None:
