@@ -116,7 +116,6 @@ class Elsewhere:
     check: str
 
 
-PROCESSES = "starts several processes"
 HARNESS = "needs lm-evaluation-harness"
 #: words that a command contains, side by side → why it is not run here, and what does run it
 ELSEWHERE = {
@@ -135,12 +134,15 @@ ELSEWHERE = {
     "make transformers4-check": Elsewhere("builds an environment of gigabytes", "make transformers4-check"),
     "vllm serve": Elsewhere("needs vLLM", "make deploy-check"),
     "examples/llama_cpp_chat.py": Elsewhere("needs llama.cpp", "make deploy-check"),
-    "torchrun --nproc-per-node 4 -m prunus score": Elsewhere(PROCESSES, "tests/test_processes.py"),
-    "torchrun --nproc-per-node 4 -m prunus recover": Elsewhere(PROCESSES, "tests/recovery/test_recover.py"),
     "accelerate launch": Elsewhere("needs GPUs; it starts as torchrun does", "tests/recovery/test_recover.py"),
     "--resume": Elsewhere("goes on with a run that was killed", "tests/recovery/test_recovery_resume.py"),
     "--harness": Elsewhere(HARNESS, "tests/evaluation/test_harness.py"),
     "benchmarks/harness_check.py": Elsewhere(HARNESS, "tests/evaluation/test_harness.py"),
+}
+#: begin of a command that is run as `prunus` in one process → what runs it in several
+AS_ONE = {
+    "torchrun --nproc-per-node 4 -m prunus score": "tests/test_processes.py",
+    "torchrun --nproc-per-node 4 -m prunus recover": "tests/recovery/test_recover.py",
 }
 #: options that running text names and that are other programs'
 FOREIGN = {
@@ -202,6 +204,12 @@ def entry_of(words: list[str]) -> Elsewhere | None:
     """The entry of a command that is not run here."""
     line = f" {' '.join(words)} "
     return next((entry for part, entry in ELSEWHERE.items() if f" {part} " in line), None)
+
+
+def as_one(words: list[str]) -> list[str]:
+    """A command without what starts several processes of it."""
+    start = next((start for start in AS_ONE if f"{' '.join(words)} ".startswith(f"{start} ")), None)
+    return words[words.index("prunus") :] if start else words
 
 
 def small(words: list[str], page: str = "") -> list[str]:
@@ -301,7 +309,7 @@ def test_a_page_does_what_it_says(page, brought, tmp_path, monkeypatch, capsys):
                 continue
             for words in block.commands():
                 if entry_of(words) is None:
-                    status = run(small(words, page), monkeypatch)
+                    status = run(small(as_one(words), page), monkeypatch)
                     said = capsys.readouterr().err
                     assert status == 0, f"{page}, block of line {block.line}: {shlex.join(words)}\n{said}"
     finally:
@@ -338,7 +346,8 @@ def test_the_tables_hold_nothing_that_no_page_mentions():
 
     by_default = {option for options in GIVEN.values() for option in options}
     running = "".join(prose(page) for page in (*PAGES, CHINESE))
-    assert [part for part in ELSEWHERE if not any(f" {part} " in line for line in lines)] == []
+    assert [part for part in (*ELSEWHERE, *AS_ONE) if not any(f" {part} " in line for line in lines)] == []
+    assert [check for check in AS_ONE.values() if not (ROOT / check).is_file()] == []
     assert [word for word in (*WORDS, *TEXTS, TASKS) if not mentioned(word)] == []
     assert [option for option in SMALL if option not in by_default and not mentioned(option)] == []
     assert [command for command in (*GIVEN, *ALWAYS) if not any(f" {command} " in line for line in lines)] == []
