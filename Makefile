@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo bench quality recover-bench deploy-check quantised-check transformers4-check clean
+.PHONY: help install test lint format demo picture bench quality recover-bench deploy-check quantised-check transformers4-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -33,6 +33,11 @@ format: $(VENV)/.installed ## sort imports and format
 
 demo: $(VENV)/.installed ## prune SmolLM2-135M by 20 %, save it, load it back, let both models speak
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/prune_smollm2.py
+
+RECIPE := benchmarks/results/default-recipe
+picture: $(VENV)/.installed ## docs/kept.svg, from the plans of the default recipe
+	$(BIN)/python benchmarks/keep_picture.py "20 % removed=$(RECIPE)/plan-20.json" "40 % removed=$(RECIPE)/plan-40.json" \
+	    --out docs/kept.svg
 
 # The files of benchmarks/RESULTS.md: a C4 sample as JSON lines, the raw WikiText-2 test set as one text file.
 CALIBRATION ?= c4-sample.jsonl
