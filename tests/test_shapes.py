@@ -32,14 +32,19 @@ def lost_by(plan: Plan, table) -> float:
     return sum(value for key, value in worth.items() if key not in kept)
 
 
+def can_be_uniform(geometry: Geometry) -> bool:
+    """Every layer has both blocks, and those that are indivisible are equal."""
+    return all(
+        min(widths) and (min(widths) == max(widths) or not block.indivisible)
+        for block in geometry.family.blocks
+        for widths in [[layer[block.axis] for layer in geometry.widths]]
+    )
+
+
 @st.composite
 def jobs(draw, shape: str):
     """A model, its table, constraints of a shape and a ratio that they allow."""
-    geometry = draw(
-        geometries(sorted(FAMILIES)).filter(
-            lambda g: shape == "depth" or all(w[axis] for w in g.widths for axis in AXES)
-        )
-    )
+    geometry = draw(geometries(sorted(FAMILIES)).filter(lambda g: shape == "depth" or can_be_uniform(g)))
     narrowest = min(layer.intermediate_size for layer in geometry.widths)
     constraints = Constraints(
         shape=shape,
@@ -116,12 +121,12 @@ def test_results_are_of_a_stock_class(case, shape):
     model = make_model(*case, num_hidden_layers=4, **({"max_window_layers": 4} if case[0] == "qwen2" else {}))
     smaller = prunus.prune(
         model,
-        0.3,
+        0.2,
         scoring=prunus.ScoringOptions(method="random", random_seed=1),
         constraints=Constraints(shape=shape),
     ).model
     assert type(smaller).__module__.startswith("transformers.models.")
-    assert smaller.num_parameters() <= 0.7 * model.num_parameters()
+    assert smaller.num_parameters() <= 0.8 * model.num_parameters()
     assert (smaller.config.num_hidden_layers < 4) == (shape == "depth")
 
 

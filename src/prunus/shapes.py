@@ -108,8 +108,13 @@ def _equal_widths(geometry: Geometry, constraints: Constraints) -> dict[Axis, li
     for axis in AXES:
         widths = [layer[axis] for layer in geometry.widths]
         if axis in constraints.axes:
-            narrowest = min(widths)
-            bundle = constraints.bundle(geometry.family.block(axis), narrowest)
+            block, narrowest = geometry.family.block(axis), min(widths)
+            if block.indivisible and narrowest < max(widths):
+                raise OptionError(
+                    f"shape uniform: the layers have {narrowest} to {max(widths)} {axis} groups, which in "
+                    f"{geometry.family.title} stay or go together; choose another shape"
+                )
+            bundle = constraints.bundle(block, narrowest)
             whole = [narrowest] if min(widths) == max(widths) else []
             below = [n for n in range(narrowest // bundle * bundle, 0, -bundle) if n >= constraints.min_keep(axis)]
             allowed[axis] = [n for n in dict.fromkeys([*whole, *below]) if n]

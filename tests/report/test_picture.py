@@ -20,7 +20,7 @@ PLANS = {
 def bars(svg: str) -> list[tuple[int, str, int]]:
     """Layer, axis and share in percent of every bar, as the picture says them to those who do not see it."""
     labels = [element.get("aria-label", "") for element in ElementTree.fromstring(svg).iter()]
-    found = [re.fullmatch(r"decoder layer: (\d+); kept: (\d+)%; axis: (.*)", label) for label in labels]
+    found = [re.fullmatch(r"(?:decoder )?layer: (\d+); kept: (\d+)%; axis: (.*)", label) for label in labels]
     return [(int(bar[1]), bar[3], int(bar[2])) for bar in found if bar]
 
 
