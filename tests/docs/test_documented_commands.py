@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import prunus  # noqa: F401 (registers the classes of ragged models, as any page's first Python block does)
 from prunus.cli import app, main
+from prunus.evaluation.memory import PeakMemory
 from prunus.importance import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,6 @@ GIVEN = {
 }
 ALWAYS = {
     "prune": ["--no-report"],  # its samples take most of the time; a page that shows the report gets it, see REPORTED
-    "bench": ["--no-memory"],  # each peak would be measured in a process of its own
     "demo_global_pruning.py": ["--base_model", "dense"],
     "examples/python_api.py": ["--model", "dense"],
 }
@@ -295,6 +295,8 @@ def test_a_page_does_what_it_says(page, brought, tmp_path, monkeypatch, capsys):
     if page in PRUNED:
         shutil.copytree(brought / "pruned", tmp_path / PRUNED[page])
     monkeypatch.chdir(tmp_path)
+    # Each peak takes a process of its own, and that seconds to start; tests/evaluation/test_speed.py measures some.
+    monkeypatch.setattr("prunus.evaluation.speed.peak_memory", lambda *_, **__: PeakMemory(2**30, 2**29))
     registered = dict(METHODS)
     names: dict[str, Any] = {"__name__": "page"}
     try:
