@@ -119,14 +119,16 @@ def test_depth_removes_the_layers_of_least_mean_importance(job):
 @pytest.mark.parametrize("shape", ["uniform", "depth"])
 def test_results_are_of_a_stock_class(case, shape):
     model = make_model(*case, num_hidden_layers=4, **({"max_window_layers": 4} if case[0] == "qwen2" else {}))
+    # Without its attention, OLMo 2 has less to give in equal widths.
+    ratio = 0.2 if case[0] == "olmo2" else 0.3
     smaller = prunus.prune(
         model,
-        0.2,
+        ratio,
         scoring=prunus.ScoringOptions(method="random", random_seed=1),
         constraints=Constraints(shape=shape),
     ).model
     assert type(smaller).__module__.startswith("transformers.models.")
-    assert smaller.num_parameters() <= 0.8 * model.num_parameters()
+    assert smaller.num_parameters() <= (1 - ratio) * model.num_parameters()
     assert (smaller.config.num_hidden_layers < 4) == (shape == "depth")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["IGNORE_INDEX", "chunked_cross_entropy", "head_function", "next_token_labels", "sequence_losses"]
+__all__ = ["IGNORE_INDEX", "chunked_cross_entropy", "head_function", "next_token_labels"]
 
 #: label of a position that predicts nothing
 IGNORE_INDEX = -100
@@ -102,21 +102,9 @@ def chunked_cross_entropy(
     return total
 
 
-def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the token losses of every sequence, from logits that are all in memory; see `chunked_cross_entropy`.
-
-    Args:
-        logits: shape (batch, positions, vocab_size).
-        labels: int64, shape (batch, positions).
-
-    Returns:
-        float32, shape (batch,).
-    """
+def _chunk_losses(hidden: Tensor, labels: Tensor, head_fn: Callable[[Tensor], Tensor]) -> Tensor:
+    logits = head_fn(hidden)
     losses = functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten().to(logits.device), ignore_index=IGNORE_INDEX, reduction="none"
     )
-    return losses.view(labels.shape).sum(dim=1)
-
-
-def _chunk_losses(hidden: Tensor, labels: Tensor, head_fn: Callable[[Tensor], Tensor]) -> Tensor:
-    return sequence_losses(head_fn(hidden), labels).to(hidden.device)
+    return losses.view(labels.shape).sum(dim=1).to(hidden.device)

@@ -144,6 +144,14 @@ Flag = Annotated[bool, Parameter(negative="")]
 Rounds = Annotated[int, Parameter(group=SELECTION)]
 
 
+def check_output_file(out: Path, what: str, overwrite: bool) -> None:
+    """Raise unless a plan or profile can be written to this file."""
+    if out.exists() and not overwrite:
+        raise OptionError(f"{out} exists; choose another --out or add --overwrite")
+    if out.is_dir():
+        raise OptionError(f"{out} is a folder; --out is the {what} file to write, e.g. {out / f'{what}.json'}")
+
+
 def seeded(scoring: ScoringOptions, calibration: CalibrationOptions) -> ScoringOptions:
     """The scoring options with the one seed of the run, and the method that the weights of a mixture ask for."""
     method = "hybrid" if scoring.hybrid != DEFAULT_MIX else scoring.method

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.cli.flags import Flag, Selection, SelectionFlags, TargetFlags
+from prunus.cli.flags import Flag, Selection, SelectionFlags, TargetFlags, check_output_file
 from prunus.cli.printing import print_json, print_rows
-from prunus.errors import OptionError
 from prunus.families import AXES
 from prunus.scoring import Score
 from prunus.selection import select
@@ -38,10 +37,7 @@ def plan(
         overwrite: replace an existing file.
         json: print a summary as JSON.
     """
-    if out.exists() and not overwrite:
-        raise OptionError(f"{out} exists; choose another --out or add --overwrite")
-    if out.is_dir():
-        raise OptionError(f"{out} is a folder; --out is the plan file to write, e.g. {out / 'plan.json'}")
+    check_output_file(out, "plan", overwrite)
     result = Score.load(table)
     costs = (target or result.target).costs(result.geometry)
     if normalize is not None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.cli.flags import Flag, ModelName, ProfileFlags, ProfileRuns
+from prunus.cli.flags import Flag, ModelName, ProfileFlags, ProfileRuns, check_output_file
 from prunus.cli.printing import print_json, print_rows
-from prunus.errors import OptionError
 from prunus.evaluation.profiling import profile as profile_model
 from prunus.families import AXES
 from prunus.latency import PHASES
@@ -34,10 +33,7 @@ def profile(
         overwrite: replace an existing file.
         json: print the profile as JSON.
     """
-    if out.exists() and not overwrite:
-        raise OptionError(f"{out} exists; choose another --out or add --overwrite")
-    if out.is_dir():
-        raise OptionError(f"{out} is a folder; --out is the profile file to write, e.g. {out / 'profile.json'}")
+    check_output_file(out, "profile", overwrite)
     measured = profile_model(model, speed)
     out.parent.mkdir(parents=True, exist_ok=True)
     measured.save(out)
