@@ -25,7 +25,7 @@ from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.families import AXES
 from prunus.groups import Geometry
 from prunus.importance import get_method
-from prunus.packaged_model import PACKAGED_MODEL, resolve_model
+from prunus.packaged_model import PACKAGED_MODEL
 from prunus.scoring import ScoringOptions, score
 from prunus.selection import check_reachable, select
 from prunus.surgery import apply_plan
@@ -54,7 +54,7 @@ def demonstrate(options: argparse.Namespace) -> None:
         PrunusError: whatever is wrong with the options or the model.
     """
     _step(1, f"Load {options.base_model}")
-    model, tokenizer = load_model(resolve_model(options.base_model), dtype=options.dtype, device=options.device)
+    model, tokenizer = load_model(options.base_model, dtype=options.dtype, device=options.device)
     geometry = Geometry.of(model)
     check_reachable(geometry, options.pruning_ratio)
     print(f"{geometry.family.title}: {geometry.total_parameters:,} parameters in {len(geometry.widths)} decoder layers")

@@ -21,7 +21,7 @@ from rich.table import Table
 
 import prunus
 from prunus.evaluation import perplexity, read_text
-from prunus.packaged_model import PACKAGED_MODEL, resolve_model
+from prunus.packaged_model import PACKAGED_MODEL
 from prunus.scoring import ScoringOptions, score
 from prunus.selection import select
 from prunus.surgery import apply_plan
@@ -29,7 +29,7 @@ from prunus.surgery import apply_plan
 
 def main() -> None:
     options = parse()
-    dense, tokenizer = prunus.load_model(resolve_model(options.model), dtype=options.dtype)
+    dense, tokenizer = prunus.load_model(options.model, dtype=options.dtype)
     texts = {Path(path).name: read_text(path) for path in options.text}
 
     def measure(model: Any) -> dict[str, float]:

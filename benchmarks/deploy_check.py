@@ -28,7 +28,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunus
 from prunus.export import export_gguf
 from prunus.groups import Geometry
-from prunus.packaged_model import resolve_model
 from prunus.pipeline import apply_checkpoint
 from prunus.plan import KeptGroups, Plan
 from prunus.selection import select
@@ -101,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = prunus.load_model(resolve_model(args.model))
+        model, tokenizer = prunus.load_model(args.model)
         calibration = prunus.load_calibration("default", tokenizer, samples=args.samples, seq_len=args.seq_len)
         scored = prunus.score(model, calibration, prunus.ScoringOptions(method="gate_fisher"))
         result = json.loads(args.out.read_text()) if args.out.exists() else {"cases": {}}

@@ -76,10 +76,9 @@ def make_models(model: str, work: Path, programs: list[str]) -> dict[str, dict[s
     import prunus
     from prunus.constraints import Constraints
     from prunus.export import export_gguf
-    from prunus.packaged_model import resolve_model
     from prunus.pipeline import apply_checkpoint
 
-    live, tokenizer = prunus.load_model(resolve_model(model))
+    live, tokenizer = prunus.load_model(model)
     calibration = prunus.load_calibration("default", tokenizer, samples=8, seq_len=128)
     scored = prunus.score(live, calibration, prunus.ScoringOptions(method="gate_fisher", attention_weight=1.5))
     del live

@@ -30,7 +30,7 @@ from prunus.cli.prune import DEFAULT_ATTENTION_WEIGHT, DEFAULT_ROUNDS
 from prunus.compensation import CompensationOptions, Cut, compensate_together_
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, read_text
 from prunus.evaluation.zero_shot import load_task, zero_shot
-from prunus.packaged_model import PACKAGED_MODEL, resolve_model
+from prunus.packaged_model import PACKAGED_MODEL
 from prunus.priors import PriorOptions
 from prunus.scoring import Score, ScoringOptions, score_together
 from prunus.surgery import apply_plan
@@ -136,7 +136,7 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "rows.jsonl"
         self.rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        self.model, self.tokenizer = prunus.load_model(resolve_model(options.model))
+        self.model, self.tokenizer = prunus.load_model(options.model)
         self.text = read_text(options.text)
         self.tasks = [load_task(path) for path in sorted(Path(options.tasks).glob("*.jsonl"))] if options.tasks else []
         self._scores: dict[tuple[str, int, str], Score] = {}

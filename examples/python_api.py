@@ -6,7 +6,6 @@ python examples/python_api.py --ratio 0.2 --samples 8
 import argparse
 
 import prunus
-from prunus.packaged_model import resolve_model
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="smollm2-135m")
@@ -16,7 +15,7 @@ parser.add_argument("--seq-len", type=int, default=256)
 parser.add_argument("--out", help="folder to save the result in")
 args = parser.parse_args()
 
-model, tokenizer = prunus.load_model(resolve_model(args.model))
+model, tokenizer = prunus.load_model(args.model)
 
 # 1. Text → token sequences. The last four are held out, to measure on.
 calibration = prunus.load_calibration("default", tokenizer, samples=args.samples + 4, seq_len=args.seq_len)

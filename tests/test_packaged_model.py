@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prunus import packaged_model
+from prunus.checkpoint import locate
 from prunus.errors import CheckpointError, OptionError
 from prunus.packaged_model import cache_root, resolve_model, smollm2_135m
 
@@ -101,6 +102,7 @@ def test_another_version_of_the_package_is_unpacked_anew(package):
 def test_the_name_stands_for_it(package, monkeypatch):
     monkeypatch.setenv("PRUNUS_CACHE", str(package.cache))
     assert resolve_model("smollm2-135m") == str(smollm2_135m(package.cache))
+    assert locate("smollm2-135m") == smollm2_135m(package.cache)
 
 
 def test_an_interrupted_call_leaves_nothing(package, monkeypatch):

@@ -130,3 +130,10 @@ def test_wrong_values_are_named(capsys, place, words, message):
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_speed_without_memory_loads_no_model_again(capsys, place, monkeypatch):
+    monkeypatch.setattr("prunus.evaluation.speed.peak_memory", lambda *args, **options: pytest.fail("loaded again"))
+    words = ["eval", str(place / "small"), "--json", "--speed", "--speed-prompt", "4", "--speed-new", "2"]
+    facts = json.loads(run(capsys, *words, "--speed-repeats", "1", "--no-speed-memory"))
+    assert [one["memory"] for one in facts["speed"]["results"]] == [None]

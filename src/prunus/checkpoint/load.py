@@ -19,6 +19,7 @@ from prunus.checkpoint.placement import resolve_device, resolve_dtype
 from prunus.errors import CheckpointError, NonFiniteError, UnsupportedModelError
 from prunus.families import family_of
 from prunus.json_file import read_json
+from prunus.packaged_model import PACKAGED_MODEL, smollm2_135m
 from prunus.tensor_file import TensorFile
 
 __all__ = ["check_finite", "check_folder", "load_model", "locate", "read_config"]
@@ -42,7 +43,7 @@ def load_model(
     Nothing in the folder is executed: no pickle is opened and no code that travels with a model is run.
 
     Args:
-        source: a model folder, or the id of a model on the Hugging Face Hub.
+        source: a model folder, the id of a model on the Hugging Face Hub, or `smollm2-135m`.
         dtype: `auto` keeps the checkpoint's dtype.
         device: where the weights go; `auto` is the first of cuda, mps, cpu.
 
@@ -109,10 +110,14 @@ def read_config(folder: Path) -> Any:
 def locate(source: str | os.PathLike[str]) -> Path:
     """The folder of a model; a Hub id is fetched into the Hub's cache (weights as safetensors only).
 
+    `smollm2-135m` is the packaged model, as everywhere.
+
     Raises:
         CheckpointError: no such folder, or the Hub does not have it or cannot be reached.
         UnsupportedModelError: a GGUF or pickle file instead of a folder, or a Hub model that fails `check_config`.
     """
+    if source == PACKAGED_MODEL:
+        return smollm2_135m()
     path = Path(source).expanduser()
     if path.is_dir():
         return path

@@ -36,7 +36,7 @@ def open_model(
     comes, and so does the model's own forward.
 
     Args:
-        source: a model folder, or the id of a model on the Hugging Face Hub.
+        source: a model folder, the id of a model on the Hugging Face Hub, or `smollm2-135m`.
         dtype: `auto` keeps the checkpoint's dtype.
         device: where embeddings, final norm, head and the layer at work go.
         scratch: folder for layers that are changed, see `StoredLayers`.

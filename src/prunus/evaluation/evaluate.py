@@ -43,6 +43,7 @@ class EvalOptions:
         speed_prompt: prompt tokens of a run.
         speed_new: new tokens of a run.
         speed_repeats: runs that count.
+        speed_memory: with speed, also measure peak memory, for which each model is loaded once more.
     """
 
     text: tuple[Path, ...] = ()
@@ -59,6 +60,7 @@ class EvalOptions:
     speed_prompt: int = SpeedOptions.prompt_tokens
     speed_new: int = SpeedOptions.new_tokens
     speed_repeats: int = SpeedOptions.repeats
+    speed_memory: bool = SpeedOptions.memory
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_windows", "items"):
@@ -170,6 +172,7 @@ def evaluate(
         prompt_tokens=options.speed_prompt,
         new_tokens=options.speed_new,
         repeats=options.speed_repeats,
+        memory=options.speed_memory,
         device=model_options.device,
         dtype=model_options.dtype,
     )
