@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import prunus
+from prunus.budget_search import SearchOptions
 from prunus.cli.prune import DEFAULT_ATTENTION_WEIGHT, DEFAULT_ROUNDS
 from prunus.compensation import CompensationOptions, Cut, compensate_together_
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, read_text
@@ -36,6 +37,7 @@ from prunus.scoring import Score, ScoringOptions, score_together
 from prunus.surgery import apply_plan
 
 REPAIR = CompensationOptions()
+SEARCH_TRIALS = 24
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,20 @@ class Recipe:
         scoring: its name in `scorings`.
         repair: of the remaining weights; None = plain slicing.
         rounds: see `prunus.prune`.
+        search: of the budget of axes and depth bands.
         main: whether all ratios and seeds are wanted, or 20 and 40 % of the first seed.
     """
 
     scoring: str
     repair: CompensationOptions | None = None
     rounds: int = 1
+    search: SearchOptions | None = None
     main: bool = True
+
+    @property
+    def alone(self) -> bool:
+        """Whether each ratio takes passes of its own."""
+        return self.rounds > 1 or self.search is not None
 
 
 def scorings(seed: int = 0, batch_size: int = 1) -> dict[str, ScoringOptions]:
@@ -99,7 +108,9 @@ IN_DOMAIN = ("default recipe", "gate_fisher, repaired", "taylor")
 
 def recipes() -> dict[str, Recipe]:
     """All rows of one ratio, most wanted first."""
-    found = {"default recipe": Recipe("gate_fisher, attention x 1.5", REPAIR, DEFAULT_ROUNDS)}
+    default = Recipe("gate_fisher, attention x 1.5", REPAIR, DEFAULT_ROUNDS)
+    search = replace(default, search=SearchOptions(search_trials=SEARCH_TRIALS), main=False)
+    found = {"default recipe": default, "default recipe, budget searched": search}
     for name in scorings():
         found[f"{name}, repaired"] = Recipe(name, REPAIR, main=name not in DETAILS)
         found[name] = Recipe(name, main=name not in DETAILS)
@@ -159,7 +170,7 @@ class Bench:
             lists += [[Job(recipe, r, own, seed) for r in options.ratios] for recipe in IN_DOMAIN if recipe in wanted]
         for jobs in lists:
             left = [job for job in jobs if tuple(vars(job).values()) not in done]
-            if jobs[0].recipe in wanted and wanted[jobs[0].recipe].rounds > 1:
+            if jobs[0].recipe in wanted and wanted[jobs[0].recipe].alone:
                 yield from ([job] for job in left)
             elif left:
                 yield left
@@ -172,7 +183,7 @@ class Bench:
         recipe = recipes()[jobs[0].recipe]
         scored = self._score(recipe.scoring, jobs[0].calibration, jobs[0].seed)
         facts = {"findings": scored.about.get("adaptive")}
-        if recipe.rounds > 1:
+        if recipe.alone:
             for job in jobs:
                 start = time.perf_counter()
                 result = prunus.prune(
@@ -182,9 +193,11 @@ class Bench:
                     scoring=self._scoring(recipe.scoring, job.seed),
                     compensation=recipe.repair,
                     rounds=recipe.rounds,
+                    search=recipe.search,
                     scored=scored,
                 )
                 seconds = time.perf_counter() - start
+                facts["budget_search"] = result.score.about.get("budget_search")
                 self._measure(result.model, job, seconds=seconds, plan=result.plan.fingerprint, **facts)
             return
         plans = {job: prunus.select(scored.table, scored.geometry, job.ratio) for job in jobs}
@@ -202,7 +215,7 @@ class Bench:
         repaired = recipes()[job.recipe].repair is not None
         for row in self.rows:
             known = recipes().get(row["recipe"])
-            if known is None or known.rounds > 1 or (known.repair is not None) != repaired or row["plan"] != plan:
+            if known is None or known.alone or (known.repair is not None) != repaired or row["plan"] != plan:
                 continue
             if repaired and (row["calibration"], row["seed"]) != (job.calibration, job.seed):
                 continue

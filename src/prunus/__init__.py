@@ -12,6 +12,7 @@ a pruned folder without further flags.
 """
 
 from prunus import errors
+from prunus.budget_search import SearchOptions
 from prunus.calibration import Calibration, calibration_from_texts, calibration_from_tokens, load_calibration
 from prunus.checkpoint import load_model, open_model, save_checkpoint
 from prunus.compensation import CompensationOptions, compensate_
@@ -48,6 +49,7 @@ __all__ = [
     "PrunusError",
     "Score",
     "ScoringOptions",
+    "SearchOptions",
     "TargetOptions",
     "__version__",
     "apply_checkpoint",

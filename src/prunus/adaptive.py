@@ -16,7 +16,6 @@ Scores never fall along a unit's ranking. Groups beyond the last share keep the 
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,9 @@ import pandas as pd
 
 from prunus.calibration import Calibration
 from prunus.constraints import Constraints
+from prunus.depth_bands import axes_in_bands
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import perplexity_of_windows
-from prunus.families import AXES, Axis
 from prunus.groups import Geometry
 from prunus.selection import select
 from prunus.surgery import apply_plan
@@ -116,7 +115,7 @@ def adapt(
 
     dense = loss(model)
     parts, records = [], []
-    for axis, layers in _units(geometry, options.bands):
+    for axis, layers in axes_in_bands(geometry, options.bands):
         constraints = Constraints(axes=(axis,), layer_start=layers.start, layer_end=layers.stop)
         unit_cost = sum(geometry.widths[i][axis] for i in layers) * geometry.group_parameters[axis]
 
@@ -146,15 +145,6 @@ def adapt(
                 file=sys.stderr,
             )
     return rank_table(pd.concat(parts, ignore_index=True)), records
-
-
-def _units(geometry: Geometry, bands: int) -> list[tuple[Axis, range]]:
-    """Every axis within every band that has groups of it."""
-    layers = len(geometry.widths)
-    bands = min(bands, layers)
-    edges = [layers * number // bands for number in range(bands + 1)]
-    ranges = [range(start, stop) for start, stop in pairwise(edges)]
-    return [(axis, band) for axis in AXES for band in ranges if any(geometry.widths[i][axis] for i in band)]
 
 
 def _scaled(rows: pd.DataFrame, curve: Sequence[float]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prunus.budget_search import SearchOptions, search_budget
 from prunus.calibration import Batch, Calibration
 from prunus.checkpoint import check_output
 from prunus.compensation import CompensationOptions, Repair, compensate_
@@ -69,6 +70,7 @@ def prune(
     target: TargetOptions | None = None,
     compensation: CompensationOptions | None = None,
     rounds: int = 1,
+    search: SearchOptions | None = None,
     scored: Score | None = None,
     work: Path | None = None,
     progress: bool = True,
@@ -86,6 +88,7 @@ def prune(
         compensation: repair the remaining weights by least squares, see `prunus.compensation`; None = plain slicing.
         rounds: cut in so many equal parts, scoring the model that is left (and repaired) before each next one. Later
             scores are taken on half of the sequences, and all repairs but the last are made on a quarter.
+        search: how long factors on the scores of axes and depth bands are searched for; by default not at all.
         scored: the scores of `model` by `scoring`, if they are there already; they are taken otherwise.
         work: folder from which a killed run goes on with the same result, see `prunus.sweep.sweep` and `compensate_`.
         progress: show progress bars on a terminal.
@@ -98,7 +101,10 @@ def prune(
         UnsupportedModelError: the model's family is not described.
     """
     scoring, sequences = scoring or ScoringOptions(), None if calibration is None else len(calibration)
-    check_recipe(ratio, scoring, constraints, compensation, rounds, sequences=sequences, target=target, scored=scored)
+    search = search or SearchOptions()
+    check_recipe(
+        ratio, scoring, constraints, compensation, rounds, search, sequences=sequences, target=target, scored=scored
+    )
     geometry, target = Geometry.of(model), target or TargetOptions()
     costs = target.costs(geometry)
     check_reachable(geometry, ratio, constraints, costs)
@@ -107,18 +113,36 @@ def prune(
     folders = [work / f"round-{step.number}" if work else None for step in steps]
     scored = scored or take(model, calibration, work=folders[0], progress=progress)
     smaller, done, statistics = model, Plan.keep_all(geometry), scored.statistics
-    table = price(scored.table, costs)
+    table, found = price(scored.table, costs), None
+    if search.wanted:
+        assert calibration is not None  # or check_recipe would have said so
+        found = search_budget(
+            model,
+            table,
+            ratio,
+            calibration,
+            search,
+            constraints=constraints,
+            costs=costs,
+            compensation=compensation,
+            batch_size=scoring.batch_size,
+            work=work / "search" if work else None,
+            progress=progress,
+        )
+        table = found.weigh(table)
     for step, folder in zip(steps, folders, strict=True):
         if step.number > 1:
             again = take(smaller, _first(calibration, step.scored_on), work=folder, progress=progress)
             later = price(again.table, costs.of_layers(done.surviving_layers))
+            later = found.weigh(later, done.surviving_layers) if found else later
             table, statistics = carry_over(table, done, later), again.statistics
         plan = select(table, geometry, step.share, constraints, costs)
         fit = _first(calibration, step.repaired_on)
         batches = list(fit.batches(scoring.batch_size)) if fit is not None else []
         smaller, kept, repairs = _cut(smaller, done, model, plan, statistics, batches, compensation, folder, progress)
         table, done = table if kept == plan else hand_out_scores(table, kept), kept
-    scored = replace(scored, table=table, about={**scored.about, "rounds": rounds})
+    findings = {"rounds": rounds, **({"budget_search": found.to_dict()} if found else {})}
+    scored = replace(scored, table=table, about={**scored.about, **findings})
     return PruneResult(smaller, done, scored.priced(target, done), repairs)
 
 
@@ -161,6 +185,7 @@ def prune_checkpoint(
     target: TargetOptions | None = None,
     compensation: CompensationOptions | None = None,
     rounds: int = 1,
+    search: SearchOptions | None = None,
     evaluation: EvaluationOptions | None = None,
     model_options: ModelOptions | None = None,
     overwrite: bool = False,
@@ -181,6 +206,7 @@ def prune_checkpoint(
         target: what the ratio is a share of; default: parameters.
         compensation: repair the remaining weights by least squares; None = plain slicing.
         rounds: cut in so many equal parts, see `prune`.
+        search: for factors on the scores of axes and depth bands, see `prunus.budget_search`.
         evaluation: how the models before and after are compared.
         model_options: device, dtype and memory.
         overwrite: replace an earlier result.
@@ -197,9 +223,10 @@ def prune_checkpoint(
         PrunusError: whatever is wrong with options, model, text or folder, as far as possible before any long work.
     """
     calibration, scoring = calibration or CalibrationOptions(), scoring or ScoringOptions()
-    calibrate = scoring.needs_calibration or compensation is not None
+    search = search or SearchOptions()
+    calibrate = scoring.needs_calibration or compensation is not None or search.wanted
     sequences = calibration.samples if calibrate else None
-    check_recipe(ratio, scoring, constraints, compensation, rounds, sequences=sequences, target=target)
+    check_recipe(ratio, scoring, constraints, compensation, rounds, search, sequences=sequences, target=target)
     folder = WorkFolder(out, work)
     inputs = open_inputs(
         model,
@@ -229,6 +256,7 @@ def prune_checkpoint(
             target=target,
             compensation=compensation,
             rounds=rounds,
+            search=search,
             work=folder.used_by(inputs.engine),
             progress=progress,
         )

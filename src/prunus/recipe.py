@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prunus.adaptive import check_enough
+from prunus.budget_search import SearchOptions, check_search
 from prunus.compensation import CompensationOptions
 from prunus.errors import CalibrationError, OptionError, StatisticsError
 from prunus.reselection import CHOSEN_BY
@@ -20,6 +21,7 @@ def check_recipe(
     constraints: Constraints | None,
     compensation: CompensationOptions | None,
     rounds: int,
+    search: SearchOptions | None = None,
     *,
     sequences: int | None,
     target: TargetOptions | None = None,
@@ -33,6 +35,7 @@ def check_recipe(
         constraints: what may be cut.
         compensation: repair; None = plain slicing.
         rounds: how often to cut.
+        search: for the budget of axes and depth; default: none.
         sequences: number of calibration sequences; None where there are none.
         target: what the ratio is a share of; default: parameters.
         scored: the scores of the first round, where they are there already.
@@ -48,6 +51,12 @@ def check_recipe(
         raise OptionError(
             "shape uniform goes with one round: a later one could choose more attention groups than an earlier one left"
         )
+    if search is not None and search.wanted:
+        check_search(search, sequences)
+        if scoring.normalize == "zscore":
+            raise OptionError(
+                "the budget search multiplies scores, and zscore makes some negative: choose another normalisation"
+            )
     if compensation is not None and sequences is None:
         raise CalibrationError("compensation needs calibration sequences; give some, or leave compensation out")
     if compensation is not None and compensation.reselect:

@@ -134,7 +134,7 @@ class Score:
         return TargetOptions.from_dict(self.about.get("target", {}))
 
     def ranked(self, normalization: Normalization) -> Self:
-        """The same importances, made comparable in another way; priors and the weight of attention hold as before.
+        """The same importances, made comparable in another way; priors and the factors on scores hold as before.
 
         Costs are parameters afterwards.
 
@@ -148,9 +148,12 @@ class Score:
             options = self.about["scoring"]
             priors = PriorOptions(**options["priors"]) if self.prior is not None else None
             attention_weight = float(options.get("attention_weight", 1.0))
+            factors = self.about.get("budget_search", {}).get("factors", {})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"malformed scores: how they were weighed ({type(error).__name__} {error})") from error
         table = _weighed(table, self.geometry, self.prior, priors, attention_weight)
+        if factors:
+            table = weigh_scores(table, factors)
         return replace(self, table=table, about={key: value for key, value in self.about.items() if key != "target"})
 
     def priced(self, target: TargetOptions, plan: Plan) -> Self:

@@ -12,7 +12,7 @@ from prunus.sweep import Engine
 __all__ = ["WorkFolder"]
 
 #: what prunus puts there, and takes away again
-CONTENTS = ("round-*", "statistics-*", "prunus-layers-*")
+CONTENTS = ("round-*", "search", "statistics-*", "prunus-layers-*")
 
 
 class WorkFolder:

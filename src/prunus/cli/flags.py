@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter, Token
 
 from prunus.adaptive import AdaptiveOptions
+from prunus.budget_search import SearchOptions
 from prunus.compensation import CompensationOptions
 from prunus.constraints import ALIGNMENTS, Constraints, Shape
 from prunus.errors import OptionError
@@ -131,6 +132,7 @@ ScoringFlags = Annotated[Scoring, Parameter(name="*", group=SCORING)]
 SELECTION = Group("Selection", sort_key=4)
 SelectionFlags = Annotated[Selection, Parameter(name="*", group=SELECTION)]
 TargetFlags = Annotated[Target, Parameter(name="*", group=SELECTION)]
+SearchFlags = Annotated[SearchOptions, Parameter(name="*", group=SELECTION)]
 COMPENSATION = Group("Compensation", sort_key=5)
 CompensationFlags = Annotated[CompensationOptions, Parameter(name="*", group=COMPENSATION)]
 EvaluationFlags = Annotated[EvaluationOptions, Parameter(name="*", group=Group("Evaluation", sort_key=6))]

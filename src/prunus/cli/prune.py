@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from prunus.budget_search import SearchOptions
 from prunus.cli.flags import (
     COMPENSATION,
     SCORING,
@@ -21,6 +22,7 @@ from prunus.cli.flags import (
     ModelName,
     Recipe,
     RecipeFlags,
+    SearchFlags,
     Selection,
     SelectionFlags,
     Target,
@@ -54,6 +56,7 @@ def prune(
     compensate: Annotated[bool, Parameter(group=COMPENSATION)] = True,
     compensation: CompensationFlags = CompensationOptions(),
     rounds: Annotated[int | None, Parameter(group=SELECTION)] = None,
+    search: SearchFlags = SearchOptions(),
     evaluation: EvaluationFlags = EvaluationOptions(),
     where: ModelFlags = ModelOptions(),
     work: Path | None = None,
@@ -95,6 +98,7 @@ def prune(
         target=target,
         compensation=compensation if compensate else None,
         rounds=rounds or (1 if selection.shape == "uniform" else DEFAULT_ROUNDS),
+        search=search,
         evaluation=evaluation,
         model_options=where,
         overwrite=overwrite,
