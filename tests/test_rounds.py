@@ -161,3 +161,12 @@ def test_a_layer_that_is_gone_stays_gone():
     revived = Plan.from_kept(geometry, [{"attention": [0], "mlp": [0]}, {"attention": [], "mlp": [5]}])
     with pytest.raises(PlanError, match="layer 1 is to be kept, but is cut already"):
         revived.after(first, geometry)
+
+
+def test_importances_of_several_rounds_are_not_normalised_together():
+    torch.manual_seed(0)
+    model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(4, 12))
+    one, two = (prunus.prune(model, 0.2, calibration, rounds=rounds, progress=False) for rounds in (1, 2))
+    assert len(one.score.ranked("layer_sum").table) == len(two.score.table)
+    with pytest.raises(OptionError, match="made in 2 rounds"):
+        two.score.ranked("layer_sum")

@@ -139,9 +139,16 @@ class Score:
         Costs are parameters afterwards.
 
         Raises:
-            OptionError: the normalisation gives negative scores, which nothing can be multiplied with.
+            OptionError: the normalisation gives negative scores, which nothing can be multiplied with; or the table is
+                of several rounds, whose importances are of different models.
             PlanError: priors were measured, but not how they weigh scores.
         """
+        if self.about.get("rounds", 1) != 1:
+            raise OptionError(
+                f"the table was made in {self.about['rounds']} rounds: importances of groups that went in different "
+                "rounds are of different models and cannot be normalised together. Score the dense model with "
+                "`prunus score`, and plan from that"
+            )
         parameters = self.table["group_type"].map(dict(self.geometry.group_parameters))
         table = rank_table(self.table.assign(cost=parameters), normalization)
         try:
