@@ -343,6 +343,7 @@ def interleaved(jobs: list[dict[str, Any]], options: argparse.Namespace) -> list
 
 def in_a_process(job: dict[str, Any]) -> dict[str, float]:
     processes = job.pop("processes", 1)
+    job["threads"] = max(1, job["threads"] // processes)  # they share the cores
     words = [__file__, "one", *(f"--{name.replace('_', '-')}={value}" for name, value in job.items())]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
