@@ -16,6 +16,7 @@ from prunus.errors import CalibrationError, OptionError
 from prunus.families import AXES, FAMILIES
 from prunus.groups import Geometry
 from prunus.least_squares import TokenSums, solve_ridge
+from prunus.noise import with_noise
 from prunus.plan import Plan
 from prunus.surgery import apply_plan
 from prunus.temperature import fit_temperature_
@@ -37,7 +38,7 @@ def test_the_temperature_is_fitted_to_the_repaired_model(case):
     fitted, expected = apply_plan(model, plan), apply_plan(model, plan)
     compensate_(fitted, model, plan, batches, progress=False)
     compensate_(expected, model, plan, batches, CompensationOptions(fit_logits=False), progress=False)
-    fit_temperature_(expected, batches)
+    fit_temperature_(expected, batches[::2])  # those without noise
     for name, tensor in fitted.state_dict().items():
         # The residual stream was added up block by block: in float32 that is the layer's own sum to rounding.
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0.01, atol=1e-6)
@@ -74,15 +75,16 @@ def test_sums_over_tokens_are_those_of_all_tokens_at_once(width):
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
-@pytest.mark.parametrize("residual", [0.0, 1.0])
-def test_every_block_gets_the_solution_that_a_walk_by_hand_finds(case, residual):
+@pytest.mark.parametrize(("residual", "noise"), [(0.0, 0.0), (1.0, 0.0), (1.0, 0.3)])
+def test_every_block_gets_the_solution_that_a_walk_by_hand_finds(case, residual, noise):
     model = make_model(*case)
     geometry = Geometry.of(model)
     plan, ids = half(geometry), random_tokens(batch=6, seq_len=16)
     pruned = apply_plan(model, plan)
     oracle = copy.deepcopy(pruned)
-    options = CompensationOptions(damping=1e-3, residual=residual)
+    options = CompensationOptions(damping=1e-3, residual=residual, noise=noise)
     compensate_(pruned, model, plan, as_batches(ids), options, progress=False)
+    ids = torch.cat([batch.input_ids for batch in with_noise(as_batches(ids), noise, model.config.vocab_size)])
 
     def recorded(run, *paths):
         """Inputs and outputs of the modules at these paths in one whole forward pass of a model."""
@@ -188,8 +190,9 @@ def test_padding_does_not_count():
     padded = torch.cat([ids, torch.zeros(6, 4, dtype=torch.int64)], dim=1)
     mask = torch.cat([torch.ones(6, 10, dtype=torch.int64), torch.zeros(6, 4, dtype=torch.int64)], dim=1)
     plain, masked = apply_plan(model, plan), apply_plan(model, plan)
-    compensate_(plain, model, plan, [Batch(ids, None)], progress=False)
-    compensate_(masked, model, plan, [Batch(padded, mask)], progress=False)
+    options = CompensationOptions(noise=0)  # what is drawn depends on the shape
+    compensate_(plain, model, plan, [Batch(ids, None)], options, progress=False)
+    compensate_(masked, model, plan, [Batch(padded, mask)], options, progress=False)
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(masked.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
 
@@ -237,3 +240,5 @@ def test_options_are_checked():
         CompensationOptions(damping=0)
     with pytest.raises(OptionError, match="residual is 2"):
         CompensationOptions(residual=2)
+    with pytest.raises(OptionError, match=r"noise is 1\.5"):
+        CompensationOptions(noise=1.5)

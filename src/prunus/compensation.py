@@ -9,9 +9,11 @@ back to where the dense model has it:
 
 with B the dense block's output, R and R̂ the residual streams of the dense and the pruned model before the block, and
 W_S the columns that were kept. α = 0 asks for the dense block's output, α = 1 for the dense residual stream after it,
-so that each block also takes back what earlier blocks got wrong. No bias is added. Where the model multiplies what its
-blocks add to the residual stream by a factor (Granite), R − R̂ is divided by it. Where a norm stands between the block
-and the residual stream (Gemma), no answer of the projection makes up for a difference in the stream, and α is 0.
+so that each block also takes back what earlier blocks got wrong. Half of the sequences get some random tokens, see
+`prunus.noise`, so that the solution holds for more than the calibration text. No bias is added. Where the model
+multiplies what its blocks add to the residual stream by a factor (Granite), R − R̂ is divided by it. Where a norm stands
+between the block and the residual stream (Gemma), no answer of the projection makes up for a difference in the stream,
+and α is 0.
 
 Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", eq. 5 and section 3.2 (least
 squares reconstruction of the remaining channels, in layer order, on the pruned network's own inputs).
@@ -40,6 +42,7 @@ from prunus.families import Axis, Block
 from prunus.groups import Geometry
 from prunus.layers import layers_of
 from prunus.least_squares import NormalEquations, TokenSums, solve_ridge
+from prunus.noise import clean_batches, with_noise
 from prunus.plan import Plan
 from prunus.records import Records
 from prunus.sweep.block_walk import BlockWalk
@@ -60,12 +63,15 @@ class CompensationOptions:
         residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
         reselect: let the repair choose which MLP channels stay in a layer, of the number that the plan keeps there, see
             `prunus.reselection`; for methods that take gradients.
+        noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair holds
+            for other text as well, see `prunus.noise`.
         fit_logits: at the end, multiply the logits by the factor that fits the text best, see `prunus.temperature`.
     """
 
     damping: float = 1e-1
     residual: float = 1.0
     reselect: bool = False
+    noise: float = 0.3
     fit_logits: bool = True
 
     def __post_init__(self) -> None:
@@ -73,6 +79,8 @@ class CompensationOptions:
             raise OptionError(f"damping is {self.damping}; it must be positive, or the solution may not exist")
         if not 0 <= self.residual <= 1:
             raise OptionError(f"residual is {self.residual}; it must lie in [0, 1]")
+        if not 0 <= self.noise <= 1:
+            raise OptionError(f"noise is {self.noise}; it is a share of the tokens and must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -203,6 +211,7 @@ def compensate_together_(
     options, geometry = options or CompensationOptions(), Geometry.of(dense)
     for cut in cuts:
         cut.plan.check_fits(geometry)
+    batches = with_noise(batches, options.noise, dense.config.get_text_config().vocab_size)
     masks = [None if batch.attention_mask is None else batch.attention_mask.bool() for batch in batches]
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -349,7 +358,8 @@ class _Repairing:
         start = time.perf_counter()
         plan = self._cut.plan
         if self._options.fit_logits and (plan.kept_widths != plan.widths or self.chosen):
-            self.temperature = fit_temperature_(self._cut.pruned, batches, residual=self._walk.hidden)
+            clean = clean_batches(len(batches)) if self._options.noise else range(len(batches))
+            self.temperature = fit_temperature_(self._cut.pruned, batches, among=clean, residual=self._walk.hidden)
         self.seconds += time.perf_counter() - start
 
     def _remembers(self, block: Block) -> bool:

@@ -36,13 +36,19 @@ LOWEST, HIGHEST, TOLERANCE = 0.5, 2.0, 0.02
 
 @torch.no_grad()
 def fit_temperature_(
-    model: Any, batches: Sequence[Batch], *, residual: Slots | None = None, tokens: int = TOKENS
+    model: Any,
+    batches: Sequence[Batch],
+    *,
+    among: range | None = None,
+    residual: Slots | None = None,
+    tokens: int = TOKENS,
 ) -> float:
     """Scale the last norm of a model so that its logits fit calibration text best.
 
     Args:
         model: in memory or opened; the weight of its last norm is changed.
         batches: calibration sequences, of which evenly spaced ones are used.
+        among: numbers of the batches that may be used; None = all.
         residual: the residual stream after the last layer for every batch, if somebody has it.
         tokens: about how many tokens to measure on.
 
@@ -51,7 +57,8 @@ def fit_temperature_(
     """
     family = family_of(model.config)
     norm, head = submodule(model, family.final_norm), head_function(model)
-    numbers = range(0, len(batches), max(1, sum(batch.input_ids.numel() for batch in batches) // tokens))
+    usable = range(len(batches)) if among is None else among
+    numbers = usable[:: max(1, sum(batches[number].input_ids.numel() for number in usable) // tokens)]
     chosen = [batches[number] for number in numbers]
     with evaluation_mode(model):
         hidden = (

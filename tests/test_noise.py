@@ -1,0 +1,64 @@
+"""Random tokens among those of a text: how many, where, and the same ones again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunus.calibration import Batch
+from prunus.noise import clean_batches, with_noise
+
+VOCABULARY = 1000
+
+
+def batches_of(count, size, seq_len=8, *, padded=False):
+    """Batches of a token that is never drawn."""
+    ids = torch.full((size, seq_len), VOCABULARY)
+    mask = (torch.arange(seq_len) < seq_len - 2).long().expand(size, seq_len) if padded else None
+    return [Batch(ids.clone(), mask) for _ in range(count)]
+
+
+@given(count=st.integers(2, 9), size=st.integers(1, 4), padded=st.booleans())
+def test_every_second_batch_and_no_other(count, size, padded):
+    batches = batches_of(count, size, padded=padded)
+    found = with_noise(batches, 1.0, VOCABULARY)
+    assert len(found) == count
+    for number, (before, after) in enumerate(zip(batches, found, strict=True)):
+        assert after.attention_mask is before.attention_mask
+        changed = after.input_ids != VOCABULARY
+        assert changed.all() if number not in clean_batches(count) else not changed.any()
+        assert (before.input_ids == VOCABULARY).all(), "what the caller has stays as it is"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_about_the_share_that_is_asked_for_from_all_of_the_vocabulary(share):
+    ids = with_noise(batches_of(2, 100, 500), share, VOCABULARY)[1].input_ids
+    drawn = ids[ids != VOCABULARY]
+    assert drawn.numel() / ids.numel() == pytest.approx(share, rel=0.02)
+    assert int(drawn.min()) == 0
+    assert int(drawn.max()) == VOCABULARY - 1
+    assert len(drawn.unique()) > 0.98 * VOCABULARY
+
+
+def test_the_seed_decides():
+    first, again, other = (with_noise(batches_of(2, 3), 0.5, VOCABULARY, seed)[1].input_ids for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_batch_is_parted(padded):
+    found = with_noise(batches_of(1, 5, padded=padded), 1.0, VOCABULARY)
+    assert [len(batch.input_ids) for batch in found] == [3, 2]
+    assert (found[0].input_ids == VOCABULARY).all()
+    assert (found[1].input_ids != VOCABULARY).all()
+    assert [batch.attention_mask is not None for batch in found] == [padded, padded]
+
+
+def test_a_single_sequence_stays_clean_and_so_does_everything_without_a_share():
+    only = batches_of(1, 1)
+    assert torch.equal(with_noise(only, 1.0, VOCABULARY)[0].input_ids, only[0].input_ids)
+    many = batches_of(4, 2)
+    assert all(after is before for before, after in zip(many, with_noise(many, 0.0, VOCABULARY), strict=True))
