@@ -27,7 +27,7 @@ from rich.table import Table
 
 import prunus
 from prunus.budget_search import SearchOptions
-from prunus.cli.prune import DEFAULT_ATTENTION_WEIGHT, DEFAULT_ROUNDS
+from prunus.cli.prune import DEFAULT_ATTENTION_WEIGHT, DEFAULT_ROUNDS, DEFAULT_SCORE_NOISE
 from prunus.compensation import CompensationOptions, Cut, compensate_together_
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, read_text
 from prunus.evaluation.zero_shot import load_task, zero_shot
@@ -38,6 +38,8 @@ from prunus.surgery import apply_plan
 
 REPAIR = CompensationOptions()
 SEARCH_TRIALS = 24
+#: the scoring of the default recipe
+DEFAULT = "gate_fisher, attention x 1.5, noise"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ def scorings(seed: int = 0, batch_size: int = 1) -> dict[str, ScoringOptions]:
     """Every way of scoring that has rows, by name; those of one line share a pass over the sequences."""
     own = partial(ScoringOptions, random_seed=seed, batch_size=batch_size)
     both = (("gate_fisher", 0.5), ("taylor", 0.5))
+    default = own(method="gate_fisher", attention_weight=DEFAULT_ATTENTION_WEIGHT, score_noise=DEFAULT_SCORE_NOISE)
     return {
+        DEFAULT: default,
         "gate_fisher": own(method="gate_fisher"),
         "gate_fisher, attention x 1.5": own(method="gate_fisher", attention_weight=DEFAULT_ATTENTION_WEIGHT),
         "taylor": own(method="taylor"),
@@ -89,6 +93,7 @@ def scorings(seed: int = 0, batch_size: int = 1) -> dict[str, ScoringOptions]:
 
 #: scorings that are taken together, in the order in which their passes are run
 PASSES = (
+    (DEFAULT,),
     (
         *("gate_fisher", "gate_fisher, attention x 1.5", "taylor", "hybrid taylor+wanda", "hybrid gate_fisher+taylor"),
         *("taylor_2nd", "wanda, layer_sum", "wanda", "magnitude", "random"),
@@ -108,9 +113,10 @@ IN_DOMAIN = ("default recipe", "gate_fisher, repaired", "taylor")
 
 def recipes() -> dict[str, Recipe]:
     """All rows of one ratio, most wanted first."""
-    default = Recipe("gate_fisher, attention x 1.5", REPAIR, DEFAULT_ROUNDS)
+    default = Recipe(DEFAULT, REPAIR, DEFAULT_ROUNDS)
     search = replace(default, search=SearchOptions(search_trials=SEARCH_TRIALS), main=False)
-    found = {"default recipe": default, "default recipe, budget searched": search}
+    silent = Recipe("gate_fisher, attention x 1.5", replace(REPAIR, repair_noise=0), DEFAULT_ROUNDS, main=False)
+    found = {"default recipe": default, "default recipe, budget searched": search, "default recipe, no noise": silent}
     for name in scorings():
         found[f"{name}, repaired"] = Recipe(name, REPAIR, main=name not in DETAILS)
         found[name] = Recipe(name, main=name not in DETAILS)

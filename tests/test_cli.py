@@ -74,7 +74,7 @@ def test_prune_as_a_python_call_gives_the_same_model(capsys, tmp_path, folder, t
     calibration = prunus.load_calibration(str(text), tokenizer, samples=6, seq_len=24)
     options = ["--ratio", "0.25", "--calibration", text, *SIZES, "--held-out", "0"]
     recipe = {
-        "scoring": prunus.ScoringOptions(method="gate_fisher", attention_weight=1.5),
+        "scoring": prunus.ScoringOptions(method="gate_fisher", attention_weight=1.5, score_noise=0.3),
         "compensation": prunus.CompensationOptions(),
         "rounds": 3,
     }
@@ -88,7 +88,7 @@ def test_prune_as_a_python_call_gives_the_same_model(capsys, tmp_path, folder, t
 def test_compensation_changes_weights_but_not_the_plan(capsys, tmp_path, folder, text):
     options = ["--ratio", "0.3", "--calibration", text, "--samples", "24", "--seq-len", "24", "--held-out", "0"]
     run(capsys, "prune", folder, "--out", tmp_path / "plain", *options, *PLAIN)
-    repaired = ["--method", "taylor", "--rounds", "1", "--attention-weight", "1"]
+    repaired = ["--method", "taylor", "--rounds", "1", "--attention-weight", "1", "--score-noise", "0"]
     run(capsys, "prune", folder, "--out", tmp_path / "repaired", *options, *repaired)
     plans = [(tmp_path / name / "prunus" / "plan.json").read_text() for name in ("plain", "repaired")]
     assert plans[0] == plans[1]

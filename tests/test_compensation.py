@@ -82,7 +82,7 @@ def test_every_block_gets_the_solution_that_a_walk_by_hand_finds(case, residual,
     plan, ids = half(geometry), random_tokens(batch=6, seq_len=16)
     pruned = apply_plan(model, plan)
     oracle = copy.deepcopy(pruned)
-    options = CompensationOptions(damping=1e-3, residual=residual, noise=noise)
+    options = CompensationOptions(damping=1e-3, residual=residual, repair_noise=noise)
     compensate_(pruned, model, plan, as_batches(ids), options, progress=False)
     ids = torch.cat([batch.input_ids for batch in with_noise(as_batches(ids), noise, model.config.vocab_size)])
 
@@ -190,7 +190,7 @@ def test_padding_does_not_count():
     padded = torch.cat([ids, torch.zeros(6, 4, dtype=torch.int64)], dim=1)
     mask = torch.cat([torch.ones(6, 10, dtype=torch.int64), torch.zeros(6, 4, dtype=torch.int64)], dim=1)
     plain, masked = apply_plan(model, plan), apply_plan(model, plan)
-    options = CompensationOptions(noise=0)  # what is drawn depends on the shape
+    options = CompensationOptions(repair_noise=0)  # what is drawn depends on the shape
     compensate_(plain, model, plan, [Batch(ids, None)], options, progress=False)
     compensate_(masked, model, plan, [Batch(padded, mask)], options, progress=False)
     for name, weight in plain.state_dict().items():
@@ -240,5 +240,5 @@ def test_options_are_checked():
         CompensationOptions(damping=0)
     with pytest.raises(OptionError, match="residual is 2"):
         CompensationOptions(residual=2)
-    with pytest.raises(OptionError, match=r"noise is 1\.5"):
-        CompensationOptions(noise=1.5)
+    with pytest.raises(OptionError, match=r"repair_noise is 1\.5"):
+        CompensationOptions(repair_noise=1.5)

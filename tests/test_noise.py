@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_families import make_model, random_tokens
 
-from prunus.calibration import Batch
+from prunus.calibration import Batch, calibration_from_tokens
+from prunus.errors import OptionError
 from prunus.noise import clean_batches, with_noise
+from prunus.scoring import ScoringOptions, score, score_together
 
 VOCABULARY = 1000
 
@@ -62,3 +68,22 @@ def test_a_single_sequence_stays_clean_and_so_does_everything_without_a_share():
     assert torch.equal(with_noise(only, 1.0, VOCABULARY)[0].input_ids, only[0].input_ids)
     many = batches_of(4, 2)
     assert all(after is before for before, after in zip(many, with_noise(many, 0.0, VOCABULARY), strict=True))
+
+
+@pytest.mark.parametrize("method", ["gate_fisher", "taylor_2nd", "wanda"])
+def test_scores_with_noise_are_those_of_noised_sequences(method):
+    torch.manual_seed(0)
+    model, ids = make_model("llama", "gqa"), random_tokens(8, 12)
+    plain = ScoringOptions(method=method, normalize="layer_sum", batch_size=2)
+    noised = torch.cat([batch.input_ids for batch in with_noise([Batch(part, None) for part in ids.split(2)], 0.4, 96)])
+    assert 0 < int((noised != ids).sum()) < ids.numel() // 2
+    expected = score(model, calibration_from_tokens(noised), plain, progress=False).table
+    both = [replace(plain, score_noise=0.4), plain]
+    found, clean = score_together(model, calibration_from_tokens(ids), both, progress=False)
+    pd.testing.assert_frame_equal(found.table, expected)
+    pd.testing.assert_frame_equal(clean.table, score(model, calibration_from_tokens(ids), plain, progress=False).table)
+
+
+def test_a_share_that_is_none():
+    with pytest.raises(OptionError, match=r"score_noise is -0\.1"):
+        ScoringOptions(score_noise=-0.1)

@@ -42,7 +42,7 @@ from prunus.families import Axis, Block
 from prunus.groups import Geometry
 from prunus.layers import layers_of
 from prunus.least_squares import NormalEquations, TokenSums, solve_ridge
-from prunus.noise import clean_batches, with_noise
+from prunus.noise import check_noise, clean_batches, with_noise
 from prunus.plan import Plan
 from prunus.records import Records
 from prunus.sweep.block_walk import BlockWalk
@@ -63,15 +63,15 @@ class CompensationOptions:
         residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
         reselect: let the repair choose which MLP channels stay in a layer, of the number that the plan keeps there, see
             `prunus.reselection`; for methods that take gradients.
-        noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair holds
-            for other text as well, see `prunus.noise`.
+        repair_noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair
+            holds for other text as well, see `prunus.noise`.
         fit_logits: at the end, multiply the logits by the factor that fits the text best, see `prunus.temperature`.
     """
 
     damping: float = 1e-1
     residual: float = 1.0
     reselect: bool = False
-    noise: float = 0.3
+    repair_noise: float = 0.3
     fit_logits: bool = True
 
     def __post_init__(self) -> None:
@@ -79,8 +79,7 @@ class CompensationOptions:
             raise OptionError(f"damping is {self.damping}; it must be positive, or the solution may not exist")
         if not 0 <= self.residual <= 1:
             raise OptionError(f"residual is {self.residual}; it must lie in [0, 1]")
-        if not 0 <= self.noise <= 1:
-            raise OptionError(f"noise is {self.noise}; it is a share of the tokens and must lie in [0, 1]")
+        check_noise("repair_noise", self.repair_noise)
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ def compensate_together_(
     options, geometry = options or CompensationOptions(), Geometry.of(dense)
     for cut in cuts:
         cut.plan.check_fits(geometry)
-    batches = with_noise(batches, options.noise, dense.config.get_text_config().vocab_size)
+    batches = with_noise(batches, options.repair_noise, dense.config.get_text_config().vocab_size)
     masks = [None if batch.attention_mask is None else batch.attention_mask.bool() for batch in batches]
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -358,7 +357,7 @@ class _Repairing:
         start = time.perf_counter()
         plan = self._cut.plan
         if self._options.fit_logits and (plan.kept_widths != plan.widths or self.chosen):
-            clean = clean_batches(len(batches)) if self._options.noise else range(len(batches))
+            clean = clean_batches(len(batches)) if self._options.repair_noise else range(len(batches))
             self.temperature = fit_temperature_(self._cut.pruned, batches, among=clean, residual=self._walk.hidden)
         self.seconds += time.perf_counter() - start
 

@@ -1,9 +1,10 @@
 """Calibration text with wrong words in it: what the dense model does where text of one kind would never lead it.
 
-Repair fits the remaining weights to the inputs that they get on the calibration text, and to nothing else: on text of
-another kind it helps little. Where some tokens are replaced by ones drawn from the whole vocabulary, blocks get inputs
-that the text alone would never give them, and the dense model still says what they should answer. That is a
-regularisation of the fit, in the space of tokens.
+Scores say what matters on the calibration text, and repair fits the remaining weights to the inputs that they get
+there; both hold for that kind of text, and far less for another. Where some tokens are replaced by ones drawn from the
+whole vocabulary, blocks get inputs that the text alone would never give them: groups that only other text needs get a
+score, and repair learns from the dense model what the answer to such inputs is. That is a regularisation, in the space
+of tokens.
 
 Source: Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization", Neural Computation 7(1).
 """
@@ -15,8 +16,19 @@ from collections.abc import Sequence
 import torch
 
 from prunus.calibration import Batch
+from prunus.errors import OptionError
 
-__all__ = ["clean_batches", "with_noise"]
+__all__ = ["check_noise", "clean_batches", "with_noise"]
+
+
+def check_noise(name: str, share: float) -> None:
+    """Raise unless an option is a share of tokens.
+
+    Raises:
+        OptionError: it is not in [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise OptionError(f"{name} is {share}; it is a share of the tokens and must lie in [0, 1]")
 
 
 def with_noise(batches: Sequence[Batch], share: float, vocabulary: int, seed: int = 0) -> list[Batch]:

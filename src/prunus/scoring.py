@@ -19,6 +19,7 @@ from prunus.importance.hybrid import DEFAULT_MIX, Weights, check_weights, mix
 from prunus.importance.registry import statistics_for
 from prunus.layers import layers_of
 from prunus.metering import Cost, metered
+from prunus.noise import check_noise, with_noise
 from prunus.plan import Plan
 from prunus.priors import Prior, PriorOptions, measure_prior, weigh
 from prunus.replacing import replacing
@@ -47,6 +48,8 @@ class ScoringOptions(MethodOptions):
         priors: how scores are weighed by what their layer is worth.
         attention_weight: factor on the scores of attention groups. Repair makes up for lost channels better than for
             lost attention, so that above 1 goes with compensation.
+        score_noise: share of the tokens that are replaced by random ones in half of the sequences, so that scores hold
+            for other text as well, see `prunus.noise`.
         batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
         engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
             time, which takes longer, reads weights from disk when their turn comes and holds the gradients of one layer
@@ -63,6 +66,7 @@ class ScoringOptions(MethodOptions):
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     priors: PriorOptions = field(default_factory=PriorOptions)
     attention_weight: float = 1.0
+    score_noise: float = 0.0
     batch_size: int = 1
     engine: EngineChoice = "auto"
 
@@ -79,6 +83,7 @@ class ScoringOptions(MethodOptions):
             raise OptionError(f"engine {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
         if not 0 < self.attention_weight < float("inf"):
             raise OptionError(f"attention weight is {self.attention_weight}; it must be positive and finite")
+        check_noise("score_noise", self.score_noise)
         if self.batch_size < 1:
             raise OptionError(f"batch size is {self.batch_size}; it must be at least 1")
 
@@ -304,7 +309,8 @@ def _pass(options: ScoringOptions) -> tuple[Any, ...]:
     kind = "backward" if options.takes_gradients else "forward" if options.needs else "none"
     # The adaptive method keeps some sequences for its probes, so that its statistics are of others.
     kind = "adaptive" if options.method == "adaptive" else kind
-    return kind, options.hessian, options.activation, options.random_seed, options.batch_size, options.engine
+    shared = options.hessian, options.activation, options.random_seed, options.score_noise
+    return kind, *shared, options.batch_size, options.engine
 
 
 def _score(
@@ -398,7 +404,11 @@ def take_statistics(
         wanted.append(OutputFisher())
     return sweep(
         model,
-        list(calibration.batches(options.batch_size)),
+        with_noise(
+            list(calibration.batches(options.batch_size)),
+            options.score_noise,
+            model.config.get_text_config().vocab_size,
+        ),
         wanted,
         # The weights of a model in memory are there already, so that auto has nothing to save.
         engine=("streamed" if layers_of(model).stored else "resident") if options.engine == "auto" else options.engine,

@@ -85,8 +85,9 @@ class Scoring(ScoringOptions):  # noqa: D101 (that of the class it extends, whic
 class Recipe(Scoring):  # noqa: D101 (that of the class it extends, which is the help text)
     __doc__ = ScoringOptions.__doc__
     method: str = "gate_fisher"
-    # An option of the command, whose default depends on others.
+    # Options of the command, whose defaults depend on others.
     attention_weight: Annotated[float, Parameter(parse=False)] = 1.0
+    score_noise: Annotated[float, Parameter(parse=False)] = 0.0
 
 
 @dataclass(frozen=True)

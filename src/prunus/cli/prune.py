@@ -35,11 +35,12 @@ from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
 from prunus.pipeline import prune_checkpoint
 from prunus.scoring import ScoringOptions
 
-__all__ = ["DEFAULT_ATTENTION_WEIGHT", "DEFAULT_ROUNDS", "prune"]
+__all__ = ["DEFAULT_ATTENTION_WEIGHT", "DEFAULT_ROUNDS", "DEFAULT_SCORE_NOISE", "prune"]
 
 #: the default recipe of `prunus prune`, beside its method: chosen on held-out calibration text, see benchmarks/LOG.md
 DEFAULT_ROUNDS = 3
 DEFAULT_ATTENTION_WEIGHT = 1.5
+DEFAULT_SCORE_NOISE = 0.3
 
 
 def prune(
@@ -51,6 +52,7 @@ def prune(
     calibration: CalibrationFlags = CalibrationOptions(),
     scoring: RecipeFlags = Recipe(),
     attention_weight: Annotated[float | None, Parameter(group=SCORING)] = None,
+    score_noise: Annotated[float | None, Parameter(group=SCORING)] = None,
     selection: SelectionFlags = Selection(),
     target: TargetFlags = Target(),
     compensate: Annotated[bool, Parameter(group=COMPENSATION)] = True,
@@ -76,6 +78,8 @@ def prune(
         attention_weight: factor on the scores of attention groups; by default 1.5, as repair makes up for lost channels
             better than for lost attention, and 1 with
             `--no-compensate` or `--normalize zscore`.
+        score_noise: share of the tokens that are replaced by random ones in half of the sequences that scores are taken
+            on, so that scores hold for other text as well; by default 0.3, and 0 with `--no-compensate`.
         compensate: repair the remaining weights by least squares on the calibration sequences.
         rounds: cut in so many equal parts, scoring what is left (and repaired) before each next one; by default 3, but
             1 for `--shape uniform`, which knows no more.
@@ -93,6 +97,7 @@ def prune(
         scoring=replace(
             seeded(scoring, calibration),
             attention_weight=_attention_weight(scoring, compensate) if attention_weight is None else attention_weight,
+            score_noise=(DEFAULT_SCORE_NOISE if compensate else 0.0) if score_noise is None else score_noise,
         ),
         constraints=selection,
         target=target,
