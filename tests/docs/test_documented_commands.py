@@ -49,7 +49,7 @@ WORDS = {
     "cuda": "cpu",
 }
 #: files and folders that a reader brings; they lie in each page's folder
-TEXTS = ["my-text.jsonl", "other-text.txt", "c4-sample.jsonl", "wiki.test.raw"]
+TEXTS = ["my-text.jsonl", "other-text.txt", "wiki.test.raw"]
 TASKS = "zeroshot"
 #: pruned folders that a page takes from another page
 PRUNED = {"docs/evaluation.md": "smollm2-20"}
