@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_adaptive import mean_loss
@@ -11,7 +13,7 @@ import prunus.budget_search
 from prunus.budget_search import BudgetSearch, SearchOptions, search_budget
 from prunus.calibration import calibration_from_tokens
 from prunus.compensation import CompensationOptions, compensate_
-from prunus.errors import OptionError, StatisticsError
+from prunus.errors import OptionError, PlanError, StatisticsError
 from prunus.families import AXES
 from prunus.groups import Geometry
 from prunus.pipeline import prune
@@ -152,9 +154,7 @@ def test_prune_searches_once_and_every_round_goes_by_it(model, calibration, tmp_
     weighed = search.weigh(score(model, calibration, scoring, progress=False).table)
     half = select(weighed, geometry, RATIO / 2)
     later = score(apply_plan(model, half), calibration.split(8)[0], scoring, progress=False).table
-    table = carry_over(
-        search.weigh(score(model, calibration, scoring, progress=False).table), half, search.weigh(later)
-    )
+    table = carry_over(weighed, half, search.weigh(later))
     assert select(table, geometry, RATIO) == result.plan
 
 
@@ -165,6 +165,14 @@ def test_what_is_saved_can_be_ranked_again(model, calibration, tmp_path):
     loaded = Score.load(tmp_path)
     assert set(loaded.about["budget_search"]["factors"]["mlp"]) != {1.0}
     assert select(loaded.ranked("none").table, loaded.geometry, RATIO) == result.plan
+
+
+@pytest.mark.parametrize("factors", [3, {"mlp": 2}, {"mlp": [1.0]}, {"attention": ["a", "b"]}, {"mlp": [None] * 2}])
+def test_damaged_factors_are_named(model, calibration, factors):
+    result = prune(model, RATIO, calibration, search=SearchOptions(search_trials=2), progress=False)
+    damaged = replace(result.score, about={**result.score.about, "budget_search": {"factors": factors}})
+    with pytest.raises(PlanError, match="how they were weighed"):
+        damaged.ranked("none")
 
 
 @pytest.mark.parametrize(

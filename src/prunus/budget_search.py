@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from prunus.calibration import Calibration
+from prunus.calibration import Batch, Calibration
 from prunus.compensation import CompensationOptions, compensate_
 from prunus.costs import Costs
 from prunus.depth_bands import axes_in_bands
@@ -229,17 +229,19 @@ class _Measure:
         # Which channels stay is what the search asks for, and a factor on all logits comes when everything is cut.
         self._compensation = compensation and replace(compensation, reselect=False, fit_logits=False)
         self._batches = list(fitted.batches(batch_size))
-        made_from = {
-            "model": digest_model(model),
-            "calibration tokens": digest_batches([*self._batches, *held_out.batches(len(held_out))]),
+        self._records = Records(work, self._made_from(batch_size) if work is not None else None)
+        self._known = {self._records.about(number)["plan"]: number for number in range(len(self._records))}
+        self._seen: set[str] = set()
+        self.seconds = 0.0
+
+    def _made_from(self, batch_size: int) -> dict[str, Any]:
+        return {
+            "model": digest_model(self._model),
+            "calibration tokens": digest_batches([*self._batches, Batch(self._held_out, None)]),
             "sequences per batch": batch_size,
             "compensation": asdict(self._compensation) if self._compensation else None,
             "torch": torch.__version__,
         }
-        self._records = Records(work, made_from)
-        self._known = {self._records.about(number)["plan"]: number for number in range(len(self._records))}
-        self._seen: set[str] = set()
-        self.seconds = 0.0
 
     @property
     def trials(self) -> int:

@@ -357,7 +357,7 @@ class _Repairing:
         start = time.perf_counter()
         plan = self._cut.plan
         if self._options.fit_logits and (plan.kept_widths != plan.widths or self.chosen):
-            clean = clean_batches(len(batches)) if self._options.repair_noise else range(len(batches))
+            clean = clean_batches(len(batches), self._options.repair_noise)
             self.temperature = fit_temperature_(self._cut.pruned, batches, among=clean, residual=self._walk.hidden)
         self.seconds += time.perf_counter() - start
 

@@ -47,7 +47,7 @@ def with_noise(batches: Sequence[Batch], share: float, vocabulary: int, seed: in
         return list(batches)
     batches = _parted(batches)
     generator = torch.Generator().manual_seed(seed)
-    clean, noised = clean_batches(len(batches)), []
+    clean, noised = clean_batches(len(batches), share), []
     for number, batch in enumerate(batches):
         if number in clean:
             noised.append(batch)
@@ -59,9 +59,9 @@ def with_noise(batches: Sequence[Batch], share: float, vocabulary: int, seed: in
     return noised
 
 
-def clean_batches(count: int) -> range:
-    """Numbers of the batches that `with_noise` leaves as they are."""
-    return range(0, count, 2)
+def clean_batches(count: int, share: float) -> range:
+    """Numbers of the batches, of so many, that `with_noise` leaves as they are."""
+    return range(0, count, 2 if share else 1)
 
 
 def _parted(batches: Sequence[Batch]) -> Sequence[Batch]:

@@ -160,12 +160,12 @@ class Score:
             options = self.about["scoring"]
             priors = PriorOptions(**options["priors"]) if self.prior is not None else None
             attention_weight = float(options.get("attention_weight", 1.0))
-            factors = self.about.get("budget_search", {}).get("factors", {})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            found = self.about.get("budget_search", {}).get("factors", {})
+            factors = {axis: [float(found[axis][i]) for i in range(len(self.geometry.widths))] for axis in found}
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"malformed scores: how they were weighed ({type(error).__name__} {error})") from error
         table = _weighed(table, self.geometry, self.prior, priors, attention_weight)
-        if factors:
-            table = weigh_scores(table, factors)
+        table = weigh_scores(table, factors) if factors else table
         return replace(self, table=table, about={key: value for key, value in self.about.items() if key != "target"})
 
     def priced(self, target: TargetOptions, plan: Plan) -> Self:
