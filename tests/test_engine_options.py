@@ -57,7 +57,7 @@ def test_prune_with_weights_on_disk_saves_what_it_saves_with_them_in_memory(caps
         model,
         0.3,
         drawn,
-        scoring=prunus.ScoringOptions(method="taylor", attention_weight=1.5, engine="streamed"),
+        scoring=prunus.ScoringOptions(method="taylor", attention_weight=1.5, score_noise=0.3, engine="streamed"),
         compensation=prunus.CompensationOptions(),
         rounds=rounds,
         progress=False,

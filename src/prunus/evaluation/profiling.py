@@ -33,6 +33,7 @@ from prunus.evaluation.speed import SpeedOptions, check_context
 from prunus.families import AXES, Axis
 from prunus.groups import Geometry, LayerWidths, submodule
 from prunus.latency import LatencyProfile, PhaseTimes, ProfiledShape
+from prunus.packaged_model import resolve_model
 
 __all__ = ["profile", "widths_to_measure"]
 
@@ -58,7 +59,7 @@ def profile(model: str, options: SpeedOptions | None = None, *, progress: bool =
         UnsupportedModelError: the family is not described.
     """
     options = options or SpeedOptions()
-    folder = locate(model)
+    folder = locate(resolve_model(model))
     config = read_config(folder)
     check_context(options, config, folder.name)
     device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
