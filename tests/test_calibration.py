@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from prunus.calibration import (
     calibration_from_texts,
     calibration_from_tokens,
     load_calibration,
+    sampled,
 )
 from prunus.calibration import files as calibration_files
 from prunus.calibration.embedded import embedded_documents
@@ -379,26 +381,50 @@ def test_text_from_the_model_itself(tokenizer):
         load_calibration("self", tokenizer, samples=5, seq_len=12, seed=seed, model=model) for seed in (0, 0, 1)
     )
     assert first.input_ids.shape == (5, 12)
-    assert (first.input_ids[:, 0] == BOS).all()
+    assert len(set(first.input_ids[:, 0].tolist())) > 2
     assert torch.equal(first.input_ids, again.input_ids)
     assert not torch.equal(first.input_ids, other.input_ids)
     assert first.provenance.kind == "model"
     assert model.training
 
 
-def test_text_from_the_model_follows_its_probabilities(tokenizer):
+@pytest.mark.parametrize(("length", "at_once"), [(20, 64), (20, 2), (8, 3)])
+def test_text_from_the_model_follows_its_probabilities(tokenizer, monkeypatch, length, at_once):
+    monkeypatch.setattr(sampled, "PIECE_LENGTH", length)
+    monkeypatch.setattr(sampled, "PIECES_AT_ONCE", at_once)
     model = tiny_model().eval()
     with torch.no_grad():
         model.lm_head.weight *= 50  # far from uniform
     calibration = load_calibration("self", tokenizer, samples=3, seq_len=20, seed=4, model=model)
-    # The same draws, from the model run on the whole text so far each time.
+    # The same draws, from the model run on the whole text so far each time, looking for the token one by one.
     generator = torch.Generator().manual_seed(4)
-    ids = torch.full((3, 1), BOS)
-    for _ in range(19):
-        with torch.no_grad():
-            probabilities = model(ids).logits[:, -1].softmax(dim=-1)
-        ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
-    assert torch.equal(calibration.input_ids, ids)
+    pieces = -(-60 // length)
+    starts = torch.randint(model.config.vocab_size, (pieces, 1), generator=generator)
+    texts = []
+    for first in range(0, pieces, at_once):
+        ids = starts[first : first + at_once]
+        for _ in range(length - 1):
+            with torch.no_grad():
+                probabilities = model(ids).logits[:, -1].softmax(dim=-1).double()
+            thresholds = torch.rand(len(ids), 1, generator=generator, dtype=torch.float64)
+            chosen = []
+            for row, threshold in zip(probabilities, thresholds[:, 0], strict=True):
+                token, left = 0, float(threshold * row.sum())
+                while left >= float(row[token]) and token < len(row) - 1:
+                    left -= float(row[token])
+                    token += 1
+                chosen.append(token)
+            ids = torch.cat([ids, torch.tensor(chosen)[:, None]], dim=1)
+        texts += ids.flatten().tolist()
+    assert calibration.input_ids.flatten().tolist() == texts[:60]
+
+
+def test_text_from_the_model_has_no_impossible_token():
+    logits = torch.full((2000, 4), -1e30)
+    logits[:, 1:3] = torch.tensor([0.0, 1.0])
+    drawn = sampled._draw(logits, torch.Generator().manual_seed(0)).flatten()
+    assert set(drawn.tolist()) == {1, 2}
+    assert abs(float((drawn == 2).float().mean()) - math.e / (1 + math.e)) < 0.04
 
 
 def test_text_from_the_model_needs_the_model(tokenizer):

@@ -11,12 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from prunus.calibration import Batch
+from prunus.calibration import Batch, Calibration
 from prunus.compensation import CompensationOptions, Cut, compensate_together_
 from prunus.errors import CalibrationError, OptionError
 from prunus.groups import Geometry
 from prunus.inputs import CalibrationOptions, EvaluationOptions, Inputs, ModelOptions, model_name, open_inputs
-from prunus.metering import metered
+from prunus.metering import Cost, metered
 from prunus.pipeline import prune
 from prunus.plan import Plan
 from prunus.recipe import check_recipe
@@ -24,6 +24,7 @@ from prunus.replacing import replacing
 from prunus.report import write_report
 from prunus.scoring import Score, ScoringOptions, score_together
 from prunus.selection import Constraints, select
+from prunus.self_text import text_for_repair
 from prunus.surgery import apply_plan
 from prunus.sweep.estimate import Workload, bytes_of_a_cut, free_memory, parse_bytes
 from prunus.targets import TargetOptions
@@ -107,6 +108,7 @@ def compare(
             frozenset().union(*(options.needs for options in each)),
             batch_size=scoring.batch_size,
             compensate=compensation is not None,
+            writes_text=compensation is not None and compensation.self_text > 0,
             inputs_on_disk=False,
         ),
         calibrate=calibrate,
@@ -134,11 +136,17 @@ def compare(
     reselects = compensation is not None and compensation.reselect
     found = score_together(inputs.model, inputs.calibration, each, curvature=reselects, progress=progress)
     scores = {options.method: scored for options, scored in zip(each, found, strict=True)}
+    text = None
+    with metered(inputs.model.device) as writing:
+        if compensation is not None and inputs.calibration is not None:
+            seed = scoring.random_seed
+            text = text_for_repair(inputs.model, inputs.calibration, compensation, seed=seed, progress=progress)
     if rounds == 1 and not reselects:
-        _compare_plans(record, scores, each, ratios, constraints, target, compensation, model_options)
+        _compare_plans(record, scores, each, ratios, constraints, target, compensation, text, writing, model_options)
     else:
         for options, ratio, repair in product(each, ratios, repairs):
-            _add_result(record, scores[options.method], options, ratio, constraints, target, repair, rounds)
+            scored = scores[options.method]
+            _add_result(record, scored, options, ratio, constraints, target, repair, text, writing, rounds)
     plot_comparison(record.frame, Path(out) / "comparison.png")
     if report:
         write_report(out)
@@ -153,6 +161,8 @@ def _compare_plans(
     constraints: Constraints | None,
     target: TargetOptions | None,
     compensation: CompensationOptions | None,
+    text: Calibration | None,
+    writing: Cost,
     model_options: ModelOptions,
 ) -> None:
     """Cut once by every plan that the tables lead to, and repair several cuts in one go.
@@ -182,9 +192,9 @@ def _compare_plans(
     each_plan = list(plans.values())
     batches: list[Batch] = []
     at_once = 1
-    if compensation is not None and inputs.calibration is not None:
-        batches = list(inputs.calibration.batches(each[0].batch_size))
-        tokens = inputs.calibration.input_ids.numel()
+    if text is not None:
+        batches = list(text.batches(each[0].batch_size))
+        tokens = text.input_ids.numel()
         limit = parse_bytes(model_options.max_memory) if model_options.max_memory else None
         at_once = cuts_at_once(dense, each_plan, tokens, free_memory(dense.device, limit))
     for first in range(0, len(each_plan), at_once):
@@ -199,7 +209,8 @@ def _compare_plans(
             with metered(dense.device) as cost:
                 repaired = compensate_together_(cuts, dense, batches, compensation, progress=record.progress)
             for cut, before, found in zip(cuts, seconds, repaired, strict=True):
-                add(cut, True, before + found.seconds, cost.peak_bytes)
+                seconds_of_repair = writing.seconds + found.seconds
+                add(cut, True, before + seconds_of_repair, _largest(writing.peak_bytes, cost.peak_bytes))
 
 
 def cuts_at_once(dense: Any, plans: Sequence[Plan], tokens: int, free: int | None) -> int:
@@ -226,6 +237,8 @@ def _add_result(
     constraints: Constraints | None,
     target: TargetOptions | None,
     repair: CompensationOptions | None,
+    text: Calibration | None,
+    writing: Cost,
     rounds: int,
 ) -> None:
     """Prune in one way, keep the plan, and measure."""
@@ -241,9 +254,12 @@ def _add_result(
             compensation=repair,
             rounds=rounds,
             scored=scored,
+            repair_text=text,
             progress=record.progress,
         )
-    seconds, peak_bytes = scored.about["seconds"] + cost.seconds, _largest(scored.about["peak_bytes"], cost.peak_bytes)
+    costs = [cost] if repair is None else [cost, writing]
+    seconds = scored.about["seconds"] + sum(each.seconds for each in costs)
+    peak_bytes = _largest(scored.about["peak_bytes"], *(each.peak_bytes for each in costs))
     row = _Row(options.method, ratio, repair is not None, seconds, peak_bytes)
     record.keep_plan(result.plan, row)
     record.add(result.model, [row])

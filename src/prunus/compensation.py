@@ -65,6 +65,8 @@ class CompensationOptions:
             `prunus.reselection`; for methods that take gradients.
         repair_noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair
             holds for other text as well, see `prunus.noise`.
+        self_text: share of the sequences that the dense model writes itself, so that the repair holds for other kinds
+            of text, see `prunus.self_text`; for whole recipes (`prunus.prune`), not for a repair on given batches.
         fit_logits: at the end, multiply the logits by the factor that fits the text best, see `prunus.temperature`.
     """
 
@@ -72,6 +74,7 @@ class CompensationOptions:
     residual: float = 1.0
     reselect: bool = False
     repair_noise: float = 0.3
+    self_text: float = 0.5
     fit_logits: bool = True
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class CompensationOptions:
         if not 0 <= self.residual <= 1:
             raise OptionError(f"residual is {self.residual}; it must lie in [0, 1]")
         check_noise("repair_noise", self.repair_noise)
+        if not 0 <= self.self_text <= 1:
+            raise OptionError(f"self_text is {self.self_text}; it is a share of the sequences and must lie in [0, 1]")
 
 
 @dataclass(frozen=True)

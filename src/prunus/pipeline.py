@@ -26,6 +26,7 @@ from prunus.result_folder import save_result
 from prunus.rounds import carry_over, schedule
 from prunus.scoring import Score, ScoringOptions, score
 from prunus.selection import Constraints, check_reachable, select
+from prunus.self_text import text_for_repair
 from prunus.statistics import Statistics
 from prunus.surgery import apply_plan
 from prunus.sweep.estimate import Workload
@@ -72,6 +73,7 @@ def prune(
     rounds: int = 1,
     search: SearchOptions | None = None,
     scored: Score | None = None,
+    repair_text: Calibration | None = None,
     work: Path | None = None,
     progress: bool = True,
 ) -> PruneResult:
@@ -90,6 +92,7 @@ def prune(
             scores are taken on half of the sequences, and all repairs but the last are made on a quarter.
         search: how long factors on the scores of axes and depth bands are searched for; by default not at all.
         scored: the scores of `model` by `scoring`, if they are there already; they are taken otherwise.
+        repair_text: what `text_for_repair` gave, if it is there already; it is made otherwise.
         work: folder from which a killed run goes on with the same result, see `prunus.sweep.sweep` and `compensate_`.
         progress: show progress bars on a terminal.
 
@@ -130,6 +133,15 @@ def prune(
             progress=progress,
         )
         table = found.weigh(table)
+    if compensation is not None and calibration is not None and repair_text is None:
+        repair_text = text_for_repair(
+            model,
+            calibration,
+            compensation,
+            seed=scoring.random_seed,
+            work=work / "self-text" if work else None,
+            progress=progress,
+        )
     for step, folder in zip(steps, folders, strict=True):
         if step.number > 1:
             again = take(smaller, _first(calibration, step.scored_on), work=folder, progress=progress)
@@ -137,11 +149,13 @@ def prune(
             later = found.weigh(later, done.surviving_layers) if found else later
             table, statistics = carry_over(table, done, later), again.statistics
         plan = select(table, geometry, step.share, constraints, costs)
-        fit = _first(calibration, step.repaired_on)
+        fit = _first(repair_text, step.repaired_on)
         batches = list(fit.batches(scoring.batch_size)) if fit is not None else []
         smaller, kept, repairs = _cut(smaller, done, model, plan, statistics, batches, compensation, folder, progress)
         table, done = table if kept == plan else hand_out_scores(table, kept), kept
     findings = {"rounds": rounds, **({"budget_search": found.to_dict()} if found else {})}
+    if repair_text is not None:
+        findings["repair_text"] = repair_text.provenance.to_dict()
     scored = replace(scored, table=table, about={**scored.about, **findings})
     return PruneResult(smaller, done, scored.priced(target, done), repairs)
 
@@ -238,7 +252,12 @@ def prune_checkpoint(
         evaluation or EvaluationOptions(),
         model_options or ModelOptions(),
         engine=scoring.engine,
-        workload=Workload(scoring.needs, batch_size=scoring.batch_size, compensate=compensation is not None),
+        workload=Workload(
+            scoring.needs,
+            batch_size=scoring.batch_size,
+            compensate=compensation is not None,
+            writes_text=compensation is not None and compensation.self_text > 0,
+        ),
         work=folder.path,
         calibrate=calibrate,
         save_model=True,

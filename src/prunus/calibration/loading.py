@@ -85,7 +85,7 @@ def load_calibration(
         if kind == "model":
             if model is None:
                 raise CalibrationError(f"the source {SELF_SOURCE!r} samples text from the model: pass it as `model`")
-            ids = sample_from_model(model, tokenizer, **sizes, seed=seed, progress=progress)
+            ids = sample_from_model(model, **sizes, seed=seed, progress=progress)
             return _calibration(Packed(ids, samples), "sampled from the model", kind, seed)
         if kind == "embedded":
             documents = _shuffled(embedded_documents(), seed)

@@ -1,8 +1,10 @@
-"""Calibration text that the model writes itself.
+"""Text that the model writes itself: for calibration where there is none, and for repair beside what there is.
+
+Whatever text a model was trained on, what it writes is of all kinds of it.
 
 Source:
-    LLM-QAT: Data-Free Quantization Aware Training for Large Language Models, https://arxiv.org/abs/2305.17888, samples
-    from the model being compressed when no data is at hand.
+    LLM-QAT: Data-Free Quantization Aware Training for Large Language Models, https://arxiv.org/abs/2305.17888, section
+    2.1: text sampled from the model that is compressed, from first tokens drawn from the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -15,60 +17,65 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from prunus.errors import CalibrationError, NonFiniteError
+from prunus.errors import NonFiniteError
 from prunus.evaluation.mode import evaluation_mode
 
-__all__ = ["sample_from_model"]
+__all__ = ["PIECES_AT_ONCE", "PIECE_LENGTH", "sample_from_model"]
+
+#: tokens that are written from one first token; a token costs the more, the more tokens stand before it
+PIECE_LENGTH = 256
+#: pieces that are written side by side
+PIECES_AT_ONCE = 64
 
 
 @torch.no_grad()
-def sample_from_model(
-    model: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int, batch_size: int = 32, progress: bool = True
-) -> Tensor:
-    """Sequences drawn from the model at temperature 1, starting from one token.
+def sample_from_model(model: Any, *, samples: int, seq_len: int, seed: int, progress: bool = True) -> Tensor:
+    """Sequences drawn from the model at temperature 1.
 
-    The first token is the begin-of-text token, or the end-of-text token where there is none. It takes one forward pass
-    per token: for a small model on a CPU, minutes. The draws are made on the CPU in float32; the same seed gives the
-    same tokens on the same kind of machine, but rounding of the model's own arithmetic may differ on another.
+    They are cut from pieces of at most `PIECE_LENGTH` tokens, one after the other, each of which starts from a token
+    drawn uniformly from the vocabulary. It takes one forward pass per token of a piece, for `PIECES_AT_ONCE` pieces at
+    a time. The draws are made on the CPU; the same seed gives the same tokens on the same kind of machine, but rounding
+    of the model's own arithmetic may differ on another.
 
     Args:
         model: a transformers causal language model.
-        tokenizer: its tokenizer.
         samples: how many sequences.
-        seq_len: tokens in each, the first one counted.
+        seq_len: tokens in each.
         seed: of the draws.
-        batch_size: sequences written at a time.
         progress: show a bar on a terminal.
 
     Returns:
         int64 on the CPU, shape (samples, seq_len).
 
     Raises:
-        CalibrationError: the tokenizer has neither a begin-of-text nor an end-of-text token.
         NonFiniteError: the model's logits are NaN or infinite.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise CalibrationError(
-            "text cannot be sampled from the model: its tokenizer has neither a begin-of-text nor an end-of-text token "
-            "to start from. Give a calibration text."
-        )
+    length = min(seq_len, PIECE_LENGTH)
+    pieces = -(-samples * seq_len // length)
+    vocabulary = model.config.get_text_config().vocab_size
     # transformers renames this argument in the course of version 5.
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(vocabulary, (pieces, 1), generator=generator)
     written: list[Tensor] = []
-    bar = tqdm(total=samples * seq_len, desc="sampling text", unit="token", disable=None if progress else True)
+    bar = tqdm(total=pieces * length, desc="sampling text", unit="token", disable=None if progress else True)
     with evaluation_mode(model), bar:
-        for first in range(0, samples, batch_size):
-            size = min(batch_size, samples - first)
-            sequences = [torch.full((size, 1), int(start), dtype=torch.int64)]
-            cache = {cache_name: DynamicCache()}
-            for _ in range(seq_len - 1):
-                output = model(input_ids=sequences[-1].to(model.device), **cache, use_cache=True, logits_to_keep=1)
-                logits = output.logits[:, -1].float().cpu()
-                if not logits.isfinite().all():
-                    raise NonFiniteError("the model's logits are not finite: check its weights for NaN")
-                sequences.append(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))
-                bar.update(size)
-            written.append(torch.cat(sequences, dim=1))
-    return torch.cat(written)
+        for first in starts.split(PIECES_AT_ONCE):
+            tokens, cache = [first], {cache_name: DynamicCache()}
+            bar.update(len(first))
+            for _ in range(length - 1):
+                output = model(input_ids=tokens[-1].to(model.device), **cache, use_cache=True, logits_to_keep=1)
+                tokens.append(_draw(output.logits[:, -1].float().cpu(), generator))
+                bar.update(len(first))
+            written.append(torch.cat(tokens, dim=1))
+    return torch.cat(written).flatten()[: samples * seq_len].view(samples, seq_len)
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token from each row of logits, (rows, 1), by inverting the distribution function: one draw per row."""
+    if not logits.isfinite().all():
+        raise NonFiniteError("the model's logits are not finite: check its weights for NaN")
+    below = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    threshold = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64) * below[:, -1:]
+    # The first token that the distribution function exceeds the threshold at: never one of probability 0.
+    return torch.searchsorted(below, threshold, right=True).clamp_(max=logits.shape[-1] - 1)

@@ -14,8 +14,9 @@ and C channel columns, a vocabulary of V; N sequences of T tokens in batches of 
 Two layers are held because the next is read while one computes. Compensation adds a second model (resident) or its
 layer (streamed), the normal equations of the widest block and what solving them takes, 40 C² + 24 C H, and, unless they
 wait on disk (streamed), N T w (2 H + Q) for both models' residual streams and the inputs of o_proj. Each further cut
-that is repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H. Perplexity needs the hidden states of as
-many tokens as go through the layers at once.
+that is repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H. Text that the model writes for the repair
+(resident) takes P w + 64 (2 t L K w + V (w + 24)): keys and values of 64 pieces of t = min(T, 256) tokens, and the
+chances of the next. Perplexity needs the hidden states of as many tokens as go through the layers at once.
 
 What the process has already (interpreter, libraries) is measured when the estimate is made, and what libraries take at
 their first use is added, with 600 bytes for every group of the table; on CUDA all of that is nothing. The rest is an
@@ -31,6 +32,7 @@ from typing import Any, Literal
 
 import torch
 
+from prunus.calibration.sampled import PIECE_LENGTH, PIECES_AT_ONCE
 from prunus.errors import OptionError
 from prunus.families import AXES
 from prunus.groups import Geometry, submodule
@@ -71,6 +73,7 @@ class Workload:
         seq_len: tokens in each.
         batch_size: sequences per pass.
         compensate: whether weights are repaired.
+        writes_text: whether the model writes text for the repair, which it does where it is resident.
         evaluation_tokens: tokens that perplexity is measured on; 0 = it is not.
         inputs_on_disk: whether what enters the layers waits on disk in the streamed order.
     """
@@ -80,6 +83,7 @@ class Workload:
     seq_len: int = 0
     batch_size: int = 1
     compensate: bool = False
+    writes_text: bool = False
     evaluation_tokens: int = 0
     inputs_on_disk: bool = True
 
@@ -135,6 +139,10 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
         waiting = 2 * whole + whole * query // hidden
         resident = max(resident, 2 * geometry.total_parameters * w + repair + waiting)
         streamed = max(streamed, 2 * weights + repair + waiting * (not workload.inputs_on_disk))
+    if workload.writes_text:
+        keys_and_values = min(workload.seq_len, PIECE_LENGTH) * len(sizes) * 2 * key_value * w
+        written = PIECES_AT_ONCE * (keys_and_values + vocabulary * (w + 24))
+        resident = max(resident, geometry.total_parameters * w + written)
     evaluation = min(workload.evaluation_tokens, TOKENS_AT_ONCE) * hidden * w + 512 * vocabulary * (w + 8)
     if workload.evaluation_tokens:
         resident = max(resident, geometry.total_parameters * w + activations + evaluation)
