@@ -34,9 +34,13 @@ from prunus.evaluation.zero_shot import load_task, zero_shot
 from prunus.packaged_model import PACKAGED_MODEL
 from prunus.priors import PriorOptions
 from prunus.scoring import Score, ScoringOptions, score_together
+from prunus.self_text import text_for_repair
 from prunus.surgery import apply_plan
 
-REPAIR = CompensationOptions()
+#: of the default recipe
+DEFAULT_REPAIR = CompensationOptions()
+#: what methods are compared with: on the calibration text alone
+REPAIR = replace(DEFAULT_REPAIR, self_text=0)
 SEARCH_TRIALS = 24
 #: the scoring of the default recipe
 DEFAULT = "gate_fisher, attention x 1.5, noise"
@@ -113,10 +117,16 @@ IN_DOMAIN = ("default recipe", "gate_fisher, repaired", "taylor")
 
 def recipes() -> dict[str, Recipe]:
     """All rows of one ratio, most wanted first."""
-    default = Recipe(DEFAULT, REPAIR, DEFAULT_ROUNDS)
+    default = Recipe(DEFAULT, DEFAULT_REPAIR, DEFAULT_ROUNDS)
     search = replace(default, search=SearchOptions(search_trials=SEARCH_TRIALS), main=False)
     silent = Recipe("gate_fisher, attention x 1.5", replace(REPAIR, repair_noise=0), DEFAULT_ROUNDS, main=False)
-    found = {"default recipe": default, "default recipe, budget searched": search, "default recipe, no noise": silent}
+    found = {
+        "default recipe": default,
+        "default recipe, one round": replace(default, rounds=1, main=False),
+        "default recipe, budget searched": search,
+        "default recipe, calibration text alone": replace(default, repair=REPAIR, main=False),
+        "default recipe, calibration text alone, no noise": silent,
+    }
     for name in scorings():
         found[f"{name}, repaired"] = Recipe(name, REPAIR, main=name not in DETAILS)
         found[name] = Recipe(name, main=name not in DETAILS)
@@ -157,6 +167,7 @@ class Bench:
         self.text = read_text(options.text)
         self.tasks = [load_task(path) for path in sorted(Path(options.tasks).glob("*.jsonl"))] if options.tasks else []
         self._scores: dict[tuple[str, int, str], Score] = {}
+        self._texts: dict[tuple[float, str, int], tuple[prunus.Calibration, float]] = {}
         self._calibrations: dict[tuple[str, int], prunus.Calibration] = {}
 
     def jobs(self) -> Iterator[list[Job]]:
@@ -191,6 +202,7 @@ class Bench:
         facts = {"findings": scored.about.get("adaptive")}
         if recipe.alone:
             for job in jobs:
+                text, writing = self._text(recipe.repair, job)
                 start = time.perf_counter()
                 result = prunus.prune(
                     self.model,
@@ -201,8 +213,9 @@ class Bench:
                     rounds=recipe.rounds,
                     search=recipe.search,
                     scored=scored,
+                    repair_text=text,
                 )
-                seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - start + writing
                 facts["budget_search"] = result.score.about.get("budget_search")
                 self._measure(result.model, job, seconds=seconds, plan=result.plan.fingerprint, **facts)
             return
@@ -211,19 +224,22 @@ class Bench:
         cuts = [Cut(apply_plan(self.model, plans[job]), plans[job]) for job in new]
         times = [0.0] * len(cuts)
         if recipe.repair is not None and cuts:
-            batches = list(self._calibration(jobs[0].calibration, jobs[0].seed).batches(self.options.batch_size))
-            times = [found.seconds for found in compensate_together_(cuts, self.model, batches, recipe.repair)]
+            text, writing = self._text(recipe.repair, jobs[0])
+            assert text is not None  # as there is a repair
+            batches = list(text.batches(self.options.batch_size))
+            repaired = compensate_together_(cuts, self.model, batches, recipe.repair)
+            times = [found.seconds + writing for found in repaired]
         for job, cut, seconds in zip(new, cuts, times, strict=True):
             self._measure(cut.pruned, job, seconds=seconds, plan=cut.plan.fingerprint, **facts)
 
     def _measured_before(self, job: Job, plan: str) -> bool:
         """Whether another method led to the same plan; the row then is a copy, and says of which."""
-        repaired = recipes()[job.recipe].repair is not None
+        repair = recipes()[job.recipe].repair
         for row in self.rows:
             known = recipes().get(row["recipe"])
-            if known is None or known.alone or (known.repair is not None) != repaired or row["plan"] != plan:
+            if known is None or known.alone or known.repair != repair or row["plan"] != plan:
                 continue
-            if repaired and (row["calibration"], row["seed"]) != (job.calibration, job.seed):
+            if repair is not None and (row["calibration"], row["seed"]) != (job.calibration, job.seed):
                 continue
             self._write({**row, **vars(job), "same_plan_as": row["recipe"]})
             return True
@@ -238,6 +254,16 @@ class Bench:
                 path, self.tokenizer, samples=self.options.samples, seq_len=self.options.seq_len, seed=seed
             )
         return self._calibrations[key]
+
+    def _text(self, repair: CompensationOptions | None, job: Job) -> tuple[prunus.Calibration | None, float]:
+        """The sequences of a repair, and the seconds that writing them took."""
+        if repair is None:
+            return None, 0.0
+        key = repair.self_text, job.calibration, job.seed
+        if key not in self._texts:
+            start, given = time.perf_counter(), self._calibration(job.calibration, job.seed)
+            self._texts[key] = text_for_repair(self.model, given, repair, seed=job.seed), time.perf_counter() - start
+        return self._texts[key]
 
     def _scoring(self, name: str, seed: int) -> ScoringOptions:
         return scorings(seed, self.options.batch_size)[name]
