@@ -42,8 +42,9 @@ DEFAULT_REPAIR = CompensationOptions()
 #: what methods are compared with: on the calibration text alone
 REPAIR = replace(DEFAULT_REPAIR, self_text=0)
 SEARCH_TRIALS = 24
-#: the scoring of the default recipe
+#: the scoring of the default recipe, and of it with another method
 DEFAULT = "gate_fisher, attention x 1.5, noise"
+WANDA = "wanda, layer_sum, attention x 1.5, noise"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def scorings(seed: int = 0, batch_size: int = 1) -> dict[str, ScoringOptions]:
     default = own(method="gate_fisher", attention_weight=DEFAULT_ATTENTION_WEIGHT, score_noise=DEFAULT_SCORE_NOISE)
     return {
         DEFAULT: default,
+        WANDA: replace(default, method="wanda", normalize="layer_sum"),
         "gate_fisher": own(method="gate_fisher"),
         "gate_fisher, attention x 1.5": own(method="gate_fisher", attention_weight=DEFAULT_ATTENTION_WEIGHT),
         "taylor": own(method="taylor"),
@@ -98,6 +100,7 @@ def scorings(seed: int = 0, batch_size: int = 1) -> dict[str, ScoringOptions]:
 #: scorings that are taken together, in the order in which their passes are run
 PASSES = (
     (DEFAULT,),
+    (WANDA,),
     (
         *("gate_fisher", "gate_fisher, attention x 1.5", "taylor", "hybrid taylor+wanda", "hybrid gate_fisher+taylor"),
         *("taylor_2nd", "wanda, layer_sum", "wanda", "magnitude", "random"),
@@ -108,7 +111,7 @@ PASSES = (
     ("gate_fisher, cosine prior",),
 )
 #: rows that say how much a detail matters, and not which method to take
-DETAILS = ("taylor_2nd, sampled_fisher", "gate_fisher, sampled_fisher", "gate_fisher, cosine prior")
+DETAILS = (WANDA, "taylor_2nd, sampled_fisher", "gate_fisher, sampled_fisher", "gate_fisher, cosine prior")
 
 DETAIL_RATIOS = (0.2, 0.4)
 #: recipes that have rows of calibration text of the evaluation's own kind
@@ -124,6 +127,7 @@ def recipes() -> dict[str, Recipe]:
         "default recipe": default,
         "default recipe, one round": replace(default, rounds=1, main=False),
         "default recipe, budget searched": search,
+        "default recipe with wanda, layer_sum": replace(default, scoring=WANDA, main=False),
         "default recipe, calibration text alone": replace(default, repair=REPAIR, main=False),
         "default recipe, calibration text alone, no noise": silent,
     }

@@ -19,6 +19,7 @@ from prunus.plan import Plan
 from prunus.rounds import carry_over, schedule
 from prunus.scoring import ScoringOptions, score
 from prunus.selection import Constraints, reachable_parameters, select
+from prunus.self_text import text_for_repair
 from prunus.surgery import apply_plan
 
 
@@ -111,10 +112,10 @@ def test_only_the_last_repair_is_made_on_all_sequences():
     result = prunus.prune(model, 0.3, calibration, scoring=options, compensation=repair, rounds=2, progress=False)
     geometry = Geometry.of(model)
     first = select(score(model, calibration, options, progress=False).table, geometry, 0.15)
-    halfway = apply_plan(model, first)
-    prunus.compensate_(halfway, model, first, list(calibration.split(6)[0].batches(1)), repair, progress=False)
+    halfway, text = apply_plan(model, first), text_for_repair(model, calibration, repair, progress=False)
+    prunus.compensate_(halfway, model, first, list(text.split(6)[0].batches(1)), repair, progress=False)
     later = apply_plan(halfway, result.plan.after(first, Geometry.of(halfway)))
-    prunus.compensate_(later, model, result.plan, list(calibration.batches(1)), repair, progress=False)
+    prunus.compensate_(later, model, result.plan, list(text.batches(1)), repair, progress=False)
     for name, tensor in later.state_dict().items():
         torch.testing.assert_close(result.model.state_dict()[name], tensor)
 
