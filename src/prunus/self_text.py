@@ -23,7 +23,6 @@ from prunus.compensation import CompensationOptions
 from prunus.digest import digest_model
 from prunus.layers import layers_of
 from prunus.records import Records
-from prunus.sweep.processes import is_first, same_everywhere
 
 __all__ = ["text_for_repair"]
 
@@ -78,11 +77,9 @@ def _written(model: Any, number: int, seq_len: int, seed: int, work: Path | None
     made_from = {}
     if work is not None:
         made_from = {"model": digest_model(model), "sequences": number, "seq_len": seq_len, "seed": seed}
-    records = Records(work, made_from, writes=is_first())
+    records = Records(work, made_from)
     if 0 in records:
         return records[0]["input_ids"]
-    ids = sample_from_model(model, samples=number, seq_len=seq_len, seed=seed, progress=progress and is_first())
-    # Rounding may differ between processes, and one other token makes another text from there on.
-    same_everywhere(ids)
+    ids = sample_from_model(model, samples=number, seq_len=seq_len, seed=seed, progress=progress)
     records.put(0, {"input_ids": ids}, {})
     return ids

@@ -17,17 +17,7 @@ from torch import distributed as dist
 
 from prunus.errors import OptionError
 
-__all__ = [
-    "add_up_",
-    "is_first",
-    "joined",
-    "launched",
-    "number_of_processes",
-    "rank",
-    "same_everywhere",
-    "share",
-    "wait_for_all",
-]
+__all__ = ["add_up_", "is_first", "joined", "launched", "number_of_processes", "rank", "share", "wait_for_all"]
 
 T = TypeVar("T")
 
@@ -94,12 +84,6 @@ def add_up_(tensors: Sequence[tuple[Tensor, str]]) -> None:
     if number_of_processes() > 1:
         for tensor, operation in tensors:
             dist.all_reduce(tensor, dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM)
-
-
-def same_everywhere(tensor: Tensor) -> None:
-    """Give a CPU tensor the first process' values, in place."""
-    if number_of_processes() > 1:
-        dist.broadcast(tensor, src=0)
 
 
 def wait_for_all() -> None:
