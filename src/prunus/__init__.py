@@ -28,6 +28,7 @@ from prunus.pipeline import PruneResult, apply_checkpoint, prune, prune_checkpoi
 from prunus.plan import Plan
 from prunus.scoring import Score, ScoringOptions, score
 from prunus.selection import Constraints, select
+from prunus.self_text import text_for_repair
 from prunus.surgery import apply_plan
 from prunus.targets import TargetOptions
 from prunus.version import __version__
@@ -71,4 +72,5 @@ __all__ = [
     "save_checkpoint",
     "score",
     "select",
+    "text_for_repair",
 ]

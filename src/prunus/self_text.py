@@ -42,7 +42,7 @@ def text_for_repair(
 
     Args:
         model: the dense model. One whose layers stay on disk would be read once per token: it writes nothing.
-        calibration: the given sequences; the last of them make room.
+        calibration: the given sequences; as many of the last as the model writes are left out.
         options: of the repair.
         seed: of what is written, and of the order.
         work: folder that the text is kept in, so that a killed run need not write it again.
