@@ -68,7 +68,7 @@ class Recipe:
     @property
     def alone(self) -> bool:
         """Whether each ratio takes passes of its own."""
-        return self.rounds > 1 or self.search is not None
+        return self.rounds > 1 or self.search is not None or (self.repair is not None and self.repair.reselect)
 
 
 def scorings(seed: int = 0, batch_size: int = 1) -> dict[str, ScoringOptions]:
@@ -127,6 +127,7 @@ def recipes() -> dict[str, Recipe]:
         "default recipe": default,
         "default recipe, one round": replace(default, rounds=1, main=False),
         "default recipe, budget searched": search,
+        "default recipe, reselected": replace(default, repair=replace(DEFAULT_REPAIR, reselect=True), main=False),
         "default recipe with wanda, layer_sum": replace(default, scoring=WANDA, main=False),
         "default recipe, calibration text alone": replace(default, repair=REPAIR, main=False),
         "default recipe, calibration text alone, no noise": silent,
@@ -202,27 +203,37 @@ class Bench:
             self._measure(self.model, jobs[0], seconds=0.0)
             return
         recipe = recipes()[jobs[0].recipe]
-        scored = self._score(recipe.scoring, jobs[0].calibration, jobs[0].seed)
-        facts = {"findings": scored.about.get("adaptive")}
         if recipe.alone:
             for job in jobs:
-                text, writing = self._text(recipe.repair, job)
-                start = time.perf_counter()
-                result = prunus.prune(
-                    self.model,
-                    job.ratio,
-                    self._calibration(job.calibration, job.seed),
-                    scoring=self._scoring(recipe.scoring, job.seed),
-                    compensation=recipe.repair,
-                    rounds=recipe.rounds,
-                    search=recipe.search,
-                    scored=scored,
-                    repair_text=text,
-                )
-                seconds = time.perf_counter() - start + writing
-                facts["budget_search"] = result.score.about.get("budget_search")
-                self._measure(result.model, job, seconds=seconds, plan=result.plan.fingerprint, **facts)
-            return
+                self._run_alone(job, recipe)
+        else:
+            self._run_together(jobs, recipe)
+
+    def _run_alone(self, job: Job, recipe: Recipe) -> None:
+        """A recipe of several steps."""
+        # Channels are chosen again by a statistic of the scores' pass, which is not kept.
+        kept = recipe.repair is None or not recipe.repair.reselect
+        scored = self._score(recipe.scoring, job.calibration, job.seed) if kept else None
+        text, writing = self._text(recipe.repair, job)
+        start = time.perf_counter()
+        result = prunus.prune(
+            self.model,
+            job.ratio,
+            self._calibration(job.calibration, job.seed),
+            scoring=self._scoring(recipe.scoring, job.seed),
+            compensation=recipe.repair,
+            rounds=recipe.rounds,
+            search=recipe.search,
+            scored=scored,
+            repair_text=text,
+        )
+        seconds = time.perf_counter() - start + writing
+        facts = {"plan": result.plan.fingerprint, "budget_search": result.score.about.get("budget_search")}
+        self._measure(result.model, job, seconds=seconds, **facts)
+
+    def _run_together(self, jobs: list[Job], recipe: Recipe) -> None:
+        """One cut for each ratio, from the same scores, and repaired in one go."""
+        scored = self._score(recipe.scoring, jobs[0].calibration, jobs[0].seed)
         plans = {job: prunus.select(scored.table, scored.geometry, job.ratio) for job in jobs}
         new = [job for job in jobs if not self._measured_before(job, plans[job].fingerprint)]
         cuts = [Cut(apply_plan(self.model, plans[job]), plans[job]) for job in new]
@@ -233,8 +244,9 @@ class Bench:
             batches = list(text.batches(self.options.batch_size))
             repaired = compensate_together_(cuts, self.model, batches, recipe.repair)
             times = [found.seconds + writing for found in repaired]
+        findings = scored.about.get("adaptive")
         for job, cut, seconds in zip(new, cuts, times, strict=True):
-            self._measure(cut.pruned, job, seconds=seconds, plan=cut.plan.fingerprint, **facts)
+            self._measure(cut.pruned, job, seconds=seconds, plan=cut.plan.fingerprint, findings=findings)
 
     def _measured_before(self, job: Job, plan: str) -> bool:
         """Whether another method led to the same plan; the row then is a copy, and says of which."""

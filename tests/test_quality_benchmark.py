@@ -37,7 +37,8 @@ def words(folder, text, tmp_path):
         *("--model", folder, "--calibration", calibration, "--text", text, "--tasks", tmp_path / "tasks"),
         *("--samples", "8", "--seq-len", "24", "--eval-seq-len", "32", "--windows", "3", "--ratios", "0.2"),
         *("--seeds", "0", "--recipes"),
-        "default recipe;taylor_2nd;taylor;wanda, layer_sum;wanda, layer_sum, repaired;default recipe, budget searched",
+        "default recipe;taylor_2nd;taylor;wanda, layer_sum;wanda, layer_sum, repaired;default recipe, budget searched;"
+        "default recipe, reselected",
         *("--out", tmp_path / "out"),
     ]
 
@@ -47,19 +48,20 @@ def test_rows_and_going_on(quality, folder, words, tmp_path, monkeypatch, capsys
     quality.main()
     path = tmp_path / "out" / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    names = ["dense", "default recipe", "default recipe, budget searched", "taylor", "taylor_2nd"]
+    names = ["dense", "default recipe", "default recipe, budget searched", "default recipe, reselected"]
+    names += ["taylor", "taylor_2nd"]
     assert [row["recipe"] for row in rows] == [*names, "wanda, layer_sum, repaired", "wanda, layer_sum"]
-    assert all(rows[number]["zero_shot"][0]["task"] == "piqa" for number in (0, 1, 3))
+    assert all(rows[number]["zero_shot"][0]["task"] == "piqa" for number in (0, 1, 4))
     assert rows[2]["budget_search"]["trials"] > 1
-    assert ("same_plan_as" in rows[4]) == (rows[3]["plan"] == rows[4]["plan"])
+    assert ("same_plan_as" in rows[5]) == (rows[4]["plan"] == rows[5]["plan"])
 
     model, tokenizer = prunus.load_model(folder)
     calibration = prunus.load_calibration(str(tmp_path / "calibration.txt"), tokenizer, samples=8, seq_len=24, seed=0)
     options = prunus.ScoringOptions(method="taylor", batch_size=2)
     result = prunus.prune(model, 0.2, calibration, scoring=options, progress=False)
     expected = prunus.perplexity(result.model, tokenizer, TEXT, seq_len=32, max_windows=3, progress=False)
-    assert rows[3]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
-    assert rows[3]["plan"] == result.plan.fingerprint
+    assert rows[4]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert rows[4]["plan"] == result.plan.fingerprint
 
     # A run that was cut off keeps its rows, and makes only those that are missing.
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
