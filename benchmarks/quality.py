@@ -126,6 +126,7 @@ def recipes() -> dict[str, Recipe]:
     found = {
         "default recipe": default,
         "default recipe, one round": replace(default, rounds=1, main=False),
+        "default recipe, two rounds": replace(default, rounds=2, main=False),
         "default recipe, budget searched": search,
         "default recipe, reselected": replace(default, repair=replace(DEFAULT_REPAIR, reselect=True), main=False),
         "default recipe with wanda, layer_sum": replace(default, scoring=WANDA, main=False),
