@@ -122,16 +122,16 @@ def recipes() -> dict[str, Recipe]:
     """All rows of one ratio, most wanted first."""
     default = Recipe(DEFAULT, DEFAULT_REPAIR, DEFAULT_ROUNDS)
     search = replace(default, search=SearchOptions(search_trials=SEARCH_TRIALS), main=False)
-    silent = Recipe("gate_fisher, attention x 1.5", replace(REPAIR, repair_noise=0), DEFAULT_ROUNDS, main=False)
+    silent = Recipe("gate_fisher, attention x 1.5", replace(REPAIR, repair_noise=0), rounds=3, main=False)
     found = {
         "default recipe": default,
         "default recipe, one round": replace(default, rounds=1, main=False),
-        "default recipe, two rounds": replace(default, rounds=2, main=False),
+        "default recipe, three rounds": replace(default, rounds=3, main=False),
         "default recipe, budget searched": search,
         "default recipe, reselected": replace(default, repair=replace(DEFAULT_REPAIR, reselect=True), main=False),
-        "default recipe with wanda, layer_sum": replace(default, scoring=WANDA, main=False),
+        "three rounds with wanda, layer_sum": replace(default, scoring=WANDA, rounds=3, main=False),
         "default recipe, calibration text alone": replace(default, repair=REPAIR, main=False),
-        "default recipe, calibration text alone, no noise": silent,
+        "three rounds, calibration text alone, no noise": silent,
     }
     for name in scorings():
         found[f"{name}, repaired"] = Recipe(name, REPAIR, main=name not in DETAILS)

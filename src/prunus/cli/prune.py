@@ -38,7 +38,7 @@ from prunus.scoring import ScoringOptions
 __all__ = ["DEFAULT_ATTENTION_WEIGHT", "DEFAULT_ROUNDS", "DEFAULT_SCORE_NOISE", "prune"]
 
 #: the default recipe of `prunus prune`, beside its method: chosen on held-out calibration text, see benchmarks/LOG.md
-DEFAULT_ROUNDS = 3
+DEFAULT_ROUNDS = 2
 DEFAULT_ATTENTION_WEIGHT = 1.5
 DEFAULT_SCORE_NOISE = 0.3
 
@@ -81,7 +81,7 @@ def prune(
         score_noise: share of the tokens that are replaced by random ones in half of the sequences that scores are taken
             on, so that scores hold for other text as well; by default 0.3, and 0 with `--no-compensate`.
         compensate: repair the remaining weights by least squares on the calibration sequences.
-        rounds: cut in so many equal parts, scoring what is left (and repaired) before each next one; by default 3, but
+        rounds: cut in so many equal parts, scoring what is left (and repaired) before each next one; by default 2, but
             1 for `--shape uniform`, which knows no more.
         work: folder from which a killed run goes on when the same command is given again; by default OUT.work, with the
             streamed engine only. Removed at the end.
