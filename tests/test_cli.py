@@ -76,7 +76,7 @@ def test_prune_as_a_python_call_gives_the_same_model(capsys, tmp_path, folder, t
     recipe = {
         "scoring": prunus.ScoringOptions(method="gate_fisher", attention_weight=1.5, score_noise=0.3),
         "compensation": prunus.CompensationOptions(),
-        "rounds": 3,
+        "rounds": 2,
     }
     for name, flags, arguments in (("plain", PLAIN, {}), ("default", [], recipe)):
         run(capsys, "prune", folder, "--out", tmp_path / name, *options, *flags)
