@@ -47,12 +47,12 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import prunus
 from prunus.calibration import Batch
-from prunus.checkpoint import empty_model, load_model, open_model, resolve_dtype
+from prunus.checkpoint import empty_model, load_model, locate, open_model, resolve_dtype
 from prunus.importance import METHODS, MethodOptions, get_method
 from prunus.importance.registry import statistics_for
 from prunus.layers import outside_layers
 from prunus.metering import metered, resident_set
-from prunus.packaged_model import PACKAGED_MODEL, resolve_model
+from prunus.packaged_model import PACKAGED_MODEL
 from prunus.sweep import ENGINES, sweep
 from prunus.sweep.estimate import Workload, estimate, parse_bytes, show_bytes
 from prunus.sweep.processes import is_first, joined
@@ -133,7 +133,7 @@ def forward_and_backward(model: Any, batches: list[Batch]) -> None:
 
 def measure_methods(options: argparse.Namespace) -> dict[str, Any]:
     """Every method under both engines, and the baselines."""
-    model = resolve_model(options.model)
+    model = str(locate(options.model))
     jobs = [(name, "resident") for name in BASELINES]
     jobs += [(name, engine) for name in options.methods for engine in options.engines]
     found = interleaved([{**shared(options), "model": model, "job": job, "engine": e} for job, e in jobs], options)

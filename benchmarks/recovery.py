@@ -26,16 +26,17 @@ from rich.console import Console
 from rich.table import Table
 
 import prunus
+from prunus.checkpoint import locate
 from prunus.evaluation.perplexity import perplexity, read_text
 from prunus.evaluation.zero_shot import load_task, zero_shot
-from prunus.packaged_model import PACKAGED_MODEL, resolve_model
+from prunus.packaged_model import PACKAGED_MODEL
 
 
 def main() -> None:
     options = parse()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    dense = resolve_model(options.model)
+    dense = str(locate(options.model))
     pruned = Path(options.pruned or out / "pruned")
     seconds = {}
     if not (pruned / "config.json").is_file():

@@ -15,7 +15,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import prunus
-from prunus.packaged_model import resolve_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="smollm2-135m", help="folder, Hub id or smollm2-135m")
@@ -31,8 +30,7 @@ parser.add_argument("--rank", type=int, default=16, help="of the adapters")
 args = parser.parse_args()
 
 # 1. Prune: half of the sequences measure importance and repair, the others are kept for training; four for measuring.
-source = resolve_model(args.model)
-model, tokenizer = prunus.load_model(source)
+model, tokenizer = prunus.load_model(args.model)
 drawn = prunus.load_calibration(args.text, tokenizer, samples=2 * args.samples + 4, seq_len=args.seq_len)
 rest, held_out = drawn.split(4)
 fit, training = rest.split(args.samples)

@@ -9,41 +9,8 @@ import torch
 
 from prunus import packaged_model
 from prunus.checkpoint import locate
-from prunus.errors import CheckpointError, OptionError
-from prunus.packaged_model import cache_root, resolve_model, smollm2_135m
-
-# --- what a user may write for MODEL -------------------------------------------------------------------------------
-
-
-def test_a_folder_is_itself(tmp_path):
-    assert resolve_model(str(tmp_path)) == str(tmp_path)
-
-
-@pytest.mark.parametrize("spec", ["gpt2", "meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-0.5B", "a_b/c.d-e"])
-def test_a_hub_id_is_returned_as_it_is(spec, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert resolve_model(spec) == spec
-
-
-@pytest.mark.parametrize(
-    "spec", ["./gone", "../gone/model", "/gone/model", "~/gone", "a/b/c", "gone/", "C:\\models\\x"]
-)
-def test_a_path_that_is_not_there(spec, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"there is no model folder .*Check the path"):
-        resolve_model(spec)
-
-
-def test_a_file_is_not_a_model(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.touch()
-    with pytest.raises(CheckpointError, match="is a file, not a model folder"):
-        resolve_model(str(path))
-
-
-def test_an_empty_name():
-    with pytest.raises(OptionError, match="empty"):
-        resolve_model("")
+from prunus.errors import CheckpointError
+from prunus.packaged_model import cache_root, smollm2_135m
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
@@ -101,7 +68,6 @@ def test_another_version_of_the_package_is_unpacked_anew(package):
 
 def test_the_name_stands_for_it(package, monkeypatch):
     monkeypatch.setenv("PRUNUS_CACHE", str(package.cache))
-    assert resolve_model("smollm2-135m") == str(smollm2_135m(package.cache))
     assert locate("smollm2-135m") == smollm2_135m(package.cache)
 
 

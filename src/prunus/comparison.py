@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from prunus.calibration import Batch, Calibration
+from prunus.comparison_plot import DENSE, plot_comparison
 from prunus.compensation import CompensationOptions, Cut, compensate_together_
 from prunus.errors import CalibrationError, OptionError
 from prunus.groups import Geometry
@@ -30,9 +31,8 @@ from prunus.sweep.estimate import Workload, bytes_of_a_cut, free_memory, parse_b
 from prunus.targets import TargetOptions
 from prunus.version import __version__
 
-__all__ = ["compare", "cuts_at_once", "plot_comparison"]
+__all__ = ["compare", "cuts_at_once"]
 
-DENSE = "dense"
 COLUMNS = ("method", "ratio", "compensated", "parameters", "perplexity", "relative", "seconds", "peak_bytes")
 
 
@@ -141,30 +141,34 @@ def compare(
         if compensation is not None and inputs.calibration is not None:
             seed = scoring.random_seed
             text = text_for_repair(inputs.model, inputs.calibration, compensation, seed=seed, progress=progress)
+    shared = _Shared(each, ratios, constraints, target, compensation, rounds, scores, text, writing)
     if rounds == 1 and not reselects:
-        _compare_plans(record, scores, each, ratios, constraints, target, compensation, text, writing, model_options)
+        _compare_plans(record, shared, model_options.max_memory)
     else:
         for options, ratio, repair in product(each, ratios, repairs):
-            scored = scores[options.method]
-            _add_result(record, scored, options, ratio, constraints, target, repair, text, writing, rounds)
+            _add_result(record, shared, options, ratio, repair)
     plot_comparison(record.frame, Path(out) / "comparison.png")
     if report:
         write_report(out)
     return record.frame
 
 
-def _compare_plans(
-    record: _Record,
-    scores: Mapping[str, Score],
-    each: Sequence[ScoringOptions],
-    ratios: Sequence[float],
-    constraints: Constraints | None,
-    target: TargetOptions | None,
-    compensation: CompensationOptions | None,
-    text: Calibration | None,
-    writing: Cost,
-    model_options: ModelOptions,
-) -> None:
+@dataclass(frozen=True)
+class _Shared:
+    """What the results of a comparison are made from; scores and text were taken once, for all of them."""
+
+    each: Sequence[ScoringOptions]
+    ratios: Sequence[float]
+    constraints: Constraints | None
+    target: TargetOptions | None
+    compensation: CompensationOptions | None
+    rounds: int
+    scores: Mapping[str, Score]
+    text: Calibration | None
+    writing: Cost
+
+
+def _compare_plans(record: _Record, shared: _Shared, max_memory: str | None) -> None:
     """Cut once by every plan that the tables lead to, and repair several cuts in one go.
 
     Results with the same plan are the same model: it is made and measured once, for all of them.
@@ -172,16 +176,16 @@ def _compare_plans(
     inputs, dense = record.inputs, record.inputs.model
     plans: dict[str, Plan] = {}
     wanted: dict[str, list[tuple[str, float]]] = {}
-    costs = (target or TargetOptions()).costs(inputs.geometry)
-    for options, ratio in product(each, ratios):
-        plan = select(scores[options.method].table, inputs.geometry, ratio, constraints, costs)
+    costs = (shared.target or TargetOptions()).costs(inputs.geometry)
+    for options, ratio in product(shared.each, shared.ratios):
+        plan = select(shared.scores[options.method].table, inputs.geometry, ratio, shared.constraints, costs)
         plans[plan.fingerprint] = plan
         wanted.setdefault(plan.fingerprint, []).append((options.method, ratio))
 
     def add(cut: Cut, compensated: bool, seconds: float, peak_bytes: int | None) -> None:
         rows = []
         for method, ratio in wanted[cut.plan.fingerprint]:
-            about = scores[method].about
+            about = shared.scores[method].about
             row = _Row(
                 method, ratio, compensated, about["seconds"] + seconds, _largest(about["peak_bytes"], peak_bytes)
             )
@@ -192,10 +196,10 @@ def _compare_plans(
     each_plan = list(plans.values())
     batches: list[Batch] = []
     at_once = 1
-    if text is not None:
-        batches = list(text.batches(each[0].batch_size))
-        tokens = text.input_ids.numel()
-        limit = parse_bytes(model_options.max_memory) if model_options.max_memory else None
+    if shared.text is not None:
+        batches = list(shared.text.batches(shared.each[0].batch_size))
+        tokens = shared.text.input_ids.numel()
+        limit = parse_bytes(max_memory) if max_memory else None
         at_once = cuts_at_once(dense, each_plan, tokens, free_memory(dense.device, limit))
     for first in range(0, len(each_plan), at_once):
         cuts: list[Cut] = []
@@ -205,12 +209,12 @@ def _compare_plans(
                 cuts.append(Cut(apply_plan(dense, plan), plan))
             seconds.append(cost.seconds)
             add(cuts[-1], False, cost.seconds, cost.peak_bytes)
-        if compensation is not None:
+        if shared.compensation is not None:
             with metered(dense.device) as cost:
-                repaired = compensate_together_(cuts, dense, batches, compensation, progress=record.progress)
+                repaired = compensate_together_(cuts, dense, batches, shared.compensation, progress=record.progress)
             for cut, before, found in zip(cuts, seconds, repaired, strict=True):
-                seconds_of_repair = writing.seconds + found.seconds
-                add(cut, True, before + seconds_of_repair, _largest(writing.peak_bytes, cost.peak_bytes))
+                seconds_of_repair = shared.writing.seconds + found.seconds
+                add(cut, True, before + seconds_of_repair, _largest(shared.writing.peak_bytes, cost.peak_bytes))
 
 
 def cuts_at_once(dense: Any, plans: Sequence[Plan], tokens: int, free: int | None) -> int:
@@ -230,34 +234,25 @@ def cuts_at_once(dense: Any, plans: Sequence[Plan], tokens: int, free: int | Non
 
 
 def _add_result(
-    record: _Record,
-    scored: Score,
-    options: ScoringOptions,
-    ratio: float,
-    constraints: Constraints | None,
-    target: TargetOptions | None,
-    repair: CompensationOptions | None,
-    text: Calibration | None,
-    writing: Cost,
-    rounds: int,
+    record: _Record, shared: _Shared, options: ScoringOptions, ratio: float, repair: CompensationOptions | None
 ) -> None:
     """Prune in one way, keep the plan, and measure."""
-    inputs = record.inputs
+    inputs, scored = record.inputs, shared.scores[options.method]
     with metered(inputs.model.device) as cost:
         result = prune(
             inputs.model,
             ratio,
             inputs.calibration,
             scoring=options,
-            constraints=constraints,
-            target=target,
+            constraints=shared.constraints,
+            target=shared.target,
             compensation=repair,
-            rounds=rounds,
+            rounds=shared.rounds,
             scored=scored,
-            repair_text=text,
+            repair_text=shared.text,
             progress=record.progress,
         )
-    costs = [cost] if repair is None else [cost, writing]
+    costs = [cost] if repair is None else [cost, shared.writing]
     seconds = scored.about["seconds"] + sum(each.seconds for each in costs)
     peak_bytes = _largest(scored.about["peak_bytes"], *(each.peak_bytes for each in costs))
     row = _Row(options.method, ratio, repair is not None, seconds, peak_bytes)
@@ -318,42 +313,3 @@ class _Record:
         frame = pd.DataFrame(rows, columns=[column for column in COLUMNS if column != "relative"])
         frame["relative"] = frame["perplexity"] / frame["perplexity"].iloc[0]
         return frame[list(COLUMNS)]
-
-
-def plot_comparison(comparison: pd.DataFrame, path: str | Path) -> None:
-    """Draw perplexity over the removed share, and the time and peak memory of each method.
-
-    Args:
-        comparison: what `compare` returns.
-        path: the PNG to write.
-    """
-    methods = [name for name in comparison["method"].unique() if name != DENSE]
-    dense = float(comparison.loc[comparison["method"] == DENSE, "perplexity"].iloc[0])
-    # Here, so that other commands do not wait for it. Figure without pyplot: no global state, no need for a display.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    curve, time, memory = figure.subplots(1, 3, width_ratios=[2, 1, 1])
-    for (name, compensated), rows in comparison[comparison["method"] != DENSE].groupby(
-        ["method", "compensated"], sort=False
-    ):
-        rows = rows.sort_values("ratio")
-        curve.plot(
-            [0.0, *rows["ratio"] * 100],
-            [dense, *rows["perplexity"]],
-            marker="o",
-            linestyle="--" if compensated else "-",
-            color=f"C{methods.index(name)}",
-            label=f"{name}, compensated" if compensated else name,
-        )
-    curve.axhline(dense, color="grey", linewidth=1, linestyle=":")
-    curve.set(yscale="log", xlabel="removed (%)", ylabel="perplexity", title="Quality")
-    curve.legend()
-    firsts = comparison[comparison["method"] != DENSE].drop_duplicates("method")
-    time.barh(firsts["method"], firsts["seconds"].fillna(0))
-    time.set(xlabel="seconds", title="Time to score")
-    memory.barh(firsts["method"], firsts["peak_bytes"].fillna(0) / 2**30)
-    memory.set(xlabel="GiB", title="Peak memory while scoring")
-    for axes in (time, memory):
-        axes.invert_yaxis()
-    figure.savefig(path, dpi=120)

@@ -30,7 +30,6 @@ from prunus.checkpoint import (
 from prunus.errors import CalibrationError, OptionError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows, read_text
 from prunus.groups import Geometry
-from prunus.packaged_model import resolve_model
 from prunus.selection import Constraints, check_ratio, check_reachable
 from prunus.sweep import Engine, EngineChoice
 from prunus.sweep.estimate import Workload, available_memory, choose_engine, estimate, parse_bytes, show_bytes
@@ -174,7 +173,7 @@ def load_or_open(
     """Load a model, or open it so that its decoder layers stay on disk, whichever is asked for or fits.
 
     Args:
-        source: a folder or Hub id.
+        source: a folder, a Hub id or `smollm2-135m`.
         options: device, dtype and memory.
         engine: what is asked for; auto is decided by an estimate, which is printed on stderr.
         workload: what will be done with the model; None for a forward pass at most.
@@ -214,7 +213,7 @@ class Inputs:
     """A model and its texts, checked and loaded.
 
     Attributes:
-        source: folder or Hub id that the model was loaded from.
+        source: what the model was loaded from: folder, Hub id or `smollm2-135m`.
         model: the dense model.
         tokenizer: its tokenizer.
         engine: which one the model is held for.
@@ -303,7 +302,6 @@ def open_inputs(
         check_ratio(ratio, target.quantity)
     check_output(out, overwrite, model)
     text = read_text(evaluation.eval_text) if evaluation.eval_text else None
-    source = resolve_model(model)
     evaluation_tokens = evaluation.held_out * calibration.seq_len
     if text is not None:
         windows = evaluation.eval_windows
@@ -314,7 +312,7 @@ def open_inputs(
         seq_len=calibration.seq_len,
         evaluation_tokens=evaluation_tokens,
     )
-    dense, tokenizer, held_for = load_or_open(source, model_options, engine, workload, scratch=work, progress=progress)
+    dense, tokenizer, held_for = load_or_open(model, model_options, engine, workload, scratch=work, progress=progress)
     geometry = Geometry.of(dense)
     costs = target.costs(geometry)
     for ratio in ratios:
@@ -333,7 +331,7 @@ def open_inputs(
     name = f"held-out calibration sequences ({Path(calibration.calibration).name})"
     if evaluation.eval_text:
         name = Path(evaluation.eval_text).name
-    return Inputs(source, dense, tokenizer, held_for, geometry, sequences, held_out, text, name, evaluation)
+    return Inputs(model, dense, tokenizer, held_for, geometry, sequences, held_out, text, name, evaluation)
 
 
 def model_name(model: str) -> str:

@@ -12,7 +12,6 @@ from prunus.checkpoint import empty_model, locate, read_config
 from prunus.families import AXES, family_of
 from prunus.groups import Geometry
 from prunus.lineage import plan_from_original
-from prunus.packaged_model import resolve_model
 from prunus.plan import Plan
 from prunus.selection import Constraints, check_ratio, reachable_parameters
 
@@ -37,7 +36,7 @@ def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
     """
     if ratio is not None:
         check_ratio(ratio)
-    folder = locate(resolve_model(model))
+    folder = locate(model)
     config = read_config(folder)
     family = family_of(config)
     geometry = Geometry.of(empty_model(config, torch.float32))

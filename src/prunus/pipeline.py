@@ -17,7 +17,6 @@ from prunus.evaluation.samples import side_by_side
 from prunus.groups import Geometry
 from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, load_or_open, model_name, open_inputs
 from prunus.metering import metered
-from prunus.packaged_model import resolve_model
 from prunus.plan import Plan
 from prunus.recipe import check_recipe
 from prunus.report import write_report
@@ -342,8 +341,7 @@ def apply_checkpoint(
     """
     model_options = model_options or ModelOptions()
     check_output(out, overwrite, model)
-    source = resolve_model(model)
-    dense, tokenizer, _ = load_or_open(source, model_options)
+    dense, tokenizer, _ = load_or_open(model, model_options)
     geometry = Geometry.of(dense)
     plan.check_fits(geometry)
     smaller = apply_plan(dense, plan)
@@ -365,7 +363,7 @@ def apply_checkpoint(
         None,
         metrics,
         (),
-        source,
+        model,
         overwrite,
     )
 

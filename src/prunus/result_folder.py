@@ -76,7 +76,7 @@ def save_result(
         scored: the table it was chosen from; None for a plan that was given.
         metrics: what was done and measured; its `command` is what the user typed.
         samples: prompts with what both models made of them.
-        source: folder or Hub id of the base model, whose license is carried over.
+        source: folder, Hub id or `smollm2-135m`: the base model, whose license is carried over.
         overwrite: replace an earlier result.
 
     Returns:
@@ -290,7 +290,7 @@ def _card_facts(
         version=__version__,
         retrained=bool(metrics.get("compensation")),
         # The packaged model is a conversion of a Hub model, and has no page of its own.
-        on_hub="/" in metrics["base_model"] and not Path(source).is_dir(),
+        on_hub="/" in metrics["base_model"] and not Path(source).expanduser().is_dir(),
         license=license_of(locate(source)),
         calibration=CalibrationFacts(**{key: provenance[key] for key in facts}) if provenance else None,
         measured=measured_facts(metrics, {}),

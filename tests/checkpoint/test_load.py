@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import RAGGED, cut, dense_model
 from transformers import AutoModelForCausalLM
 
-from prunus.checkpoint import check_finite, load, load_model, resolve_device, resolve_dtype, save_checkpoint
+from prunus.checkpoint import check_finite, load, load_model, locate, resolve_device, resolve_dtype, save_checkpoint
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 
 WEIGHTS = "model.safetensors"
@@ -92,24 +92,43 @@ def test_placement(monkeypatch):
         resolve_device("cuda:2")
 
 
+# --- what a user may write for MODEL -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec", ["./gone", "../gone/model", "/gone/model", "~/gone", "a/b/c", "gone/", "C:\\models\\x"]
+)
+def test_a_path_that_is_not_there(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"there is no model folder .*Check the path"):
+        locate(spec)
+
+
 def test_places_that_are_no_model_folder(tmp_path, folder, no_weights_read):
-    with pytest.raises(CheckpointError, match="missing-folder does not exist"):
+    with pytest.raises(CheckpointError, match=r"no model folder .*missing-folder"):
         load_model(tmp_path / "missing-folder")
-    with pytest.raises(CheckpointError, match="does not exist"):
-        load_model("./missing")
     with pytest.raises(CheckpointError, match="has no config"):
         load_model(tmp_path)
-    with pytest.raises(CheckpointError, match="is a file; give the folder"):
+    with pytest.raises(CheckpointError, match="is a file, not a model folder"):
         load_model(folder / "config.json")
+    with pytest.raises(OptionError, match="empty"):
+        load_model("")
 
 
-def test_hub_that_cannot_be_reached(monkeypatch, no_weights_read):
+def test_a_folder_below_the_home_folder(monkeypatch, folder):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert locate(f"~/{folder.name}") == folder
+
+
+@pytest.mark.parametrize("spec", ["gpt2", "meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-0.5B", "a_b/c.d-e"])
+def test_hub_that_cannot_be_reached(spec, tmp_path, monkeypatch, no_weights_read):
     def unreachable(*args, **kwargs):
         raise LocalEntryNotFoundError("cannot find the requested files in the local cache\nmore lines")
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(load, "snapshot_download", unreachable)
-    with pytest.raises(CheckpointError, match=r"'nobody/nothing' is neither a folder here nor .*requested files"):
-        load_model("nobody/nothing")
+    with pytest.raises(CheckpointError, match=rf"'{spec}' is neither a folder here nor .*requested files"):
+        load_model(spec)
 
 
 def test_hub_models_are_fetched_without_pickles_and_checked_first(monkeypatch, folder):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunus.checkpoint.placement import resolve_device, resolve_dtype
-from prunus.errors import CheckpointError, NonFiniteError, UnsupportedModelError
+from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.families import family_of
 from prunus.json_file import read_json
 from prunus.packaged_model import PACKAGED_MODEL, smollm2_135m
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
 #: what a model id of the Hub is fetched for: never a pickle
 HUB_FILES = ["README.md", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "model*.safetensors"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -110,24 +111,33 @@ def read_config(folder: Path) -> Any:
 def locate(source: str | os.PathLike[str]) -> Path:
     """The folder of a model; a Hub id is fetched into the Hub's cache (weights as safetensors only).
 
-    `smollm2-135m` is the packaged model, as everywhere.
+    `smollm2-135m` is the packaged model, unpacked on first use.
 
     Raises:
-        CheckpointError: no such folder, or the Hub does not have it or cannot be reached.
-        UnsupportedModelError: a GGUF or pickle file instead of a folder, or a Hub model that fails `check_config`.
+        OptionError: `source` is empty.
+        CheckpointError: no such folder, the Hub does not have it or cannot be reached, or the packaged model cannot be
+            unpacked, see `smollm2_135m`.
+        UnsupportedModelError: a GGUF file instead of a folder, or a Hub model that fails `check_config`.
     """
-    if source == PACKAGED_MODEL:
+    name = os.fspath(source)
+    if not name:
+        raise OptionError(f"the model is an empty string. Give a folder, a hub id, or {PACKAGED_MODEL!r}.")
+    if name == PACKAGED_MODEL:
         return smollm2_135m()
-    path = Path(source).expanduser()
+    path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if path.is_file():
-        if path.suffix == ".gguf":
-            raise UnsupportedModelError(_gguf_message(str(path)))
-        raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
-    name = os.fspath(source)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "~")):
-        raise CheckpointError(f"model folder {name} does not exist")
+    if path.is_file() and path.suffix == ".gguf":
+        raise UnsupportedModelError(_gguf_message(name))
+    if path.exists():
+        raise CheckpointError(
+            f"{name!r} is a file, not a model folder. Give the folder that holds config.json and the safetensors."
+        )
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"there is no model folder {name!r}. Check the path; a hub id looks like 'owner/name', and "
+            f"{PACKAGED_MODEL!r} stands for the packaged SmolLM2-135M-Instruct."
+        )
     try:
         # Small files first: most of what can be wrong shows in them, and weights may be many gigabytes.
         small = Path(snapshot_download(name, allow_patterns=["config.json"]))

@@ -9,7 +9,6 @@ from prunus.checkpoint import check_output
 from prunus.cli.flags import CalibrationFlags, Flag, ModelFlags, ModelName, Scoring, ScoringFlags, seeded
 from prunus.cli.printing import print_json, print_rows, short
 from prunus.inputs import CalibrationOptions, ModelOptions, draw_calibration, load_or_open
-from prunus.packaged_model import resolve_model
 from prunus.scoring import score as score_model
 from prunus.sweep.estimate import Workload
 from prunus.sweep.processes import is_first, joined
@@ -46,7 +45,7 @@ def score(
     sequences = calibration.samples if needed else 0
     workload = Workload(scoring.needs, sequences, calibration.seq_len, scoring.batch_size)
     with joined():
-        live, tokenizer, engine = load_or_open(resolve_model(model), where, scoring.engine, workload)
+        live, tokenizer, engine = load_or_open(model, where, scoring.engine, workload)
         drawn, _ = draw_calibration(live, tokenizer, calibration, held_out=0, needed=needed)
         options = replace(seeded(scoring, calibration), engine=engine)
         result = score_model(live, drawn, options, work=folder.used_by(engine))

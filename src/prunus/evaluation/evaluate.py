@@ -17,7 +17,6 @@ from prunus.evaluation.samples import PROMPTS, Sample, continuations
 from prunus.evaluation.speed import SpeedOptions, SpeedReport, bench
 from prunus.evaluation.zero_shot import Task, ZeroShotResult, load_tasks, zero_shot
 from prunus.inputs import ModelOptions, load_or_open, model_name
-from prunus.packaged_model import resolve_model
 from prunus.version import __version__
 
 __all__ = ["EvalOptions", "Evaluation", "ModelFigures", "evaluate"]
@@ -177,27 +176,23 @@ def evaluate(
         dtype=model_options.dtype,
     )
     # Both are looked for before one is measured.
-    sources = {name: resolve_model(name) for name in (dense, model) if name is not None}
-    for source in sources.values():
-        check_folder(locate(source))
-    figures = {
-        name: _figures(name, source, texts, tasks, options, model_options, progress) for name, source in sources.items()
-    }
     compared = [name for name in (dense, model) if name is not None]
+    for name in compared:
+        check_folder(locate(name))
+    figures = {name: _figures(name, texts, tasks, options, model_options, progress) for name in compared}
     report = bench(compared, speed, progress=progress) if options.speed else None
     return Evaluation(figures[model], figures[dense] if dense is not None else None, report)
 
 
 def _figures(
     name: str,
-    source: str,
     texts: Mapping[str, str],
     tasks: Sequence[Task],
     options: EvalOptions,
     model_options: ModelOptions,
     progress: bool,
 ) -> ModelFigures:
-    live, tokenizer, _ = load_or_open(source, model_options, progress=progress)
+    live, tokenizer, _ = load_or_open(name, model_options, progress=progress)
     size = options.batch_size
     return ModelFigures(
         model_name(name),

@@ -33,7 +33,6 @@ from prunus.evaluation.speed import SpeedOptions, check_context
 from prunus.families import AXES, Axis
 from prunus.groups import Geometry, LayerWidths, submodule
 from prunus.latency import LatencyProfile, PhaseTimes, ProfiledShape
-from prunus.packaged_model import resolve_model
 
 __all__ = ["profile", "widths_to_measure"]
 
@@ -59,7 +58,7 @@ def profile(model: str, options: SpeedOptions | None = None, *, progress: bool =
         UnsupportedModelError: the family is not described.
     """
     options = options or SpeedOptions()
-    folder = locate(resolve_model(model))
+    folder = locate(model)
     config = read_config(folder)
     check_context(options, config, folder.name)
     device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)

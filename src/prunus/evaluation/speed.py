@@ -24,7 +24,6 @@ from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.kv_cache import kv_cache_bytes
 from prunus.evaluation.memory import PeakMemory, peak_memory
 from prunus.inputs import model_name
-from prunus.packaged_model import resolve_model
 
 __all__ = ["SpeedOptions", "SpeedReport", "SpeedResult", "Spread", "Timing", "bench", "check_context", "time_in_turn"]
 
@@ -169,7 +168,7 @@ def bench(models: Sequence[str], options: SpeedOptions | None = None, *, progres
     options = options or SpeedOptions()
     if not models:
         raise OptionError("no model was given; name at least one, and the dense one first to compare others with it")
-    folders = [locate(resolve_model(model)) for model in models]
+    folders = [locate(model) for model in models]
     vocabulary = min(_check(folder, options) for folder in folders)
     names = [model_name(model) for model in models]
     figures = list(_loaded_and_timed(folders, vocabulary, options, progress))

@@ -21,7 +21,6 @@ from prunus.checkpoint import (
 from prunus.errors import OptionError
 from prunus.export.fill import fill_config, fill_tensors, largest_widths
 from prunus.groups import layer_widths_of
-from prunus.packaged_model import resolve_model
 
 __all__ = ["export_dense", "fill_model"]
 
@@ -45,7 +44,7 @@ def export_dense(source: str, out: str | Path, *, overwrite: bool = False) -> di
         CheckpointError: `source` cannot be read, or `out` cannot be written.
     """
     check_output(out, overwrite, source)
-    folder = resolve_model(source)
+    folder = locate(source)
     model, tokenizer = load_model(folder)
     if not is_ragged(model.config):
         raise OptionError(
@@ -92,9 +91,9 @@ def fill_model(model: Any) -> Any:
     return filled
 
 
-def _card(name: str, facts: dict[str, Any], folder: str) -> str:
+def _card(name: str, facts: dict[str, Any], folder: Path) -> str:
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- prunus", "- pruned"]
-    front += [f"{field}: {json.dumps(value)}" for field, value in license_of(locate(folder)).items()]
+    front += [f"{field}: {json.dumps(value)}" for field, value in license_of(folder).items()]
     return "\n".join(
         [
             *front,

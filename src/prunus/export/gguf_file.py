@@ -23,7 +23,6 @@ from prunus.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from prunus.export.llama_cpp import Architecture, candidates, choose_architecture, widths_to_write
 from prunus.families import family_of
 from prunus.groups import Geometry, LayerWidths
-from prunus.packaged_model import resolve_model
 
 __all__ = ["GGUF_TYPES", "GgufType", "export_gguf", "interleave"]
 
@@ -85,8 +84,8 @@ def export_gguf(
     out = Path(out).expanduser()
     _check_options(out, type, mlp_multiple, overwrite)
     gguf = _gguf_package()
-    folder = resolve_model(source)
-    candidates(read_config(locate(folder)))  # before the weights are read
+    folder = locate(source)
+    candidates(read_config(folder))  # before the weights are read
     model, tokenizer = load_model(folder)
     config = model.config
     geometry = Geometry.of(model)

@@ -33,7 +33,6 @@ from prunus.digest import digest_model
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity_of_windows
 from prunus.json_file import read_json_if_whole
-from prunus.packaged_model import resolve_model
 from prunus.recovery.card import card_with_recovery
 from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.options import RecoveryOptions, TextOptions
@@ -173,13 +172,13 @@ class _Run:
         """Check what can be checked without weights, and draw the text."""
         place = _place(device)
         micro_batch = _micro_batch(options, place)
-        folder = locate(resolve_model(model))
+        folder = locate(model)
         config, tokenizer = read_small_files(folder)
         _check_length(config, text.seq_len)
         dense: Path | None = None
         layers: tuple[int, ...] = ()
         if options.needs_teacher:
-            dense = locate(resolve_model(teacher)) if teacher is not None else Path(find_teacher(folder))
+            dense = locate(teacher) if teacher is not None else Path(find_teacher(folder))
             dense_config, dense_tokenizer = read_small_files(dense)
             check_vocabulary(config, tokenizer, dense_config, dense_tokenizer, str(dense))
             _check_length(dense_config, text.seq_len)

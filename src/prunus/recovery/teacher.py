@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from prunus.checkpoint.load import HUB_FILES, check_folder
 from prunus.errors import CheckpointError, OptionError, PlanError, PrunusError
 from prunus.lineage import COMPOSED_PLAN
-from prunus.packaged_model import PACKAGED_MODEL, resolve_model
+from prunus.packaged_model import PACKAGED_MODEL, smollm2_135m
 from prunus.plan import Plan
 
 __all__ = ["check_vocabulary", "find_teacher", "layers_behind"]
@@ -42,7 +42,7 @@ def find_teacher(pruned: Path) -> str:
             f"{record} does not say which model {pruned} was cut from ({type(error).__name__}); {advice}"
         ) from error
     if name == PACKAGED_MODEL:
-        return resolve_model(name)
+        return str(smollm2_135m())
     for place in (pruned.resolve().parent / Path(name).name, Path(name)):
         if (place / "config.json").is_file():
             return str(place)
