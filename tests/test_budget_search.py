@@ -20,6 +20,7 @@ from prunus.pipeline import prune
 from prunus.rounds import carry_over
 from prunus.scoring import Score, ScoringOptions, score
 from prunus.selection import select
+from prunus.self_text import text_for_repair
 from prunus.surgery import apply_plan
 from prunus.table import rank_table
 
@@ -156,6 +157,19 @@ def test_prune_searches_once_and_every_round_goes_by_it(model, calibration, tmp_
     later = score(apply_plan(model, half), calibration.split(8)[0], scoring, progress=False).table
     table = carry_over(weighed, half, search.weigh(later))
     assert select(table, geometry, RATIO) == result.plan
+
+
+def test_plans_are_measured_on_the_text_of_the_repair(model, calibration):
+    options, repair = SearchOptions(search_trials=6, search_bands=1), CompensationOptions(self_text=0.5)
+    scoring = ScoringOptions(method="taylor")
+    found = prune(model, RATIO, calibration, scoring=scoring, compensation=repair, search=options, progress=False)
+    losses = []
+    for text in (text_for_repair(model, calibration, repair, seed=scoring.random_seed, progress=False), calibration):
+        table = score(model, calibration, scoring, progress=False).table
+        alone = search_budget(model, table, RATIO, text, options, compensation=repair, progress=False)
+        losses.append((alone.ranking_loss, alone.loss))
+    about = found.score.about["budget_search"]
+    assert losses[0] == (about["ranking_loss"], about["loss"]) != losses[1]
 
 
 def test_what_is_saved_can_be_ranked_again(model, calibration, tmp_path):

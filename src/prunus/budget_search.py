@@ -146,7 +146,8 @@ def search_budget(
         model: the dense model; it stays as it is.
         table: its global table, without negative scores.
         ratio: share of the parameters, or of what `costs` are of, to remove.
-        calibration: at least two sequences: one in eight is for trial repairs, and one in eight to measure on.
+        calibration: at least two sequences: one in eight is for trial repairs, and one in eight to measure on. Those of
+            the repair, with text of the model's own: a budget found on one kind of text alone is worse on others.
         options: how long.
         constraints: what may be cut.
         costs: the quantity; parameters by default.

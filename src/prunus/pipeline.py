@@ -116,22 +116,6 @@ def prune(
     scored = scored or take(model, calibration, work=folders[0], progress=progress)
     smaller, done, statistics = model, Plan.keep_all(geometry), scored.statistics
     table, found = price(scored.table, costs), None
-    if search.wanted:
-        assert calibration is not None  # or check_recipe would have said so
-        found = search_budget(
-            model,
-            table,
-            ratio,
-            calibration,
-            search,
-            constraints=constraints,
-            costs=costs,
-            compensation=compensation,
-            batch_size=scoring.batch_size,
-            work=work / "search" if work else None,
-            progress=progress,
-        )
-        table = found.weigh(table)
     if compensation is not None and calibration is not None and repair_text is None:
         repair_text = text_for_repair(
             model,
@@ -141,6 +125,22 @@ def prune(
             work=work / "self-text" if work else None,
             progress=progress,
         )
+    if search.wanted:
+        assert calibration is not None  # or check_recipe would have said so
+        found = search_budget(
+            model,
+            table,
+            ratio,
+            calibration if repair_text is None else repair_text,
+            search,
+            constraints=constraints,
+            costs=costs,
+            compensation=compensation,
+            batch_size=scoring.batch_size,
+            work=work / "search" if work else None,
+            progress=progress,
+        )
+        table = found.weigh(table)
     for step, folder in zip(steps, folders, strict=True):
         if step.number > 1:
             again = take(smaller, _first(calibration, step.scored_on), work=folder, progress=progress)
