@@ -172,6 +172,16 @@ def test_plans_are_measured_on_the_text_of_the_repair(model, calibration):
     assert losses[0] == (about["ranking_loss"], about["loss"]) != losses[1]
 
 
+def test_padding_does_not_count(model, calibration, table):
+    ids, options = calibration.input_ids, SearchOptions(search_trials=3, search_bands=1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids[:, :4])], dim=1)
+    padded = calibration_from_tokens(torch.cat([ids, random_tokens(16, 4)], dim=1), mask)
+    found, expected = (
+        search_budget(model, table, RATIO, each, options, progress=False) for each in (padded, calibration)
+    )
+    assert found.ranking_loss == pytest.approx(expected.ranking_loss, rel=1e-5)
+
+
 def test_what_is_saved_can_be_ranked_again(model, calibration, tmp_path):
     options = SearchOptions(search_trials=30, search_bands=2)
     result = prune(model, RATIO, calibration, search=options, progress=False)

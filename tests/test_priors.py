@@ -52,6 +52,16 @@ def test_skip_loss_is_the_loss_of_the_model_without_it(model, calibration):
             assert getattr(prior, name)[layer_idx] == pytest.approx(expected, abs=2e-6)
 
 
+@pytest.mark.parametrize("kind", ["skip_loss", "cosine"])
+def test_padding_does_not_count(model, calibration, kind):
+    ids = calibration.input_ids
+    mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids[:, :5])], dim=1)
+    padded = calibration_from_tokens(torch.cat([ids, random_tokens(len(ids), 5)], dim=1), mask)
+    found, expected = (measure_prior(model, each, kind, progress=False) for each in (padded, calibration))
+    for name in ("layer", *AXES):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4, abs=2e-6)
+
+
 @torch.no_grad()
 def test_cosine_is_that_of_the_hidden_states(model, calibration):
     ids = calibration.input_ids[:SEQUENCES]

@@ -111,7 +111,7 @@ def adapt(
     geometry = Geometry.of(model)
 
     def loss(candidate: Any) -> float:
-        return perplexity_of_windows(candidate, probe.input_ids, progress=progress).nll
+        return perplexity_of_windows(candidate, probe.input_ids, probe.attention_mask, progress=progress).nll
 
     dense = loss(model)
     parts, records = [], []

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from prunus.calibration import Batch, Calibration
+from prunus.calibration import Calibration
 from prunus.compensation import CompensationOptions, compensate_
 from prunus.costs import Costs
 from prunus.depth_bands import axes_in_bands
@@ -226,7 +226,7 @@ class _Measure:
         part = max(1, len(calibration) // PART)
         rest, held_out = calibration.split(part)
         fitted = rest if part == len(rest) else rest.split(len(rest) - part)[0]
-        self._model, self._held_out = model, held_out.input_ids
+        self._model, self._held_out = model, held_out
         # Which channels stay is what the search asks for, and a factor on all logits comes when everything is cut.
         self._compensation = compensation and replace(compensation, reselect=False, fit_logits=False)
         self._batches = list(fitted.batches(batch_size))
@@ -238,11 +238,15 @@ class _Measure:
     def _made_from(self, batch_size: int) -> dict[str, Any]:
         return {
             "model": digest_model(self._model),
-            "calibration tokens": digest_batches([*self._batches, Batch(self._held_out, None)]),
+            "calibration tokens": digest_batches([*self._batches, *self._held_out.batches(len(self._held_out))]),
             "sequences per batch": batch_size,
             "compensation": asdict(self._compensation) if self._compensation else None,
             "torch": torch.__version__,
         }
+
+    def _loss_of(self, model: Any) -> float:
+        ids, mask = self._held_out.input_ids, self._held_out.attention_mask
+        return perplexity_of_windows(model, ids, mask, progress=False).nll
 
     @property
     def trials(self) -> int:
@@ -256,7 +260,7 @@ class _Measure:
             smaller = apply_plan(self._model, plan)
             if self._compensation is not None:
                 compensate_(smaller, self._model, plan, self._batches, self._compensation, progress=False)
-            loss = perplexity_of_windows(smaller, self._held_out, progress=False).nll
+            loss = self._loss_of(smaller)
             self._known[name] = len(self._records)
             self._records.put(
                 self._known[name], {}, {"plan": name, "loss": loss, "seconds": time.perf_counter() - start}

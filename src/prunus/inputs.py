@@ -253,7 +253,9 @@ class Inputs:
                 progress=progress,
             )
         if self.held_out is not None:
-            return perplexity_of_windows(model, self.held_out.input_ids, progress=progress)
+            return perplexity_of_windows(
+                model, self.held_out.input_ids, self.held_out.attention_mask, progress=progress
+            )
         return None
 
 

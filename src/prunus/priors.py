@@ -123,16 +123,16 @@ def measure_prior(model: Any, calibration: Calibration, kind: PriorKind, *, prog
         kind: skip_loss or cosine.
         progress: show a progress bar on a terminal.
     """
-    windows = calibration.input_ids[:SEQUENCES]
+    few = calibration if len(calibration) <= SEQUENCES else calibration.split(len(calibration) - SEQUENCES)[0]
     geometry = Geometry.of(model)
     with evaluation_mode(model):
-        measured = (_skip_losses if kind == "skip_loss" else _cosines)(model, geometry, windows, progress)
+        measured = (_skip_losses if kind == "skip_loss" else _cosines)(model, geometry, few, progress)
     return Prior(*(tuple(measured[name]) for name in ("layer", *AXES)))
 
 
-def _skip_losses(model: Any, geometry: Geometry, windows: Tensor, progress: bool) -> dict[str, list[float]]:
+def _skip_losses(model: Any, geometry: Geometry, few: Calibration, progress: bool) -> dict[str, list[float]]:
     def loss() -> float:
-        return perplexity_of_windows(model, windows, progress=False).nll
+        return perplexity_of_windows(model, few.input_ids, few.attention_mask, progress=False).nll
 
     layers = submodule(model, geometry.family.layers)
     whole = loss()
@@ -164,10 +164,11 @@ def _silent(layer: nn.Module, paths: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _cosines(model: Any, geometry: Geometry, windows: Tensor, progress: bool) -> dict[str, list[float]]:
+def _cosines(model: Any, geometry: Geometry, few: Calibration, progress: bool) -> dict[str, list[float]]:
     layers = submodule(model, geometry.family.layers)
     sums = {name: np.zeros(len(layers)) for name in ("layer", *AXES)}
-    tokens = 0
+    # Of the sequence at hand: true for tokens that are not padding; None = all.
+    real: Tensor | None = None
     stream: dict[int, list[Tensor]] = {}
     scale = geometry.family.residual_scale(model.config)
 
@@ -180,8 +181,9 @@ def _cosines(model: Any, geometry: Geometry, windows: Tensor, progress: bool) ->
     def add(layer_idx: int, axis: Axis) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             before = stream[layer_idx][-1]
-            stream[layer_idx].append(before + scale * output)
-            sums[axis][layer_idx] += _turn(*stream[layer_idx][-2:])
+            after = before + scale * output
+            stream[layer_idx].append(after)
+            sums[axis][layer_idx] += _turn(before, after, real)
 
         return hook
 
@@ -192,17 +194,20 @@ def _cosines(model: Any, geometry: Geometry, windows: Tensor, progress: bool) ->
             if geometry.widths[layer_idx][block.axis]:
                 handles.append(submodule(layer, block.adds).register_forward_hook(add(layer_idx, block.axis)))
     try:
-        for window in tqdm(windows, desc="layer priors", disable=None if progress else True):
-            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+        for batch in tqdm(list(few.batches(1)), desc="layer priors", disable=None if progress else True):
+            ids, mask = batch.input_ids.to(model.device), batch.attention_mask
+            real = None if mask is None else mask.bool().to(model.device)
+            model.base_model(input_ids=ids, attention_mask=real, use_cache=False)
             for layer_idx, (first, *_, last) in stream.items():
-                sums["layer"][layer_idx] += _turn(first, last)
-            tokens += window.numel()
+                sums["layer"][layer_idx] += _turn(first, last, real)
     finally:
         for handle in handles:
             handle.remove()
+    tokens = sum(batch.tokens for batch in few.batches(1))
     return {name: (values / tokens).tolist() for name, values in sums.items()}
 
 
-def _turn(before: Tensor, after: Tensor) -> float:
-    """1 − cosine, summed over tokens."""
-    return float((1 - torch.cosine_similarity(before.double(), after.double(), dim=-1)).sum())
+def _turn(before: Tensor, after: Tensor, real: Tensor | None) -> float:
+    """1 − cosine, summed over tokens; over those that are `real`, if that is given."""
+    turns = 1 - torch.cosine_similarity(before.double(), after.double(), dim=-1)
+    return float((turns if real is None else turns[real.to(turns.device)]).sum())

@@ -106,6 +106,20 @@ def test_ready_windows_are_scored_alike(model, tokenizer):
     assert "packed token sequences" in ready.protocol
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_is_neither_read_nor_predicted(model, tokenizer, side):
+    windows = torch.tensor(tokenizer(TEXT[:96], add_special_tokens=False)["input_ids"]).view(3, 32)
+    pieces = [window[:length] for window, length in zip(windows, (32, 9, 20), strict=True)]
+    padded, mask = windows.flip(0).clone(), torch.zeros_like(windows)
+    for row, piece in enumerate(pieces):
+        here = slice(len(piece)) if side == "right" else slice(32 - len(piece), None)
+        padded[row, here], mask[row, here] = piece, 1
+    found = perplexity_of_windows(model, padded, mask, batch_size=2)
+    alone = [perplexity_of_windows(model, piece[None]) for piece in pieces]
+    assert found.nll == pytest.approx(sum(one.nll * one.tokens_scored for one in alone) / (31 + 8 + 19), rel=1e-5)
+    assert (found.tokens, found.tokens_scored) == (32 + 9 + 20, 31 + 8 + 19)
+
+
 def test_a_short_text_is_one_short_window(model, tokenizer):
     result = perplexity(model, tokenizer, "Hello", seq_len=64)
     assert (result.windows, result.seq_len, result.tokens_scored) == (1, 5, 4)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from prunus.calibration.batches import Batch
 from prunus.errors import NonFiniteError, OptionError
 from prunus.evaluation.mode import evaluation_mode
-from prunus.loss import chunked_cross_entropy, head_function, next_token_labels
+from prunus.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
 from prunus.sweep.blocks import last_hidden_states
 
 if TYPE_CHECKING:
@@ -129,13 +129,20 @@ def perplexity(
 
 @torch.no_grad()
 def perplexity_of_windows(
-    model: nn.Module, windows: Tensor, *, batch_size: int = 1, progress: bool = True
+    model: nn.Module,
+    windows: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    batch_size: int = 1,
+    progress: bool = True,
 ) -> PerplexityResult:
     """Measure a model's perplexity on token sequences of equal length, such as held-out calibration sequences.
 
     Args:
         model: a transformers causal language model.
-        windows: int64, (windows, seq_len), without padding.
+        windows: int64, (windows, seq_len).
+        attention_mask: (windows, seq_len), 1 for a token and 0 for padding, which is neither read nor predicted; None
+            when nothing is padded.
         batch_size: windows per forward pass.
         progress: show a bar on a terminal.
 
@@ -145,25 +152,44 @@ def perplexity_of_windows(
     """
     _check_options(model, windows.shape[1], batch_size, None)
     _check_ids(model, windows)
+    tokens = windows.numel() if attention_mask is None else int(attention_mask.sum())
     return _score(
-        model, windows, windows.numel(), "packed token sequences", "", batch_size=batch_size, progress=progress
+        model,
+        windows,
+        tokens,
+        "packed token sequences",
+        "",
+        attention_mask=attention_mask,
+        batch_size=batch_size,
+        progress=progress,
     )
 
 
 def _score(
-    model: nn.Module, windows: Tensor, tokens: int, source: str, left_out: str, *, batch_size: int, progress: bool
+    model: nn.Module,
+    windows: Tensor,
+    tokens: int,
+    source: str,
+    left_out: str,
+    *,
+    attention_mask: Tensor | None = None,
+    batch_size: int,
+    progress: bool,
 ) -> PerplexityResult:
     window_len = windows.shape[1]
-    total = 0.0
+    total, scored = 0.0, 0
     head = head_function(model)
     with (
         evaluation_mode(model),
         tqdm(total=len(windows), desc="perplexity", unit="window", disable=None if progress else True) as bar,
     ):
-        batches = [Batch(ids, None) for ids in windows.split(batch_size)]
+        each_ids = windows.split(batch_size)
+        masks = [None] * len(each_ids) if attention_mask is None else attention_mask.split(batch_size)
+        batches = [Batch(ids, mask) for ids, mask in zip(each_ids, masks, strict=True)]
         start = 0
         for batch, hidden in zip(batches, last_hidden_states(model, batches), strict=True):
-            losses = chunked_cross_entropy(hidden, head, next_token_labels(batch.input_ids.to(hidden.device)))
+            labels = next_token_labels(batch.input_ids, batch.attention_mask).to(hidden.device)
+            losses = chunked_cross_entropy(hidden, head, labels)
             if not losses.isfinite().all():
                 bad = start + int((~losses.isfinite()).nonzero()[0])
                 raise NonFiniteError(
@@ -172,10 +198,10 @@ def _score(
                     "overflows in float16."
                 )
             total += losses.double().sum().item()
+            scored += int((labels != IGNORE_INDEX).sum())
             start += len(losses)
             bar.update(len(losses))
 
-    scored = windows.numel() - len(windows)
     nll = total / scored
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return PerplexityResult(
