@@ -139,19 +139,52 @@ def magnitude(model, rows, options) -> dict[str, Tensor]:
     return {name: parameter.double().abs() for name, parameter in model.named_parameters()}
 
 
+def closed_gates(layer, block, groups, x: Tensor, gradient: Tensor) -> Tensor:
+    """For each group: what the output of the norm behind a block loses without it, times the gradient there.
+
+    The block's own modules run again, without the group. Where all groups go at once, the block goes.
+    """
+    projection, norm = layer.get_submodule(block.output.path), layer.get_submodule(block.post_norm)
+    with torch.no_grad():
+        whole, effects = norm(projection(x)), []
+        if groups == 1 or block.indivisible:
+            return (whole * gradient).double().sum().expand(groups) / groups**0.5
+        for group in range(groups):
+            without = x.unflatten(-1, (groups, -1)).clone()
+            without[..., group, :] = 0
+            effects.append(((whole - norm(projection(without.flatten(-2)))) * gradient).double().sum())
+    return torch.stack(effects)
+
+
 def gate_fisher(model, rows, options) -> list[dict[str, Tensor]]:
-    """A gate of value 1 in front of every group's slice of the last projection's input; always with summed losses."""
+    """A gate of value 1 in front of every group's slice of the last projection's input; always with summed losses.
+
+    Where a norm follows the block: the group's share of what the norm adds to the residual stream instead.
+    """
     family = FAMILIES[model.config.model_type.removeprefix("prunus_")]
     layers = model.get_submodule(family.layers)
     groups = [{axis: groups_of(layer, axis, model.config) for axis in AXES} for layer in layers]
     totals = [{axis: torch.zeros(number, dtype=torch.float64) for axis, number in layer.items()} for layer in groups]
     for row in rows:
-        gates, handles = {}, []
+        gates, behind, entered, handles = {}, {}, {}, []
         for layer_idx, layer in enumerate(layers):
             for axis, number in groups[layer_idx].items():
-                if number:
-                    gate = gates[layer_idx, axis] = torch.ones(number, requires_grad=True)
-                    projection = layer.get_submodule(family.block(axis).output.path)
+                if not number:
+                    continue
+                key, block = (layer_idx, axis), family.block(axis)
+                projection = layer.get_submodule(block.output.path)
+                if block.post_norm:
+
+                    def keep(_, args, output, key=key, entered=entered):
+                        entered[key] = args[0].detach()
+
+                    def keep_behind(_, args, output, key=key, behind=behind):
+                        behind[key] = output
+
+                    handles.append(projection.register_forward_hook(keep))
+                    handles.append(layer.get_submodule(block.post_norm).register_forward_hook(keep_behind))
+                else:
+                    gate = gates[key] = torch.ones(number, requires_grad=True)
                     handles.append(
                         projection.register_forward_pre_hook(
                             lambda _, args, gate=gate: (args[0].unflatten(-1, (len(gate), -1)) * gate[:, None]).flatten(
@@ -161,10 +194,15 @@ def gate_fisher(model, rows, options) -> list[dict[str, Tensor]]:
                     )
         log_probabilities = torch.log_softmax(model(row[None]).logits[0].float(), dim=-1)
         loss = -sum(log_probabilities[t, row[t + 1]] for t in range(len(row) - 1))
-        for (layer_idx, axis), gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
-            totals[layer_idx][axis] += gradient.double() ** 2 / len(rows)
         for handle in handles:
             handle.remove()
+        found = torch.autograd.grad(loss, [*gates.values(), *behind.values()])
+        for (layer_idx, axis), gradient in zip([*gates, *behind], found, strict=True):
+            effect = gradient.double()
+            if (layer_idx, axis) in behind:
+                number, x = groups[layer_idx][axis], entered[layer_idx, axis]
+                effect = closed_gates(layers[layer_idx], family.block(axis), number, x, gradient)
+            totals[layer_idx][axis] += effect**2 / len(rows)
     return totals
 
 

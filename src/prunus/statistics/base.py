@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunus.errors import StatisticsError
-from prunus.families import Projection
+from prunus.families import Block, Projection
 from prunus.groups import Geometry
 from prunus.replacing import replacing
 
@@ -40,6 +40,9 @@ class Flow:
         output_gradient: gradient of the summed token losses by the projection's output, (batch, seq_len,
             out_features); None outside `on_output_gradient`.
         input_gradient: the same by its input; None outside `on_input_gradient`.
+        norm: the norm between the block that the projection ends and the residual stream; None where there is none.
+        stream_gradient: the same by the output of `norm`, which is what the residual stream gets, (batch, seq_len,
+            hidden_size); None outside `on_stream_gradient`.
     """
 
     geometry: Geometry
@@ -51,6 +54,8 @@ class Flow:
     x: Tensor
     output_gradient: Tensor | None = None
     input_gradient: Tensor | None = None
+    norm: nn.Module | None = None
+    stream_gradient: Tensor | None = None
 
     def tokens(self, values: Tensor) -> Tensor:
         """Drop padding: (batch, seq_len, features) → (tokens, features)."""
@@ -82,6 +87,10 @@ class Statistic(ABC):
         """Whether `on_input_gradient` wants this projection."""
         return False
 
+    def listens_to_stream_gradient(self, geometry: Geometry, block: Block) -> bool:
+        """Whether `on_stream_gradient` wants this block, which has a norm behind its last projection."""
+        return False
+
     def on_input(self, flow: Flow) -> None:  # noqa: B027 (optional to override)
         """Called in the forward pass with what enters a projection."""
 
@@ -90,6 +99,9 @@ class Statistic(ABC):
 
     def on_input_gradient(self, flow: Flow) -> None:  # noqa: B027 (optional to override)
         """Called in the backward pass with a projection's input and the gradient by it."""
+
+    def on_stream_gradient(self, flow: Flow) -> None:  # noqa: B027 (optional to override)
+        """Called in the backward pass with the input of a block's last projection and the gradient behind its norm."""
 
     @abstractmethod
     def accumulated(self, layer_idx: int) -> list[tuple[Tensor, str]]:

@@ -1,24 +1,40 @@
-"""Gradients by a gate of value 1 on every group: no weight gradient is ever computed."""
+"""What the loss says of a gate of value 1 on every group: no weight gradient is ever computed."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunus.families import AXES, Axis, Projection
+from prunus.families import AXES, Axis, Block, Projection
 from prunus.groups import SPACE_AXIS, Geometry
 from prunus.statistics.base import Flow, Labels, Statistic
 
 __all__ = ["GateGradients"]
 
+#: up to so many channels, which may each be much of a block, x − x_g is written out: squares would cancel
+FEW = 16
+
 
 class GateGradients(Statistic):
-    """Mean square, over sequences, of the gradient by a gate on each group.
+    """Mean square, over sequences, of what closing a gate on each group does to the loss, to first order.
 
     A gate ξ multiplies a group's slice h of the input of the block's last projection (`o_proj`, `down_proj`); at ξ = 1
     its gradient is ∂Lᵢ/∂ξ = Σ_t h_t · ∂Lᵢ/∂h_t, with Lᵢ summed over the tokens of sequence i. A layer reports
 
         gate_square.<axis>   (1/N) Σᵢ (∂Lᵢ/∂ξ)²     float64, (groups,)
+
+    Where a norm stands between the block and the residual stream (Gemma, OLMo 2), it makes up for any common factor:
+    the gates' gradients of a block sum to zero, and that of a group which is the whole block says nothing, although
+    nothing is left without it. There the effect of the closed gate goes through the norm as it is, and only what
+    follows is linear. With δ the gradient behind the norm, s its weights, x the output of the projection, x_g the
+    group's part of it and D its width:
+
+        ∂Lᵢ/∂ξ → Σ_t [A / r(x) − (A − a_g) / r(x − x_g)],    a_g = (s δ)·x_g,  A = (s δ)·x,  r(x) = √(‖x‖² / D + ε)
+
+    which is nearly the gradient for a group that is a small part of x. A group that is all of the block leaves nothing:
+    A / r. Groups that go together (`Block.indivisible`) get equal shares of its square.
 
     Args:
         labels: whether the loss is of the text or of tokens drawn from the model's predictions.
@@ -34,8 +50,13 @@ class GateGradients(Statistic):
         self._squares: dict[tuple[int, Axis], Tensor] = {}
 
     def listens_to_input_gradient(self, geometry: Geometry, projection: Projection) -> bool:
-        """The projections that write a block's groups back into the residual stream."""
-        return projection.inputs in SPACE_AXIS
+        """The projections that write a block's groups straight back into the residual stream."""
+        axis = SPACE_AXIS.get(projection.inputs)
+        return axis is not None and geometry.family.block(axis).post_norm is None
+
+    def listens_to_stream_gradient(self, geometry: Geometry, block: Block) -> bool:
+        """All blocks with a norm behind them."""
+        return True
 
     def on_input_gradient(self, flow: Flow) -> None:
         """Add a batch's squared gate gradients."""
@@ -44,8 +65,20 @@ class GateGradients(Statistic):
         # float32 products: in bf16 the sum over hundreds of tokens would lose its small terms.
         columns = (flow.x.float() * flow.input_gradient.float()).sum(dim=1)
         gates = columns.double().reshape(len(columns), flow.geometry.widths[flow.layer_idx][axis], -1).sum(dim=2)
+        self._add(flow.layer_idx, axis, gates)
+
+    def on_stream_gradient(self, flow: Flow) -> None:
+        """Add a batch's squared effects through the norm."""
+        axis = SPACE_AXIS[flow.projection.inputs]
+        groups = flow.geometry.widths[flow.layer_idx][axis]
+        together = groups == 1 or flow.geometry.family.block(axis).indivisible
+        effects = _effects_through_norm(flow, groups, together)
+        self._add(flow.layer_idx, axis, effects.double().sum(dim=1))
+
+    def _add(self, layer_idx: int, axis: Axis, gates: Tensor) -> None:
+        """Add the squares of the gates of some sequences, (sequences, groups)."""
         squares = gates.square().sum(dim=0)
-        key = (flow.layer_idx, axis)
+        key = (layer_idx, axis)
         self._squares[key] = self._squares[key] + squares if key in self._squares else squares
 
     def accumulated(self, layer_idx: int) -> list[tuple[Tensor, str]]:
@@ -56,3 +89,43 @@ class GateGradients(Statistic):
         """Mean over sequences; a block that is not there has no groups."""
         empty = torch.zeros(0, dtype=torch.float64)
         return {f"gate_square.{axis}": self._squares.pop((layer_idx, axis), empty).cpu() / sequences for axis in AXES}
+
+
+def _effects_through_norm(flow: Flow, groups: int, together: bool) -> Tensor:
+    """A / r(x) − (A − a_g) / r(x − x_g) of every token and group, see `GateGradients`.
+
+    Args:
+        flow: with the norm and the gradient behind it.
+        groups: number of groups of the block.
+        together: the groups go together, and the block with them.
+
+    Returns:
+        float32, (batch, seq_len, groups).
+    """
+    assert flow.norm is not None
+    assert flow.stream_gradient is not None
+    norm: Any = flow.norm
+    inputs, weight = flow.x.float(), flow.module.weight.float()
+    bias = 0.0 if flow.module.bias is None else flow.module.bias.float()
+    pull = flow.stream_gradient.float() * (flow.geometry.family.norm_offset + norm.weight.float())
+    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    output = inputs @ weight.T + bias
+
+    def rms(square: Tensor) -> Tensor:
+        return (square.clamp(min=0) / output.shape[-1] + epsilon).sqrt()
+
+    total, square = (pull * output).sum(dim=-1, keepdim=True), output.square().sum(dim=-1, keepdim=True)
+    if together:
+        return (total / rms(square) / groups**0.5).expand(-1, -1, groups)
+    if groups <= FEW or groups < weight.shape[1]:
+        each = zip(inputs.chunk(groups, dim=-1), weight.chunk(groups, dim=1), strict=True)
+        rests = (output - x @ w.T for x, w in each)
+        after = [(pull * rest).sum(dim=-1) / rms(rest.square().sum(dim=-1)) for rest in rests]
+        return total / rms(square) - torch.stack(after, dim=-1)
+
+    def along(direction: Tensor) -> Tensor:
+        """Products of a direction and every x_g, (batch, seq_len, groups)."""
+        return (inputs * (direction @ weight)).unflatten(-1, (groups, -1)).sum(dim=-1)
+
+    own = inputs.square() * weight.square().sum(dim=0)
+    return total / rms(square) - (total - along(pull)) / rms(square - 2 * along(output) + own)

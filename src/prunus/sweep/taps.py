@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prunus.families import Projection
+from prunus.families import Block, Projection
 from prunus.groups import Geometry, submodule
 from prunus.statistics.base import Flow, Statistic
 from prunus.sweep.prepared import PreparedBatch
@@ -44,6 +44,11 @@ class Taps:
             or statistic.listens_to_input_gradient(self._geometry, projection)
             for statistic in self._statistics
             for projection in self._geometry.family.projections
+        ) or any(
+            statistic.listens_to_stream_gradient(self._geometry, block)
+            for statistic in self._statistics
+            for block in self._geometry.family.blocks
+            if block.post_norm
         )
 
     def start_batch(self, batch: PreparedBatch, device: torch.device | str) -> None:
@@ -66,6 +71,8 @@ class Taps:
                     if self._geometry.widths[layer_idx][block.axis]:
                         for projection in block.projections:
                             handles += self._listen(layer_idx, layer, projection)
+                        if block.post_norm:
+                            handles += self._listen_behind(layer_idx, layer, block, block.post_norm)
             yield
         finally:
             for handle in handles:
@@ -97,10 +104,33 @@ class Taps:
 
         return [submodule(layer, projection.path).register_forward_hook(forward_hook)]
 
+    def _listen_behind(self, layer_idx: int, layer: nn.Module, block: Block, post_norm: str) -> list[RemovableHandle]:
+        """Listen to the gradient behind the norm of a block, and to what entered its last projection before."""
+        geometry = self._geometry
+        listeners = [s.on_stream_gradient for s in self._statistics if s.listens_to_stream_gradient(geometry, block)]
+        if not listeners:
+            return []
+        entered: list[Flow] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            assert self._targets is not None
+            assert isinstance(module, nn.Linear)
+            entered[:] = [Flow(geometry, layer_idx, block.output, module, self._mask, self._targets, args[0].detach())]
+
+        def behind(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            flow = replace(entered.pop(), norm=module)
+            if output.requires_grad:
+                output.register_hook(_gradient_hook(flow, "stream_gradient", listeners))
+
+        return [
+            submodule(layer, block.output.path).register_forward_hook(before),
+            submodule(layer, post_norm).register_forward_hook(behind),
+        ]
+
 
 def _gradient_hook(
     flow: Flow,
-    kind: Literal["output_gradient", "input_gradient"],
+    kind: Literal["output_gradient", "input_gradient", "stream_gradient"],
     listeners: Sequence[Callable[[Flow], None]],
 ) -> Callable[[Tensor], None]:
     # The list lets the hook drop its hold on the input once it has run; the graph, and with it every hook, lives on
