@@ -354,6 +354,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+#: a recipe with fewer ratios than this is in the table, and no curve
+POINTS = 4
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Multiples of the dense perplexity over the removed share, of the first seed and calibration text."""
     from matplotlib.figure import Figure
@@ -362,22 +366,28 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     first = [row for row in rows if (row["calibration"], row["seed"]) == (dense["calibration"], dense["seed"])]
-    for recipe in dict.fromkeys(row["recipe"] for row in first if row["recipe"] != "dense"):
-        points = sorted(
-            (row["ratio"], row["perplexity"] / dense["perplexity"]) for row in first if row["recipe"] == recipe
+    colours: dict[str, str] = {}
+    for recipe in sorted({row["recipe"] for row in first} - {"dense"}):
+        found = sorted((row["ratio"], row["perplexity"]) for row in first if row["recipe"] == recipe)
+        if len(found) < POINTS:
+            continue
+        colour = colours.setdefault(recipe.removesuffix(", repaired"), f"C{len(colours)}")
+        axes.plot(
+            [0, *(100 * ratio for ratio, _ in found)],
+            [1, *(measured / dense["perplexity"] for _, measured in found)],
+            marker="o",
+            label=recipe,
+            color=colour,
+            linestyle="--" if recipe.endswith(", repaired") else "-",
+            linewidth=2.5 if "default" in recipe else 1.2,
         )
-        if min(multiple for _, multiple in points) < 30:
-            style = {
-                "linestyle": "--" if "repaired" in recipe else "-",
-                "linewidth": 2.5 if "default" in recipe else 1.2,
-            }
-            axes.plot(
-                [0, *(100 * r for r, _ in points)], [1, *(m for _, m in points)], marker="o", label=recipe, **style
-            )
     axes.set(yscale="log", xlabel="parameters removed (%)", ylabel="perplexity, multiple of dense")
-    axes.set_ylim(top=30)
-    axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside right upper", fontsize="small")
+    axes.set_ylim(0.95, 15)
+    axes.set_yticks([1, 1.5, 2, 3, 5, 10], ["1", "1.5", "2", "3", "5", "10"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    if colours:
+        figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
 
 
