@@ -225,11 +225,10 @@ class _Measure:
     ):
         part = max(1, len(calibration) // PART)
         rest, held_out = calibration.split(part)
-        fitted = rest if part == len(rest) else rest.split(len(rest) - part)[0]
         self._model, self._held_out = model, held_out
         # Which channels stay is what the search asks for, and a factor on all logits comes when everything is cut.
         self._compensation = compensation and replace(compensation, reselect=False, fit_logits=False)
-        self._batches = list(fitted.batches(batch_size))
+        self._batches = list(rest.first(part).batches(batch_size))
         self._records = Records(work, self._made_from(batch_size) if work is not None else None)
         self._known = {self._records.about(number)["plan"]: number for number in range(len(self._records))}
         self._seen: set[str] = set()

@@ -161,9 +161,7 @@ def prune(
 
 def _first(calibration: Calibration | None, part: Callable[[int], int]) -> Calibration | None:
     """The first sequences, as many as `part` says of their number."""
-    if calibration is None or part(len(calibration)) == len(calibration):
-        return calibration
-    return calibration.split(len(calibration) - part(len(calibration)))[0]
+    return None if calibration is None else calibration.first(part(len(calibration)))
 
 
 def _cut(

@@ -123,8 +123,7 @@ def measure_prior(model: Any, calibration: Calibration, kind: PriorKind, *, prog
         kind: skip_loss or cosine.
         progress: show a progress bar on a terminal.
     """
-    few = calibration if len(calibration) <= SEQUENCES else calibration.split(len(calibration) - SEQUENCES)[0]
-    geometry = Geometry.of(model)
+    few, geometry = calibration.first(SEQUENCES), Geometry.of(model)
     with evaluation_mode(model):
         measured = (_skip_losses if kind == "skip_loss" else _cosines)(model, geometry, few, progress)
     return Prior(*(tuple(measured[name]) for name in ("layer", *AXES)))

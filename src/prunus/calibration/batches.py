@@ -129,6 +129,10 @@ class Calibration:
         cut = len(self) - held_out
         return self._part(slice(None, cut), "fitted"), self._part(slice(cut, None), "held_out")
 
+    def first(self, number: int) -> Calibration:
+        """The first `number` sequences, at least one; itself where it has no more."""
+        return self if number >= len(self) else self.split(len(self) - number)[0]
+
     def _part(self, which: slice, name: str) -> Calibration:
         ids = self.input_ids[which]
         mask = self.attention_mask[which] if self.attention_mask is not None else None
