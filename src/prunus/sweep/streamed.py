@@ -27,13 +27,16 @@ from prunus.sweep.taps import Taps
 
 __all__ = ["run_streamed"]
 
+#: told of a layer when all batches are through it: index, the held layer, loss summed over all tokens
+FinishLayer = Callable[[int, nn.Module, float], None]
+
 
 def run_streamed(
     model: Any,
     geometry: Geometry,
     taps: Taps,
     batches: Sequence[PreparedBatch],
-    finish_layer: Callable[[int, nn.Module, float], None],
+    finish_layer: FinishLayer,
     *,
     spool: Spool,
     finished: int,
@@ -56,100 +59,110 @@ def run_streamed(
     Raises:
         NonFiniteError: a loss is NaN or infinite.
     """
-    layers, device = layers_of(model), model.device
-    last = len(layers) - 1
-    backward = taps.needs_gradients
-    arguments: list[Sequence[dict[str, Any]]] = []
+    sweep = _Sweep(model, geometry, taps, batches, spool)
+    # The last layer runs forwards only once: with a graph, and on through the head.
+    steps = 2 * len(sweep.layers) - 1 if taps.needs_gradients else len(sweep.layers)
+    with tqdm(total=steps, desc="statistics", unit="layer", disable=None if progress else True) as bar:
+        if taps.needs_gradients:
+            bar.update(2 * finished)
+            sweep.forwards(bar, until=sweep.last - finished)
+            sweep.backwards(bar, finish_layer, first=sweep.last - finished)
+        else:
+            bar.update(finished)
+            sweep.forwards_listening(bar, finish_layer, first=finished)
 
-    def entering() -> Iterator[Tensor]:
-        for batch in batches:
-            call = layer_calls(model, geometry.family.layers, batch.batch)
-            arguments.append(call.arguments)
+
+class _Sweep:
+    """A model, and the batches on their way through it."""
+
+    def __init__(
+        self, model: Any, geometry: Geometry, taps: Taps, batches: Sequence[PreparedBatch], spool: Spool
+    ) -> None:
+        self.layers = layers_of(model)
+        self.last = len(self.layers) - 1
+        self._taps, self._batches, self._spool, self._device = taps, batches, spool, model.device
+        self._head, self._norm = head_function(model), submodule(model, geometry.family.final_norm)
+        self._arguments: list[Sequence[dict[str, Any]]] = []
+        spool.write("inputs-0", self._entering(model, geometry.family.layers))
+
+    def forwards_listening(self, bar: tqdm[Any], finish_layer: FinishLayer, *, first: int) -> None:
+        """All that statistics without gradients need: from the layer `first` on."""
+        for layer_idx in range(first, len(self.layers)):
+            with self.layers.hold(layer_idx, then=layer_idx + 1) as layer, torch.no_grad():
+                with self._taps.on([(layer_idx, layer)]):
+                    self._store(f"inputs-{layer_idx + 1}", self._leaving(layer_idx, layer), layer_idx < self.last)
+                finish_layer(layer_idx, layer, 0.0)
+            self._spool.drop(f"inputs-{layer_idx}")
+            bar.update()
+
+    def forwards(self, bar: tqdm[Any], *, until: int) -> None:
+        """Spool what enters the layers up to `until`, where an earlier run has not."""
+        for layer_idx in range(until):
+            if not self._spool.has(f"inputs-{layer_idx + 1}"):
+                with self.layers.hold(layer_idx, then=layer_idx + 1) as layer, torch.no_grad():
+                    self._spool.write(f"inputs-{layer_idx + 1}", self._leaving(layer_idx, layer))
+            bar.update()
+
+    def backwards(self, bar: tqdm[Any], finish_layer: FinishLayer, *, first: int) -> None:
+        """Run the layers again with a graph, from `first` down, and backpropagate each for every batch."""
+        losses: list[float] = []
+        for layer_idx in range(first, -1, -1):
+            with self.layers.hold(layer_idx, then=layer_idx - 1) as layer:
+                with self._taps.on([(layer_idx, layer)]), torch.enable_grad():
+                    gradients = self._backpropagated(layer_idx, layer, losses)
+                    self._store(f"gradients-{layer_idx}", gradients, layer_idx > 0)
+                finish_layer(layer_idx, layer, sum(losses, 0.0))
+            self._spool.drop(f"inputs-{layer_idx}")
+            self._spool.drop(f"gradients-{layer_idx + 1}")
+            bar.update()
+
+    def _store(self, name: str, tensors: Iterator[Tensor], wanted: bool) -> None:
+        """Make the tensors, and spool them where a further layer wants them."""
+        if wanted:
+            self._spool.write(name, tensors)
+        else:
+            for _ in tensors:
+                pass
+
+    def _entering(self, model: Any, layers: str) -> Iterator[Tensor]:
+        for batch in self._batches:
+            call = layer_calls(model, layers, batch.batch)
+            self._arguments.append(call.arguments)
             yield call.hidden
 
-    def leaving(layer_idx: int, layer: nn.Module) -> Iterator[Tensor]:
-        for number, batch in enumerate(batches):
-            taps.start_batch(batch, device)
-            x = spool.read(f"inputs-{layer_idx}", number).to(device)
-            yield run_layer(layer, x, arguments[number][layer_idx])
+    def _leaving(self, layer_idx: int, layer: nn.Module) -> Iterator[Tensor]:
+        for number, batch in enumerate(self._batches):
+            self._taps.start_batch(batch, self._device)
+            x = self._spool.read(f"inputs-{layer_idx}", number).to(self._device)
+            yield run_layer(layer, x, self._arguments[number][layer_idx])
 
-    spool.write("inputs-0", entering())
-    bar = tqdm(
-        total=len(layers) * (2 if backward else 1) - int(backward),
-        desc="statistics",
-        unit="layer",
-        disable=None if progress else True,
-    )
-    with bar:
-        if not backward:
-            bar.update(finished)
-            for layer_idx in range(finished, len(layers)):
-                with layers.hold(layer_idx, then=layer_idx + 1) as layer, torch.no_grad():
-                    with taps.on([(layer_idx, layer)]):
-                        if layer_idx < last:
-                            spool.write(f"inputs-{layer_idx + 1}", leaving(layer_idx, layer))
-                        else:
-                            _exhaust(leaving(layer_idx, layer))
-                    finish_layer(layer_idx, layer, 0.0)
-                spool.drop(f"inputs-{layer_idx}")
-                bar.update()
-            return
+    def _backpropagated(self, layer_idx: int, layer: nn.Module, losses: list[float]) -> Iterator[Tensor]:
+        """The gradient by what enters a layer, for each batch; of the last layer also its loss, summed over tokens."""
+        for number, batch in enumerate(self._batches):
+            self._taps.start_batch(batch, self._device)
+            x = self._spool.read(f"inputs-{layer_idx}", number).to(self._device).detach().requires_grad_()
+            output = run_layer(layer, x, self._arguments[number][layer_idx])
+            if layer_idx == self.last:
+                output = self._norm(output)
+                labels = batch.labels.to(self._device)
+                each, gradient = losses_and_gradient(output, self._head, labels, batch.sampling_seed)
+                check_losses(each, batch, partial(self._first_non_finite, number, output))
+                losses.append(float(each.sum()))
+            else:
+                gradient = self._spool.read(f"gradients-{layer_idx + 1}", number).to(self._device)
+            output.backward(gradient)
+            assert x.grad is not None
+            yield x.grad
 
-        # The last layer runs forwards only once: with a graph, and on through the head.
-        top = last - finished
-        bar.update(2 * finished)
-        for layer_idx in range(top):
-            if not spool.has(f"inputs-{layer_idx + 1}"):
-                with layers.hold(layer_idx, then=layer_idx + 1) as layer, torch.no_grad():
-                    spool.write(f"inputs-{layer_idx + 1}", leaving(layer_idx, layer))
-            bar.update()
-
-        loss = 0.0
-        head, norm = head_function(model), submodule(model, geometry.family.final_norm)
-
-        def backpropagated(layer_idx: int, layer: nn.Module) -> Iterator[Tensor]:
-            nonlocal loss
-            for number, batch in enumerate(batches):
-                taps.start_batch(batch, device)
-                x = spool.read(f"inputs-{layer_idx}", number).to(device).detach().requires_grad_()
-                output = run_layer(layer, x, arguments[number][layer_idx])
-                if layer_idx == last:
-                    output = norm(output)
-                    losses, gradient = losses_and_gradient(output, head, batch.labels.to(device), batch.sampling_seed)
-                    check_losses(losses, batch, partial(_first_non_finite, spool, len(layers), number, output))
-                    loss += float(losses.sum())
-                else:
-                    gradient = spool.read(f"gradients-{layer_idx + 1}", number).to(device)
-                output.backward(gradient)
-                assert x.grad is not None
-                yield x.grad
-
-        for layer_idx in range(top, -1, -1):
-            with layers.hold(layer_idx, then=layer_idx - 1) as layer:
-                with taps.on([(layer_idx, layer)]), torch.enable_grad():
-                    if layer_idx:
-                        spool.write(f"gradients-{layer_idx}", backpropagated(layer_idx, layer))
-                    else:
-                        _exhaust(backpropagated(layer_idx, layer))
-                finish_layer(layer_idx, layer, loss)
-            spool.drop(f"inputs-{layer_idx}")
-            spool.drop(f"gradients-{layer_idx + 1}")
-            bar.update()
-
-
-def _exhaust(tensors: Iterator[Tensor]) -> None:
-    for _ in tensors:
-        pass
-
-
-def _first_non_finite(spool: Spool, layers: int, number: int, output: Tensor) -> str:
-    """Say which layer is the first to answer NaN or infinity, from what enters each layer and what leaves the last."""
-    for layer_idx in range(layers + 1):
-        values = spool.read(f"inputs-{layer_idx}", number) if layer_idx < layers else output
-        if not bool(torch.isfinite(values).all()):
-            return (
-                f"layer {layer_idx - 1} is the first whose output is not finite"
-                if layer_idx
-                else "the embeddings are not finite"
-            )
-    return "the head's logits are not finite"
+    def _first_non_finite(self, number: int, output: Tensor) -> str:
+        """Say which layer first answers NaN or infinity, from what enters each layer and what leaves the last."""
+        for layer_idx in range(len(self.layers) + 1):
+            spooled = layer_idx <= self.last
+            values = self._spool.read(f"inputs-{layer_idx}", number) if spooled else output
+            if not bool(torch.isfinite(values).all()):
+                return (
+                    f"layer {layer_idx - 1} is the first whose output is not finite"
+                    if layer_idx
+                    else "the embeddings are not finite"
+                )
+        return "the head's logits are not finite"
