@@ -12,6 +12,7 @@ from tiny_folder import SIZES, fails, run
 
 import prunus
 from prunus.checkpoint import check_output, load_model
+from prunus.cli import main
 from prunus.errors import CheckpointError, OptionError
 from prunus.replacing import replacing
 from prunus.work_folder import WorkFolder
@@ -272,6 +273,31 @@ def test_a_work_folder_of_somebody_else_is_refused_before_anything_is_done(capsy
     assert contents(work) == {"round-1/results.csv": b"years of work", "notes.txt": b"mine"}
     assert "is a file" in fails(capsys, *words, "--work", work / "notes.txt")
     assert sorted(os.listdir(tmp_path)) == ["data"]
+
+
+@pytest.mark.parametrize("engine", ["resident", "streamed"])
+def test_a_killed_run_finds_its_own_work_folder_and_takes_it_away(capsys, tmp_path, folder, text, monkeypatch, engine):
+    """With all that leaves anything there: the default recipe, and a search."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args, **options):
+        raise Killed
+
+    words = ["prune", folder, "--ratio", "0.3", "--calibration", text, *SIZES, "--held-out", "0", "--no-report"]
+    words += ["--search-trials", "2", "--engine", engine]
+    run(capsys, *words, "--out", tmp_path / "straight")
+    words += ["--out", tmp_path / "out", "--work", tmp_path / "work"]
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("prunus.pipeline.save_result", killed)
+        main([str(word) for word in words])
+    left = os.listdir(tmp_path / "work")
+    assert {"round-1", "round-2", "search"} <= set(left)
+    run(capsys, *words)
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["out", "straight"]
 
 
 def test_a_work_folder_that_is_empty_or_was_used_before_is_taken(tmp_path):

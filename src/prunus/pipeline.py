@@ -32,7 +32,7 @@ from prunus.sweep.estimate import Workload
 from prunus.table import price
 from prunus.targets import TargetOptions
 from prunus.version import __version__
-from prunus.work_folder import WorkFolder
+from prunus.work_folder import SEARCH, SELF_TEXT, WorkFolder, of_round
 
 __all__ = [
     "PruneResult",
@@ -112,7 +112,7 @@ def prune(
     check_reachable(geometry, ratio, constraints, costs)
     take = partial(score, options=scoring, curvature=compensation is not None and compensation.reselect)
     steps = schedule(ratio, rounds)
-    folders = [work / f"round-{step.number}" if work else None for step in steps]
+    folders = [work / of_round(step.number) if work else None for step in steps]
     scored = scored or take(model, calibration, work=folders[0], progress=progress)
     smaller, done, statistics = model, Plan.keep_all(geometry), scored.statistics
     table, found = price(scored.table, costs), None
@@ -122,7 +122,7 @@ def prune(
             calibration,
             compensation,
             seed=scoring.random_seed,
-            work=work / "self-text" if work else None,
+            work=work / SELF_TEXT if work else None,
             progress=progress,
         )
     if search.wanted:
@@ -137,7 +137,7 @@ def prune(
             costs=costs,
             compensation=compensation,
             batch_size=scoring.batch_size,
-            work=work / "search" if work else None,
+            work=work / SEARCH if work else None,
             progress=progress,
         )
         table = found.weigh(table)

@@ -9,10 +9,18 @@ from pathlib import Path
 from prunus.errors import OptionError
 from prunus.sweep import Engine
 
-__all__ = ["WorkFolder"]
+__all__ = ["SEARCH", "SELF_TEXT", "WorkFolder", "of_round"]
 
-#: what prunus puts there, and takes away again
-CONTENTS = ("round-*", "search", "statistics-*", "prunus-layers-*")
+#: measured plans of the budget search, and text that the model wrote for the repair
+SEARCH, SELF_TEXT = "search", "self-text"
+ROUND = "round-{}"
+#: what prunus puts there, and takes away again; the last two are of the sweep and of an opened model
+CONTENTS = (SEARCH, SELF_TEXT, ROUND.format("*"), "statistics-*", "prunus-layers-*")
+
+
+def of_round(number: int) -> str:
+    """The part of one round: its statistics, and the blocks that were repaired."""
+    return ROUND.format(number)
 
 
 class WorkFolder:
