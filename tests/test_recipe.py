@@ -15,7 +15,7 @@ from prunus.calibration import calibration_from_tokens
 from prunus.comparison import compare
 from prunus.compensation import CompensationOptions
 from prunus.errors import CalibrationError, OptionError, StatisticsError
-from prunus.recipe import check_recipe
+from prunus.recipe import Recipe
 from prunus.scoring import ScoringOptions, score
 from prunus.selection import Constraints
 
@@ -123,7 +123,7 @@ def test_scores_that_are_given_need_no_sequences_but_what_the_repair_reads():
         with pytest.raises(StatisticsError, match="which the given scores lack"):
             prunus.prune(model, 0.2, calibration, scoring=options, compensation=RESELECT, scored=lacking)
     with_it = score(model, calibration, options, curvature=True, progress=False)
-    check_recipe(0.2, options, None, RESELECT, 2, sequences=8, scored=with_it)
+    Recipe(options, compensation=RESELECT, rounds=2).check(0.2, sequences=8, scored=with_it)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_scores_that_are_given_need_no_sequences_but_what_the_repair_reads():
 )
 def test_sequences_of_the_adaptive_method(sequences, rounds, enough):
     def check():
-        check_recipe(0.2, ScoringOptions(method="adaptive"), None, None, rounds, sequences=sequences)
+        Recipe(ScoringOptions(method="adaptive"), rounds=rounds).check(0.2, sequences=sequences)
 
     if enough:
         check()

@@ -289,9 +289,10 @@ def test_a_killed_run_finds_its_own_work_folder_and_takes_it_away(capsys, tmp_pa
     words += ["--search-trials", "2", "--engine", engine]
     run(capsys, *words, "--out", tmp_path / "straight")
     words += ["--out", tmp_path / "out", "--work", tmp_path / "work"]
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr("prunus.pipeline.save_result", killed)
-        main([str(word) for word in words])
+        with pytest.raises(Killed):
+            main([str(word) for word in words])
     left = os.listdir(tmp_path / "work")
     assert {"round-1", "round-2", "search"} <= set(left)
     run(capsys, *words)

@@ -20,14 +20,14 @@ from prunus.inputs import CalibrationOptions, EvaluationOptions, Inputs, ModelOp
 from prunus.metering import Cost, metered
 from prunus.pipeline import prune
 from prunus.plan import Plan
-from prunus.recipe import check_recipe
+from prunus.recipe import Recipe
 from prunus.replacing import replacing
 from prunus.report import write_report
 from prunus.scoring import Score, ScoringOptions, score_together
 from prunus.selection import Constraints, select
 from prunus.self_text import text_for_repair
 from prunus.surgery import apply_plan
-from prunus.sweep.estimate import Workload, bytes_of_a_cut, free_memory, parse_bytes
+from prunus.sweep.estimate import bytes_of_a_cut, free_memory, parse_bytes
 from prunus.targets import TargetOptions
 from prunus.version import __version__
 
@@ -83,40 +83,25 @@ def compare(
         One row for the dense model and one per result, with the columns method, ratio, compensated, parameters,
         perplexity, relative (to dense), seconds and peak_bytes (of all passes that led to the result, shared or not).
     """
-    calibration, scoring = calibration or CalibrationOptions(), scoring or ScoringOptions()
     evaluation, model_options = evaluation or EvaluationOptions(), model_options or ModelOptions()
-    each = [replace(scoring, method=name) for name in dict.fromkeys(methods)]
-    if not each or not ratios:
+    recipe = Recipe.of(scoring, constraints, target, compensation, rounds)
+    recipes = [recipe.by(method) for method in dict.fromkeys(methods)]
+    if not recipes or not ratios:
         raise OptionError("compare needs at least one method and one ratio")
     if evaluation.eval_text is None and evaluation.held_out == 0:
         raise OptionError("compare measures perplexity: give an evaluation text, or hold out calibration sequences")
-    calibrate = compensation is not None or any(options.needs_calibration for options in each)
-    sequences = calibration.samples if calibrate else None
-    for options, ratio in product(each, ratios):
-        check_recipe(ratio, options, constraints, compensation, rounds, sequences=sequences, target=target)
     inputs = open_inputs(
         model,
         out,
         ratios,
-        constraints,
-        target,
-        calibration,
+        recipes,
+        calibration or CalibrationOptions(),
         evaluation,
         model_options,
-        engine=scoring.engine,
-        workload=Workload(
-            frozenset().union(*(options.needs for options in each)),
-            batch_size=scoring.batch_size,
-            compensate=compensation is not None,
-            writes_text=compensation is not None and compensation.self_text > 0,
-            inputs_on_disk=False,
-        ),
-        calibrate=calibrate,
         save_model=False,
         overwrite=overwrite,
         progress=progress,
     )
-    each = [replace(options, engine=inputs.engine) for options in each]
     if not inputs.measurable:
         raise CalibrationError("there is no text left to measure perplexity on; give an evaluation text")
     about = {
@@ -124,29 +109,21 @@ def compare(
         "model": model_name(model),
         "command": command,
         "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
-        "normalize": scoring.normalize,
-        "target": (target or TargetOptions()).to_dict(),
+        "normalize": recipe.scoring.normalize,
+        "target": recipe.target.to_dict(),
         "rounds": rounds,
     }
-    repairs = [None] if compensation is None else [None, compensation]
-    wanted = [_Row(o.method, ratio, repair is not None) for o, ratio, repair in product(each, ratios, repairs)]
+    repaired = [False] if compensation is None else [False, True]
+    wanted = [_Row(e.scoring.method, ratio, repair) for e, ratio, repair in product(recipes, ratios, repaired)]
     base = _Row(DENSE, 0.0, False)
     record = _Record(inputs, Path(out), about, [base, *wanted], progress)
     record.add(inputs.model, [base])
-    reselects = compensation is not None and compensation.reselect
-    found = score_together(inputs.model, inputs.calibration, each, curvature=reselects, progress=progress)
-    scores = {options.method: scored for options, scored in zip(each, found, strict=True)}
-    text = None
-    with metered(inputs.model.device) as writing:
-        if compensation is not None and inputs.calibration is not None:
-            seed = scoring.random_seed
-            text = text_for_repair(inputs.model, inputs.calibration, compensation, seed=seed, progress=progress)
-    shared = _Shared(each, ratios, constraints, target, compensation, rounds, scores, text, writing)
-    if rounds == 1 and not reselects:
+    shared = _share(inputs, recipes, ratios, progress)
+    if rounds == 1 and not recipe.reselects:
         _compare_plans(record, shared, model_options.max_memory)
     else:
-        for options, ratio, repair in product(each, ratios, repairs):
-            _add_result(record, shared, options, ratio, repair)
+        for each, ratio, repair in product(recipes, ratios, repaired):
+            _add_result(record, shared, each if repair else replace(each, compensation=None), ratio)
     plot_comparison(record.frame, Path(out) / "comparison.png")
     if report:
         write_report(out)
@@ -155,17 +132,35 @@ def compare(
 
 @dataclass(frozen=True)
 class _Shared:
-    """What the results of a comparison are made from; scores and text were taken once, for all of them."""
+    """What the results of a comparison are made from.
 
-    each: Sequence[ScoringOptions]
+    Attributes:
+        recipes: one for each method.
+        ratios: the shares that each cuts.
+        scores: by method; taken once.
+        text: of all repairs; None where there are none.
+        writing: what it cost to make.
+    """
+
+    recipes: Sequence[Recipe]
     ratios: Sequence[float]
-    constraints: Constraints | None
-    target: TargetOptions | None
-    compensation: CompensationOptions | None
-    rounds: int
     scores: Mapping[str, Score]
     text: Calibration | None
     writing: Cost
+
+
+def _share(inputs: Inputs, recipes: Sequence[Recipe], ratios: Sequence[float], progress: bool) -> _Shared:
+    """Take the scores of all methods, in as few passes as they allow, and make the text of the repairs."""
+    recipe = recipes[0]
+    ways = [replace(each.scoring, engine=inputs.engine) for each in recipes]
+    found = score_together(inputs.model, inputs.calibration, ways, curvature=recipe.reselects, progress=progress)
+    text = None
+    with metered(inputs.model.device) as writing:
+        if recipe.compensation is not None and inputs.calibration is not None:
+            seed = recipe.scoring.random_seed
+            text = text_for_repair(inputs.model, inputs.calibration, recipe.compensation, seed=seed, progress=progress)
+    scores = {way.method: scored for way, scored in zip(ways, found, strict=True)}
+    return _Shared(recipes, ratios, scores, text, writing)
 
 
 def _compare_plans(record: _Record, shared: _Shared, max_memory: str | None) -> None:
@@ -173,14 +168,14 @@ def _compare_plans(record: _Record, shared: _Shared, max_memory: str | None) -> 
 
     Results with the same plan are the same model: it is made and measured once, for all of them.
     """
-    inputs, dense = record.inputs, record.inputs.model
+    inputs, dense, recipe = record.inputs, record.inputs.model, shared.recipes[0]
     plans: dict[str, Plan] = {}
     wanted: dict[str, list[tuple[str, float]]] = {}
-    costs = (shared.target or TargetOptions()).costs(inputs.geometry)
-    for options, ratio in product(shared.each, shared.ratios):
-        plan = select(shared.scores[options.method].table, inputs.geometry, ratio, shared.constraints, costs)
+    costs = recipe.target.costs(inputs.geometry)
+    for (method, scored), ratio in product(shared.scores.items(), shared.ratios):
+        plan = select(scored.table, inputs.geometry, ratio, recipe.constraints, costs)
         plans[plan.fingerprint] = plan
-        wanted.setdefault(plan.fingerprint, []).append((options.method, ratio))
+        wanted.setdefault(plan.fingerprint, []).append((method, ratio))
 
     def add(cut: Cut, compensated: bool, seconds: float, peak_bytes: int | None) -> None:
         rows = []
@@ -197,7 +192,7 @@ def _compare_plans(record: _Record, shared: _Shared, max_memory: str | None) -> 
     batches: list[Batch] = []
     at_once = 1
     if shared.text is not None:
-        batches = list(shared.text.batches(shared.each[0].batch_size))
+        batches = list(shared.text.batches(recipe.scoring.batch_size))
         tokens = shared.text.input_ids.numel()
         limit = parse_bytes(max_memory) if max_memory else None
         at_once = cuts_at_once(dense, each_plan, tokens, free_memory(dense.device, limit))
@@ -209,9 +204,9 @@ def _compare_plans(record: _Record, shared: _Shared, max_memory: str | None) -> 
                 cuts.append(Cut(apply_plan(dense, plan), plan))
             seconds.append(cost.seconds)
             add(cuts[-1], False, cost.seconds, cost.peak_bytes)
-        if shared.compensation is not None:
+        if recipe.compensation is not None:
             with metered(dense.device) as cost:
-                repaired = compensate_together_(cuts, dense, batches, shared.compensation, progress=record.progress)
+                repaired = compensate_together_(cuts, dense, batches, recipe.compensation, progress=record.progress)
             for cut, before, found in zip(cuts, seconds, repaired, strict=True):
                 seconds_of_repair = shared.writing.seconds + found.seconds
                 add(cut, True, before + seconds_of_repair, _largest(shared.writing.peak_bytes, cost.peak_bytes))
@@ -233,29 +228,28 @@ def cuts_at_once(dense: Any, plans: Sequence[Plan], tokens: int, free: int | Non
     return max(1, min(len(plans), free // 2 // bytes_of_a_cut(dense, largest, tokens)))
 
 
-def _add_result(
-    record: _Record, shared: _Shared, options: ScoringOptions, ratio: float, repair: CompensationOptions | None
-) -> None:
+def _add_result(record: _Record, shared: _Shared, recipe: Recipe, ratio: float) -> None:
     """Prune in one way, keep the plan, and measure."""
-    inputs, scored = record.inputs, shared.scores[options.method]
+    inputs, method, repairs = record.inputs, recipe.scoring.method, recipe.compensation is not None
+    scored = shared.scores[method]
     with metered(inputs.model.device) as cost:
         result = prune(
             inputs.model,
             ratio,
             inputs.calibration,
-            scoring=options,
-            constraints=shared.constraints,
-            target=shared.target,
-            compensation=repair,
-            rounds=shared.rounds,
+            scoring=replace(recipe.scoring, engine=inputs.engine),
+            constraints=recipe.constraints,
+            target=recipe.target,
+            compensation=recipe.compensation,
+            rounds=recipe.rounds,
             scored=scored,
             repair_text=shared.text,
             progress=record.progress,
         )
-    costs = [cost] if repair is None else [cost, shared.writing]
+    costs = [cost, shared.writing] if repairs else [cost]
     seconds = scored.about["seconds"] + sum(each.seconds for each in costs)
     peak_bytes = _largest(scored.about["peak_bytes"], *(each.peak_bytes for each in costs))
-    row = _Row(options.method, ratio, repair is not None, seconds, peak_bytes)
+    row = _Row(method, ratio, repairs, seconds, peak_bytes)
     record.keep_plan(result.plan, row)
     record.add(result.model, [row])
 

@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ from prunus.checkpoint import (
 from prunus.errors import CalibrationError, OptionError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows, read_text
 from prunus.groups import Geometry
-from prunus.selection import Constraints, check_ratio, check_reachable
+from prunus.recipe import Recipe
+from prunus.selection import check_reachable
 from prunus.sweep import Engine, EngineChoice
 from prunus.sweep.estimate import Workload, available_memory, choose_engine, estimate, parse_bytes, show_bytes
 from prunus.sweep.processes import is_first
-from prunus.targets import TargetOptions
 
 __all__ = [
     "CalibrationOptions",
@@ -116,6 +117,12 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if self.held_out < 0:
             raise OptionError(f"held_out is {self.held_out}; it must not be negative")
+
+    def tokens(self, text: str | None, seq_len: int) -> int:
+        """At most how many tokens perplexity is measured on: those of a text, else of held-out sequences."""
+        if text is None:
+            return self.held_out * seq_len
+        return len(text) if self.eval_windows is None else self.eval_windows * self.eval_seq_len
 
 
 def draw_calibration(
@@ -263,16 +270,12 @@ def open_inputs(
     model: str,
     out: str | Path,
     ratios: Sequence[float],
-    constraints: Constraints | None,
-    target: TargetOptions | None,
+    recipes: Sequence[Recipe],
     calibration: CalibrationOptions,
     evaluation: EvaluationOptions,
     model_options: ModelOptions,
     *,
-    engine: EngineChoice,
-    workload: Workload,
     work: Path | None = None,
-    calibrate: bool,
     save_model: bool,
     overwrite: bool,
     progress: bool = True,
@@ -282,16 +285,12 @@ def open_inputs(
     Args:
         model: a folder, a Hub id, or `smollm2-135m`.
         out: folder for the result.
-        ratios: shares of all parameters, or of what `target` says, to remove.
-        constraints: what may be cut.
-        target: what the ratios are shares of; default: parameters.
+        ratios: shares of all parameters, or of what the recipes' target says, to remove.
+        recipes: how; those of one call differ in the importance method alone.
         calibration: the text to calibrate on.
         evaluation: what to measure on.
         model_options: device, dtype and memory.
-        engine: which one is asked for.
-        workload: what will be done with the model, but for calibration and evaluation sizes, which are filled in.
-        work: folder for changed layers of an opened model.
-        calibrate: whether anything needs calibration sequences.
+        work: folder for changed layers of an opened model, and for what enters its layers; None = in memory.
         save_model: whether pruned models will be written to `out`.
         overwrite: replace an earlier result.
         progress: show progress bars on a terminal.
@@ -299,22 +298,25 @@ def open_inputs(
     Raises:
         PrunusError: whatever is wrong with options, model, text or folder.
     """
-    target = target or TargetOptions()
-    for ratio in ratios:
-        check_ratio(ratio, target.quantity)
+    calibrate = any(recipe.needs_calibration for recipe in recipes)
+    for recipe, ratio in product(recipes, ratios):
+        recipe.check(ratio, sequences=calibration.samples if calibrate else None)
     check_output(out, overwrite, model)
     text = read_text(evaluation.eval_text) if evaluation.eval_text else None
-    evaluation_tokens = evaluation.held_out * calibration.seq_len
-    if text is not None:
-        windows = evaluation.eval_windows
-        evaluation_tokens = len(text) if windows is None else windows * evaluation.eval_seq_len
-    workload = replace(
-        workload,
+    scoring, constraints, target = recipes[0].scoring, recipes[0].constraints, recipes[0].target
+    workload = Workload(
+        frozenset[str]().union(*(recipe.scoring.needs for recipe in recipes)),
         sequences=calibration.samples if calibrate else 0,
         seq_len=calibration.seq_len,
-        evaluation_tokens=evaluation_tokens,
+        batch_size=scoring.batch_size,
+        compensate=recipes[0].compensation is not None,
+        writes_text=recipes[0].writes_text,
+        evaluation_tokens=evaluation.tokens(text, calibration.seq_len),
+        inputs_on_disk=work is not None,
     )
-    dense, tokenizer, held_for = load_or_open(model, model_options, engine, workload, scratch=work, progress=progress)
+    dense, tokenizer, engine = load_or_open(
+        model, model_options, scoring.engine, workload, scratch=work, progress=progress
+    )
     geometry = Geometry.of(dense)
     costs = target.costs(geometry)
     for ratio in ratios:
@@ -333,7 +335,7 @@ def open_inputs(
     name = f"held-out calibration sequences ({Path(calibration.calibration).name})"
     if evaluation.eval_text:
         name = Path(evaluation.eval_text).name
-    return Inputs(model, dense, tokenizer, held_for, geometry, sequences, held_out, text, name, evaluation)
+    return Inputs(model, dense, tokenizer, engine, geometry, sequences, held_out, text, name, evaluation)
 
 
 def model_name(model: str) -> str:

@@ -18,7 +18,7 @@ from prunus.groups import Geometry
 from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions, load_or_open, model_name, open_inputs
 from prunus.metering import metered
 from prunus.plan import Plan
-from prunus.recipe import check_recipe
+from prunus.recipe import Recipe
 from prunus.report import write_report
 from prunus.reselection import hand_out_scores, reselect
 from prunus.result_folder import save_result
@@ -28,7 +28,6 @@ from prunus.selection import Constraints, check_reachable, select
 from prunus.self_text import text_for_repair
 from prunus.statistics import Statistics
 from prunus.surgery import apply_plan
-from prunus.sweep.estimate import Workload
 from prunus.table import price
 from prunus.targets import TargetOptions
 from prunus.version import __version__
@@ -96,21 +95,17 @@ def prune(
         progress: show progress bars on a terminal.
 
     Raises:
-        OptionError: the recipe cannot work, see `check_recipe`; like the next two before any pass over the model.
+        OptionError: the recipe cannot work, see `prunus.recipe`; like the next two before any pass over the model.
         CalibrationError: the recipe needs calibration sequences.
         StatisticsError: `scored` lacks what the repair chooses by.
         BudgetError: the ratio cannot be reached under the constraints.
         UnsupportedModelError: the model's family is not described.
     """
-    scoring, sequences = scoring or ScoringOptions(), None if calibration is None else len(calibration)
-    search = search or SearchOptions()
-    check_recipe(
-        ratio, scoring, constraints, compensation, rounds, search, sequences=sequences, target=target, scored=scored
-    )
-    geometry, target = Geometry.of(model), target or TargetOptions()
-    costs = target.costs(geometry)
+    recipe = Recipe.of(scoring, constraints, target, compensation, rounds, search)
+    recipe.check(ratio, sequences=None if calibration is None else len(calibration), scored=scored)
+    scoring, geometry, costs = recipe.scoring, Geometry.of(model), recipe.target.costs(Geometry.of(model))
     check_reachable(geometry, ratio, constraints, costs)
-    take = partial(score, options=scoring, curvature=compensation is not None and compensation.reselect)
+    take = partial(score, options=scoring, curvature=recipe.reselects)
     steps = schedule(ratio, rounds)
     folders = [work / of_round(step.number) if work else None for step in steps]
     scored = scored or take(model, calibration, work=folders[0], progress=progress)
@@ -125,14 +120,15 @@ def prune(
             work=work / SELF_TEXT if work else None,
             progress=progress,
         )
-    if search.wanted:
-        assert calibration is not None  # or check_recipe would have said so
+    if recipe.search.wanted:
+        text = calibration if repair_text is None else repair_text
+        assert text is not None  # or the recipe's check would have said so
         found = search_budget(
             model,
             table,
             ratio,
-            calibration if repair_text is None else repair_text,
-            search,
+            text,
+            recipe.search,
             constraints=constraints,
             costs=costs,
             compensation=compensation,
@@ -156,7 +152,7 @@ def prune(
     if repair_text is not None:
         findings["repair_text"] = repair_text.provenance.to_dict()
     scored = replace(scored, table=table, about={**scored.about, **findings})
-    return PruneResult(smaller, done, scored.priced(target, done), repairs)
+    return PruneResult(smaller, done, scored.priced(recipe.target, done), repairs)
 
 
 def _first(calibration: Calibration | None, part: Callable[[int], int]) -> Calibration | None:
@@ -233,41 +229,27 @@ def prune_checkpoint(
     Raises:
         PrunusError: whatever is wrong with options, model, text or folder, as far as possible before any long work.
     """
-    calibration, scoring = calibration or CalibrationOptions(), scoring or ScoringOptions()
-    search = search or SearchOptions()
-    calibrate = scoring.needs_calibration or compensation is not None or search.wanted
-    sequences = calibration.samples if calibrate else None
-    check_recipe(ratio, scoring, constraints, compensation, rounds, search, sequences=sequences, target=target)
+    recipe = Recipe.of(scoring, constraints, target, compensation, rounds, search)
     folder = WorkFolder(out, work)
     inputs = open_inputs(
         model,
         out,
         [ratio],
-        constraints,
-        target,
-        calibration,
+        [recipe],
+        calibration or CalibrationOptions(),
         evaluation or EvaluationOptions(),
         model_options or ModelOptions(),
-        engine=scoring.engine,
-        workload=Workload(
-            scoring.needs,
-            batch_size=scoring.batch_size,
-            compensate=compensation is not None,
-            writes_text=compensation is not None and compensation.self_text > 0,
-        ),
         work=folder.path,
-        calibrate=calibrate,
         save_model=True,
         overwrite=overwrite,
         progress=progress,
     )
-    scoring = replace(scoring, engine=inputs.engine)
     with metered(inputs.model.device) as cost:
         result = prune(
             inputs.model,
             ratio,
             inputs.calibration,
-            scoring=scoring,
+            scoring=replace(recipe.scoring, engine=inputs.engine),
             constraints=constraints,
             target=target,
             compensation=compensation,
@@ -281,7 +263,7 @@ def prune_checkpoint(
     metrics = {
         "prunus": __version__,
         "base_model": model_name(model),
-        "command": command or _command(model, out, ratio, scoring.method),
+        "command": command or _command(model, out, ratio, recipe.scoring.method),
         "ratio": ratio,
         "parameters_before": inputs.geometry.total_parameters,
         "parameters_after": result.model.num_parameters(),
