@@ -115,7 +115,10 @@ DETAILS = (WANDA, "taylor_2nd, sampled_fisher", "gate_fisher, sampled_fisher", "
 
 DETAIL_RATIOS = (0.2, 0.4)
 #: recipes that have rows of calibration text of the evaluation's own kind
-IN_DOMAIN = ("default recipe", "gate_fisher, repaired", "taylor")
+IN_DOMAIN = (
+    *("default recipe", "default recipe, calibration text alone", "two rounds, calibration text alone, no noise"),
+    *("gate_fisher, repaired", "taylor"),
+)
 
 
 def recipes() -> dict[str, Recipe]:
@@ -131,6 +134,7 @@ def recipes() -> dict[str, Recipe]:
         "default recipe, reselected": replace(default, repair=replace(DEFAULT_REPAIR, reselect=True), main=False),
         "three rounds with wanda, layer_sum": replace(default, scoring=WANDA, rounds=3, main=False),
         "default recipe, calibration text alone": replace(default, repair=REPAIR, main=False),
+        "two rounds, calibration text alone, no noise": replace(silent, rounds=2),
         "three rounds, calibration text alone, no noise": silent,
     }
     for name in scorings():
