@@ -184,7 +184,8 @@ class Bench:
         """The rows that are wanted and not there; those of one list are made together."""
         options, name = self.options, Path(self.options.calibration).name
         done = {(row["recipe"], row["ratio"], row["calibration"], row["seed"]) for row in self.rows}
-        lists = [[Job("dense", 0.0, name, options.seeds[0])]]
+        measured = any(row["recipe"] == "dense" for row in self.rows)
+        lists = [] if measured else [[Job("dense", 0.0, name, options.seeds[0])]]
         wanted = {key: recipe for key, recipe in recipes().items() if not options.recipes or key in options.recipes}
         for seed in options.seeds:
             for recipe, what in wanted.items():
