@@ -37,12 +37,11 @@ class Flow:
         mask: bool, (batch, seq_len), True where there is a token; None = no padding.
         targets: float32, (batch,): number of tokens of each sequence that have a loss.
         x: input of the projection, (batch, seq_len, in_features), detached.
-        output_gradient: gradient of the summed token losses by the projection's output, (batch, seq_len,
-            out_features); None outside `on_output_gradient`.
-        input_gradient: the same by its input; None outside `on_input_gradient`.
-        norm: the norm between the block that the projection ends and the residual stream; None where there is none.
-        stream_gradient: the same by the output of `norm`, which is what the residual stream gets, (batch, seq_len,
-            hidden_size); None outside `on_stream_gradient`.
+        gradient: of the summed token losses, by what the listener listens to: the projection's output, (batch, seq_len,
+            out_features), its input, or what the residual stream gets of the block, (batch, seq_len, hidden_size). None
+            in the forward pass.
+        norm: the norm between the block that the projection ends and the residual stream; None but for
+            `on_stream_gradient`.
     """
 
     geometry: Geometry
@@ -52,10 +51,8 @@ class Flow:
     mask: Tensor | None
     targets: Tensor
     x: Tensor
-    output_gradient: Tensor | None = None
-    input_gradient: Tensor | None = None
+    gradient: Tensor | None = None
     norm: nn.Module | None = None
-    stream_gradient: Tensor | None = None
 
     def tokens(self, values: Tensor) -> Tensor:
         """Drop padding: (batch, seq_len, features) → (tokens, features)."""

@@ -60,10 +60,10 @@ class GateGradients(Statistic):
 
     def on_input_gradient(self, flow: Flow) -> None:
         """Add a batch's squared gate gradients."""
-        assert flow.input_gradient is not None
+        assert flow.gradient is not None
         axis = SPACE_AXIS[flow.projection.inputs]
         # float32 products: in bf16 the sum over hundreds of tokens would lose its small terms.
-        columns = (flow.x.float() * flow.input_gradient.float()).sum(dim=1)
+        columns = (flow.x.float() * flow.gradient.float()).sum(dim=1)
         gates = columns.double().reshape(len(columns), flow.geometry.widths[flow.layer_idx][axis], -1).sum(dim=2)
         self._add(flow.layer_idx, axis, gates)
 
@@ -103,11 +103,11 @@ def _effects_through_norm(flow: Flow, groups: int, together: bool) -> Tensor:
         float32, (batch, seq_len, groups).
     """
     assert flow.norm is not None
-    assert flow.stream_gradient is not None
+    assert flow.gradient is not None
     norm: Any = flow.norm
     inputs, weight = flow.x.float(), flow.module.weight.float()
     bias = 0.0 if flow.module.bias is None else flow.module.bias.float()
-    pull = flow.stream_gradient.float() * (flow.geometry.family.norm_offset + norm.weight.float())
+    pull = flow.gradient.float() * (flow.geometry.family.norm_offset + norm.weight.float())
     epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
     output = inputs @ weight.T + bias
 

@@ -59,7 +59,7 @@ class WeightGradients(Statistic):
 
     def on_output_gradient(self, flow: Flow) -> None:
         """Add a batch's gradients of one projection's weight and bias."""
-        delta, x = flow.output_gradient, flow.x
+        delta, x = flow.gradient, flow.x
         assert delta is not None
         if self.squares:
             for sequence in range(len(x)):

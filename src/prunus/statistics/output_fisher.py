@@ -44,8 +44,8 @@ class OutputFisher(Statistic):
 
     def on_output_gradient(self, flow: Flow) -> None:
         """Add a batch's outer products."""
-        assert flow.output_gradient is not None
-        delta = flow.tokens(flow.output_gradient).float()
+        assert flow.gradient is not None
+        delta = flow.tokens(flow.gradient).float()
         key = (flow.layer_idx, SPACE_AXIS[flow.projection.inputs])
         if key not in self._sums:
             self._sums[key] = delta.new_zeros(delta.shape[1], delta.shape[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +98,9 @@ class Taps:
             for listener in on_input:
                 listener(flow)
             if on_output_gradient and output.requires_grad:
-                output.register_hook(_gradient_hook(flow, "output_gradient", on_output_gradient))
+                output.register_hook(_gradient_hook(flow, on_output_gradient))
             if on_input_gradient and x.requires_grad:
-                x.register_hook(_gradient_hook(flow, "input_gradient", on_input_gradient))
+                x.register_hook(_gradient_hook(flow, on_input_gradient))
 
         return [submodule(layer, projection.path).register_forward_hook(forward_hook)]
 
@@ -120,7 +120,7 @@ class Taps:
         def behind(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             flow = replace(entered.pop(), norm=module)
             if output.requires_grad:
-                output.register_hook(_gradient_hook(flow, "stream_gradient", listeners))
+                output.register_hook(_gradient_hook(flow, listeners))
 
         return [
             submodule(layer, block.output.path).register_forward_hook(before),
@@ -128,18 +128,13 @@ class Taps:
         ]
 
 
-def _gradient_hook(
-    flow: Flow,
-    kind: Literal["output_gradient", "input_gradient", "stream_gradient"],
-    listeners: Sequence[Callable[[Flow], None]],
-) -> Callable[[Tensor], None]:
+def _gradient_hook(flow: Flow, listeners: Sequence[Callable[[Flow], None]]) -> Callable[[Tensor], None]:
     # The list lets the hook drop its hold on the input once it has run; the graph, and with it every hook, lives on
     # until the whole backward pass is over.
     waiting = [flow]
 
     def hook(gradient: Tensor) -> None:
-        gradients: dict[str, Any] = {kind: gradient.detach()}
-        seen = replace(waiting.pop(), **gradients)
+        seen = replace(waiting.pop(), gradient=gradient.detach())
         for listener in listeners:
             listener(seen)
 
