@@ -368,31 +368,34 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     dense = next(row for row in rows if row["recipe"] == "dense")
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
     first = [row for row in rows if (row["calibration"], row["seed"]) == (dense["calibration"], dense["seed"])]
-    colours: dict[str, str] = {}
-    for recipe in sorted({row["recipe"] for row in first} - {"dense"}):
-        found = sorted((row["ratio"], row["perplexity"]) for row in first if row["recipe"] == recipe)
-        if len(found) < POINTS:
-            continue
-        colour = colours.setdefault(recipe.removesuffix(", repaired"), f"C{len(colours)}")
-        axes.plot(
-            [0, *(100 * ratio for ratio, _ in found)],
-            [1, *(measured / dense["perplexity"] for _, measured in found)],
-            marker="o",
-            label=recipe,
-            color=colour,
-            linestyle="--" if recipe.endswith(", repaired") else "-",
-            linewidth=2.5 if "default" in recipe else 1.2,
-        )
-    axes.set(yscale="log", xlabel="parameters removed (%)", ylabel="perplexity, multiple of dense")
-    axes.set_ylim(0.95, 15)
-    axes.set_yticks([1, 1.5, 2, 3, 5, 10], ["1", "1.5", "2", "3", "5", "10"])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    if colours:
-        figure.legend(loc="outside right upper", fontsize="small")
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(first, key=lambda row: row["ratio"]):
+        if row["recipe"] != "dense":
+            curves.setdefault(row["recipe"], []).append((100 * row["ratio"], row["perplexity"] / dense["perplexity"]))
+    curves = {recipe: points for recipe, points in curves.items() if len(points) >= POINTS}
+    methods = sorted({recipe.removesuffix(", repaired") for recipe in curves})
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, title, suffix in zip(
+        panels, ("methods, plain slicing", "methods, repaired"), ("", ", repaired"), strict=True
+    ):
+        for number, method in enumerate(methods):
+            # Recipes that are no method stand for themselves in both panels.
+            points = curves.get(method + suffix) if method in scorings() else curves[method]
+            if points:
+                width = 1.2 if method in scorings() else 2.5
+                x, y = zip((0, 1), *points, strict=True)
+                axes.plot(x, y, color=f"C{number}", marker="os^v"[number % 4], linewidth=width, label=method)
+        axes.set(yscale="log", xlabel="parameters removed (%)", title=title)
+        axes.set_ylim(0.95, 15)
+        axes.set_yticks([1, 1.5, 2, 3, 5, 10], ["1", "1.5", "2", "3", "5", "10"])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("perplexity, multiple of dense")
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    if lines:
+        figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
 
 
