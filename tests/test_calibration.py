@@ -41,14 +41,14 @@ class CountingTokenizer(PreTrainedTokenizerFast):
         return super().__call__(text, **options)
 
 
-def make_tokenizer(eos: bool = True) -> CountingTokenizer:
+def make_tokenizer(eos: bool = True, begin: bool = False) -> CountingTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>", "<begin>"])
-    # A tokenizer that would put a special token before every document if it were let.
-    tokenizer.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", BOS)])
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", BOS)])
     special = {"eos_token": "<end>", "bos_token": "<begin>"} if eos else {}
     return CountingTokenizer(tokenizer_object=tokenizer, model_max_length=16, **special)
 
@@ -68,6 +68,31 @@ def write_lines(path: Path, documents, column="text") -> Path:
 
 
 # --- packing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lines", "text", "texts", "one text", "self"])
+def test_sequences_begin_as_the_tokenizer_begins_a_text(tmp_path, kind):
+    """With a token in the place of the last one of as many shorter sequences."""
+    documents = [f"document number {i}. " * 5 for i in range(300)]
+    (tmp_path / "docs.txt").write_text(" ".join(documents), encoding="utf-8")
+    write_lines(tmp_path / "docs.jsonl", documents)
+    model = tiny_model()
+
+    def made(tokenizer, seq_len, **options):
+        options |= {"samples": 6, "seq_len": seq_len, "seed": 2}
+        if kind in ("texts", "one text"):
+            given = documents if kind == "texts" else " ".join(documents)
+            return calibration_from_texts(given, tokenizer, **options).input_ids
+        source = {"lines": str(tmp_path / "docs.jsonl"), "text": str(tmp_path / "docs.txt"), "self": "self"}[kind]
+        return load_calibration(source, tokenizer, model=model, **options).input_ids
+
+    begun = made(make_tokenizer(begin=True), 33)
+    assert begun.shape == (6, 33)
+    assert (begun[:, 0] == BOS).all()
+    assert BOS not in begun[:, 1:] or kind == "self"
+    assert torch.equal(made(make_tokenizer(begin=True), 33, begin_token=False), made(make_tokenizer(), 33))
+    if kind != "self":
+        assert torch.equal(begun[:, 1:], made(make_tokenizer(), 32))
 
 
 def test_documents_are_joined_by_eos_without_special_tokens(tmp_path, tokenizer):
@@ -388,14 +413,16 @@ def test_text_from_the_model_itself(tokenizer):
     assert model.training
 
 
+@pytest.mark.parametrize("begin", [None, 5])
 @pytest.mark.parametrize(("length", "at_once"), [(20, 64), (20, 2), (8, 3)])
-def test_text_from_the_model_follows_its_probabilities(tokenizer, monkeypatch, length, at_once):
+def test_text_from_the_model_follows_its_probabilities(monkeypatch, length, at_once, begin):
     monkeypatch.setattr(sampled, "PIECE_LENGTH", length)
     monkeypatch.setattr(sampled, "PIECES_AT_ONCE", at_once)
     model = tiny_model().eval()
     with torch.no_grad():
         model.lm_head.weight *= 50  # far from uniform
-    calibration = load_calibration("self", tokenizer, samples=3, seq_len=20, seed=4, model=model)
+    before = [] if begin is None else [begin]
+    found = sampled.sample_from_model(model, samples=3, seq_len=20 + len(before), seed=4, begin=begin)
     # The same draws, from the model run on the whole text so far each time, looking for the token one by one.
     generator = torch.Generator().manual_seed(4)
     pieces = -(-60 // length)
@@ -405,7 +432,8 @@ def test_text_from_the_model_follows_its_probabilities(tokenizer, monkeypatch, l
         ids = starts[first : first + at_once]
         for _ in range(length - 1):
             with torch.no_grad():
-                probabilities = model(ids).logits[:, -1].softmax(dim=-1).double()
+                read = torch.cat([torch.tensor([before] * len(ids), dtype=torch.int64), ids], dim=1)
+                probabilities = model(read).logits[:, -1].softmax(dim=-1).double()
             thresholds = torch.rand(len(ids), 1, generator=generator, dtype=torch.float64)
             chosen = []
             for row, threshold in zip(probabilities, thresholds[:, 0], strict=True):
@@ -416,7 +444,7 @@ def test_text_from_the_model_follows_its_probabilities(tokenizer, monkeypatch, l
                 chosen.append(token)
             ids = torch.cat([ids, torch.tensor(chosen)[:, None]], dim=1)
         texts += ids.flatten().tolist()
-    assert calibration.input_ids.flatten().tolist() == texts[:60]
+    assert found.tolist() == [[*before, *texts[20 * number : 20 * number + 20]] for number in range(3)]
 
 
 def test_text_from_the_model_has_no_impossible_token():

@@ -20,10 +20,10 @@ VOCABULARY = 1000
 
 
 def batches_of(count, size, seq_len=8, *, padded=False):
-    """Batches of a token that is never drawn."""
-    ids = torch.full((size, seq_len), VOCABULARY)
+    """Batches of tokens that are never drawn, each sequence of one of its own."""
     mask = (torch.arange(seq_len) < seq_len - 2).long().expand(size, seq_len) if padded else None
-    return [Batch(ids.clone(), mask) for _ in range(count)]
+    ids = VOCABULARY + torch.arange(count * size)[:, None].expand(-1, seq_len)
+    return [Batch(each.clone(), mask) for each in ids.split(size)]
 
 
 @given(count=st.integers(2, 9), size=st.integers(1, 4), padded=st.booleans())
@@ -33,19 +33,28 @@ def test_every_second_batch_and_no_other(count, size, padded):
     assert len(found) == count
     for number, (before, after) in enumerate(zip(batches, found, strict=True)):
         assert after.attention_mask is before.attention_mask
-        changed = after.input_ids != VOCABULARY
+        changed = after.input_ids < VOCABULARY
         assert changed.all() if number not in clean_batches(count, 1.0) else not changed.any()
-        assert (before.input_ids == VOCABULARY).all(), "what the caller has stays as it is"
+        assert (before.input_ids >= VOCABULARY).all(), "what the caller has stays as it is"
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_about_the_share_that_is_asked_for_from_all_of_the_vocabulary(share):
     ids = with_noise(batches_of(2, 100, 500), share, VOCABULARY)[1].input_ids
-    drawn = ids[ids != VOCABULARY]
+    drawn = ids[ids < VOCABULARY]
     assert drawn.numel() / ids.numel() == pytest.approx(share, rel=0.02)
     assert int(drawn.min()) == 0
     assert int(drawn.max()) == VOCABULARY - 1
     assert len(drawn.unique()) > 0.98 * VOCABULARY
+
+
+def test_a_token_that_all_sequences_begin_with_stays():
+    batches = batches_of(3, 2)
+    for batch in batches:
+        batch.input_ids[:, 0] = 7
+    (noised,) = with_noise(batches, 1.0, VOCABULARY)[1:2]
+    assert (noised.input_ids[:, 0] == 7).all()
+    assert (noised.input_ids[:, 1:] < VOCABULARY).all()
 
 
 def test_the_seed_decides():
@@ -58,8 +67,8 @@ def test_the_seed_decides():
 def test_one_batch_is_parted(padded):
     found = with_noise(batches_of(1, 5, padded=padded), 1.0, VOCABULARY)
     assert [len(batch.input_ids) for batch in found] == [3, 2]
-    assert (found[0].input_ids == VOCABULARY).all()
-    assert (found[1].input_ids != VOCABULARY).all()
+    assert (found[0].input_ids >= VOCABULARY).all()
+    assert (found[1].input_ids < VOCABULARY).all()
     assert [batch.attention_mask is not None for batch in found] == [padded, padded]
 
 

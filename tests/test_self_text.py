@@ -49,6 +49,15 @@ def test_a_share_is_written_by_the_model(model, calibration, share, number):
     assert not torch.equal(mixed.input_ids, text_for_repair(model, calibration, options, progress=False).input_ids)
 
 
+def test_what_the_model_writes_begins_as_the_given_sequences_do(model):
+    ids = random_tokens(8, 12)
+    ids[:, 0] = 3
+    mixed = text_for_repair(model, calibration_from_tokens(ids), CompensationOptions(), seed=3, progress=False)
+    written = sample_from_model(model, samples=4, seq_len=12, seed=3, begin=3, progress=False)
+    assert (written[:, 0] == 3).all()
+    assert rows(mixed.input_ids) == rows(torch.cat([ids[:4], written]))
+
+
 def test_the_first_part_has_both_kinds(model):
     given = calibration_from_tokens(random_tokens(32, 6))
     mixed = text_for_repair(model, given, CompensationOptions(), progress=False)

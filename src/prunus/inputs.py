@@ -82,6 +82,8 @@ class CalibrationOptions:
         seq_len: tokens per sequence.
         seed: decides which sequences are drawn.
         text_column: column that holds the text in .jsonl and .parquet files.
+        begin_token: where the tokenizer puts a token before every text, as for Llama 3 and Gemma, begin each sequence
+            with it.
     """
 
     calibration: str = "default"
@@ -89,6 +91,7 @@ class CalibrationOptions:
     seq_len: int = 512
     seed: int = 0
     text_column: str = "text"
+    begin_token: bool = True
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -106,12 +109,15 @@ class EvaluationOptions:
             held out.
         eval_seq_len: tokens per window of the text.
         eval_windows: only the first so many windows of the text.
+        eval_begin_token: where the tokenizer puts a token before every text, begin each window with it. GPTQ and the
+            tools after it do not.
         held_out: number of held-out calibration sequences, where no text is given; 0 = measure nothing.
     """
 
     eval_text: str | None = None
     eval_seq_len: int = 2048
     eval_windows: int | None = None
+    eval_begin_token: bool = True
     held_out: int = 16
 
     def __post_init__(self) -> None:
@@ -145,6 +151,7 @@ def draw_calibration(
         seq_len=options.seq_len,
         seed=options.seed,
         text_column=options.text_column,
+        begin_token=options.begin_token,
         model=model,
         progress=progress,
     )
@@ -257,6 +264,7 @@ class Inputs:
                 self.text,
                 seq_len=self.evaluation.eval_seq_len,
                 max_windows=self.evaluation.eval_windows,
+                begin_token=self.evaluation.eval_begin_token,
                 progress=progress,
             )
         if self.held_out is not None:

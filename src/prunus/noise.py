@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from prunus.begin_token import shared_begin_token
 from prunus.calibration import Batch
 from prunus.errors import OptionError
 
@@ -34,6 +35,8 @@ def check_noise(name: str, share: float) -> None:
 def with_noise(batches: Sequence[Batch], share: float, vocabulary: int, seed: int = 0) -> list[Batch]:
     """Replace a share of the tokens in every second batch by tokens drawn uniformly from the vocabulary.
 
+    A token that all sequences begin with stays: it stands before other text as well.
+
     Args:
         batches: calibration sequences; a single batch of several sequences is parted first.
         share: of the tokens of a noised batch, in [0, 1]; 0 changes nothing.
@@ -46,6 +49,7 @@ def with_noise(batches: Sequence[Batch], share: float, vocabulary: int, seed: in
     if not share:
         return list(batches)
     batches = _parted(batches)
+    begun = shared_begin_token(torch.cat([batch.input_ids[:, :1] for batch in batches])) is not None
     generator = torch.Generator().manual_seed(seed)
     clean, noised = clean_batches(len(batches), share), []
     for number, batch in enumerate(batches):
@@ -55,6 +59,7 @@ def with_noise(batches: Sequence[Batch], share: float, vocabulary: int, seed: in
         ids = batch.input_ids
         wrong = torch.randint(vocabulary, ids.shape, generator=generator, dtype=ids.dtype).to(ids.device)
         replaced = (torch.rand(ids.shape, generator=generator) < share).to(ids.device)
+        replaced[:, : int(begun)] = False
         noised.append(Batch(torch.where(replaced, wrong, ids), batch.attention_mask))
     return noised
 

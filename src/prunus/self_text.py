@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunus.begin_token import shared_begin_token
 from prunus.calibration import Calibration, calibration_from_tokens
 from prunus.calibration.sampled import sample_from_model
 from prunus.compensation import CompensationOptions
@@ -63,7 +64,8 @@ def text_for_repair(
     if not number:
         return calibration
     seq_len = calibration.input_ids.shape[1]
-    written = _written(model, number, seq_len, seed, work, progress)
+    begin = None if calibration.attention_mask is not None else shared_begin_token(calibration.input_ids)
+    written = _written(model, number, seq_len, seed, begin, work, progress)
     given = len(calibration) - number
     order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed))
     ids, mask = torch.cat([calibration.input_ids[:given], written])[order], calibration.attention_mask
@@ -73,13 +75,16 @@ def text_for_repair(
     return calibration_from_tokens(ids, mask, source=name)
 
 
-def _written(model: Any, number: int, seq_len: int, seed: int, work: Path | None, progress: bool) -> Tensor:
+def _written(
+    model: Any, number: int, seq_len: int, seed: int, begin: int | None, work: Path | None, progress: bool
+) -> Tensor:
     made_from = {}
     if work is not None:
         made_from = {"model": digest_model(model), "sequences": number, "seq_len": seq_len, "seed": seed}
+        made_from["begin token"] = begin
     records = Records(work, made_from)
     if 0 in records:
         return records[0]["input_ids"]
-    ids = sample_from_model(model, samples=number, seq_len=seq_len, seed=seed, progress=progress)
+    ids = sample_from_model(model, samples=number, seq_len=seq_len, seed=seed, begin=begin, progress=progress)
     records.put(0, {"input_ids": ids}, {})
     return ids

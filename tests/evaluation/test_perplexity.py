@@ -59,12 +59,12 @@ def tokenizer():
 TEXT = "The quick brown fox jumps over the lazy dog.\n\nIt was 1984, or 2024; nobody knew. " * 3
 
 
-def slow_losses(model, tokenizer, text, seq_len):
+def slow_losses(model, tokenizer, text, seq_len, begin=False):
     """Every token's loss, one position of one window at a time, in float64."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    losses = []
-    for start in range(0, len(ids) - seq_len + 1, seq_len):
-        window = ids[start : start + seq_len]
+    losses, length = [], seq_len - begin
+    for start in range(0, len(ids) - length + 1, length):
+        window = [256] * begin + ids[start : start + length]
         with torch.no_grad():
             logits = model(torch.tensor([window])).logits[0].double()
         for position in range(seq_len - 1):
@@ -74,31 +74,43 @@ def slow_losses(model, tokenizer, text, seq_len):
 
 @pytest.mark.parametrize("seq_len", [2, 7, 32, 64])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_against_the_slow_way(model, tokenizer, seq_len, batch_size):
-    expected = slow_losses(model, tokenizer, TEXT, seq_len)
-    result = perplexity(model, tokenizer, TEXT, seq_len=seq_len, batch_size=batch_size)
+@pytest.mark.parametrize("begin", [False, True])
+def test_against_the_slow_way(model, tokenizer, seq_len, batch_size, begin):
+    expected = slow_losses(model, tokenizer, TEXT, seq_len, begin)
+    result = perplexity(model, tokenizer, TEXT, seq_len=seq_len, batch_size=batch_size, begin_token=begin)
     assert result.nll == pytest.approx(sum(expected) / len(expected), rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-5)
     assert result.tokens == len(TEXT)
     assert result.tokens_scored == len(expected) == result.windows * (seq_len - 1)
-    assert result.windows == len(TEXT) // seq_len
+    assert result.windows == len(TEXT) // (seq_len - begin)
     assert result.seq_len == seq_len
 
 
 def test_the_result_says_how_it_was_measured(model, tokenizer):
-    result = perplexity(model, tokenizer, TEXT, seq_len=32)
+    result = perplexity(model, tokenizer, TEXT, seq_len=32, begin_token=False)
     for part in ("tokenised once", "not re-joined", "no special tokens", "windows of 32", "float32 loss"):
         assert part in result.protocol
     assert f"last window of {len(TEXT) % 32} tokens dropped" in result.protocol
     assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
-    first = perplexity(model, tokenizer, TEXT, seq_len=32, max_windows=2)
+    first = perplexity(model, tokenizer, TEXT, seq_len=32, max_windows=2, begin_token=False)
     assert "only the first 2 of 7 windows" in first.protocol
     assert first.windows == 2
     assert first.nll == pytest.approx(sum(slow_losses(model, tokenizer, TEXT, 32)[:62]) / 62, rel=1e-6)
+    begun = perplexity(model, tokenizer, TEXT, seq_len=32).protocol
+    assert "each window begun with the token that begins a text" in begun
+    assert "no special tokens" not in begun
+
+
+def test_a_tokenizer_that_puts_nothing_before_a_text_is_left_at_that(model, tokenizer):
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <begin>", special_tokens=[("<begin>", 256)]
+    )
+    found, plain = (perplexity(model, tokenizer, TEXT, seq_len=32, begin_token=begin) for begin in (True, False))
+    assert found == plain
 
 
 def test_ready_windows_are_scored_alike(model, tokenizer):
-    whole = perplexity(model, tokenizer, TEXT[: 32 * 7], seq_len=32)
+    whole = perplexity(model, tokenizer, TEXT[: 32 * 7], seq_len=32, begin_token=False)
     windows = torch.tensor(tokenizer(TEXT[: 32 * 7], add_special_tokens=False)["input_ids"]).view(7, 32)
     ready = perplexity_of_windows(model, windows, batch_size=2)
     assert ready.nll == pytest.approx(whole.nll, rel=1e-6)
@@ -122,6 +134,8 @@ def test_padding_is_neither_read_nor_predicted(model, tokenizer, side):
 
 def test_a_short_text_is_one_short_window(model, tokenizer):
     result = perplexity(model, tokenizer, "Hello", seq_len=64)
+    assert (result.windows, result.seq_len, result.tokens_scored) == (1, 6, 5)
+    result = perplexity(model, tokenizer, "Hello", seq_len=64, begin_token=False)
     assert (result.windows, result.seq_len, result.tokens_scored) == (1, 5, 4)
     expected = slow_losses(model, tokenizer, "Hello", 5)
     assert result.nll == pytest.approx(sum(expected) / 4, rel=1e-6)
@@ -129,7 +143,7 @@ def test_a_short_text_is_one_short_window(model, tokenizer):
 
 def test_low_precision_models_keep_a_float32_loss(model, tokenizer):
     result = perplexity(model.bfloat16(), tokenizer, TEXT, seq_len=64)
-    expected = slow_losses(model, tokenizer, TEXT, 64)
+    expected = slow_losses(model, tokenizer, TEXT, 64, begin=True)
     assert result.nll == pytest.approx(sum(expected) / len(expected), rel=1e-6)
     assert "bfloat16 model" in result.protocol
 
@@ -183,8 +197,8 @@ def test_a_loss_that_is_not_finite_names_the_window(model, tokenizer):
     text = "a" * 20 + "b" * 4
     with torch.no_grad():
         model.model.embed_tokens.weight[tokenizer("b", add_special_tokens=False)["input_ids"]] = math.nan
-    with pytest.raises(NonFiniteError, match=r"window 2 \(tokens 16 to 23\)"):
-        perplexity(model, tokenizer, text, seq_len=8, batch_size=2)
+    with pytest.raises(NonFiniteError, match=r"window 2 \(each has 8 tokens\)"):
+        perplexity(model, tokenizer, text, seq_len=8, batch_size=2, begin_token=False)
 
 
 # --- reading text --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prunus.begin_token import begin_token_of
 from prunus.calibration.batches import Calibration, Provenance, hash_tokens
 from prunus.calibration.embedded import embedded_documents, embedded_name
 from prunus.calibration.files import TEXT_KINDS, json_documents, parquet_documents, text_passages
@@ -41,15 +42,16 @@ def load_calibration(
     seed: int = 0,
     text_column: str = "text",
     model: PreTrainedModel | None = None,
+    begin_token: bool = True,
     fewer: bool = False,
     progress: bool = True,
 ) -> Calibration:
     """Make `samples` sequences of `seq_len` tokens from a source of text.
 
     Documents are shuffled with the seed, tokenised without special tokens, joined by the end-of-text token and cut
-    every `seq_len` tokens: no padding. A source that is one long text gives non-overlapping windows from places drawn
-    with the seed instead. No more is read and tokenised than is needed. The same source, tokenizer and options give the
-    same tokens in every process.
+    into sequences of `seq_len` tokens: no padding. A source that is one long text gives non-overlapping windows from
+    places drawn with the seed instead. No more is read and tokenised than is needed. The same source, tokenizer and
+    options give the same tokens in every process.
 
     Args:
         source: None or `default` for the text that ships with Python; `self` for text the model writes; a `.txt`,
@@ -61,6 +63,7 @@ def load_calibration(
         seed: of the shuffling, and of the sampling for `self`.
         text_column: column with the text in JSON lines, parquet, and data sets given by owner and name.
         model: needed only for `self`.
+        begin_token: where the tokenizer puts a token before every text (Llama 3, Gemma), begin each sequence with it.
         fewer: do with as many sequences as the source has, where it has fewer than `samples`.
         progress: show a bar on a terminal where it takes long (`self`).
 
@@ -77,6 +80,7 @@ def load_calibration(
         kind = _kind_of(source)
 
     sizes: dict[str, Any] = {"samples": samples, "seq_len": seq_len}
+    begin = begin_token_of(tokenizer) if begin_token else None
     path = Path(source).expanduser()
     documents: Iterable[str]
     each: int | None = None
@@ -85,7 +89,7 @@ def load_calibration(
         if kind == "model":
             if model is None:
                 raise CalibrationError(f"the source {SELF_SOURCE!r} samples text from the model: pass it as `model`")
-            ids = sample_from_model(model, **sizes, seed=seed, progress=progress)
+            ids = sample_from_model(model, **sizes, seed=seed, begin=begin, progress=progress)
             return _calibration(Packed(ids, samples), "sampled from the model", kind, seed)
         if kind == "embedded":
             documents = _shuffled(embedded_documents(), seed)
@@ -100,9 +104,11 @@ def load_calibration(
         else:
             documents = parquet_documents(path, text_column=text_column, seed=seed)
         if running_text:
-            packed = pack_windows(documents, tokenizer, **sizes, seed=seed, each=each, name=source, fewer=fewer)
+            packed = pack_windows(
+                documents, tokenizer, **sizes, seed=seed, each=each, name=source, fewer=fewer, begin=begin
+            )
         else:
-            packed = pack_documents(documents, tokenizer, **sizes, name=source, fewer=fewer)
+            packed = pack_documents(documents, tokenizer, **sizes, name=source, fewer=fewer, begin=begin)
     except OSError as error:
         raise CalibrationError(f"cannot read the calibration text {source}: {error.strerror or error}") from error
     return _calibration(packed, path.name if kind in TEXT_KINDS.values() else source, kind, seed)
@@ -116,6 +122,7 @@ def calibration_from_texts(
     seq_len: int = 512,
     seed: int = 0,
     source: str = "texts",
+    begin_token: bool = True,
     fewer: bool = False,
 ) -> Calibration:
     """Make calibration sequences from texts in memory, by the rules of `load_calibration`.
@@ -127,6 +134,7 @@ def calibration_from_texts(
         seq_len: tokens in each.
         seed: of the shuffling.
         source: a name for the provenance.
+        begin_token: where the tokenizer puts a token before every text, begin each sequence with it.
         fewer: do with as many sequences as the texts have, where they have fewer than `samples`.
 
     Raises:
@@ -141,14 +149,12 @@ def calibration_from_texts(
                 f"calibration text {index} is a {type(document).__name__}, not a string. For token ids use "
                 "calibration_from_tokens."
             )
+    how: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "name": repr(source), "fewer": fewer}
+    how["begin"] = begin_token_of(tokenizer) if begin_token else None
     if len(documents) == 1:
-        packed = pack_windows(
-            documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, each=None, name=repr(source), fewer=fewer
-        )
+        packed = pack_windows(documents, tokenizer, seed=seed, each=None, **how)
     else:
-        packed = pack_documents(
-            _shuffled(documents, seed), tokenizer, samples=samples, seq_len=seq_len, name=repr(source), fewer=fewer
-        )
+        packed = pack_documents(_shuffled(documents, seed), tokenizer, **how)
     return _calibration(packed, source, "texts", seed)
 
 

@@ -1,7 +1,8 @@
 """Documents → sequences of equal length, without padding.
 
 Many documents are joined by the end-of-text token and cut every `seq_len` tokens. One long document gives
-non-overlapping windows from places drawn with the seed. Either way no more is tokenised than is needed.
+non-overlapping windows from places drawn with the seed. Either way no more is tokenised than is needed, and a token to
+begin with takes the place of one of the text's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunus.begin_token import begin_with
 from prunus.errors import CalibrationError
 
 __all__ = ["Packed", "pack_documents", "pack_windows", "too_short"]
@@ -36,7 +38,14 @@ class Packed:
 
 
 def pack_documents(
-    documents: Iterable[str], tokenizer: Any, *, samples: int, seq_len: int, name: str, fewer: bool = False
+    documents: Iterable[str],
+    tokenizer: Any,
+    *,
+    samples: int,
+    seq_len: int,
+    name: str,
+    fewer: bool = False,
+    begin: int | None = None,
 ) -> Packed:
     """Join documents by the end-of-text token, in the order given, and cut every `seq_len` tokens.
 
@@ -47,11 +56,13 @@ def pack_documents(
         seq_len: tokens in each.
         name: of the source, for error messages.
         fewer: do with as many whole sequences as there are.
+        begin: token that each sequence begins with.
 
     Raises:
         CalibrationError: there are fewer than `samples * seq_len` tokens; with `fewer`, not even one sequence.
     """
-    needed = samples * seq_len
+    length = seq_len - (begin is not None)
+    needed = samples * length
     separator = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     remaining = (document for document in documents if document.strip())
     tokens: list[int] = []
@@ -59,15 +70,16 @@ def pack_documents(
     while len(tokens) < needed:
         some = _take(remaining, characters=_CHARACTERS_PER_TOKEN * (needed - len(tokens)))
         if not some:
-            if fewer and len(tokens) >= seq_len:
-                samples = len(tokens) // seq_len
+            if fewer and len(tokens) >= length:
+                samples = len(tokens) // length
                 break
             raise too_short(name, len(tokens), samples, seq_len)
         for ids in _tokenise(tokenizer, some):
             if len(tokens) < needed:
                 tokens += [*(separator if used else []), *ids]
                 used += 1
-    return Packed(torch.tensor(tokens[: samples * seq_len], dtype=torch.int64).view(samples, seq_len), used)
+    cut = torch.tensor(tokens[: samples * length], dtype=torch.int64).view(samples, length)
+    return Packed(begin_with(begin, cut), used)
 
 
 def pack_windows(
@@ -80,6 +92,7 @@ def pack_windows(
     each: int | None,
     name: str,
     fewer: bool = False,
+    begin: int | None = None,
 ) -> Packed:
     """Cut non-overlapping windows out of passages of one document.
 
@@ -92,23 +105,25 @@ def pack_windows(
         each: at most this many windows per passage; None for as many as are needed.
         name: of the source, for error messages.
         fewer: do with as many windows as there are.
+        begin: token that each window begins with.
 
     Raises:
         CalibrationError: there are fewer than `samples` windows; with `fewer`, none.
     """
+    length = seq_len - (begin is not None)
     generator = torch.Generator().manual_seed(seed)
     taken: list[Tensor] = []
     found = 0
     for passage in passages:
         (ids,) = _tokenise(tokenizer, [passage])
         found += len(ids)
-        windows = torch.tensor(ids[: len(ids) - len(ids) % seq_len], dtype=torch.int64).view(-1, seq_len)
+        windows = torch.tensor(ids[: len(ids) - len(ids) % length], dtype=torch.int64).view(-1, length)
         order = torch.randperm(len(windows), generator=generator)
         taken.extend(windows[order[: min(each or samples, samples - len(taken))]])
         if len(taken) == samples:
-            return Packed(torch.stack(taken), 1)
+            return Packed(begin_with(begin, torch.stack(taken)), 1)
     if fewer and taken:
-        return Packed(torch.stack(taken), 1)
+        return Packed(begin_with(begin, torch.stack(taken)), 1)
     raise too_short(name, found, samples, seq_len)
 
 

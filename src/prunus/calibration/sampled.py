@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from prunus.begin_token import begin_with
 from prunus.errors import NonFiniteError
 from prunus.evaluation.mode import evaluation_mode
 
@@ -29,7 +30,9 @@ PIECES_AT_ONCE = 64
 
 
 @torch.no_grad()
-def sample_from_model(model: Any, *, samples: int, seq_len: int, seed: int, progress: bool = True) -> Tensor:
+def sample_from_model(
+    model: Any, *, samples: int, seq_len: int, seed: int, begin: int | None = None, progress: bool = True
+) -> Tensor:
     """Sequences drawn from the model at temperature 1.
 
     They are cut from pieces of at most `PIECE_LENGTH` tokens, one after the other, each of which starts from a token
@@ -42,6 +45,7 @@ def sample_from_model(model: Any, *, samples: int, seq_len: int, seed: int, prog
         samples: how many sequences.
         seq_len: tokens in each.
         seed: of the draws.
+        begin: token that each sequence begins with; all pieces are written behind it.
         progress: show a bar on a terminal.
 
     Returns:
@@ -50,8 +54,9 @@ def sample_from_model(model: Any, *, samples: int, seq_len: int, seed: int, prog
     Raises:
         NonFiniteError: the model's logits are NaN or infinite.
     """
-    length = min(seq_len, PIECE_LENGTH)
-    pieces = -(-samples * seq_len // length)
+    wanted = seq_len - (begin is not None)
+    length = min(wanted, PIECE_LENGTH)
+    pieces = -(-samples * wanted // length)
     vocabulary = model.config.get_text_config().vocab_size
     # transformers renames this argument in the course of version 5.
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -63,12 +68,14 @@ def sample_from_model(model: Any, *, samples: int, seq_len: int, seed: int, prog
         for first in starts.split(PIECES_AT_ONCE):
             tokens, cache = [first], {cache_name: DynamicCache()}
             bar.update(len(first))
+            read = begin_with(begin, first)
             for _ in range(length - 1):
-                output = model(input_ids=tokens[-1].to(model.device), **cache, use_cache=True, logits_to_keep=1)
+                output = model(input_ids=read.to(model.device), **cache, use_cache=True, logits_to_keep=1)
                 tokens.append(_draw(output.logits[:, -1].float().cpu(), generator))
+                read = tokens[-1]
                 bar.update(len(first))
             written.append(torch.cat(tokens, dim=1))
-    return torch.cat(written).flatten()[: samples * seq_len].view(samples, seq_len)
+    return begin_with(begin, torch.cat(written).flatten()[: samples * wanted].view(samples, wanted))
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

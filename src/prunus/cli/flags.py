@@ -82,7 +82,7 @@ class Scoring(ScoringOptions):  # noqa: D101 (that of the class it extends, whic
 
 
 @dataclass(frozen=True)
-class Recipe(Scoring):  # noqa: D101 (that of the class it extends, which is the help text)
+class BestScoring(Scoring):  # noqa: D101 (that of the class it extends, which is the help text)
     __doc__ = ScoringOptions.__doc__
     method: str = "gate_fisher"
     # Options of the command, whose defaults depend on others.
@@ -128,7 +128,7 @@ ModelName = Annotated[str, Parameter(name="MODEL")]
 ModelFlags = Annotated[ModelOptions, Parameter(name="*", group=Group("Model", sort_key=1))]
 CalibrationFlags = Annotated[CalibrationOptions, Parameter(name="*", group=Group("Calibration", sort_key=2))]
 SCORING = Group("Scoring", sort_key=3)
-RecipeFlags = Annotated[Recipe, Parameter(name="*", group=SCORING)]
+BestScoringFlags = Annotated[BestScoring, Parameter(name="*", group=SCORING)]
 ScoringFlags = Annotated[Scoring, Parameter(name="*", group=SCORING)]
 SELECTION = Group("Selection", sort_key=4)
 SelectionFlags = Annotated[Selection, Parameter(name="*", group=SELECTION)]

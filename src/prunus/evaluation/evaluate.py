@@ -32,6 +32,8 @@ class EvalOptions:
         seq_len: tokens per window of a text; windows do not overlap.
         batch_size: windows, or choices of a task, per forward pass.
         max_windows: only the first so many windows of each text.
+        begin_token: where the tokenizer puts a token before every text, as for Llama 3 and Gemma, begin each window
+            with it. GPTQ and the tools after it do not.
         tasks: zero-shot tasks: JSON-lines files named after arc_easy, piqa or winogrande, or folders of them.
         items: only the first so many items of each task, also of the harness' tasks.
         harness: tasks by lm-evaluation-harness itself; needs `pip install 'prunus[eval]'`.
@@ -49,6 +51,7 @@ class EvalOptions:
     seq_len: int = 2048
     batch_size: int = 1
     max_windows: int | None = None
+    begin_token: bool = True
     tasks: tuple[Path, ...] = ()
     items: int | None = None
     harness: tuple[str, ...] = ()
@@ -206,6 +209,7 @@ def _figures(
                 seq_len=options.seq_len,
                 batch_size=size,
                 max_windows=options.max_windows,
+                begin_token=options.begin_token,
                 progress=progress,
             )
             for text, content in texts.items()

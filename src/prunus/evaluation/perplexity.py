@@ -2,8 +2,9 @@
 
 Protocol: the text is tokenised once as one string, cut into non-overlapping windows of `seq_len` tokens, and in every
 window each token but the first is predicted from the window's tokens before it. Perplexity is exp of the mean loss over
-all predicted tokens. Tools that join a text's lines with blank lines first, or let windows overlap, print other figures
-for the same model; the result says which protocol it followed.
+all predicted tokens. Where the tokenizer puts a token before every text, each window begins with it, in the place of
+one of the text's, unless this is turned off. Tools that join a text's lines with blank lines first, or let windows
+overlap, print other figures for the same model; the result says which protocol it followed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunus.begin_token import begin_token_of, begin_with
 from prunus.calibration.batches import Batch
 from prunus.errors import NonFiniteError, OptionError
 from prunus.evaluation.mode import evaluation_mode
@@ -83,12 +85,13 @@ def perplexity(
     seq_len: int = 2048,
     batch_size: int = 1,
     max_windows: int | None = None,
+    begin_token: bool = True,
     progress: bool = True,
 ) -> PerplexityResult:
     """Measure a model's perplexity on a text.
 
     The model runs in its own dtype and in evaluation mode; every module's mode is put back afterwards. Log-softmax and
-    loss are float32, the sum over windows float64. No special tokens are added. Tokens after the last whole window are
+    loss are float32, the sum over windows float64. Tokens after the last whole window are
     left out; a text shorter than one window is scored as one shorter window.
 
     Args:
@@ -98,6 +101,8 @@ def perplexity(
         seq_len: tokens per window.
         batch_size: windows per forward pass.
         max_windows: only the first so many windows; None for all.
+        begin_token: where the tokenizer puts a token before every text (Llama 3, Gemma), begin each window with it.
+            False is how GPTQ and the tools after it measure.
         progress: show a bar on a terminal.
 
     Raises:
@@ -109,9 +114,10 @@ def perplexity(
     ids = _tokenise(tokenizer, text)
     _check_ids(model, ids)
     tokens = ids.numel()
-    window_len = min(seq_len, tokens)
-    windows = ids[: tokens - tokens % window_len].view(-1, window_len)
-    left_out = f"; incomplete last window of {tokens % window_len} tokens dropped" if tokens % window_len else ""
+    begin = begin_token_of(tokenizer) if begin_token else None
+    length = min(seq_len - (begin is not None), tokens)
+    windows = begin_with(begin, ids[: tokens - tokens % length].view(-1, length))
+    left_out = f"; incomplete last window of {tokens % length} tokens dropped" if tokens % length else ""
     if max_windows is not None and max_windows < len(windows):
         left_out = f"; only the first {max_windows} of {len(windows)} windows"
         windows = windows[:max_windows]
@@ -120,7 +126,8 @@ def perplexity(
         model,
         windows,
         tokens,
-        "text tokenised once as one raw string (lines not re-joined), no special tokens",
+        "text tokenised once as one raw string (lines not re-joined), "
+        + ("no special tokens" if begin is None else "each window begun with the token that begins a text"),
         left_out,
         batch_size=batch_size,
         progress=progress,
@@ -193,9 +200,8 @@ def _score(
             if not losses.isfinite().all():
                 bad = start + int((~losses.isfinite()).nonzero()[0])
                 raise NonFiniteError(
-                    f"the loss of window {bad} (tokens {bad * window_len} to {(bad + 1) * window_len - 1}) is not "
-                    "finite. Check the model's weights for NaN, or load it with dtype bfloat16 or float32 if it "
-                    "overflows in float16."
+                    f"the loss of window {bad} (each has {window_len} tokens) is not finite. Check the model's weights "
+                    "for NaN, or load it with dtype bfloat16 or float32 if it overflows in float16."
                 )
             total += losses.double().sum().item()
             scored += int((labels != IGNORE_INDEX).sum())
