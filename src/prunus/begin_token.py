@@ -1,8 +1,8 @@
 """The token that some tokenizers put before every text.
 
 Llama 3, Gemma and others read it before every text they were trained on, and attention leans on it: without it, a model
-is measured in a state that it is never used in: the perplexity of Gemma 3 270M is 37.7 instead of 21.5. Sequences that are cut out of the
-middle of a text begin with it, too, as they do in llama.cpp and lm-evaluation-harness.
+is measured in a state that it is never used in, and the perplexity of Gemma 3 270M is 37.7 instead of 21.5. Sequences
+that are cut out of the middle of a text begin with it, too, as they do in llama.cpp and lm-evaluation-harness.
 """
 
 from __future__ import annotations
