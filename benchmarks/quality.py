@@ -374,7 +374,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         if row["recipe"] != "dense":
             curves.setdefault(row["recipe"], []).append((100 * row["ratio"], row["perplexity"] / dense["perplexity"]))
     curves = {recipe: points for recipe, points in curves.items() if len(points) >= POINTS}
-    methods = sorted({recipe.removesuffix(", repaired") for recipe in curves})
+    methods, known = sorted({recipe.removesuffix(", repaired") for recipe in curves}), scorings()
     figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, title, suffix in zip(
@@ -382,9 +382,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     ):
         for number, method in enumerate(methods):
             # Recipes that are no method stand for themselves in both panels.
-            points = curves.get(method + suffix) if method in scorings() else curves[method]
+            points = curves.get(method + suffix) if method in known else curves[method]
             if points:
-                width = 1.2 if method in scorings() else 2.5
+                width = 1.2 if method in known else 2.5
                 x, y = zip((0, 1), *points, strict=True)
                 axes.plot(x, y, color=f"C{number}", marker="os^v"[number % 4], linewidth=width, label=method)
         axes.set(yscale="log", xlabel="parameters removed (%)", title=title)

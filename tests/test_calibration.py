@@ -98,7 +98,8 @@ def test_sequences_begin_as_the_tokenizer_begins_a_text(tmp_path, kind):
 def test_documents_are_joined_by_eos_without_special_tokens(tmp_path, tokenizer):
     documents = [f"<{i:03d}>" for i in range(40)]
     path = write_lines(tmp_path / "docs.jsonl", documents)
-    calibration = load_calibration(str(path), tokenizer, samples=7, seq_len=17)
+    begins = make_tokenizer(begin=True)  # it would put a special token before every document if it were let
+    calibration = load_calibration(str(path), begins, samples=7, seq_len=17, begin_token=False)
     assert calibration.input_ids.shape == (7, 17)
     assert calibration.input_ids.dtype == torch.int64
     assert calibration.attention_mask is None

@@ -103,7 +103,8 @@ def prune(
     """
     recipe = Recipe.of(scoring, constraints, target, compensation, rounds, search)
     recipe.check(ratio, sequences=None if calibration is None else len(calibration), scored=scored)
-    scoring, geometry, costs = recipe.scoring, Geometry.of(model), recipe.target.costs(Geometry.of(model))
+    scoring, geometry = recipe.scoring, Geometry.of(model)
+    costs = recipe.target.costs(geometry)
     check_reachable(geometry, ratio, constraints, costs)
     take = partial(score, options=scoring, curvature=recipe.reselects)
     steps = schedule(ratio, rounds)

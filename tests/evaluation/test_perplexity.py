@@ -197,8 +197,10 @@ def test_a_loss_that_is_not_finite_names_the_window(model, tokenizer):
     text = "a" * 20 + "b" * 4
     with torch.no_grad():
         model.model.embed_tokens.weight[tokenizer("b", add_special_tokens=False)["input_ids"]] = math.nan
-    with pytest.raises(NonFiniteError, match=r"window 2 \(each has 8 tokens\)"):
+    with pytest.raises(NonFiniteError, match=r"window 2 \(tokens 16 to 23\)"):
         perplexity(model, tokenizer, text, seq_len=8, batch_size=2, begin_token=False)
+    with pytest.raises(NonFiniteError, match=r"window 2 \(tokens 16 to 23\)"):
+        perplexity(model, tokenizer, text, seq_len=9, batch_size=2)
 
 
 # --- reading text --------------------------------------------------------------------------------------------------

@@ -129,6 +129,7 @@ def perplexity(
         "text tokenised once as one raw string (lines not re-joined), "
         + ("no special tokens" if begin is None else "each window begun with the token that begins a text"),
         left_out,
+        text_len=length,
         batch_size=batch_size,
         progress=progress,
     )
@@ -166,6 +167,7 @@ def perplexity_of_windows(
         tokens,
         "packed token sequences",
         "",
+        text_len=windows.shape[1],
         attention_mask=attention_mask,
         batch_size=batch_size,
         progress=progress,
@@ -179,6 +181,7 @@ def _score(
     source: str,
     left_out: str,
     *,
+    text_len: int,
     attention_mask: Tensor | None = None,
     batch_size: int,
     progress: bool,
@@ -200,8 +203,9 @@ def _score(
             if not losses.isfinite().all():
                 bad = start + int((~losses.isfinite()).nonzero()[0])
                 raise NonFiniteError(
-                    f"the loss of window {bad} (each has {window_len} tokens) is not finite. Check the model's weights "
-                    "for NaN, or load it with dtype bfloat16 or float32 if it overflows in float16."
+                    f"the loss of window {bad} (tokens {bad * text_len} to {(bad + 1) * text_len - 1}) is not finite. "
+                    "Check the model's weights for NaN, or load it with dtype bfloat16 or float32 if it overflows in "
+                    "float16."
                 )
             total += losses.double().sum().item()
             scored += int((labels != IGNORE_INDEX).sum())
