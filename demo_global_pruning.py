@@ -21,15 +21,15 @@ from core.methods.global_pruning import select_groups_to_prune
 from prunus.calibration import load_calibration
 from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.checkpoint import load_model
+from prunus.checkpoint.packaged_model import PACKAGED_MODEL
+from prunus.cli.terminal import run_command
 from prunus.evaluation.perplexity import perplexity_of_windows
-from prunus.families import AXES
-from prunus.groups import Geometry
 from prunus.importance import get_method
-from prunus.packaged_model import PACKAGED_MODEL
-from prunus.scoring import ScoringOptions, score
-from prunus.selection import check_reachable, select
+from prunus.model.families import AXES
+from prunus.model.geometry import Geometry
+from prunus.scoring.score import ScoringOptions, score
+from prunus.selection.select import check_reachable, select
 from prunus.surgery import apply_plan
-from prunus.terminal import run_command
 
 __all__ = ["main"]
 

@@ -22,17 +22,17 @@ from torch import Tensor
 import core  # noqa: F401 (makes prunus importable from a checkout)
 from prunus.calibration import Batch, calibration_from_tokens
 from prunus.calibration.loading import DEFAULT_SOURCE
+from prunus.cli.terminal import quoted_command, run_command
 from prunus.errors import CalibrationError
-from prunus.groups import Geometry
-from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
-from prunus.pipeline import prune_checkpoint
-from prunus.scoring import ScoringOptions
-from prunus.selection import Constraints
+from prunus.model.geometry import Geometry
+from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
+from prunus.pipeline.prune import prune_checkpoint
+from prunus.scoring.score import ScoringOptions
+from prunus.selection.select import Constraints
+from prunus.selection.table import NORMALIZATIONS
 from prunus.statistics import ActivationStatistics
 from prunus.statistics.activations import ActivationStatistic, read_activations
 from prunus.sweep import sweep
-from prunus.table import NORMALIZATIONS
-from prunus.terminal import quoted_command, run_command
 
 __all__ = ["collect_layer_activations", "main"]
 

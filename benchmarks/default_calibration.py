@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 import prunus
+from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 from prunus.evaluation import perplexity, read_text
-from prunus.packaged_model import PACKAGED_MODEL
-from prunus.scoring import ScoringOptions, score
-from prunus.selection import select
+from prunus.scoring.score import ScoringOptions, score
+from prunus.selection.select import select
 from prunus.surgery import apply_plan
 
 

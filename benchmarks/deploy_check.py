@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
 from prunus.export import export_gguf
-from prunus.groups import Geometry
-from prunus.pipeline import apply_checkpoint
-from prunus.plan import KeptGroups, Plan
-from prunus.selection import select
+from prunus.model.geometry import Geometry
+from prunus.pipeline.prune import apply_checkpoint
+from prunus.selection.plan import KeptGroups, Plan
+from prunus.selection.select import select
 
 QUESTIONS = (
     "What is the capital of France, and what is it known for?",

@@ -74,9 +74,9 @@ def main() -> None:
 def make_models(model: str, work: Path, programs: list[str]) -> dict[str, dict[str, Path]]:
     """Cut the model in every way; program → name → what the program loads."""
     import prunus
-    from prunus.constraints import Constraints
     from prunus.export import export_gguf
-    from prunus.pipeline import apply_checkpoint
+    from prunus.pipeline.prune import apply_checkpoint
+    from prunus.selection.constraints import Constraints
 
     live, tokenizer = prunus.load_model(model)
     calibration = prunus.load_calibration("default", tokenizer, samples=8, seq_len=128)

@@ -48,15 +48,15 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 import prunus
 from prunus.calibration import Batch
 from prunus.checkpoint import empty_model, load_model, locate, open_model, resolve_dtype
+from prunus.checkpoint.packaged_model import PACKAGED_MODEL
+from prunus.files.tensor_file import TensorLayout, write_tensors
 from prunus.importance import METHODS, MethodOptions, get_method
 from prunus.importance.registry import statistics_for
-from prunus.layers import outside_layers
-from prunus.metering import metered, resident_set
-from prunus.packaged_model import PACKAGED_MODEL
+from prunus.machine.metering import metered, resident_set
+from prunus.machine.processes import is_first, joined
+from prunus.model.layers import outside_layers
 from prunus.sweep import ENGINES, sweep
 from prunus.sweep.estimate import Workload, estimate, parse_bytes, show_bytes
-from prunus.sweep.processes import is_first, joined
-from prunus.tensor_file import TensorLayout, write_tensors
 
 #: passes as a user would write them, against which the others are measured
 BASELINES = ("forward", "forward+backward")

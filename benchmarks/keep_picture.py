@@ -15,8 +15,8 @@ from typing import Any
 
 import vl_convert
 
-from prunus.plan import Plan
 from prunus.report.charts import keep_chart
+from prunus.selection.plan import Plan
 
 #: the report's colours of its light page
 CONFIG = {

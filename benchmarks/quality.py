@@ -26,15 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 import prunus
-from prunus.budget_search import SearchOptions
+from prunus.calibration.self_text import text_for_repair
+from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 from prunus.cli.prune import DEFAULT_ATTENTION_WEIGHT, DEFAULT_ROUNDS, DEFAULT_SCORE_NOISE
-from prunus.compensation import CompensationOptions, Cut, compensate_together_
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, read_text
 from prunus.evaluation.zero_shot import load_task, zero_shot
-from prunus.packaged_model import PACKAGED_MODEL
-from prunus.priors import PriorOptions
-from prunus.scoring import Score, ScoringOptions, score_together
-from prunus.self_text import text_for_repair
+from prunus.pipeline.budget_search import SearchOptions
+from prunus.repair.compensation import CompensationOptions, Cut, compensate_together_
+from prunus.scoring.priors import PriorOptions
+from prunus.scoring.score import Score, ScoringOptions, score_together
 from prunus.surgery import apply_plan
 
 #: of the default recipe

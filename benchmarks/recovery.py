@@ -27,9 +27,9 @@ from rich.table import Table
 
 import prunus
 from prunus.checkpoint import locate
+from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 from prunus.evaluation.perplexity import perplexity, read_text
 from prunus.evaluation.zero_shot import load_task, zero_shot
-from prunus.packaged_model import PACKAGED_MODEL
 
 
 def main() -> None:

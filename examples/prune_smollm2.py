@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import prunus
-from prunus.packaged_model import smollm2_135m
+from prunus.checkpoint.packaged_model import smollm2_135m
 
 QUESTIONS = (
     "What is the capital of France?",

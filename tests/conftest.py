@@ -16,7 +16,7 @@ from tiny_folder import TEXT, save_tiny_folder
 from torch import Tensor
 from tqdm import tqdm
 
-from prunus.groups import Geometry
+from prunus.model.geometry import Geometry
 
 # tqdm's lock is shared with processes that a test forks: one that is killed while it holds the lock would stop all
 # others for good. A lock of threads is each process' own, and a forked one begins with a free one.

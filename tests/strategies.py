@@ -11,11 +11,11 @@ import torch
 from hypothesis import strategies as st
 from tiny_families import undivided
 
-from prunus.families import AXES, FAMILIES
-from prunus.groups import Geometry, LayerWidths
-from prunus.latency import LatencyProfile, PhaseTimes, ProfiledShape
-from prunus.plan import KeptGroups, Plan
-from prunus.table import build_table
+from prunus.model.families import AXES, FAMILIES
+from prunus.model.geometry import Geometry, LayerWidths
+from prunus.selection.latency_profile import LatencyProfile, PhaseTimes, ProfiledShape
+from prunus.selection.plan import KeptGroups, Plan
+from prunus.selection.table import build_table
 
 #: scores whose sums are exact in floating point, with many ties
 exact_scores = st.integers(0, 12).map(lambda n: n / 4)

@@ -33,7 +33,7 @@ from prunus.errors import (
     StatisticsError,
     UnsupportedModelError,
 )
-from prunus.plan import Plan
+from prunus.selection.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:

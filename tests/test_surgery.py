@@ -13,9 +13,9 @@ from tiny_families import ONE_EACH, case_id, count_parameters, logits, make_mode
 
 from prunus.checkpoint import is_ragged
 from prunus.errors import PlanError, UnsupportedModelError
-from prunus.families import AXES
-from prunus.groups import Geometry
-from prunus.plan import Plan
+from prunus.model.families import AXES
+from prunus.model.geometry import Geometry
+from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan, cut_tensors
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

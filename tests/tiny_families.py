@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunus.calibration import Batch
-from prunus.families import AXES, FAMILIES, Block
-from prunus.groups import Geometry
-from prunus.plan import KeptGroups, Plan
+from prunus.model.families import AXES, FAMILIES, Block
+from prunus.model.geometry import Geometry
+from prunus.selection.plan import KeptGroups, Plan
 
 VOCABULARY, HIDDEN, HEAD_DIM, CHANNELS = 96, 48, 8, 20
 

@@ -1,7 +1,7 @@
 """The original functions of global pruning: importance of a layer's groups, the global table, the groups to prune.
 
 Each takes and returns plain tensors and tables. Which rows and columns belong to a group, what a group costs and how a
-table is ranked is the package's (`prunus.groups`, `prunus.table`). With θ a weight, g its gradient, H its curvature and
+table is ranked is the package's (`prunus.model.geometry`, `prunus.selection.table`). With θ a weight, g its gradient, H its curvature and
 A the mean activation that enters its column, the importance of a group is, summed over its weights:
 
     taylor      |θ · g|
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import BudgetError, OptionError, PlanError, StatisticsError, UnsupportedModelError
-from prunus.families import AXES, FAMILIES, Axis, Block, Projection
-from prunus.groups import Geometry, LayerWidths, submodule
 from prunus.importance import get_method
-from prunus.selection import Constraints, check_ratio
-from prunus.table import COLUMNS, Normalization, build_table
+from prunus.model.families import AXES, FAMILIES, Axis, Block, Projection
+from prunus.model.geometry import Geometry, LayerWidths, submodule
+from prunus.selection.select import Constraints, check_ratio
+from prunus.selection.table import COLUMNS, Normalization, build_table
 
 __all__ = [
     "build_global_group_table",
@@ -162,7 +162,7 @@ def build_global_group_table(
         layer_end: one past its last decoder layer; None = all.
         head_dim: width of a head; None = read it off the model.
         gqa_ratio: query heads per key/value head; None = read it off the model.
-        normalization: how importances of different layers are made comparable, see `prunus.table.normalize`.
+        normalization: how importances of different layers are made comparable, see `prunus.selection.table.normalize`.
 
     Returns:
         One row per group with the columns layer_idx, group_type, group_idx, importance, cost and score, sorted by

@@ -12,25 +12,25 @@ a pruned folder without further flags.
 """
 
 from prunus import errors
-from prunus.budget_search import SearchOptions
 from prunus.calibration import Calibration, calibration_from_texts, calibration_from_tokens, load_calibration
+from prunus.calibration.self_text import text_for_repair
 from prunus.checkpoint import load_model, open_model, save_checkpoint
-from prunus.compensation import CompensationOptions, compensate_
 from prunus.errors import PrunusError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows
 from prunus.evaluation.profiling import profile
 from prunus.export import export_dense, export_gguf
-from prunus.groups import Geometry
 from prunus.importance import METHODS, MethodOptions
-from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
-from prunus.latency import LatencyProfile
-from prunus.pipeline import PruneResult, apply_checkpoint, prune, prune_checkpoint
-from prunus.plan import Plan
-from prunus.scoring import Score, ScoringOptions, score
-from prunus.selection import Constraints, select
-from prunus.self_text import text_for_repair
+from prunus.model.geometry import Geometry
+from prunus.pipeline.budget_search import SearchOptions
+from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
+from prunus.pipeline.prune import PruneResult, apply_checkpoint, prune, prune_checkpoint
+from prunus.repair.compensation import CompensationOptions, compensate_
+from prunus.scoring.score import Score, ScoringOptions, score
+from prunus.selection.latency_profile import LatencyProfile
+from prunus.selection.plan import Plan
+from prunus.selection.select import Constraints, select
+from prunus.selection.targets import TargetOptions
 from prunus.surgery import apply_plan
-from prunus.targets import TargetOptions
 from prunus.version import __version__
 
 __all__ = [

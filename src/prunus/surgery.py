@@ -14,10 +14,10 @@ from torch import Tensor
 
 from prunus.checkpoint.architecture import empty_model, pruned_config
 from prunus.checkpoint.open import attach_layers_
-from prunus.families import Block, Projection
-from prunus.groups import SPACE_AXIS, Geometry
-from prunus.layers import Fetched, LayerState, StoredLayers, layers_of, outside_layers
-from prunus.plan import KeptGroups, Plan
+from prunus.model.families import Block, Projection
+from prunus.model.geometry import SPACE_AXIS, Geometry
+from prunus.model.layers import Fetched, LayerState, StoredLayers, layers_of, outside_layers
+from prunus.selection.plan import KeptGroups, Plan
 
 __all__ = ["apply_plan", "cut_tensors"]
 

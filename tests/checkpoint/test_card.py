@@ -17,7 +17,7 @@ from prunus.checkpoint import (
     updated_card,
 )
 from prunus.errors import CheckpointError
-from prunus.groups import LayerWidths
+from prunus.model.geometry import LayerWidths
 
 DENSE = LayerWidths(3, 100)
 FACTS = CardFacts(

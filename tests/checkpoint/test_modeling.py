@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from prunus.checkpoint import is_ragged, modeling_prunus, pruned_config
-from prunus.families import FAMILIES
-from prunus.groups import Geometry
+from prunus.model.families import FAMILIES
+from prunus.model.geometry import Geometry
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 ABSENT = {

@@ -10,16 +10,16 @@ from tiny_families import random_tokens, shared_model
 from torch import Tensor
 
 from prunus.calibration import Batch
-from prunus.families import AXES, FAMILIES, Axis, Family
-from prunus.groups import Geometry
 from prunus.importance import METHODS, MethodOptions, get_method, score_groups
 from prunus.importance.registry import statistics_for
-from prunus.plan import Plan
-from prunus.selection import Constraints, reachable_parameters, select
+from prunus.model.families import AXES, FAMILIES, Axis, Family
+from prunus.model.geometry import Geometry
+from prunus.selection.plan import Plan
+from prunus.selection.select import Constraints, reachable_parameters, select
+from prunus.selection.table import Importance, build_table
 from prunus.statistics import Statistics
 from prunus.surgery import apply_plan
 from prunus.sweep import sweep
-from prunus.table import Importance, build_table
 
 CUTS: dict[str, tuple[Axis, ...]] = {"attention": ("attention",), "mlp": ("mlp",), "both": AXES}
 

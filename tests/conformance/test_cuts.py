@@ -9,9 +9,9 @@ import torch
 from tiny_families import count_parameters, groups_of, logits, plan_keeping, random_tokens, zeroed
 from torch import nn
 
-from prunus.families import AXES
-from prunus.groups import Geometry, layer_widths_of
-from prunus.plan import Plan
+from prunus.model.families import AXES
+from prunus.model.geometry import Geometry, layer_widths_of
+from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

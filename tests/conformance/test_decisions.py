@@ -8,7 +8,7 @@ import torch
 from cut_cases import half, sweep_for
 
 from prunus.importance import METHODS, score_groups
-from prunus.plan import Plan
+from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
 
 

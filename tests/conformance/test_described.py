@@ -8,9 +8,9 @@ from tiny_families import CASES, ONE_EACH, VARIANTS, case_id, groups_of, make_mo
 from torch import nn
 
 from prunus.errors import UnsupportedModelError
-from prunus.families import AXES, FAMILIES
-from prunus.groups import Geometry
-from prunus.loss import chunked_cross_entropy, head_function, next_token_labels
+from prunus.model.families import AXES, FAMILIES
+from prunus.model.geometry import Geometry
+from prunus.model.loss import chunked_cross_entropy, head_function, next_token_labels
 
 
 class Quantised(nn.Linear):

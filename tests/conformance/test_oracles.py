@@ -22,10 +22,10 @@ from tiny_families import (
 from torch import Tensor
 
 from prunus.calibration import Batch
-from prunus.families import AXES, FAMILIES
-from prunus.groups import Geometry
 from prunus.importance import METHODS, MethodOptions, score_groups
 from prunus.importance.registry import statistics_for
+from prunus.model.families import AXES, FAMILIES
+from prunus.model.geometry import Geometry
 from prunus.statistics.activations import ACTIVATION_STATISTICS
 from prunus.surgery import apply_plan
 from prunus.sweep import ENGINES, sweep

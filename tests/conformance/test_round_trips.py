@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from prunus.checkpoint import is_ragged, load_model, save_checkpoint
-from prunus.groups import Geometry
-from prunus.plan import Plan
+from prunus.model.geometry import Geometry
+from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
 
 #: loads the folders named on the command line where no import of prunus can succeed, and writes their answers down

@@ -141,7 +141,7 @@ ELSEWHERE = {
 }
 #: begin of a command that is run as `prunus` in one process → what runs it in several
 AS_ONE = {
-    "torchrun --nproc-per-node 4 -m prunus score": "tests/test_processes.py",
+    "torchrun --nproc-per-node 4 -m prunus score": "tests/machine/test_processes.py",
     "torchrun --nproc-per-node 4 -m prunus recover": "tests/recovery/test_recover.py",
 }
 #: options that running text names and that are other programs'

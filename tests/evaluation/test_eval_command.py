@@ -13,8 +13,8 @@ from tiny_folder import TEXT, save_tiny_folder
 import prunus
 from prunus.cli import main
 from prunus.evaluation.zero_shot import load_task, zero_shot
-from prunus.inputs import EvaluationOptions
-from prunus.scoring import ScoringOptions
+from prunus.pipeline.inputs import EvaluationOptions
+from prunus.scoring.score import ScoringOptions
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.kv_cache import kv_cache_bytes
 from prunus.evaluation.memory import PeakMemory, peak_memory
 from prunus.evaluation.speed import SpeedOptions, Spread, Timing, _result, bench, time_in_turn
-from prunus.groups import Geometry
-from prunus.plan import KeptGroups, Plan
+from prunus.model.geometry import Geometry
+from prunus.selection.plan import KeptGroups, Plan
 from prunus.surgery import apply_plan
 
 NEW = 9

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 import prunus
 from prunus.errors import OptionError
 from prunus.export import export_dense, fill_model
-from prunus.groups import Geometry
-from prunus.plan import Plan
+from prunus.model.geometry import Geometry
+from prunus.selection.plan import Plan
 
 #: no attention, no channels, narrow, wide
 RAGGED = [

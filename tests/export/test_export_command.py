@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 import prunus
 from prunus.cli import main
-from prunus.groups import Geometry
-from prunus.plan import Plan
+from prunus.model.geometry import Geometry
+from prunus.selection.plan import Plan
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ import prunus
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.export import export_gguf
 from prunus.export.llama_cpp import CANDIDATES, STOCK_CUTS
-from prunus.families import FAMILIES
-from prunus.groups import Geometry
-from prunus.plan import Plan
+from prunus.model.families import FAMILIES
+from prunus.model.geometry import Geometry
+from prunus.selection.plan import Plan
 
 TOKENS, VOCABULARY = 276, 280
 #: layer 0 without attention, one without channels, one narrow, one whole, and one that goes altogether

@@ -10,8 +10,8 @@ import torch
 from tiny_families import ONE_EACH, case_id, make_model, plan_keeping, zeroed
 from torch import Tensor
 
-from prunus.groups import Geometry
-from prunus.plan import Plan
+from prunus.model.geometry import Geometry
+from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
 
 LAYERS, GROUPS, CHANNELS = 4, 3, 20

@@ -12,8 +12,8 @@ from tiny_families import logits, make_model, random_tokens, zeroed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from prunus.checkpoint import is_ragged
-from prunus.groups import Geometry
-from prunus.plan import Plan
+from prunus.model.geometry import Geometry
+from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
 
 NEW = 8

@@ -11,7 +11,7 @@ from tiny_families import ONE_EACH, VOCABULARY, case_id, make_model, random_toke
 from tiny_recovery import cut
 from torch import nn
 
-from prunus.loss import IGNORE_INDEX, head_function, next_token_labels
+from prunus.model.loss import IGNORE_INDEX, head_function, next_token_labels
 from prunus.recovery.objective import hidden_state_loss, token_loss
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.student import Student, Teacher

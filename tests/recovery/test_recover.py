@@ -20,7 +20,7 @@ import prunus
 from prunus.cli import main
 from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.recovery.student import add_adapters, merge_adapters
-from prunus.result_folder import read_result
+from prunus.results.result_folder import read_result
 
 FAST = ["--learning-rate", "5e-3", "--max-steps", "40", "--checkpoints", "4"]
 

@@ -12,7 +12,7 @@ from tiny_folder import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import prunus
-from prunus.groups import Geometry
+from prunus.model.geometry import Geometry
 from prunus.surgery import apply_plan
 
 #: one step is four sequences of 32 tokens of the manual in Python's standard library

@@ -8,10 +8,10 @@ import pytest
 from hostile import HOSTILE
 from tiny_folder import TEXT, save_tiny_folder
 
-from prunus.comparison import compare
-from prunus.inputs import CalibrationOptions, EvaluationOptions
-from prunus.pipeline import prune_checkpoint
-from prunus.scoring import ScoringOptions
+from prunus.pipeline.compare import compare
+from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions
+from prunus.pipeline.prune import prune_checkpoint
+from prunus.scoring.score import ScoringOptions
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from hostile import HOSTILE
 
 from prunus.cli import main
 from prunus.errors import CheckpointError
-from prunus.plan import Plan
 from prunus.report import write_report
+from prunus.selection.plan import Plan
 
 draws = importlib.util.find_spec("vl_convert") is not None
 needs_library = pytest.mark.skipif(not draws, reason="vl-convert-python is not installed")

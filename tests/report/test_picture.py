@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from prunus.families import AXES
-from prunus.plan import Plan
+from prunus.model.families import AXES
+from prunus.selection.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 PLANS = {

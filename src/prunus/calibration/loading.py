@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prunus.begin_token import begin_token_of
 from prunus.calibration.batches import Calibration, Provenance, hash_tokens
+from prunus.calibration.begin_token import begin_token_of
 from prunus.calibration.embedded import embedded_documents, embedded_name
 from prunus.calibration.files import TEXT_KINDS, json_documents, parquet_documents, text_passages
 from prunus.calibration.hub import HUB_NAMES, hub_documents, hub_text

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.begin_token import begin_with
+from prunus.calibration.begin_token import begin_with
 from prunus.errors import CalibrationError
 
 __all__ = ["Packed", "pack_documents", "pack_windows", "too_short"]

@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from prunus.begin_token import begin_with
+from prunus.calibration.begin_token import begin_with
 from prunus.errors import NonFiniteError
-from prunus.evaluation.mode import evaluation_mode
+from prunus.model.evaluation_mode import evaluation_mode
 
 __all__ = ["PIECES_AT_ONCE", "PIECE_LENGTH", "sample_from_model"]
 

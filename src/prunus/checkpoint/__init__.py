@@ -1,7 +1,11 @@
 """Reading and writing model folders, and the classes of models whose layers differ in width."""
 
 from prunus.checkpoint.architecture import empty_model, is_ragged, pruned_config, register
-from prunus.checkpoint.card import (
+from prunus.checkpoint.load import check_finite, check_folder, load_model, locate, read_config
+from prunus.checkpoint.open import open_model
+from prunus.checkpoint.save import check_disk, check_output, model_bytes, save_checkpoint
+from prunus.machine.placement import resolve_device, resolve_dtype
+from prunus.results.card import (
     CalibrationFacts,
     CardFacts,
     MeasuredFacts,
@@ -10,10 +14,6 @@ from prunus.checkpoint.card import (
     model_card,
     updated_card,
 )
-from prunus.checkpoint.load import check_finite, check_folder, load_model, locate, read_config
-from prunus.checkpoint.open import open_model
-from prunus.checkpoint.placement import resolve_device, resolve_dtype
-from prunus.checkpoint.save import check_disk, check_output, model_bytes, save_checkpoint
 
 register()
 

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from prunus.checkpoint import configuration_prunus, modeling_prunus
 from prunus.errors import CheckpointError, PlanError, UnsupportedModelError
-from prunus.families import PRUNED_PREFIX, family_of
-from prunus.groups import LayerWidths
+from prunus.model.families import PRUNED_PREFIX, family_of
+from prunus.model.geometry import LayerWidths
 
 __all__ = ["empty_model", "is_ragged", "pruned_config", "register"]
 

@@ -15,12 +15,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from prunus.checkpoint.placement import resolve_device, resolve_dtype
+from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
-from prunus.families import family_of
-from prunus.json_file import read_json
-from prunus.packaged_model import PACKAGED_MODEL, smollm2_135m
-from prunus.tensor_file import TensorFile
+from prunus.files.json_file import read_json
+from prunus.files.tensor_file import TensorFile
+from prunus.machine.placement import resolve_device, resolve_dtype
+from prunus.model.families import family_of
 
 __all__ = ["check_finite", "check_folder", "load_model", "locate", "read_config"]
 

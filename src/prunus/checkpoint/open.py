@@ -13,12 +13,12 @@ from transformers import GenerationConfig
 
 from prunus.checkpoint.architecture import empty_model
 from prunus.checkpoint.load import check_finite_tensor, locate, read_small_files, shards_of
-from prunus.checkpoint.placement import resolve_device, resolve_dtype
 from prunus.errors import CheckpointError
-from prunus.families import family_of
-from prunus.groups import submodule
-from prunus.layers import ATTRIBUTE, Fetched, StoredLayers, move_present_, outside_layers
-from prunus.tensor_file import TensorFile
+from prunus.files.tensor_file import TensorFile
+from prunus.machine.placement import resolve_device, resolve_dtype
+from prunus.model.families import family_of
+from prunus.model.geometry import submodule
+from prunus.model.layers import ATTRIBUTE, Fetched, StoredLayers, move_present_, outside_layers
 
 __all__ = ["attach_layers_", "open_model"]
 
@@ -32,7 +32,7 @@ def open_model(
 ) -> tuple[Any, Any]:
     """Open a causal language model without reading its decoder layers.
 
-    Everything in prunus that walks over layers (`prunus.layers.layers_of`) reads each from the folder when its turn
+    Everything in prunus that walks over layers (`prunus.model.layers.layers_of`) reads each from the folder when its turn
     comes, and so does the model's own forward.
 
     Args:

@@ -30,10 +30,10 @@ from transformers import GenerationConfig
 
 from prunus.checkpoint.configuration_prunus import rope_fields_of_transformers_4
 from prunus.errors import CheckpointError
-from prunus.families import family_of
-from prunus.json_file import read_json, read_json_if_whole
-from prunus.layers import layers_of, outside_layers
-from prunus.tensor_file import TensorLayout, write_tensors
+from prunus.files.json_file import read_json, read_json_if_whole
+from prunus.files.tensor_file import TensorLayout, write_tensors
+from prunus.model.families import family_of
+from prunus.model.layers import layers_of, outside_layers
 
 __all__ = ["check_disk", "check_output", "model_bytes", "save_checkpoint"]
 

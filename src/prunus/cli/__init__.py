@@ -19,9 +19,9 @@ from prunus.cli.prune import prune
 from prunus.cli.recover import recover
 from prunus.cli.report import report
 from prunus.cli.score import score
+from prunus.cli.terminal import run_command
 from prunus.errors import OptionError
-from prunus.sweep.processes import launched
-from prunus.terminal import run_command
+from prunus.machine.processes import launched
 from prunus.version import __version__
 
 __all__ = ["app", "main"]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from prunus.cli.flags import Flag, ModelFlags, ModelName
 from prunus.cli.printing import print_json, print_rows, typed_command
-from prunus.inputs import ModelOptions
-from prunus.pipeline import apply_checkpoint
-from prunus.plan import Plan
+from prunus.pipeline.inputs import ModelOptions
+from prunus.pipeline.prune import apply_checkpoint
+from prunus.selection.plan import Plan
 
 __all__ = ["apply"]
 

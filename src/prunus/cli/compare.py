@@ -28,9 +28,9 @@ from prunus.cli.flags import (
     split_numbers,
 )
 from prunus.cli.printing import print_json, print_rows, short, typed_command
-from prunus.comparison import compare as compare_methods
-from prunus.compensation import CompensationOptions
-from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
+from prunus.pipeline.compare import compare as compare_methods
+from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
+from prunus.repair.compensation import CompensationOptions
 
 __all__ = ["compare"]
 

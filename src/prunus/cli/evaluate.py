@@ -11,10 +11,10 @@ from prunus.cli.flags import EvalFlags, EvalSettings, Flag, ModelFlags, ModelNam
 from prunus.cli.printing import print_json, print_rows, typed_command
 from prunus.evaluation.evaluate import Evaluation
 from prunus.evaluation.evaluate import evaluate as evaluate_model
-from prunus.inputs import ModelOptions
+from prunus.pipeline.inputs import ModelOptions
 from prunus.report import write_report
 from prunus.report.page import FILE_NAME
-from prunus.result_folder import add_evaluation, read_result
+from prunus.results.result_folder import add_evaluation, read_result
 
 __all__ = ["evaluate"]
 

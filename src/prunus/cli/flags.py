@@ -9,21 +9,21 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter, Token
 
-from prunus.adaptive import AdaptiveOptions
-from prunus.budget_search import SearchOptions
-from prunus.compensation import CompensationOptions
-from prunus.constraints import ALIGNMENTS, Constraints, Shape
 from prunus.errors import OptionError
 from prunus.evaluation.evaluate import EvalOptions
 from prunus.evaluation.speed import SpeedOptions
-from prunus.families import AXES, Axis
-from prunus.importance.hybrid import DEFAULT_MIX, Weights
-from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
-from prunus.latency import LatencyProfile
-from prunus.priors import PriorOptions
+from prunus.model.families import AXES, Axis
+from prunus.pipeline.budget_search import SearchOptions
+from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
 from prunus.recovery import RecoveryOptions, TextOptions
-from prunus.scoring import ScoringOptions
-from prunus.targets import TargetOptions
+from prunus.repair.compensation import CompensationOptions
+from prunus.scoring.adaptive import AdaptiveOptions
+from prunus.scoring.hybrid import DEFAULT_MIX, Weights
+from prunus.scoring.priors import PriorOptions
+from prunus.scoring.score import ScoringOptions
+from prunus.selection.constraints import ALIGNMENTS, Constraints, Shape
+from prunus.selection.latency_profile import LatencyProfile
+from prunus.selection.targets import TargetOptions
 
 
 def split_commas(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prunus.cli.flags import Flag, ModelName
 from prunus.cli.printing import print_json, print_rows, short
-from prunus.families import AXES
-from prunus.inspection import inspect as inspect_model
+from prunus.model.families import AXES
+from prunus.pipeline.inspection import inspect as inspect_model
 
 __all__ = ["inspect"]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from prunus.cli.flags import Flag, Selection, SelectionFlags, TargetFlags, check_output_file
 from prunus.cli.printing import print_json, print_rows
-from prunus.families import AXES
-from prunus.scoring import Score
-from prunus.selection import select
-from prunus.table import Normalization
+from prunus.model.families import AXES
+from prunus.scoring.score import Score
+from prunus.selection.select import select
+from prunus.selection.table import Normalization
 
 __all__ = ["plan"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prunus.terminal import quoted_command
+from prunus.cli.terminal import quoted_command
 
 __all__ = ["print_json", "print_rows", "short", "typed_command"]
 

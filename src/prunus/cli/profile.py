@@ -7,8 +7,8 @@ from pathlib import Path
 from prunus.cli.flags import Flag, ModelName, ProfileFlags, ProfileRuns, check_output_file
 from prunus.cli.printing import print_json, print_rows
 from prunus.evaluation.profiling import profile as profile_model
-from prunus.families import AXES
-from prunus.latency import PHASES
+from prunus.model.families import AXES
+from prunus.selection.latency_profile import PHASES
 
 __all__ = ["profile"]
 

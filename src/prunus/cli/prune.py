@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from prunus.budget_search import SearchOptions
 from prunus.cli.flags import (
     COMPENSATION,
     SCORING,
@@ -30,10 +29,11 @@ from prunus.cli.flags import (
     seeded,
 )
 from prunus.cli.printing import print_json, print_rows, typed_command
-from prunus.compensation import CompensationOptions
-from prunus.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
-from prunus.pipeline import prune_checkpoint
-from prunus.scoring import ScoringOptions
+from prunus.pipeline.budget_search import SearchOptions
+from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
+from prunus.pipeline.prune import prune_checkpoint
+from prunus.repair.compensation import CompensationOptions
+from prunus.scoring.score import ScoringOptions
 
 __all__ = ["DEFAULT_ATTENTION_WEIGHT", "DEFAULT_ROUNDS", "DEFAULT_SCORE_NOISE", "prune"]
 

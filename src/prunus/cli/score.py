@@ -8,11 +8,11 @@ from pathlib import Path
 from prunus.checkpoint import check_output
 from prunus.cli.flags import CalibrationFlags, Flag, ModelFlags, ModelName, Scoring, ScoringFlags, seeded
 from prunus.cli.printing import print_json, print_rows, short
-from prunus.inputs import CalibrationOptions, ModelOptions, draw_calibration, load_or_open
-from prunus.scoring import score as score_model
+from prunus.machine.processes import is_first, joined
+from prunus.pipeline.inputs import CalibrationOptions, ModelOptions, draw_calibration, load_or_open
+from prunus.pipeline.work_folder import WorkFolder
+from prunus.scoring.score import score as score_model
 from prunus.sweep.estimate import Workload
-from prunus.sweep.processes import is_first, joined
-from prunus.work_folder import WorkFolder
 
 __all__ = ["score"]
 

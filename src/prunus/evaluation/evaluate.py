@@ -16,7 +16,7 @@ from prunus.evaluation.perplexity import PerplexityResult, perplexity, read_text
 from prunus.evaluation.samples import PROMPTS, Sample, continuations
 from prunus.evaluation.speed import SpeedOptions, SpeedReport, bench
 from prunus.evaluation.zero_shot import Task, ZeroShotResult, load_tasks, zero_shot
-from prunus.inputs import ModelOptions, load_or_open, model_name
+from prunus.pipeline.inputs import ModelOptions, load_or_open, model_name
 from prunus.version import __version__
 
 __all__ = ["EvalOptions", "Evaluation", "ModelFigures", "evaluate"]

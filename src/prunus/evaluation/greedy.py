@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.evaluation.mode import evaluation_mode
+from prunus.model.evaluation_mode import evaluation_mode
 
 __all__ = ["GreedyRun", "greedy_run"]
 

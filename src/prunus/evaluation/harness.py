@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from prunus.errors import OptionError
-from prunus.evaluation.mode import evaluation_mode
+from prunus.model.evaluation_mode import evaluation_mode
 
 __all__ = ["HarnessResult", "check_harness", "run_harness"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from prunus.groups import Geometry
+from prunus.model.geometry import Geometry
 
 __all__ = ["kv_cache_bytes"]
 

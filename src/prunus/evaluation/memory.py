@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 import prunus
 from prunus.checkpoint import load_model
 from prunus.evaluation.greedy import greedy_run
-from prunus.metering import metered, resident_set
+from prunus.machine.metering import metered, resident_set
 
 __all__ = ["PeakMemory", "peak_memory"]
 

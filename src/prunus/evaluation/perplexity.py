@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunus.begin_token import begin_token_of, begin_with
 from prunus.calibration.batches import Batch
+from prunus.calibration.begin_token import begin_token_of, begin_with
 from prunus.errors import NonFiniteError, OptionError
-from prunus.evaluation.mode import evaluation_mode
-from prunus.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
+from prunus.model.evaluation_mode import evaluation_mode
+from prunus.model.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
 from prunus.sweep.blocks import last_hidden_states
 
 if TYPE_CHECKING:

@@ -30,9 +30,9 @@ from tqdm import tqdm
 from prunus.checkpoint import empty_model, locate, pruned_config, read_config, resolve_device, resolve_dtype
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.speed import SpeedOptions, check_context
-from prunus.families import AXES, Axis
-from prunus.groups import Geometry, LayerWidths, submodule
-from prunus.latency import LatencyProfile, PhaseTimes, ProfiledShape
+from prunus.model.families import AXES, Axis
+from prunus.model.geometry import Geometry, LayerWidths, submodule
+from prunus.selection.latency_profile import LatencyProfile, PhaseTimes, ProfiledShape
 
 __all__ = ["profile", "widths_to_measure"]
 

@@ -23,7 +23,7 @@ from prunus.errors import OptionError
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.kv_cache import kv_cache_bytes
 from prunus.evaluation.memory import PeakMemory, peak_memory
-from prunus.inputs import model_name
+from prunus.pipeline.inputs import model_name
 
 __all__ = ["SpeedOptions", "SpeedReport", "SpeedResult", "Spread", "Timing", "bench", "check_context", "time_in_turn"]
 

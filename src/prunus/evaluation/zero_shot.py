@@ -30,8 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prunus.errors import NonFiniteError, OptionError
-from prunus.evaluation.mode import evaluation_mode
-from prunus.loss import head_function
+from prunus.model.evaluation_mode import evaluation_mode
+from prunus.model.loss import head_function
 
 __all__ = ["TASKS", "Item", "Task", "ZeroShotResult", "answers", "load_task", "load_tasks", "zero_shot"]
 

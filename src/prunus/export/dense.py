@@ -20,7 +20,7 @@ from prunus.checkpoint import (
 )
 from prunus.errors import OptionError
 from prunus.export.fill import fill_config, fill_tensors, largest_widths
-from prunus.groups import layer_widths_of
+from prunus.model.geometry import layer_widths_of
 
 __all__ = ["export_dense", "fill_model"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from prunus.checkpoint import empty_model, pruned_config
-from prunus.families import Projection
-from prunus.groups import SPACE_AXIS, Geometry, LayerWidths
+from prunus.model.families import Projection
+from prunus.model.geometry import SPACE_AXIS, Geometry, LayerWidths
 
 __all__ = ["fill_config", "fill_tensors", "largest_widths"]
 

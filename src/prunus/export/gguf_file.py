@@ -21,8 +21,8 @@ from prunus.export.fill import fill_tensors
 from prunus.export.gguf_rope import Rope, rope_of
 from prunus.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from prunus.export.llama_cpp import Architecture, candidates, choose_architecture, widths_to_write
-from prunus.families import family_of
-from prunus.groups import Geometry, LayerWidths
+from prunus.model.families import family_of
+from prunus.model.geometry import Geometry, LayerWidths
 
 __all__ = ["GGUF_TYPES", "GgufType", "export_gguf", "interleave"]
 

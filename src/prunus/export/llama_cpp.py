@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunus.errors import UnsupportedModelError
-from prunus.families import family_of
-from prunus.groups import Geometry, LayerWidths
+from prunus.model.families import family_of
+from prunus.model.geometry import Geometry, LayerWidths
 
 __all__ = [
     "ARCHITECTURES",

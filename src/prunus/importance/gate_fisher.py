@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from prunus.families import AXES, Axis
 from prunus.importance.registry import LayerEvidence, MethodOptions, method
+from prunus.model.families import AXES, Axis
 
 
 @method("gate_fisher", needs=["gates"])

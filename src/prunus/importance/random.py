@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from prunus.families import AXES, Axis
 from prunus.importance.registry import LayerEvidence, MethodOptions, method
+from prunus.model.families import AXES, Axis
 
 
 @method("random")

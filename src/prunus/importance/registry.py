@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from prunus.errors import OptionError, StatisticsError
-from prunus.families import AXES, Axis
-from prunus.groups import Geometry
-from prunus.layers import layers_of
+from prunus.model.families import AXES, Axis
+from prunus.model.geometry import Geometry
+from prunus.model.layers import layers_of
 from prunus.statistics import ActivationStatistics, GateGradients, Statistic, Statistics, WeightGradients
 from prunus.statistics.activations import ACTIVATION_STATISTICS, ActivationStatistic
 from prunus.statistics.gradients import LossScale
@@ -115,8 +115,8 @@ class Method:
 METHODS: dict[str, Method] = {}
 #: methods made of other methods, which look at the whole table, with one line about each
 COMPOSITES: dict[str, str] = {
-    "hybrid": "Hybrid: a weighted sum of other methods, each normalised first (`prunus.importance.hybrid`).",
-    "adaptive": "Adaptive: for each axis the method and scale that held-out text shows best (`prunus.adaptive`).",
+    "hybrid": "Hybrid: a weighted sum of other methods, each normalised first (`prunus.scoring.hybrid`).",
+    "adaptive": "Adaptive: for each axis the method and scale that held-out text shows best (`prunus.scoring.adaptive`).",
 }
 
 

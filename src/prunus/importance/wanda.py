@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from prunus.errors import StatisticsError
-from prunus.families import AXES, Axis
 from prunus.importance.registry import LayerEvidence, MethodOptions, method
+from prunus.model.families import AXES, Axis
 from prunus.statistics.activations import read_activations
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from prunus.checkpoint.card import MeasuredFacts, updated_card
 from prunus.errors import CheckpointError
+from prunus.results.card import MeasuredFacts, updated_card
 
 __all__ = ["card_with_recovery"]
 

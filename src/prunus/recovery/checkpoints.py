@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from prunus.errors import OptionError
-from prunus.json_file import read_json_if_whole
-from prunus.replacing import replacing
+from prunus.files.json_file import read_json_if_whole
+from prunus.files.replacing import replacing
 
 __all__ = ["WEIGHTS_FILE", "Checkpoints"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunus.loss import IGNORE_INDEX
+from prunus.model.loss import IGNORE_INDEX
 
 __all__ = ["hidden_state_loss", "token_loss"]
 
@@ -45,7 +45,7 @@ def token_loss(
     Args:
         hidden: hidden states after the final norm, shape (batch, seq_len, hidden_size).
         head: hidden states → logits.
-        labels: int64, shape (batch, seq_len), see `prunus.loss.next_token_labels`.
+        labels: int64, shape (batch, seq_len), see `prunus.model.loss.next_token_labels`.
         teacher_hidden: the dense model's, shape (batch, seq_len, its hidden_size); needed with `kl_weight`.
         teacher_head: its head.
         kl_weight: a.

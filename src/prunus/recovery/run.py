@@ -29,10 +29,11 @@ from prunus.checkpoint import (
     save_checkpoint,
 )
 from prunus.checkpoint.load import read_small_files
-from prunus.digest import digest_model
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity_of_windows
-from prunus.json_file import read_json_if_whole
+from prunus.files.json_file import read_json_if_whole
+from prunus.machine.processes import is_first, joined, number_of_processes, wait_for_all
+from prunus.model.digest import digest_model
 from prunus.recovery.card import card_with_recovery
 from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.options import RecoveryOptions, TextOptions
@@ -40,7 +41,6 @@ from prunus.recovery.pace import Pace
 from prunus.recovery.student import Student, Teacher, add_adapters, merge_adapters
 from prunus.recovery.teacher import check_vocabulary, find_teacher, layers_behind
 from prunus.recovery.text import MOST_SAMPLES, load_sequences
-from prunus.sweep.processes import is_first, joined, number_of_processes, wait_for_all
 from prunus.version import __version__
 
 __all__ = ["recover_checkpoint"]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.families import family_of
-from prunus.groups import submodule
-from prunus.loss import chunked_cross_entropy, head_function, next_token_labels
+from prunus.model.families import family_of
+from prunus.model.geometry import submodule
+from prunus.model.loss import chunked_cross_entropy, head_function, next_token_labels
 from prunus.recovery.objective import hidden_state_loss, token_loss
 from prunus.recovery.options import RecoveryOptions
 

@@ -10,10 +10,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from prunus.checkpoint.load import HUB_FILES, check_folder
+from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
 from prunus.errors import CheckpointError, OptionError, PlanError, PrunusError
-from prunus.lineage import COMPOSED_PLAN
-from prunus.packaged_model import PACKAGED_MODEL, smollm2_135m
-from prunus.plan import Plan
+from prunus.results.lineage import COMPOSED_PLAN
+from prunus.selection.plan import Plan
 
 __all__ = ["check_vocabulary", "find_teacher", "layers_behind"]
 

@@ -19,11 +19,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prunus.errors import NonFiniteError, OptionError
+from prunus.machine.processes import add_up_, number_of_processes
 from prunus.recovery.checkpoints import WEIGHTS_FILE
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.pace import Pace
 from prunus.recovery.student import Student
-from prunus.sweep.processes import add_up_, number_of_processes
 
 __all__ = ["AlreadyOver", "Interruption", "RecoveryTrainer", "interruptible", "training_arguments"]
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from prunus.families import AXES
-from prunus.plan import Plan
+from prunus.model.families import AXES
+from prunus.selection.plan import Plan
 
 __all__ = ["Chart", "Rows", "accuracy_chart", "comparison_chart", "keep_chart", "score_charts", "seconds_chart"]
 
@@ -118,7 +118,7 @@ def score_charts(table: pd.DataFrame, plan: Plan) -> list[Chart]:
     Scales are logarithmic; groups of zero or less have no place there and are only counted.
 
     Args:
-        table: one row per group, see `prunus.table`.
+        table: one row per group, see `prunus.selection.table`.
         plan: which of them stay.
     """
     kept = {(layer, axis, group) for layer, groups in enumerate(plan.layers) for axis in AXES for group in groups[axis]}

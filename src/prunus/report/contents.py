@@ -9,9 +9,8 @@ from typing import Any
 
 from prunus.checkpoint import MeasuredFacts
 from prunus.errors import CheckpointError
-from prunus.families import AXES
-from prunus.json_file import read_json
-from prunus.plan import Plan
+from prunus.files.json_file import read_json
+from prunus.model.families import AXES
 from prunus.report.charts import (
     TITLES,
     Chart,
@@ -22,7 +21,8 @@ from prunus.report.charts import (
     score_charts,
     seconds_chart,
 )
-from prunus.result_folder import Result, measured_facts, read_result, speed_notes
+from prunus.results.result_folder import Result, measured_facts, read_result, speed_notes
+from prunus.selection.plan import Plan
 
 __all__ = ["Contents", "Section", "Tile", "WritingSample", "contents_of"]
 

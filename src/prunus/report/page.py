@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from prunus.replacing import replacing
+from prunus.files.replacing import replacing
 from prunus.report.contents import Contents, contents_of
 from prunus.version import __version__
 

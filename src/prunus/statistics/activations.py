@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from prunus.families import Projection
-from prunus.groups import Geometry
+from prunus.model.families import Projection
+from prunus.model.geometry import Geometry
 from prunus.statistics.base import Flow, Statistic
 
 __all__ = ["ACTIVATION_STATISTICS", "ActivationStatistic", "ActivationStatistics", "read_activations"]

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunus.errors import StatisticsError
-from prunus.families import Block, Projection
-from prunus.groups import Geometry
-from prunus.replacing import replacing
+from prunus.files.replacing import replacing
+from prunus.model.families import Block, Projection
+from prunus.model.geometry import Geometry
 
 __all__ = ["Flow", "Labels", "Statistic", "Statistics"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.families import AXES, Axis, Block, Projection
-from prunus.groups import SPACE_AXIS, Geometry
+from prunus.model.families import AXES, Axis, Block, Projection
+from prunus.model.geometry import SPACE_AXIS, Geometry
 from prunus.statistics.base import Flow, Labels, Statistic
 
 __all__ = ["GateGradients"]

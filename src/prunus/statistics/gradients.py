@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import OptionError
-from prunus.families import AXES, Axis, Projection
-from prunus.groups import SPACE_AXIS, Geometry, submodule
+from prunus.model.families import AXES, Axis, Projection
+from prunus.model.geometry import SPACE_AXIS, Geometry, submodule
 from prunus.statistics.base import Flow, Labels, Statistic
 
 __all__ = ["LossScale", "WeightGradients"]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from prunus.families import Axis, Projection
-from prunus.groups import SPACE_AXIS, Geometry
+from prunus.model.families import Axis, Projection
+from prunus.model.geometry import SPACE_AXIS, Geometry
 from prunus.statistics.base import Flow, Statistic
 
 __all__ = ["OutputFisher"]

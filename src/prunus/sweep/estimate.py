@@ -34,10 +34,10 @@ import torch
 
 from prunus.calibration.sampled import PIECE_LENGTH, PIECES_AT_ONCE
 from prunus.errors import OptionError
-from prunus.families import AXES
-from prunus.groups import Geometry, submodule
-from prunus.layers import layers_of, outside_layers
-from prunus.metering import resident_set
+from prunus.machine.metering import resident_set
+from prunus.model.families import AXES
+from prunus.model.geometry import Geometry, submodule
+from prunus.model.layers import layers_of, outside_layers
 from prunus.sweep.blocks import TOKENS_AT_ONCE
 
 __all__ = [

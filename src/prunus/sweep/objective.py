@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunus.loss import IGNORE_INDEX
+from prunus.model.loss import IGNORE_INDEX
 
 __all__ = ["losses_and_gradient"]
 
@@ -26,8 +26,8 @@ def losses_and_gradient(
 
     Args:
         hidden: hidden states after the final norm, (batch, seq_len, hidden_size).
-        head_fn: hidden states → logits, see `prunus.loss.head_function`.
-        labels: int64, (batch, seq_len), see `prunus.loss.next_token_labels`.
+        head_fn: hidden states → logits, see `prunus.model.loss.head_function`.
+        labels: int64, (batch, seq_len), see `prunus.model.loss.next_token_labels`.
         sampling_seed: where there is a label, take a token drawn from the model's prediction instead; None = as it is.
         chunk: positions, over the whole batch, that have logits at a time.
 

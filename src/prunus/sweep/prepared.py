@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunus.calibration.batches import Batch
 from prunus.errors import CalibrationError, NonFiniteError
-from prunus.loss import IGNORE_INDEX, next_token_labels
+from prunus.model.loss import IGNORE_INDEX, next_token_labels
 
 __all__ = ["PreparedBatch", "check_losses", "prepare"]
 
@@ -22,7 +22,7 @@ class PreparedBatch:
     Attributes:
         batch: the tokens.
         first: number of its first sequence among all calibration sequences.
-        labels: int64, (batch, seq_len), see `prunus.loss.next_token_labels`.
+        labels: int64, (batch, seq_len), see `prunus.model.loss.next_token_labels`.
         targets: int64, (batch,): tokens of each sequence that have a loss.
         sampling_seed: predict tokens drawn with this seed from the model's own predictions, instead of the text's; None
             = the text's.

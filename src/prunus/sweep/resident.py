@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunus.groups import Geometry, submodule
-from prunus.loss import head_function
+from prunus.model.geometry import Geometry, submodule
+from prunus.model.loss import head_function
 from prunus.sweep.objective import losses_and_gradient
 from prunus.sweep.prepared import PreparedBatch, check_losses
 from prunus.sweep.taps import Taps

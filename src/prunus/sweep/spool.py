@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunus.tensor_file import TensorFile, TensorLayout, write_tensors
+from prunus.files.tensor_file import TensorFile, TensorLayout, write_tensors
 
 __all__ = ["DiskSlots", "DiskSpool", "Slots", "Spool"]
 

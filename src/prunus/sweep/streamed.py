@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunus.groups import Geometry, submodule
-from prunus.layers import layers_of
-from prunus.loss import head_function
+from prunus.model.geometry import Geometry, submodule
+from prunus.model.layers import layers_of
+from prunus.model.loss import head_function
 from prunus.sweep.blocks import layer_calls, run_layer
 from prunus.sweep.objective import losses_and_gradient
 from prunus.sweep.prepared import PreparedBatch, check_losses

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.batches import Batch
-from prunus.digest import digest_batches, digest_model
 from prunus.errors import OptionError, StatisticsError
-from prunus.evaluation.mode import evaluation_mode
-from prunus.groups import Geometry
-from prunus.layers import layers_of
-from prunus.records import Records
+from prunus.files.records import Records
+from prunus.files.tensor_file import TensorLayout
+from prunus.machine.processes import add_up_, is_first, number_of_processes, rank, share, wait_for_all
+from prunus.model.digest import digest_batches, digest_model
+from prunus.model.evaluation_mode import evaluation_mode
+from prunus.model.geometry import Geometry
+from prunus.model.layers import layers_of
 from prunus.statistics.base import Statistic, Statistics
 from prunus.sweep.prepared import PreparedBatch, prepare
-from prunus.sweep.processes import add_up_, is_first, number_of_processes, rank, share, wait_for_all
 from prunus.sweep.resident import run_resident
 from prunus.sweep.spool import DiskSpool, Spool
 from prunus.sweep.streamed import run_streamed
 from prunus.sweep.taps import Taps
-from prunus.tensor_file import TensorLayout
 
 __all__ = ["ENGINES", "Engine", "EngineChoice", "sweep"]
 

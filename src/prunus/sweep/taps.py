@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prunus.families import Block, Projection
-from prunus.groups import Geometry, submodule
+from prunus.model.families import Block, Projection
+from prunus.model.geometry import Geometry, submodule
 from prunus.statistics.base import Flow, Statistic
 from prunus.sweep.prepared import PreparedBatch
 

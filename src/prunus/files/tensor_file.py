@@ -1,0 +1,187 @@
+"""Safetensors files one tensor at a time, with plain reads and writes.
+
+The safetensors library maps whole files into memory, which an enforced limit (`ulimit -v`, RLIMIT_DATA) counts in full,
+and writes a file only from tensors that are all in memory. Here a file may be larger than memory both ways.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunus.errors import CheckpointError
+from prunus.files.replacing import replacing
+
+__all__ = ["TensorFile", "TensorLayout", "write_tensors"]
+
+#: names of safetensors for the dtypes of torch
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: one system call moves no more than 2 GiB
+MOVED_AT_ONCE = 2**30
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Dtype and shape of a tensor that is not there yet."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorLayout:
+        """The layout of a tensor, which may be on the meta device."""
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def bytes(self) -> int:
+        """Size in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFile:
+    """A safetensors file to read from. It is opened anew for every read, so that threads may share it.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        entries: per tensor its `dtype`, `shape` and `data_offsets`, as in the file's header.
+        metadata: of the file.
+
+    Raises:
+        CheckpointError: the file is not safetensors, or shorter or longer than its header says.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(8)
+            length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
+            self._start = 8 + length
+            if self._start > size:
+                raise CheckpointError(
+                    f"{path} is truncated or not safetensors: {size} bytes, too few for its header; fetch it again"
+                )
+            try:
+                self.entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
+                self.metadata: dict[str, str] = self.entries.pop("__metadata__", {})
+                for name, entry in self.entries.items():
+                    _check_entry(name, entry)
+                end = 0
+                for start, stop in sorted(entry["data_offsets"] for entry in self.entries.values()):
+                    if start != end:
+                        raise ValueError(f"a tensor starts at {start}, the one before it ends at {end}")
+                    end = stop
+                end += self._start
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise CheckpointError(
+                    f"{path} is not a safetensors file: its header cannot be read ({error})"
+                ) from error
+        if size != end:
+            raise CheckpointError(
+                f"{path} is {'truncated' if size < end else 'damaged'}: {size} bytes, its header says {end}; fetch it "
+                "again"
+            )
+
+    def layout(self, name: str) -> TensorLayout:
+        """Dtype and shape of a tensor.
+
+        Raises:
+            CheckpointError: it has a dtype that is not read here.
+        """
+        entry = self.entries[name]
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {name!r} has dtype {entry['dtype']}; use a bf16, fp16 or fp32 checkpoint"
+            )
+        return TensorLayout(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own, on the CPU."""
+        start, end = self.entries[name]["data_offsets"]
+        tensor = torch.empty(end - start, dtype=torch.uint8)
+        memory = tensor.numpy().data
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._start + start)
+            done = 0
+            while done < len(memory):
+                count = file.readinto(memory[done : done + MOVED_AT_ONCE])
+                if not count:
+                    raise CheckpointError(f"{self.path} ends within {name!r}; fetch it again")
+                done += count
+        layout = self.layout(name)
+        return tensor.view(layout.dtype).view(layout.shape)
+
+
+def write_tensors(
+    path: Path,
+    layouts: Mapping[str, TensorLayout],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file from tensors that come one after another.
+
+    Args:
+        path: the file; it appears when it is complete.
+        layouts: what will come, in this order.
+        tensors: names and tensors, on any device.
+        metadata: of the file.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, layout in layouts.items():
+        start, end = end, end + layout.bytes
+        entries[name] = {"dtype": NAMES[layout.dtype], "shape": list(layout.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    expected = iter(layouts.items())
+    with replacing(path) as partial, partial.open("wb", buffering=0) as file:
+        _write_all(file, memoryview(struct.pack("<Q", len(header)) + header))
+        for name, tensor in tensors:
+            if next(expected, None) != (name, TensorLayout.of(tensor)):
+                raise ValueError(f"{name}, {TensorLayout.of(tensor)} does not come where the layout of {path} has it")
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            _write_all(file, data.data)
+        if (absent := next(expected, None)) is not None:
+            raise ValueError(f"{absent[0]}, which belongs into {path}, did not come")
+
+
+def _check_entry(name: str, entry: dict[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError unless an entry of a header describes a tensor.
+
+    Nothing but these numbers says which bytes are which weights, so that a wrong one must not get any further.
+    """
+    (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if not isinstance(dtype, str) or not isinstance(shape, list):
+        raise TypeError(f"{name!r} has dtype {dtype!r} and shape {shape!r}")
+    if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
+        raise ValueError(f"{name!r} has shape {shape} and offsets {[start, end]}, not whole numbers from 0 on")
+    if end < start or (dtype in DTYPES and end - start != math.prod(shape) * DTYPES[dtype].itemsize):
+        raise ValueError(f"{name!r} has {end - start} bytes for {dtype} of shape {shape}")
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += file.write(data[done : done + MOVED_AT_ONCE])

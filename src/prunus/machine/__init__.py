@@ -1,0 +1,1 @@
+"""The machine: devices, dtypes, processes, memory and time."""

@@ -1,0 +1,270 @@
+"""The model families prunus can cut, described as data.
+
+A family says, for each projection of a decoder layer, where it lives and which *space* its output rows and input
+columns belong to. Everything that carries the same space is cut at the same indices; nothing else in prunus knows the
+name of a projection. Adding a family means adding an entry to `FAMILIES`, and the conformance tests pick it up.
+
+Spaces:
+    residual   the hidden states between blocks; never cut
+    query      outputs of the query heads, `num_key_value_groups * head_dim` rows per attention group
+    key_value  outputs of the key (or value) heads, `head_dim` rows per attention group
+    channel    the MLP's intermediate activations, one row per MLP group
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prunus.errors import UnsupportedModelError
+
+__all__ = ["AXES", "FAMILIES", "PRUNED_PREFIX", "Axis", "Block", "Family", "Projection", "Space", "family_of"]
+
+Axis = Literal["attention", "mlp"]
+Space = Literal["residual", "query", "key_value", "channel"]
+AXES: tuple[Axis, ...] = ("attention", "mlp")
+
+#: `model_type` of a checkpoint with unequal layers is this prefix before the family's own model type.
+PRUNED_PREFIX = "prunus_"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear module of a decoder layer.
+
+    Attributes:
+        path: where it lives inside the decoder layer, e.g. `self_attn.q_proj`.
+        outputs: spaces of its output rows, in order; more than one for a fused projection.
+        inputs: space of its input columns.
+    """
+
+    path: str
+    outputs: tuple[Space, ...]
+    inputs: Space
+
+    @property
+    def name(self) -> str:
+        """Last part of the path, unique within a decoder layer: `q_proj`."""
+        return self.path.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Attention or MLP of a decoder layer: what one axis cuts.
+
+    Attributes:
+        axis: the kind of group it is made of.
+        module: path of the block inside the decoder layer.
+        norms: paths of the norms that serve only this block and leave with it.
+        projections: its linear modules.
+        untouched: modules inside the block that no cut changes (per-head norms, which all heads share).
+        post_norm: that one of `norms` which stands between the block and the residual stream; None where the output
+            projection is added to it directly.
+        indivisible: its groups stay or go together, because a norm runs over all of them: without some, those that
+            stay would compute something else.
+    """
+
+    axis: Axis
+    module: str
+    norms: tuple[str, ...]
+    projections: tuple[Projection, ...]
+    untouched: tuple[str, ...] = ()
+    post_norm: str | None = None
+    indivisible: bool = False
+
+    @property
+    def output(self) -> Projection:
+        """The projection that writes back into the residual stream: `o_proj` or `down_proj`."""
+        return next(p for p in self.projections if p.outputs == ("residual",))
+
+    @property
+    def adds(self) -> str:
+        """Path of the module whose output the decoder layer adds to the residual stream."""
+        return self.post_norm or self.output.path
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: the names that a pruner needs, and nothing else.
+
+    Attributes:
+        model_type: `config.model_type` of transformers.
+        title: the name people use.
+        blocks: attention and MLP, in the order in which a decoder layer runs them.
+        embedding: path of the token embedding in the causal language model.
+        layers: path of the list of decoder layers.
+        final_norm: path of the norm before the head.
+        head: path of the output head.
+        residual_multiplier: config field that holds a factor on all that blocks add to the residual stream; None where
+            there is no such factor.
+        norm_offset: what its norms add to their weights before they multiply by them.
+    """
+
+    model_type: str
+    title: str
+    blocks: tuple[Block, ...]
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    residual_multiplier: str | None = None
+    norm_offset: float = 0.0
+
+    def block(self, axis: Axis) -> Block:
+        """The block of one axis."""
+        return next(block for block in self.blocks if block.axis == axis)
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All projections of a decoder layer."""
+        return tuple(projection for block in self.blocks for projection in block.projections)
+
+    def residual_scale(self, config: Any) -> float:
+        """The factor on all that the blocks of a model with this config add to the residual stream."""
+        return float(getattr(config, self.residual_multiplier)) if self.residual_multiplier else 1.0
+
+
+#: norms of queries and keys: where they work on each head by itself, all heads share their weights
+_QUERY_KEY_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+
+def _attention(
+    *,
+    norms: tuple[str, ...] = ("input_layernorm",),
+    untouched: tuple[str, ...] = (),
+    post_norm: str | None = None,
+    indivisible: bool = False,
+) -> Block:
+    return Block(
+        axis="attention",
+        module="self_attn",
+        norms=norms,
+        projections=(
+            Projection("self_attn.q_proj", ("query",), "residual"),
+            Projection("self_attn.k_proj", ("key_value",), "residual"),
+            Projection("self_attn.v_proj", ("key_value",), "residual"),
+            Projection("self_attn.o_proj", ("residual",), "query"),
+        ),
+        untouched=untouched,
+        post_norm=post_norm,
+        indivisible=indivisible,
+    )
+
+
+def _gated_mlp(*, norms: tuple[str, ...] = ("post_attention_layernorm",), post_norm: str | None = None) -> Block:
+    return Block(
+        axis="mlp",
+        module="mlp",
+        norms=norms,
+        projections=(
+            Projection("mlp.gate_proj", ("channel",), "residual"),
+            Projection("mlp.up_proj", ("channel",), "residual"),
+            Projection("mlp.down_proj", ("residual",), "channel"),
+        ),
+        post_norm=post_norm,
+    )
+
+
+def _between_norms(*, untouched: tuple[str, ...] = ()) -> tuple[Block, Block]:
+    """Attention and MLP with one norm before and another after each block."""
+    return (
+        _attention(
+            norms=("input_layernorm", "post_attention_layernorm"),
+            untouched=untouched,
+            post_norm="post_attention_layernorm",
+        ),
+        _gated_mlp(
+            norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            post_norm="post_feedforward_layernorm",
+        ),
+    )
+
+
+#: OLMo 2: a norm after each block and none before, and norms that run over the queries, and the keys, of all heads
+_NORMS_AFTER = (
+    _attention(
+        norms=("post_attention_layernorm",),
+        untouched=_QUERY_KEY_NORMS,
+        post_norm="post_attention_layernorm",
+        indivisible=True,
+    ),
+    _gated_mlp(norms=("post_feedforward_layernorm",), post_norm="post_feedforward_layernorm"),
+)
+
+#: Phi-3: q, k and v in one projection, gate and up in another
+_FUSED = (
+    Block(
+        axis="attention",
+        module="self_attn",
+        norms=("input_layernorm",),
+        projections=(
+            Projection("self_attn.qkv_proj", ("query", "key_value", "key_value"), "residual"),
+            Projection("self_attn.o_proj", ("residual",), "query"),
+        ),
+    ),
+    Block(
+        axis="mlp",
+        module="mlp",
+        norms=("post_attention_layernorm",),
+        projections=(
+            Projection("mlp.gate_up_proj", ("channel", "channel"), "residual"),
+            Projection("mlp.down_proj", ("residual",), "channel"),
+        ),
+    ),
+)
+
+
+#: config fields that say how many experts a layer has; set only in mixtures of experts
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama 2, 3, 3.x; SmolLM2; TinyLlama", (_attention(), _gated_mlp())),
+        Family("mistral", "Mistral", (_attention(), _gated_mlp())),
+        Family("qwen2", "Qwen2, Qwen2.5", (_attention(), _gated_mlp())),
+        Family("qwen3", "Qwen3", (_attention(untouched=_QUERY_KEY_NORMS), _gated_mlp())),
+        Family("granite", "Granite 3", (_attention(), _gated_mlp()), residual_multiplier="residual_multiplier"),
+        Family("smollm3", "SmolLM3", (_attention(), _gated_mlp())),
+        Family("olmo2", "OLMo 2", _NORMS_AFTER),
+        Family("phi3", "Phi-3, Phi-3.5, Phi-4", _FUSED),
+        Family("gemma2", "Gemma 2", _between_norms(), norm_offset=1.0),
+        Family("gemma3_text", "Gemma 3 (text)", _between_norms(untouched=_QUERY_KEY_NORMS), norm_offset=1.0),
+    )
+}
+
+
+def family_of(config: Any) -> Family:
+    """The family a config belongs to; that of a checkpoint that prunus wrote is the one it was cut from.
+
+    Args:
+        config: a transformers `PreTrainedConfig`.
+
+    Raises:
+        UnsupportedModelError: the model type is not described in `FAMILIES`; a mixture of experts is told why.
+    """
+    model_type = str(getattr(config, "model_type", ""))
+    family = FAMILIES.get(model_type.removeprefix(PRUNED_PREFIX))
+    if family is not None:
+        return family
+    # Not getattr: configs of some mixtures refuse to name fields whose values differ by layer.
+    fields = getattr(config, "__dict__", {})
+    parts = [
+        fields,
+        *(value if isinstance(value, dict) else getattr(value, "__dict__", {}) for value in fields.values()),
+    ]
+    if "moe" in model_type or any(part.get(name) for part in parts for name in EXPERT_FIELDS):
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is a mixture of experts, which prunus does not cut: a router sends each token "
+            "to some of the experts only, so that neither importance nor cost of their channels compares with that of "
+            f"a dense model's. Supported, all dense: {', '.join(sorted(FAMILIES))}."
+        )
+    hint = ""
+    if close := difflib.get_close_matches(model_type, FAMILIES, n=1):
+        hint = f" The closest described family is {close[0]!r}, but a cut is never made by guessing."
+    raise UnsupportedModelError(
+        f"model type {model_type!r} is not supported: no entry in prunus.model.families.FAMILIES says which projections "
+        f"carry its attention groups and MLP channels.{hint} Supported: {', '.join(sorted(FAMILIES))}. "
+        "To add it, describe its decoder layer in src/prunus/model/families.py (about 15 lines)."
+    )

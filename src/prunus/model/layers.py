@@ -1,0 +1,218 @@
+"""The decoder layers of a model one at a time, whether their weights are in memory or on disk.
+
+Whatever walks over the layers (sweep, scoring, compensation, evaluation, saving) asks for them here:
+
+    layers = layers_of(model)
+    with layers.hold(0, then=1) as layer:   # weights are there now; those of layer 1 are being read
+        ...
+
+For a model in memory nothing more happens. For one that `open_model` opened, a layer has its weights only while it is
+held, and parameters on the meta device else; embeddings, final norm and head are always there. Its own forward works
+too, and reads every layer for every batch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.files.tensor_file import TensorFile, TensorLayout, write_tensors
+from prunus.model.families import family_of
+from prunus.model.geometry import submodule
+
+__all__ = ["Fetched", "LayerState", "Layers", "StoredLayers", "layers_of", "move_present_", "outside_layers"]
+
+#: a decoder layer's parameters and buffers by their names inside the layer
+LayerState = dict[str, Tensor]
+#: where a model keeps its `StoredLayers`
+ATTRIBUTE = "_prunus_layers"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A decoder layer on its way from disk.
+
+    Reading runs in a thread beside the computation, and must be no more than reading: PyTorch starts threads of its own
+    for an operation, and those of two threads keep each other from the cores. All else waits for `finish`.
+
+    Attributes:
+        state: the tensors that were read.
+        finish: makes the layer's state of them, wherever they have been sent meanwhile; it may empty what it is given.
+    """
+
+    state: LayerState
+    finish: Callable[[LayerState], LayerState]
+
+
+class Layers:
+    """The decoder layers of a model in memory.
+
+    Args:
+        modules: the list of decoder layers.
+    """
+
+    #: whether weights are on disk
+    stored = False
+
+    def __init__(self, modules: Any):
+        self.modules = modules
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @contextmanager
+    def hold(self, layer_idx: int, then: int | None = None) -> Iterator[nn.Module]:
+        """One layer with its weights, for as long as the context lasts.
+
+        Args:
+            layer_idx: which one.
+            then: the layer that will be asked for next, to be read meanwhile; one that does not exist is none.
+        """
+        yield self.modules[layer_idx]
+
+    def keep(self, layer_idx: int) -> None:
+        """Make changes to the weights of a held layer last."""
+
+
+class StoredLayers(Layers):
+    """Decoder layers whose weights come from disk.
+
+    Args:
+        modules: the list of decoder layers, without weights (on the meta device).
+        fetch: index of a layer → what is on disk of it, on the CPU, in tensors of its own. Called from a thread.
+        device: where held layers go.
+        scratch: folder in which changed layers are kept until the program ends; None for the system's temporary one.
+    """
+
+    stored = True
+
+    def __init__(
+        self, modules: Any, fetch: Callable[[int], Fetched], device: torch.device, scratch: Path | None = None
+    ):
+        super().__init__(modules)
+        self.scratch = scratch
+        self._fetch_original = fetch
+        self.device = device
+        self._empty = [layer.state_dict() for layer in modules]
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="prunus-layers")
+        self._ahead: dict[int, Future[tuple[Fetched, LayerState, Any]]] = {}
+        self._held: set[int] = set()
+        self._changed: dict[int, TensorFile] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        # On CUDA, copies run beside the computation on a stream of their own.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        for layer_idx, layer in enumerate(modules):
+            layer.forward = partial(self._forward, layer_idx)
+
+    def read(self, layer_idx: int) -> LayerState:
+        """The state of a layer on the CPU, with the changes that were kept."""
+        fetched = self.fetch(layer_idx)
+        return fetched.finish(fetched.state)
+
+    def fetch(self, layer_idx: int) -> Fetched:
+        """The first half of `read`, with nothing computed."""
+        file = self._changed.get(layer_idx)
+        if file is None:
+            return self._fetch_original(layer_idx)
+        return Fetched({name: file.read(name) for name in file.entries}, lambda state: state)
+
+    @contextmanager
+    def hold(self, layer_idx: int, then: int | None = None) -> Iterator[nn.Module]:
+        """One layer with its weights; afterwards they are gone."""
+        fetched, state = self._take(layer_idx)
+        if then is not None and 0 <= then < len(self) and then != layer_idx:
+            self._ahead[then] = self._reader.submit(self._send, then)
+        state = fetched.finish(state)
+        del fetched
+        layer: nn.Module = self.modules[layer_idx]
+        self._held.add(layer_idx)
+        try:
+            layer.load_state_dict(state, assign=True)
+            del state
+            yield layer
+        finally:
+            self._held.remove(layer_idx)
+            layer.load_state_dict(self._empty[layer_idx], assign=True)
+
+    def keep(self, layer_idx: int) -> None:
+        """Write the held layer to a temporary folder, from which it is read from now on."""
+        if self._folder is None:
+            if self.scratch is not None:
+                self.scratch.mkdir(parents=True, exist_ok=True)
+            self._folder = tempfile.TemporaryDirectory(
+                prefix="prunus-layers-", dir=self.scratch, ignore_cleanup_errors=True
+            )
+        path = Path(self._folder.name) / f"{layer_idx:05d}.safetensors"
+        state = self.modules[layer_idx].state_dict()
+        write_tensors(path, {name: TensorLayout.of(tensor) for name, tensor in state.items()}, iter(state.items()))
+        self._changed[layer_idx] = TensorFile(path)
+
+    def _forward(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """A layer's own forward, held for as long as it takes where nobody holds it."""
+        layer = self.modules[layer_idx]
+        with nullcontext() if layer_idx in self._held else self.hold(layer_idx, then=layer_idx + 1):
+            return type(layer).forward(layer, *args, **kwargs)
+
+    def _take(self, layer_idx: int) -> tuple[Fetched, LayerState]:
+        future = self._ahead.pop(layer_idx, None)
+        while self._ahead:  # not wanted after all; its memory must be free before more is read
+            self._ahead.popitem()[1].cancel()
+        if future is None:
+            future = self._reader.submit(self._send, layer_idx)
+        fetched, state, copied = future.result()
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            for tensor in state.values():
+                tensor.record_stream(current)
+        return fetched, state
+
+    def _send(self, layer_idx: int) -> tuple[Fetched, LayerState, Any]:
+        """Fetch a layer and send it to its device; on CUDA, also the event of its arrival."""
+        fetched = self.fetch(layer_idx)
+        state = fetched.state
+        if self._stream is None:
+            return fetched, {name: state.pop(name).to(self.device) for name in list(state)}, None
+        with torch.cuda.stream(self._stream):
+            sent = {name: state.pop(name).pin_memory().to(self.device, non_blocking=True) for name in list(state)}
+            return fetched, sent, self._stream.record_event()
+
+
+def layers_of(model: Any) -> Layers:
+    """The decoder layers of a causal language model.
+
+    Raises:
+        UnsupportedModelError: the family is not described.
+    """
+    stored: Layers | None = getattr(model, ATTRIBUTE, None)
+    return stored if stored is not None else Layers(submodule(model, family_of(model.config).layers))
+
+
+def outside_layers(model: Any) -> LayerState:
+    """Parameters and persistent buffers of a model outside its decoder layers, by name; tied ones once."""
+    prefix = family_of(model.config).layers + "."
+    state: LayerState = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not name.startswith(prefix) and not any(tensor is other for other in state.values()):
+            state[name] = tensor
+    return state
+
+
+def move_present_(model: nn.Module, device: torch.device) -> None:
+    """Move what has values to a device; parameters on the meta device stay there."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            store: Any = tensors
+            for name, tensor in tensors.items():
+                if tensor is not None and not tensor.is_meta and tensor.device != device:
+                    moved = tensor.detach().to(device)
+                    store[name] = nn.Parameter(moved, requires_grad=False) if tensors is module._parameters else moved

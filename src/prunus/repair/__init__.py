@@ -1,0 +1,1 @@
+"""Changing the remaining weights, without training, so that outputs stay close."""

@@ -1,0 +1,442 @@
+"""Closed-form repair: what is left of each block learns to answer like the whole one did, by least squares.
+
+After a cut, the last projection of each block (`o_proj`, `down_proj`) is solved again, in layer order. Its inputs X are
+those of the pruned model as it is by then, repaired up to this block; its target is what brings the residual stream
+back to where the dense model has it:
+
+    W' = argmin_W ‖X Wᵀ − T‖² + λ ‖W − W_S‖²,      T = B + α (R − R̂)
+    W' = (XᵀX + λ I)⁻¹ (XᵀT + λ W_Sᵀ), transposed;   λ = damping · mean diag(XᵀX)
+
+with B the dense block's output, R and R̂ the residual streams of the dense and the pruned model before the block, and
+W_S the columns that were kept. α = 0 asks for the dense block's output, α = 1 for the dense residual stream after it,
+so that each block also takes back what earlier blocks got wrong. Half of the sequences get some random tokens, see
+`prunus.calibration.noise`, so that the solution holds for more than the calibration text. No bias is added. Where the model
+multiplies what its blocks add to the residual stream by a factor (Granite), R − R̂ is divided by it. Where a norm stands
+between the block and the residual stream (Gemma), no answer of the projection makes up for a difference in the stream,
+and α is 0.
+
+Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", eq. 5 and section 3.2 (least
+squares reconstruction of the remaining channels, in layer order, on the pruned network's own inputs).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunus.calibration import Batch
+from prunus.calibration.noise import check_noise, clean_batches, with_noise
+from prunus.errors import CalibrationError, OptionError
+from prunus.files.records import Records
+from prunus.model.digest import digest_batches, digest_model
+from prunus.model.evaluation_mode import evaluation_mode
+from prunus.model.families import Axis, Block
+from prunus.model.geometry import Geometry
+from prunus.model.layers import layers_of
+from prunus.repair.block_walk import BlockWalk
+from prunus.repair.least_squares import NormalEquations, TokenSums, solve_ridge
+from prunus.repair.temperature import fit_temperature_
+from prunus.selection.plan import Plan
+from prunus.sweep.spool import DiskSlots, Slots
+
+__all__ = ["Chooser", "CompensationOptions", "Cut", "Repair", "Repaired", "compensate_", "compensate_together_"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompensationOptions:
+    """How the remaining weights are repaired.
+
+    Attributes:
+        damping: ridge towards the old weights, as a share of the mean diagonal of XᵀX.
+        residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
+        reselect: let the repair choose which MLP channels stay in a layer, of the number that the plan keeps there, see
+            `prunus.repair.reselection`; for methods that take gradients.
+        repair_noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair
+            holds for other text as well, see `prunus.calibration.noise`.
+        self_text: share of the sequences that the dense model writes itself, so that the repair holds for other kinds
+            of text, see `prunus.calibration.self_text`; for whole recipes (`prunus.prune`), not for a repair on given batches.
+        fit_logits: at the end, multiply the logits by the factor that fits the text best, see `prunus.repair.temperature`.
+    """
+
+    damping: float = 1e-1
+    residual: float = 1.0
+    reselect: bool = False
+    repair_noise: float = 0.3
+    self_text: float = 0.5
+    fit_logits: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise OptionError(f"damping is {self.damping}; it must be positive, or the solution may not exist")
+        if not 0 <= self.residual <= 1:
+            raise OptionError(f"residual is {self.residual}; it must lie in [0, 1]")
+        check_noise("repair_noise", self.repair_noise)
+        if not 0 <= self.self_text <= 1:
+            raise OptionError(f"self_text is {self.self_text}; it is a share of the sequences and must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What the repair of one block achieved on the calibration tokens.
+
+    Attributes:
+        layer_idx: decoder layer of the dense model.
+        axis: attention or mlp.
+        error_before: ‖X W_Sᵀ − T‖² / ‖T‖².
+        error_after: the same with the new weights; equal to `error_before` where the old ones were kept.
+        condition: condition number of the damped XᵀX, estimated by its Cholesky factor.
+    """
+
+    layer_idx: int
+    axis: str
+    error_before: float
+    error_after: float
+    condition: float
+
+
+#: (layer of the dense model, axis, equations, weight) → inputs that stay, ascending; None = all
+Chooser = Callable[[int, Axis, NormalEquations, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A pruned model that is to be repaired.
+
+    Attributes:
+        pruned: what `apply_plan(dense, plan)` gave, perhaps already repaired; in memory or opened.
+        plan: the cut.
+        choose: says for a block which inputs of its last projection stay; the columns of the others become zero.
+        chosen_by: everything that `choose` depends on, as plain values; needed with `work`.
+        work: folder for the weights that are solved. A run that was killed goes on after the last layer there, with the
+            same result. Left in place: it is the caller's.
+    """
+
+    pruned: Any
+    plan: Plan
+    choose: Chooser | None = None
+    chosen_by: Mapping[str, Any] = field(default_factory=dict)
+    work: Path | None = None
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What the repair of one model did.
+
+    Attributes:
+        repairs: one record per remaining block, in the order in which they were repaired.
+        chosen: (layer of the dense model, axis) → the inputs that `Cut.choose` let stay, where it chose.
+        temperature: the factor on its logits; 1 where none was wanted, or nothing cut.
+        seconds: wall-clock time of this model's repair and of the dense model's pass, which may have served others too.
+    """
+
+    repairs: list[Repair]
+    chosen: Mapping[tuple[int, Axis], Tensor]
+    temperature: float
+    seconds: float
+
+
+def compensate_(
+    pruned: Any,
+    dense: Any,
+    plan: Plan,
+    batches: Sequence[Batch],
+    options: CompensationOptions | None = None,
+    *,
+    work: Path | None = None,
+    progress: bool = True,
+) -> list[Repair]:
+    """Repair a pruned model in place; see `compensate_together_` for several.
+
+    Args:
+        pruned: what `apply_plan(dense, plan)` gave, perhaps already repaired; in memory or opened.
+        dense: the model before the cut; it stays as it is.
+        plan: the cut.
+        batches: calibration sequences.
+        options: ridge and target.
+        work: folder from which a killed run goes on, see `Cut`.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        One record per remaining block, in the order in which they were repaired.
+
+    Raises:
+        CalibrationError: there are no sequences.
+        StatisticsError: `work` holds what was made from other inputs.
+    """
+    cut = Cut(pruned, plan, work=work)
+    return compensate_together_([cut], dense, batches, options, progress=progress)[0].repairs
+
+
+@torch.no_grad()
+def compensate_together_(
+    cuts: Sequence[Cut],
+    dense: Any,
+    batches: Sequence[Batch],
+    options: CompensationOptions | None = None,
+    *,
+    progress: bool = True,
+) -> list[Repaired]:
+    """Repair several cuts of one model in place; the dense model goes through the calibration sequences once for all.
+
+    All models go through the sequences one block at a time. Memory holds, beside the models, the hidden states of all
+    sequences once for the dense model and, for each cut, its own, the inputs of `o_proj` while attention is repaired,
+    and one block's normal equations. For an opened dense model, hidden states and inputs of cuts with a `work` folder
+    (and the dense model's, if there is one) wait there.
+
+    Args:
+        cuts: the pruned models, each with a plan of the dense one. They do not touch each other: each gets the weights,
+            bit for bit, that it would get alone.
+        dense: the model before the cuts; it stays as it is.
+        batches: calibration sequences.
+        options: ridge and target.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        What was done to each cut.
+
+    Raises:
+        CalibrationError: there are no sequences.
+        StatisticsError: a `work` folder holds what was made from other inputs.
+    """
+    if not batches:
+        raise CalibrationError("there are no calibration batches; repair needs at least one sequence")
+    options, geometry = options or CompensationOptions(), Geometry.of(dense)
+    for cut in cuts:
+        cut.plan.check_fits(geometry)
+    batches = with_noise(batches, options.repair_noise, dense.config.get_text_config().vocab_size)
+    masks = [None if batch.attention_mask is None else batch.attention_mask.bool() for batch in batches]
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        for model in (dense, *(cut.pruned for cut in cuts)):
+            stack.enter_context(evaluation_mode(model))
+        wait = [stack.enter_context(_waiting(dense, cut.work)) for cut in cuts]
+        reference = BlockWalk(dense, batches, wait[0]("dense") if wait else Slots())
+        repairing = [_Repairing(cut, dense, batches, options, slots) for cut, slots in zip(cuts, wait, strict=True)]
+        for layer_idx, widths in enumerate(tqdm(geometry.widths, "compensation", disable=None if progress else True)):
+            with ExitStack() as held:
+                held.enter_context(reference.at(layer_idx))
+                for one in repairing:
+                    held.enter_context(one.at(layer_idx))
+                for block in geometry.family.blocks:
+                    if not widths[block.axis]:
+                        continue
+                    for number, mask in enumerate(masks):
+                        residual, x = reference.hidden[number], reference.enter(block, number)
+                        output = reference.module(block)(x)
+                        for one in repairing:
+                            one.compare(block, number, residual, output, mask)
+                        reference.leave(block, number, output)
+                    for one in repairing:
+                        one.repair(block)
+                for one in repairing:
+                    one.finish_layer()
+        for one in repairing:
+            one.finish(batches)
+    shared = time.perf_counter() - start - sum(one.seconds for one in repairing)
+    return [Repaired(one.repairs, one.chosen, one.temperature, shared + one.seconds) for one in repairing]
+
+
+@contextmanager
+def _waiting(dense: Any, work: Path | None) -> Iterator[Callable[[str], Slots]]:
+    """Makes places for what waits between blocks: in memory, or in files if the dense model is opened, too."""
+    if work is None or not layers_of(dense).stored:
+        yield lambda name: Slots()
+        return
+    folder = work / "waiting"
+    try:
+        yield lambda name: DiskSlots(folder / name, dense.device)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Repairing:
+    """One cut on its way through the layers, beside the dense model."""
+
+    def __init__(
+        self,
+        cut: Cut,
+        dense: Any,
+        batches: Sequence[Batch],
+        options: CompensationOptions,
+        wait: Callable[[str], Slots],
+    ):
+        start = time.perf_counter()
+        self.repairs: list[Repair] = []
+        self.chosen: dict[tuple[int, Axis], Tensor] = {}
+        self.temperature = 1.0
+        self._cut, self._options = cut, options
+        self._records = Records(cut.work, _made_from(cut, dense, batches, options) if cut.work is not None else None)
+        self._walk, self._inputs = BlockWalk(cut.pruned, batches, wait("hidden")), wait("inputs")
+        self._batches = len(batches)
+        self._scale = Geometry.of(dense).family.residual_scale(dense.config)
+        self._new_index = {old: new for new, old in enumerate(cut.plan.surviving_layers)}
+        self._sums: TokenSums | None = None
+        self.seconds = time.perf_counter() - start
+
+    @contextmanager
+    def at(self, layer_idx: int) -> Iterator[None]:
+        """Hold a layer by its number in the dense model, if it is still there."""
+        self._layer_idx, self._kept = layer_idx, self._cut.plan.layers[layer_idx]
+        if layer_idx not in self._new_index:
+            yield
+            return
+        with self._walk.at(self._new_index[layer_idx]):
+            self._known = layer_idx in self._records
+            if self._known:
+                self._restore()
+            yield
+
+    def compare(self, block: Block, number: int, residual: Tensor, output: Tensor, mask: Tensor | None) -> None:
+        """Add a batch to what a block is solved from.
+
+        Args:
+            block: of the held layer.
+            number: of the batch.
+            residual: the dense model's residual stream before the block.
+            output: of the dense block's last projection.
+            mask: true for tokens that are not padding; None = all.
+        """
+        if not self._kept[block.axis] or self._known:
+            return
+        start, module = time.perf_counter(), self._walk.module(block)
+        x = self._walk.enter(block, number)
+        if self._remembers(block):
+            self._inputs[number] = x
+        pull = 0.0 if block.post_norm else self._options.residual / self._scale
+        target = output.float() + pull * (residual.float() - self._walk.hidden[number].float())
+        if module.bias is not None:
+            target -= module.bias.float()
+        if mask is not None:
+            x, target = x[mask.to(x.device)], target[mask.to(x.device)]
+        self._sums = self._sums or TokenSums(module)
+        self._sums.add(x.reshape(-1, module.in_features).float(), target.reshape(-1, module.out_features))
+        self.seconds += time.perf_counter() - start
+
+    def repair(self, block: Block) -> None:
+        """Solve a block, unless an earlier run did, and go on behind it."""
+        if not self._kept[block.axis]:
+            return
+        start, module = time.perf_counter(), self._walk.module(block)
+        if not self._known:
+            self._solve(block, module)
+        for number in range(self._batches):
+            if self._remembers(block) and not self._known:
+                x = self._inputs[number]
+                del self._inputs[number]
+            else:
+                x = self._walk.enter(block, number)
+            self._walk.leave(block, number, module(x))
+        self.seconds += time.perf_counter() - start
+
+    def _solve(self, block: Block, module: nn.Linear) -> None:
+        assert self._sums is not None  # there is at least one batch
+        equations, self._sums, stay = self._sums.equations(), None, None
+        if self._cut.choose is not None:
+            stay = self._cut.choose(self._layer_idx, block.axis, equations, module.weight)
+        if stay is not None:
+            self.chosen[self._layer_idx, block.axis] = stay
+        self.repairs.append(_repair_(module, self._layer_idx, block, equations, stay, self._options))
+
+    def finish_layer(self) -> None:
+        """Make what was solved in the held layer last."""
+        if self._layer_idx not in self._new_index:
+            return
+        if not self._known and self._cut.work is not None:
+            self._record()
+        self._walk.layers.keep(self._new_index[self._layer_idx])
+
+    def finish(self, batches: Sequence[Batch]) -> None:
+        """Fit the logits of the repaired model."""
+        start = time.perf_counter()
+        plan = self._cut.plan
+        if self._options.fit_logits and (plan.kept_widths != plan.widths or self.chosen):
+            clean = clean_batches(len(batches), self._options.repair_noise)
+            self.temperature = fit_temperature_(self._cut.pruned, batches, among=clean, residual=self._walk.hidden)
+        self.seconds += time.perf_counter() - start
+
+    def _remembers(self, block: Block) -> bool:
+        """Whether a block's inputs wait until it is solved: those of the MLP are wide, and quickly found again."""
+        return block.axis == "attention"
+
+    def _record(self) -> None:
+        here = [block for block in self._walk.blocks if self._kept[block.axis]]
+        tensors = {block.output.path: self._walk.module(block).weight.detach().cpu().clone() for block in here}
+        tensors |= {f"stay.{axis}": stay for (idx, axis), stay in self.chosen.items() if idx == self._layer_idx}
+        repairs = [asdict(repair) for repair in self.repairs if repair.layer_idx == self._layer_idx]
+        self._records.put(self._layer_idx, tensors, {"repairs": repairs})
+
+    def _restore(self) -> None:
+        """Put in place what an earlier run solved in the held layer."""
+        found = self._records[self._layer_idx]
+        for block in self._walk.blocks:
+            if block.output.path in found:
+                self._walk.module(block).weight.copy_(found[block.output.path])
+            if f"stay.{block.axis}" in found:
+                self.chosen[self._layer_idx, block.axis] = found[f"stay.{block.axis}"]
+        self.repairs += [Repair(**values) for values in self._records.about(self._layer_idx)["repairs"]]
+
+
+def _made_from(cut: Cut, dense: Any, batches: Sequence[Batch], options: CompensationOptions) -> dict[str, Any]:
+    return {
+        "model": digest_model(dense),
+        "pruned model": digest_model(cut.pruned),
+        "plan": cut.plan.fingerprint,
+        "calibration tokens": digest_batches(batches),
+        "sequences per batch": [len(batch.input_ids) for batch in batches],
+        "compensation": asdict(options),
+        "chosen by": dict(cut.chosen_by),
+        "torch": torch.__version__,
+    }
+
+
+def _repair_(
+    module: nn.Linear,
+    layer_idx: int,
+    block: Block,
+    equations: NormalEquations,
+    stay: Tensor | None,
+    options: CompensationOptions,
+) -> Repair:
+    """Solve the last projection of a block again, on the inputs that stay; None = all of them."""
+    where = f"layer {layer_idx}, {block.axis}"
+    here = slice(None) if stay is None else stay
+    sliced = torch.zeros_like(module.weight, dtype=torch.float64)
+    sliced[:, here] = module.weight[:, here].double()
+    solution, condition, before = torch.zeros_like(sliced), float("inf"), equations.error(sliced)
+    try:
+        gram, cross = equations.gram[here][:, here], equations.cross[here]
+        solution[:, here], condition = solve_ridge(gram, cross, sliced[:, here], options.damping)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        logger.warning(
+            "%s: kept as sliced, the normal equations cannot be solved (%s); a larger damping than %g may help",
+            where,
+            error,
+            options.damping,
+        )
+        solution = sliced
+    after = equations.error(solution)
+    if solution is not sliced and not after < before:
+        # The ridge optimum cannot be worse in exact arithmetic: this is rounding, or NaN. Nothing lost, nothing said.
+        if before != 0:
+            logger.warning(
+                "%s: kept as sliced, least squares did not lower the error (%.3g → %.3g, condition %.1e)",
+                where,
+                before,
+                after,
+                condition,
+            )
+        solution, after = sliced, before
+    module.weight.copy_(solution)
+    return Repair(layer_idx, block.axis, before, after, condition)

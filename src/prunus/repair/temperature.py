@@ -1,0 +1,102 @@
+"""How sure a repaired model is of its predictions: one factor on the last norm, so that its logits fit the text again.
+
+Least squares makes the remaining weights fit the calibration tokens, and on other text the model errs more often than
+its logits admit. The hidden states h before the head are multiplied by the factor that the text likes best,
+
+    s = argmin_s Σ_t −log softmax(head(s · h_t))[x_{t+1}],
+
+and s goes into the weight of the norm that makes h. The order of the predictions, and so greedy text, stays the same.
+
+Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4.2 (temperature scaling, T = 1/s).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from prunus.calibration import Batch
+from prunus.model.evaluation_mode import evaluation_mode
+from prunus.model.families import family_of
+from prunus.model.geometry import submodule
+from prunus.model.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
+from prunus.sweep.blocks import last_hidden_states
+from prunus.sweep.spool import Slots
+
+__all__ = ["fit_temperature_"]
+
+#: about how many tokens the factor is measured on: it is one number, and the loss is flat around it
+TOKENS = 2048
+#: where the factor is looked for, and how closely on a logarithmic scale
+LOWEST, HIGHEST, TOLERANCE = 0.5, 2.0, 0.02
+
+
+@torch.no_grad()
+def fit_temperature_(
+    model: Any,
+    batches: Sequence[Batch],
+    *,
+    among: range | None = None,
+    residual: Slots | None = None,
+    tokens: int = TOKENS,
+) -> float:
+    """Scale the last norm of a model so that its logits fit calibration text best.
+
+    Args:
+        model: in memory or opened; the weight of its last norm is changed.
+        batches: calibration sequences, of which evenly spaced ones are used.
+        among: numbers of the batches that may be used; None = all.
+        residual: the residual stream after the last layer for every batch, if somebody has it.
+        tokens: about how many tokens to measure on.
+
+    Returns:
+        s, the factor on the hidden states before the head: below 1 where the model was too sure.
+    """
+    family = family_of(model.config)
+    norm, head = submodule(model, family.final_norm), head_function(model)
+    usable = range(len(batches)) if among is None else among
+    numbers = usable[:: max(1, sum(batches[number].input_ids.numel() for number in usable) // tokens)]
+    chosen = [batches[number] for number in numbers]
+    with evaluation_mode(model):
+        hidden = (
+            [norm(residual[number]) for number in numbers]
+            if residual is not None
+            else list(last_hidden_states(model, chosen))
+        )
+        labels = [
+            next_token_labels(batch.input_ids, batch.attention_mask).to(states.device)
+            for batch, states in zip(chosen, hidden, strict=True)
+        ]
+
+        def loss(factor: float) -> float:
+            return sum(
+                float(chunked_cross_entropy(states * factor, head, wanted).double().sum())
+                for states, wanted in zip(hidden, labels, strict=True)
+            )
+
+        if all(bool((wanted == IGNORE_INDEX).all()) for wanted in labels):
+            return 1.0
+        factor = _lowest(loss)
+    norm.weight.copy_(factor * (norm.weight.float() + family.norm_offset) - family.norm_offset)
+    return factor
+
+
+def _lowest(loss: Callable[[float], float]) -> float:
+    """The minimum of a function that has one, by golden-section search on a logarithmic scale."""
+    golden = (math.sqrt(5) - 1) / 2
+    left, right = math.log(LOWEST), math.log(HIGHEST)
+    inner = [right - golden * (right - left), left + golden * (right - left)]
+    values = [loss(math.exp(point)) for point in inner]
+    while right - left > TOLERANCE:
+        if values[0] < values[1]:
+            right = inner[1]
+            inner = [right - golden * (right - left), inner[0]]
+            values = [loss(math.exp(inner[0])), values[0]]
+        else:
+            left = inner[0]
+            inner = [inner[1], left + golden * (right - left)]
+            values = [values[1], loss(math.exp(inner[1]))]
+    return math.exp((left + right) / 2)

@@ -1,0 +1,1 @@
+"""The folder that a user gets: model, card, plan, metrics."""

@@ -1,0 +1,389 @@
+"""The README of a pruned model, in the format of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
+
+from prunus.errors import CheckpointError
+from prunus.model.geometry import LayerWidths
+
+__all__ = [
+    "CalibrationFacts",
+    "CardFacts",
+    "MeasuredFacts",
+    "OriginalFacts",
+    "license_of",
+    "model_card",
+    "updated_card",
+]
+
+logger = logging.getLogger(__name__)
+
+LICENSE_FIELDS = ("license", "license_name", "license_link")
+#: how a metric is shown
+FORMATS = {"perplexity": "{:.2f}", "accuracy": "{:.1%}"}
+#: what stands between these is written anew by every evaluation
+EVALUATION_START, EVALUATION_END = "<!-- evaluation by prunus -->", "<!-- end of evaluation by prunus -->"
+
+
+@dataclass(frozen=True)
+class CalibrationFacts:
+    """The text that importance was measured on.
+
+    Attributes:
+        source: data set or file.
+        samples: number of sequences.
+        seq_len: tokens per sequence.
+        seed: of their choice.
+        sha256: of the token ids.
+    """
+
+    source: str
+    samples: int
+    seq_len: int
+    seed: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class MeasuredFacts:
+    """One figure before and after, and how it was measured.
+
+    Attributes:
+        dataset: text or task, for a reader.
+        dataset_id: the Hub's id of it, or its name again.
+        metric: the Hub's id of the metric: perplexity or accuracy.
+        metric_name: the same for a reader; tells acc from acc_norm.
+        protocol: windows, dtype, number of items.
+        before: of the base model; None if it was not measured.
+        after: of this model.
+    """
+
+    dataset: str
+    dataset_id: str
+    metric: str
+    metric_name: str
+    protocol: str
+    before: float | None
+    after: float
+
+    def show(self, value: float | None) -> str:
+        """One of the two for a reader: perplexities with two decimals, accuracies in percent."""
+        return "" if value is None else FORMATS.get(self.metric, "{:.4g}").format(value)
+
+
+@dataclass(frozen=True)
+class OriginalFacts:
+    """The model that was never cut, where the base model of the last cut had been cut before.
+
+    Attributes:
+        model: Hub id or name.
+        parameters: tied ones counted once.
+        on_hub: whether `model` is a Hub id.
+    """
+
+    model: str
+    parameters: int
+    on_hub: bool
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything a model card says.
+
+    Attributes:
+        name: of the pruned model, the card's title.
+        base_model: Hub id or folder of the base model; of a folder only the last part is shown.
+        method: importance method.
+        ratio: share of all of `quantity` that was to be removed.
+        parameters_before: of the base model, tied ones counted once.
+        parameters_after: of this model.
+        base_widths: groups per layer of the base model; of the original one, if there is one.
+        widths: groups per layer that this one keeps of the layers in `base_widths`; a layer of which nothing is left
+            has zeros on both axes.
+        num_key_value_groups: query heads per key/value head.
+        model_type: of this model's config.
+        ragged: whether it needs the modelling files that lie beside the weights.
+        retrained: whether weights that stayed were changed, too.
+        command: what was typed to make it.
+        version: of prunus.
+        on_hub: whether `base_model` is a Hub id.
+        license: license fields of the base model's card (`license`, `license_name`, `license_link`).
+        calibration: None for a method that needs no text.
+        measured: figures before and after.
+        details: more settings, shown as they are (normalisation, compensation, frozen layers, …).
+        original: the model that was never cut; None if that is the base model.
+        quantity: what `ratio` is a share of.
+    """
+
+    name: str
+    base_model: str
+    method: str
+    ratio: float
+    parameters_before: int
+    parameters_after: int
+    base_widths: Sequence[LayerWidths]
+    widths: Sequence[LayerWidths]
+    num_key_value_groups: int
+    model_type: str
+    ragged: bool
+    command: str
+    version: str
+    retrained: bool = False
+    on_hub: bool = False
+    license: Mapping[str, str] = field(default_factory=dict)
+    calibration: CalibrationFacts | None = None
+    measured: Sequence[MeasuredFacts] = ()
+    details: Mapping[str, str] = field(default_factory=dict)
+    original: OriginalFacts | None = None
+    quantity: str = "parameters"
+
+
+def license_of(folder: Path) -> dict[str, str]:
+    """The license fields of the model card in a folder; empty if there is no card or it names none."""
+    card = folder / "README.md"
+    try:
+        metadata: dict[str, Any] = (metadata_load(card) if card.is_file() else None) or {}
+    except Exception as error:  # any YAML that somebody wrote by hand
+        logger.warning("the front matter of %s cannot be read, so its license is not carried over: %s", card, error)
+        return {}
+    return {name: metadata[name] for name in LICENSE_FIELDS if isinstance(metadata.get(name), str)}
+
+
+def model_card(facts: CardFacts) -> str:
+    """README.md of a pruned model: YAML front matter for the Hub, then what was done and how to load it."""
+    sections = [
+        _front_matter(facts),
+        f"# {_text(facts.name)}",
+        _summary(facts),
+        "## How to load",
+        _loading(facts),
+        "## How it was made",
+        _making(facts),
+    ]
+    if facts.measured:
+        sections.append(_evaluation(facts.measured, ()))
+    sections += ["## Widths", _widths(facts)]
+    return "\n\n".join(sections) + "\n"
+
+
+def updated_card(text: str, name: str, measured: Sequence[MeasuredFacts], notes: Sequence[str] = ()) -> str:
+    """A model card with new figures, and everything else as it was, whoever wrote it.
+
+    Args:
+        text: the card.
+        name: of the model, for a card that has no results yet.
+        measured: all figures that the card shall show; results in its `model-index` for other data or metrics stay.
+        notes: sentences below the table, as they are.
+
+    Raises:
+        CheckpointError: the card's front matter cannot be read.
+    """
+    try:
+        card = ModelCard(text)
+    except Exception as error:  # any YAML that somebody wrote by hand
+        raise CheckpointError(
+            f"the front matter of the model card cannot be read, so it stays as it is: {error}"
+        ) from None
+    new = _results(measured)
+    kept = [old for old in card.data.eval_results or () if not any(_is_same_figure(old, result) for result in new)]
+    if kept or new:
+        card.data.eval_results = kept + new
+        card.data.model_name = card.data.model_name or name
+        card.data.metrics = sorted({*(card.data.metrics or ()), *(result.metric_type for result in new)})
+    section = _evaluation(measured, notes)
+    body, start, rest = card.text.partition(EVALUATION_START)
+    _, end, after = rest.partition(EVALUATION_END)
+    if start and end:
+        card.text = f"{body}{section}{after}"
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{section}\n"
+    return str(card)
+
+
+def _results(measured: Sequence[MeasuredFacts]) -> list[EvalResult]:
+    """Figures as the Hub's `model-index` has them; what is no finite number is left out."""
+    results = []
+    for facts in measured:
+        for name, value in ((facts.metric_name, facts.after), (f"{facts.metric_name} of the base model", facts.before)):
+            if value is not None and math.isfinite(value):
+                results.append(
+                    EvalResult(
+                        task_type="text-generation",
+                        task_name="Text Generation",
+                        dataset_type=facts.dataset_id,
+                        dataset_name=facts.dataset,
+                        metric_type=facts.metric,
+                        metric_name=name,
+                        metric_value=value,
+                        metric_args={"protocol": facts.protocol},
+                    )
+                )
+    return results
+
+
+def _is_same_figure(old: EvalResult, new: EvalResult) -> bool:
+    return (old.dataset_type, old.metric_type, old.metric_name) == (new.dataset_type, new.metric_type, new.metric_name)
+
+
+def _front_matter(facts: CardFacts) -> str:
+    base, on_hub = (facts.original.model, facts.original.on_hub) if facts.original else (facts.base_model, facts.on_hub)
+    fields: dict[str, Any] = {"base_model": base} if on_hub else {}
+    if on_hub and facts.retrained:
+        # The Hub knows adapter, merge, quantized and finetune. Weights that were only cut are none of them.
+        fields["base_model_relation"] = "finetune"
+    if results := _results(facts.measured):
+        metrics = sorted({result.metric_type for result in results})
+        fields |= {"eval_results": results, "model_name": facts.name, "metrics": metrics}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["prunus", "pruned"],
+        **{name: facts.license[name] for name in LICENSE_FIELDS if name in facts.license},
+        **fields,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _link(model: str, on_hub: bool) -> str:
+    if on_hub:
+        return f"[{_text(model)}](https://huggingface.co/{model})"
+    return _text(PurePath(model).name or model)
+
+
+def _base(facts: CardFacts) -> str:
+    return _link(facts.base_model, facts.on_hub)
+
+
+def _summary(facts: CardFacts) -> str:
+    whole, before = _base(facts), facts.parameters_before
+    steps = ""
+    if facts.original:
+        whole, before = _link(facts.original.model, facts.original.on_hub), facts.original.parameters
+        steps = (
+            f" It was cut in steps: the base of this one was {_base(facts)}, with {facts.parameters_before:,} "
+            "parameters left."
+        )
+    return (
+        f"{whole} without {1 - facts.parameters_after / before:.1%} of its parameters: whole attention groups (a "
+        "key/value head with its query heads) and MLP channels were removed, chosen in one ranking over all layers by "
+        f"prunus.{steps}\n\n"
+        f"| | {'original' if facts.original else 'base'} | this model |\n|---|---:|---:|\n"
+        f"| parameters | {before:,} | {facts.parameters_after:,} |\n"
+        f"| decoder layers | {len(facts.base_widths)} | {sum(map(_is_left, facts.widths))} |"
+    )
+
+
+def _loading(facts: CardFacts) -> str:
+    name = json.dumps(facts.name)
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    model = f"model = AutoModelForCausalLM.from_pretrained({name})\n"
+    remote = f"model = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)\n"
+    with_prunus = f"import prunus\n{imports}"
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
+    if not facts.ragged:
+        return (
+            f"All layers have equal widths, so it is an ordinary `{facts.model_type}` model and loads anywhere:\n\n"
+            f"{_block(imports + model + tokenizer, 'python')}"
+        )
+    return (
+        "Its layers differ in width, which the stock classes of transformers cannot express. With the package prunus "
+        f"installed:\n\n{_block(with_prunus + model + tokenizer, 'python')}\n\n"
+        "Without it, the two files `configuration_prunus.py` and `modeling_prunus.py` beside the weights define the "
+        f"model:\n\n{_block(imports + remote + tokenizer, 'python')}"
+    )
+
+
+def _making(facts: CardFacts) -> str:
+    rows = {"base model": _base(facts)}
+    if facts.original:
+        rows["original model"] = _link(facts.original.model, facts.original.on_hub)
+    rows |= {"method": _code(facts.method), "ratio": f"{facts.ratio:g} of all {facts.quantity}"}
+    if calibration := facts.calibration:
+        rows["calibration text"] = _text(calibration.source)
+        rows["calibration size"] = (
+            f"{calibration.samples} sequences of {calibration.seq_len} tokens, seed {calibration.seed}"
+        )
+        rows["calibration tokens, SHA-256"] = _code(calibration.sha256)
+    else:
+        rows["calibration text"] = "none: the method needs no text"
+    rows |= {_text(name): _text(value) for name, value in facts.details.items()}
+    rows["prunus"] = _text(facts.version)
+    composed = (
+        f" `prunus/plan_from_original.json` holds all steps as one plan, for {_link(facts.original.model, False)}."
+        if facts.original
+        else ""
+    )
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return (
+        f"{table}\n\nThe command was\n\n{_block(facts.command, 'sh')}\n\n"
+        "and the folder `prunus/` holds the plan and the scores: `prunus apply BASE prunus/plan.json --out DIR` cuts "
+        "the base model again without measuring anything; a compensation of the remaining weights is not part of a "
+        f"plan.{composed}"
+    )
+
+
+def _evaluation(measured: Sequence[MeasuredFacts], notes: Sequence[str]) -> str:
+    rows = ["| data | metric | base | this model | protocol |", "|---|---|---:|---:|---|"]
+    for facts in measured:
+        figures = (facts.show(facts.before), facts.show(facts.after))
+        cells = (_text(facts.dataset), _text(facts.metric_name), *figures, _text(facts.protocol))
+        rows.append(f"| {' | '.join(cells)} |")
+    parts = [EVALUATION_START, "## Evaluation", *(["\n".join(rows)] if measured else []), *map(_text, notes)]
+    return "\n\n".join([*parts, EVALUATION_END])
+
+
+def _widths(facts: CardFacts) -> str:
+    of = "original" if facts.original else "base"
+    rows = [f"| layer of the {of} | query heads | key/value heads | MLP channels |", "|---:|---:|---:|---:|"]
+    for layer_idx, (before, after) in enumerate(zip(facts.base_widths, facts.widths, strict=True)):
+        if not _is_left(after):
+            rows.append(f"| {layer_idx} | removed | removed | removed |")
+            continue
+        query = _of(*(widths.num_key_value_heads * facts.num_key_value_groups for widths in (after, before)))
+        key_value = _of(after.num_key_value_heads, before.num_key_value_heads)
+        rows.append(
+            f"| {layer_idx} | {query} | {key_value} | {_of(after.intermediate_size, before.intermediate_size)} |"
+        )
+    return "\n".join(rows)
+
+
+def _is_left(widths: LayerWidths) -> bool:
+    return bool(widths.num_key_value_heads or widths.intermediate_size)
+
+
+def _of(after: int, before: int) -> str:
+    return f"{after}" if after == before else f"{after} of {before}"
+
+
+def _text(value: str) -> str:
+    """Any string as text of a paragraph or a table cell."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$!])", r"\\\1", " ".join(value.split()))
+
+
+def _code(value: str) -> str:
+    """Any string as inline code of a table cell."""
+    value = " ".join(value.split()).replace("|", "\\|")
+    fence = _fence(value, "`")
+    padding = " " if "`" in value else ""
+    return f"{fence}{padding}{value}{padding}{fence}"
+
+
+def _block(value: str, language: str) -> str:
+    fence = _fence(value, "```")
+    return f"{fence}{language}\n{value}\n{fence}"
+
+
+def _fence(value: str, shortest: str) -> str:
+    """A run of backticks longer than any in `value`."""
+    longest = max(map(len, re.findall("`+", value)), default=0)
+    return "`" * max(len(shortest), longest + 1)

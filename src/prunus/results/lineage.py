@@ -1,0 +1,89 @@
+"""Where a model folder comes from: the original model, and the whole cut that leads from there to it.
+
+A model may be pruned again and again. Each result keeps the plan of its own step in `prunus/plan.json`, relative to the
+folder it was made from. From the second step on `prunus/plan_from_original.json` holds all steps as one plan for the
+model that was never cut, and `metrics.json` names that model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunus.errors import PlanError
+from prunus.selection.plan import Plan
+
+__all__ = ["COMPOSED_PLAN", "Lineage", "lineage_of", "plan_from_original"]
+
+logger = logging.getLogger(__name__)
+
+#: in the folder prunus/ of a model that was pruned more than once
+COMPOSED_PLAN = "plan_from_original.json"
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a folder that prunus wrote says of its origin.
+
+    Attributes:
+        model: the original model, a Hub id or the name of its folder.
+        parameters: of the original model, tied ones counted once.
+        plan: the whole cut, from the original model to the folder's.
+    """
+
+    model: str
+    parameters: int
+    plan: Plan
+
+    def then(self, plan: Plan) -> Lineage:
+        """The origin of a model that is cut once more.
+
+        Args:
+            plan: for the model that this cut leaves.
+
+        Raises:
+            PlanError: it is for another model.
+        """
+        return Lineage(self.model, self.parameters, self.plan.compose(plan))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for metrics.json; the plan by its fingerprint."""
+        return {"model": self.model, "parameters": self.parameters, "plan": self.plan.fingerprint}
+
+
+def plan_from_original(folder: Path) -> Path | None:
+    """The file with the whole cut of a folder, whether it was pruned once or more often; None if it has none."""
+    return next((path for name in (COMPOSED_PLAN, "plan.json") if (path := folder / "prunus" / name).is_file()), None)
+
+
+def lineage_of(folder: Path) -> Lineage | None:
+    """Read the origin of a model folder.
+
+    Args:
+        folder: a model folder, pruned or not.
+
+    Returns:
+        None for a folder without a plan, and, with a warning, for one whose records cannot be read: a model can be cut
+        without knowing where it comes from.
+    """
+    path = plan_from_original(folder)
+    if path is None:
+        return None
+    try:
+        metrics = json.loads((folder / "prunus" / "metrics.json").read_text(encoding="utf-8"))
+        original = metrics.get("original") or {
+            "model": metrics["base_model"],
+            "parameters": metrics["parameters_before"],
+        }
+        return Lineage(str(original["model"]), int(original["parameters"]), Plan.load(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, PlanError) as error:
+        logger.warning(
+            "%s was pruned before, but its records cannot be read (%s: %s): the new plan is kept relative to it alone",
+            folder,
+            type(error).__name__,
+            error,
+        )
+        return None

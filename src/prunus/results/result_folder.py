@@ -1,0 +1,301 @@
+"""The folder that a user gets: the model, its card, and what it was made by.
+
+README.md              the model card
+prunus/plan.json       the cut
+prunus/metrics.json    what was done, and what was measured on the way
+prunus/groups.csv      the scores it was chosen from, with score.json
+prunus/samples.json    what both models wrote, where both were at hand
+prunus/evaluation.json what `prunus eval --update-card` measured since
+report.html            all of it as a page, see `prunus.report`
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from prunus.checkpoint import (
+    CalibrationFacts,
+    CardFacts,
+    MeasuredFacts,
+    OriginalFacts,
+    is_ragged,
+    license_of,
+    locate,
+    model_card,
+    save_checkpoint,
+    updated_card,
+)
+from prunus.errors import CheckpointError, PlanError
+from prunus.files.json_file import read_json
+from prunus.files.replacing import replacing
+from prunus.results.lineage import COMPOSED_PLAN, Lineage, lineage_of
+from prunus.scoring.score import Score
+from prunus.selection.plan import Plan
+from prunus.selection.table import load_table
+from prunus.version import __version__
+
+__all__ = ["Result", "add_evaluation", "measured_facts", "read_result", "save_result", "speed_notes"]
+
+FOLDER = "prunus"
+#: the Hub's ids of the data sets that the zero-shot tasks are made from
+TASK_DATASETS = {"arc_easy": "allenai/ai2_arc", "piqa": "ybisk/piqa", "winogrande": "allenai/winogrande"}
+#: lists of an evaluation, and the field that tells their entries apart
+EVALUATION_LISTS = {"perplexities": "text", "zero_shot": "task", "harness": "task", "samples": "prompt"}
+
+logger = logging.getLogger(__name__)
+
+
+def save_result(
+    smaller: Any,
+    tokenizer: Any,
+    out: str | Path,
+    plan: Plan,
+    scored: Score | None,
+    metrics: Mapping[str, Any],
+    samples: Sequence[Mapping[str, str]],
+    source: str,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Write a model folder with its card, and the plan, scores and metrics in its subfolder `prunus/`.
+
+    If the base model is itself a folder that prunus cut, the subfolder also gets the composed plan, from the model that
+    was never cut, and card and metrics name that one.
+
+    Args:
+        smaller: the pruned model.
+        tokenizer: its tokenizer.
+        out: the folder to write.
+        plan: the cut.
+        scored: the table it was chosen from; None for a plan that was given.
+        metrics: what was done and measured; its `command` is what the user typed.
+        samples: prompts with what both models made of them.
+        source: folder, Hub id or `smollm2-135m`: the base model, whose license is carried over.
+        overwrite: replace an earlier result.
+
+    Returns:
+        The metrics as written: as given, and with `original` if the base model had been cut before.
+    """
+    origin = _origin(locate(source), plan)
+    metrics = {**metrics, "original": origin.to_dict()} if origin else dict(metrics)
+    extras: dict[str, str | bytes] = {
+        "plan.json": plan.to_json(),
+        "metrics.json": json.dumps(metrics, indent=1) + "\n",
+    }
+    if origin is not None:
+        extras[COMPOSED_PLAN] = origin.plan.to_json()
+    if scored is not None:
+        extras["groups.csv"] = scored.table.to_csv(index=False)
+        extras["score.json"] = scored.to_json()
+    if samples:
+        extras["samples.json"] = json.dumps(samples, indent=1, ensure_ascii=False) + "\n"
+    card = model_card(_card_facts(smaller, Path(out).name, plan, origin, metrics, source))
+    save_checkpoint(smaller, tokenizer, out, card=card, extras=extras, overwrite=overwrite)
+    return metrics
+
+
+def _origin(base: Path, plan: Plan) -> Lineage | None:
+    """Where the result comes from, if its base model had been cut before."""
+    earlier = lineage_of(base)
+    try:
+        return earlier.then(plan) if earlier else None
+    except PlanError:
+        logger.warning(
+            "the plan in %s does not lead to the model that lies there, so no plan from the original model is written",
+            base / "prunus",
+        )
+        return None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a result folder says about itself.
+
+    Attributes:
+        folder: where it is.
+        plan: the cut.
+        metrics: what was done, and measured on the way.
+        table: the scores it was chosen from; None for a plan that was given.
+        samples: prompts with what both models made of them; empty if there are none.
+        evaluation: what was measured since; empty if nothing.
+    """
+
+    folder: Path
+    plan: Plan
+    metrics: Mapping[str, Any]
+    table: pd.DataFrame | None
+    samples: Sequence[Mapping[str, str]]
+    evaluation: Mapping[str, Any]
+
+
+def read_result(folder: str | Path) -> Result:
+    """Read what a result folder says about itself; the weights are not looked at.
+
+    Raises:
+        CheckpointError: prunus did not write the folder, or a file in it is damaged.
+        PlanError: its plan or table is malformed.
+    """
+    folder = Path(folder).expanduser()
+    own = folder / FOLDER
+    if not (own / "metrics.json").is_file() or not (own / "plan.json").is_file():
+        raise CheckpointError(
+            f"{folder} is no result of `prunus prune` or `prunus apply`: it has no {FOLDER}/metrics.json and "
+            f"{FOLDER}/plan.json"
+        )
+    metrics = read_json(own / "metrics.json")
+    if missing := [name for name in ("base_model", "parameters_before", "parameters_after") if name not in metrics]:
+        raise CheckpointError(f"{own / 'metrics.json'} does not say {missing[0]}; it is damaged, or another program's")
+    return Result(
+        folder,
+        Plan.load(own / "plan.json"),
+        metrics,
+        load_table(own / "groups.csv") if (own / "groups.csv").is_file() else None,
+        read_json(own / "samples.json", list) if (own / "samples.json").is_file() else [],
+        read_json(own / "evaluation.json") if (own / "evaluation.json").is_file() else {},
+    )
+
+
+def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any], command: str) -> None:
+    """Keep figures in a result folder and its model card; figures of the same text or task are replaced.
+
+    Args:
+        folder: a folder that prunus wrote.
+        evaluation: as `prunus.evaluation.evaluate.Evaluation.to_dict` gives it.
+        command: what the user typed.
+
+    Raises:
+        CheckpointError: prunus did not write the folder, or its card's front matter cannot be read.
+    """
+    result = read_result(folder)
+    card = result.folder / "README.md"
+    merged = _merged(result.evaluation, evaluation)
+    merged["commands"] = list(dict.fromkeys([*result.evaluation.get("commands", []), command]))
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    measured, notes = measured_facts(result.metrics, merged), speed_notes(merged.get("speed"))
+    text = updated_card(text, result.folder.resolve().name, measured, notes)
+    with replacing(result.folder / FOLDER / "evaluation.json") as partial:
+        partial.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replacing(card) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation with another one added; entries of the same text, task or prompt are the new ones."""
+    merged = {**old, **new, **_merged_lists(old, new), "speed": new.get("speed") or old.get("speed")}
+    old_dense, new_dense = old.get("dense"), new.get("dense")
+    if old_dense and (not new_dense or new_dense["model"] == old_dense["model"]):
+        # A figure of the dense model stays only beside one of the pruned model that was measured in the same run.
+        redone = {(name, entry[key]) for name, key in EVALUATION_LISTS.items() for entry in new.get(name, ())}
+        left = {
+            name: [entry for entry in old_dense.get(name, ()) if (name, entry[key]) not in redone]
+            for name, key in EVALUATION_LISTS.items()
+        }
+        merged["dense"] = {**old_dense, **(new_dense or {}), **_merged_lists(left, new_dense or {})}
+    return merged
+
+
+def _merged_lists(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {
+        name: list({entry[key]: entry for entry in (*old.get(name, ()), *new.get(name, ()))}.values())
+        for name, key in EVALUATION_LISTS.items()
+    }
+
+
+def measured_facts(metrics: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[MeasuredFacts]:
+    """All figures of a result, those of a later evaluation instead of earlier ones on the same data."""
+    figures: list[MeasuredFacts] = []
+    if metrics.get("perplexity_after") is not None:
+        text, protocol = metrics["perplexity_text"], metrics["perplexity_protocol"]
+        before, after = metrics["perplexity_before"], metrics["perplexity_after"]
+        figures.append(MeasuredFacts(text, text, "perplexity", "perplexity", protocol, before, after))
+    dense = evaluation.get("dense") or {}
+
+    def entry_of(name: str, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+        key = EVALUATION_LISTS[name]
+        return next((other for other in dense.get(name, ()) if other[key] == entry[key]), {})
+
+    for entry in evaluation.get("perplexities", ()):
+        text, before = entry["text"], entry_of("perplexities", entry).get("perplexity")
+        figures.append(
+            MeasuredFacts(text, text, "perplexity", "perplexity", entry["protocol"], before, entry["perplexity"])
+        )
+    for entry in evaluation.get("zero_shot", ()):
+        task, other = entry["task"], entry_of("zero_shot", entry)
+        protocol = f"zero-shot, {entry['items']} items, by the rules of lm-evaluation-harness"
+        # WinoGrande's choices are compared by one text, so its two accuracies are one.
+        for metric, name in {"acc": "accuracy", "acc_norm": "accuracy_norm"}.items():
+            if (task, metric) != ("winogrande", "acc_norm"):
+                figures.append(
+                    MeasuredFacts(task, TASK_DATASETS[task], "accuracy", metric, protocol, other.get(name), entry[name])
+                )
+    for entry in evaluation.get("harness", ()):
+        task, other = entry["task"], entry_of("harness", entry).get("metrics", {})
+        shots = "" if entry["few_shot"] is None else f", {entry['few_shot']}-shot"
+        protocol = f"lm-evaluation-harness {entry['harness']}{shots}, {entry['items']} items"
+        for name, value in entry["metrics"].items():
+            metric = "accuracy" if name.split(" ")[0] in ("acc", "acc_norm") else name
+            figures.append(MeasuredFacts(task, task, metric, name, protocol, other.get(name), value))
+    return list({(figure.dataset_id, figure.metric_name): figure for figure in figures}.values())
+
+
+def speed_notes(speed: Mapping[str, Any] | None) -> list[str]:
+    """Speed and memory in a sentence or two."""
+    if not speed:
+        return []
+    options, last, first = speed["options"], speed["results"][-1], speed["results"][0]
+    where = (
+        f"On {speed['device']} with {speed['threads']} CPU threads, {options['prompt_tokens']} + "
+        f"{options['new_tokens']} tokens, batch {options['batch_size']}, {last['dtype']}, torch {speed['torch']}: "
+    )
+    figures = (
+        f"prefill {last['prefill_tokens_per_second']['median']:,.1f} and decode "
+        f"{last['decode_tokens_per_second']['median']:,.1f} tokens/s"
+    )
+    if last is not first:
+        ratios = " and ".join(f"{last[f'{part}_ratio']['median']:.2f}" for part in ("prefill", "decode"))
+        figures += f" ({ratios} times the base model's)"
+    figures += f", KV cache {last['kv_cache_bytes_per_token']:,} bytes per token"
+    if last is not first:
+        figures += f" (base model: {first['kv_cache_bytes_per_token']:,})"
+    return [f"{where}{figures}."]
+
+
+def _card_facts(
+    smaller: Any, name: str, plan: Plan, origin: Lineage | None, metrics: Mapping[str, Any], source: str
+) -> CardFacts:
+    config = smaller.config
+    provenance = metrics.get("calibration")
+    facts = ("source", "samples", "seq_len", "seed", "sha256")
+    return CardFacts(
+        name=name,
+        base_model=metrics["base_model"],
+        method=metrics["scoring"]["method"] if "scoring" in metrics else "a given plan",
+        ratio=metrics["ratio"],
+        quantity=metrics["target"]["quantity"] if "target" in metrics else "parameters",
+        parameters_before=metrics["parameters_before"],
+        parameters_after=metrics["parameters_after"],
+        base_widths=(origin.plan if origin else plan).widths,
+        widths=(origin.plan if origin else plan).kept_widths,
+        original=OriginalFacts(origin.model, origin.parameters, "/" in origin.model) if origin else None,
+        num_key_value_groups=config.num_attention_heads // config.num_key_value_heads,
+        model_type=config.model_type,
+        ragged=is_ragged(config),
+        command=metrics["command"],
+        version=__version__,
+        retrained=bool(metrics.get("compensation")),
+        # The packaged model is a conversion of a Hub model, and has no page of its own.
+        on_hub="/" in metrics["base_model"] and not Path(source).expanduser().is_dir(),
+        license=license_of(locate(source)),
+        calibration=CalibrationFacts(**{key: provenance[key] for key in facts}) if provenance else None,
+        measured=measured_facts(metrics, {}),
+        details={
+            **{name: str(value) for name, value in metrics.get("scoring", {}).items() if name != "method"},
+            "compensation": str(metrics.get("compensation") or "none"),
+        },
+    )

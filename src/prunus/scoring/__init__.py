@@ -1,0 +1,1 @@
+"""From statistics to the global table: methods, mixtures, weights."""

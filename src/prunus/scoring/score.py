@@ -1,0 +1,419 @@
+"""The first half of the job: from a model and text to the global table."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+
+from prunus.calibration import Calibration
+from prunus.calibration.noise import check_noise, with_noise
+from prunus.errors import CalibrationError, OptionError, PlanError
+from prunus.files.replacing import replacing
+from prunus.importance import COMPOSITES, MethodOptions, get_method, score_groups
+from prunus.importance.registry import statistics_for
+from prunus.machine.metering import Cost, metered
+from prunus.model.families import AXES
+from prunus.model.geometry import Geometry
+from prunus.model.layers import layers_of
+from prunus.scoring.adaptive import AdaptiveOptions, adapt, split_probe
+from prunus.scoring.hybrid import DEFAULT_MIX, Weights, check_weights, mix
+from prunus.scoring.priors import Prior, PriorOptions, measure_prior, weigh
+from prunus.scoring.weighing import weigh_scores
+from prunus.selection.plan import Plan
+from prunus.selection.table import NORMALIZATIONS, Normalization, build_table, load_table, price, rank_table, save_table
+from prunus.selection.targets import TargetOptions
+from prunus.statistics import ActivationStatistics, OutputFisher, Statistics
+from prunus.sweep import ENGINES, EngineChoice, sweep
+
+__all__ = ["Score", "ScoringOptions", "score", "score_together", "take_statistics"]
+
+logger = logging.getLogger(__name__)
+
+TABLE_FILE, ABOUT_FILE, STATISTICS_FILE = "groups.csv", "score.json", "statistics.safetensors"
+
+
+@dataclass(frozen=True)
+class ScoringOptions(MethodOptions):
+    """How groups are scored.
+
+    Attributes:
+        method: importance method: taylor, taylor_2nd, gate_fisher, wanda, magnitude, random, hybrid or adaptive.
+        hybrid: what the hybrid method is made of, methods and their weights.
+        adaptive: what the adaptive method chooses from.
+        normalize: how importances of different layers are made comparable.
+        priors: how scores are weighed by what their layer is worth.
+        attention_weight: factor on the scores of attention groups. Repair makes up for lost channels better than for
+            lost attention, so that above 1 goes with compensation.
+        score_noise: share of the tokens that are replaced by random ones in half of the sequences, so that scores hold
+            for other text as well, see `prunus.calibration.noise`.
+        batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
+        engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
+            time, which takes longer, reads weights from disk when their turn comes and holds the gradients of one layer
+            only; auto is resident if that fits into memory.
+        hessian: estimate of the Hessian's diagonal in taylor_2nd (and gate_fisher): mean_loss, empirical_fisher or
+            sampled_fisher, see `prunus.MethodOptions`.
+        activation: the statistic of activations that wanda multiplies weights with.
+        random_seed: of the random control, and of sampled labels.
+    """
+
+    method: str = "taylor"
+    normalize: Normalization = "none"
+    hybrid: Weights = DEFAULT_MIX
+    adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
+    priors: PriorOptions = field(default_factory=PriorOptions)
+    attention_weight: float = 1.0
+    score_noise: float = 0.0
+    batch_size: int = 1
+    engine: EngineChoice = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in COMPOSITES:
+            get_method(self.method)
+        check_weights(self.hybrid)
+        for name in self.adaptive.candidates:
+            get_method(name)
+        if self.normalize not in NORMALIZATIONS:
+            raise OptionError(f"normalization {self.normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
+        if self.engine not in ("auto", *ENGINES):
+            raise OptionError(f"engine {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
+        if not 0 < self.attention_weight < float("inf"):
+            raise OptionError(f"attention weight is {self.attention_weight}; it must be positive and finite")
+        check_noise("score_noise", self.score_noise)
+        if self.batch_size < 1:
+            raise OptionError(f"batch size is {self.batch_size}; it must be at least 1")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The methods whose importances are needed."""
+        if self.method == "hybrid":
+            return tuple(name for name, _ in self.hybrid)
+        return self.adaptive.candidates if self.method == "adaptive" else (self.method,)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What these methods read of the statistics."""
+        return frozenset[str]().union(*(get_method(name).needs for name in self.parts))
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether the statistics need a backward pass."""
+        return not self.needs <= {"activations"}
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether scoring needs calibration sequences."""
+        return bool(self.needs) or self.method == "adaptive" or self.priors.prior != "none"
+
+
+@dataclass(frozen=True)
+class Score:
+    """The global table of a model, and what it was made from.
+
+    Attributes:
+        table: one row per group, see `prunus.selection.table`.
+        geometry: shape of the model.
+        about: method, options, calibration provenance, loss and cost, as plain values; `target` where the table is not
+            at parameters.
+        statistics: what the table was made from; None where the method needs none.
+        prior: what the layers are worth, where that was measured.
+    """
+
+    table: pd.DataFrame
+    geometry: Geometry
+    about: Mapping[str, Any]
+    statistics: Statistics | None = None
+    prior: Prior | None = None
+
+    @property
+    def target(self) -> TargetOptions:
+        """What the table's costs are of.
+
+        Raises:
+            PlanError: it is malformed.
+        """
+        return TargetOptions.from_dict(self.about.get("target", {}))
+
+    def ranked(self, normalization: Normalization) -> Self:
+        """The same importances, made comparable in another way; priors and the factors on scores hold as before.
+
+        Costs are parameters afterwards.
+
+        Raises:
+            OptionError: the normalisation gives negative scores, which nothing can be multiplied with; or the table is
+                of several rounds, whose importances are of different models.
+            PlanError: priors were measured, but not how they weigh scores.
+        """
+        if self.about.get("rounds", 1) != 1:
+            raise OptionError(
+                f"the table was made in {self.about['rounds']} rounds: importances of groups that went in different "
+                "rounds are of different models and cannot be normalised together. Score the dense model with "
+                "`prunus score`, and plan from that"
+            )
+        parameters = self.table["group_type"].map(dict(self.geometry.group_parameters))
+        table = rank_table(self.table.assign(cost=parameters), normalization)
+        try:
+            options = self.about["scoring"]
+            priors = PriorOptions(**options["priors"]) if self.prior is not None else None
+            attention_weight = float(options.get("attention_weight", 1.0))
+            found = self.about.get("budget_search", {}).get("factors", {})
+            factors = {axis: [float(found[axis][i]) for i in range(len(self.geometry.widths))] for axis in found}
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"malformed scores: how they were weighed ({type(error).__name__} {error})") from error
+        table = _weighed(table, self.geometry, self.prior, priors, attention_weight)
+        table = weigh_scores(table, factors) if factors else table
+        return replace(self, table=table, about={key: value for key, value in self.about.items() if key != "target"})
+
+    def priced(self, target: TargetOptions, plan: Plan) -> Self:
+        """The table at the costs of a target, and in `about` what a plan leaves of it."""
+        costs = target.costs(self.geometry)
+        before, after = costs.total, costs.left(plan.kept_widths)
+        about = {**target.to_dict(), "quantity": costs.quantity, "before": before, "after": after}
+        return replace(self, table=price(self.table, costs), about={**self.about, "target": about})
+
+    def save(self, folder: str | Path) -> None:
+        """Write groups.csv, score.json and, if there are any, statistics.safetensors."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.statistics is not None:
+            self.statistics.save(folder / STATISTICS_FILE)
+        save_table(self.table, folder / TABLE_FILE)
+        with replacing(folder / ABOUT_FILE) as partial:
+            partial.write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """What score.json holds: the model's geometry, and what the table was made from."""
+        prior = {"layer_priors": self.prior.to_dict()} if self.prior else {}
+        return json.dumps({"geometry": self.geometry.to_dict(), **prior, **self.about}, indent=1) + "\n"
+
+    @classmethod
+    def load(cls, table: str | Path) -> Self:
+        """Read a table and the score.json beside it.
+
+        Args:
+            table: groups.csv, or the folder that holds it.
+
+        Raises:
+            PlanError: a file is missing or malformed.
+        """
+        path = Path(table)
+        path = path / TABLE_FILE if path.is_dir() else path
+        about_path = path.with_name(ABOUT_FILE)
+        try:
+            about = json.loads(about_path.read_text(encoding="utf-8"))
+            geometry = Geometry.from_dict(about.pop("geometry"))
+            measured = about.pop("layer_priors", None)
+            prior = Prior.from_dict(measured) if measured else None
+        except PlanError as error:
+            raise PlanError(f"{about_path}: {error}") from error
+        except OSError as error:
+            raise PlanError(
+                f"{about_path} is missing: a table alone does not say how large the model is. Keep groups.csv beside "
+                "the score.json that `prunus score` wrote with it."
+            ) from error
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise PlanError(f"{about_path} is malformed: {type(error).__name__} {error}") from error
+        ranked = load_table(path)
+        # Before anything counts the groups one by one: a damaged file can name more than any memory holds.
+        if len(ranked) != (groups := sum(widths[axis] for widths in geometry.widths for axis in AXES)):
+            raise PlanError(
+                f"{path} lists {len(ranked):,} groups, {about_path} describes {groups:,}: they do not belong together"
+            )
+        return cls(ranked, geometry, about, prior=prior)
+
+
+def score(
+    model: Any,
+    calibration: Calibration | None = None,
+    options: ScoringOptions | None = None,
+    *,
+    curvature: bool = False,
+    work: Path | None = None,
+    progress: bool = True,
+) -> Score:
+    """Score every attention group and MLP channel of a model.
+
+    Args:
+        model: a transformers causal language model; it stays as it is.
+        calibration: token sequences; may be None for methods that need none.
+        options: method and normalisation.
+        curvature: where the method takes gradients, also take the output Fisher of the MLP blocks, which
+            `prunus.repair.reselection` reads.
+        work: folder from which a killed run of the streamed engine goes on, see `prunus.sweep.sweep`.
+        progress: show progress bars on a terminal.
+
+    Raises:
+        CalibrationError: the method needs calibration sequences.
+        UnsupportedModelError: the model's family is not described.
+        NonFiniteError: NaN or infinity in the loss or the importances.
+    """
+    return score_together(
+        model, calibration, [options or ScoringOptions()], curvature=curvature, work=work, progress=progress
+    )[0]
+
+
+def score_together(
+    model: Any,
+    calibration: Calibration | None,
+    each: Sequence[ScoringOptions],
+    *,
+    curvature: bool = False,
+    work: Path | None = None,
+    progress: bool = True,
+) -> list[Score]:
+    """Score a model in several ways; those that need the same kind of pass share it.
+
+    Args:
+        model: a transformers causal language model; it stays as it is.
+        calibration: token sequences; may be None for methods that need none.
+        each: the ways.
+        curvature: see `score`.
+        work: folder from which a killed run of the streamed engine goes on.
+        progress: show progress bars on a terminal.
+
+    Returns:
+        One score for each of `each`. The seconds and the peak memory of a shared pass count for all that need it.
+    """
+    sharing: dict[tuple[Any, ...], list[int]] = {}
+    for number, options in enumerate(each):
+        sharing.setdefault(_pass(options), []).append(number)
+    scores: dict[int, Score] = {}
+    for (kind, *_), numbers in sharing.items():
+        group = [each[number] for number in numbers]
+        if calibration is None and any(options.needs_calibration for options in group):
+            names = ", ".join(options.method for options in group if options.needs_calibration)
+            raise CalibrationError(f"method {names} needs calibration sequences; give a calibration source")
+        seen = split_probe(calibration)[0] if kind == "adaptive" and calibration is not None else calibration
+        parts = list(dict.fromkeys(part for options in group for part in options.parts))
+        with metered(model.device) as cost:
+            statistics = take_statistics(
+                model,
+                seen,
+                parts,
+                group[0],
+                curvature=curvature,
+                work=work / f"statistics-{numbers[0]}" if work else None,
+                progress=progress,
+            )
+        for number, options in zip(numbers, group, strict=True):
+            scores[number] = _score(model, calibration, options, statistics, cost, progress)
+    return [scores[number] for number in range(len(each))]
+
+
+def _pass(options: ScoringOptions) -> tuple[Any, ...]:
+    """What has to be equal for two ways of scoring to share a pass over the sequences."""
+    kind = "backward" if options.takes_gradients else "forward" if options.needs else "none"
+    # The adaptive method keeps some sequences for its probes, so that its statistics are of others.
+    kind = "adaptive" if options.method == "adaptive" else kind
+    shared = options.hessian, options.activation, options.random_seed, options.score_noise
+    return kind, *shared, options.batch_size, options.engine
+
+
+def _score(
+    model: Any,
+    calibration: Calibration | None,
+    options: ScoringOptions,
+    statistics: Statistics | None,
+    shared: Cost,
+    progress: bool,
+) -> Score:
+    """From the statistics to the table of one method."""
+    geometry, findings, prior = Geometry.of(model), {}, None
+    with metered(model.device) as cost:
+        tables = {name: _table_of(model, name, statistics, options) for name in options.parts}
+        if options.method == "hybrid":
+            table = rank_table(mix(tables, options.hybrid), options.normalize)
+        elif options.method == "adaptive":
+            assert calibration is not None
+            table, findings["adaptive"] = adapt(
+                model, tables, split_probe(calibration)[1], options.adaptive, progress=progress
+            )
+        else:
+            table = tables[options.method]
+        if options.priors.prior != "none":
+            assert calibration is not None
+            prior = measure_prior(model, calibration, options.priors.prior, progress=progress)
+        table = _weighed(table, geometry, prior, options.priors, options.attention_weight)
+    peaks = [peak for peak in (shared.peak_bytes, cost.peak_bytes) if peak is not None]
+    about = {
+        "scoring": asdict(options),
+        "calibration": calibration.provenance.to_dict()
+        if calibration is not None and options.needs_calibration
+        else None,
+        "calibration_loss": statistics.loss if statistics else None,
+        "seconds": round(shared.seconds + cost.seconds, 2),
+        "peak_bytes": max(peaks, default=None),
+        **findings,
+    }
+    return Score(table, geometry, about, statistics, prior)
+
+
+def _weighed(
+    table: pd.DataFrame,
+    geometry: Geometry,
+    prior: Prior | None,
+    priors: PriorOptions | None,
+    attention_weight: float,
+) -> pd.DataFrame:
+    """A ranked table after layer priors, where there are any, and the factor on attention."""
+    if prior is not None and priors is not None:
+        table = weigh(table, prior, priors)
+    if attention_weight != 1:
+        table = weigh_scores(table, {"attention": [attention_weight] * len(geometry.widths)})
+    return table
+
+
+def _table_of(model: Any, name: str, statistics: Statistics | None, options: ScoringOptions) -> pd.DataFrame:
+    """The global table of one method, on its own or as a part of another."""
+    method = get_method(name)
+    normalization = options.normalize
+    if options.method in COMPOSITES:
+        normalization = "none" if method.comparable else "layer_sum"
+    elif not method.comparable and normalization == "none":
+        logger.warning(
+            "raw %s scores of different layers are not on one scale, and a global ranking of them cuts whole layers "
+            "blindly; --normalize layer_sum makes them comparable",
+            name,
+        )
+    importance = score_groups(model, method, statistics, options)
+    return build_table(Geometry.of(model), importance, normalization)
+
+
+def take_statistics(
+    model: Any,
+    calibration: Calibration | None,
+    methods: Sequence[str],
+    options: ScoringOptions,
+    *,
+    curvature: bool = False,
+    work: Path | None = None,
+    progress: bool = True,
+) -> Statistics | None:
+    """One sweep that takes what several methods need together; None if they need nothing."""
+    wanted = statistics_for([get_method(name) for name in methods], options)
+    if not wanted:
+        return None
+    if calibration is None:
+        needy = ", ".join(name for name in methods if get_method(name).needs)
+        raise CalibrationError(f"method {needy} needs calibration sequences; give a calibration source")
+    if curvature and not all(isinstance(statistic, ActivationStatistics) for statistic in wanted):
+        wanted.append(OutputFisher())
+    return sweep(
+        model,
+        with_noise(
+            list(calibration.batches(options.batch_size)),
+            options.score_noise,
+            model.config.get_text_config().vocab_size,
+        ),
+        wanted,
+        # The weights of a model in memory are there already, so that auto has nothing to save.
+        engine=("streamed" if layers_of(model).stored else "resident") if options.engine == "auto" else options.engine,
+        seed=options.random_seed,
+        provenance=calibration.provenance.to_dict(),
+        work=work,
+        progress=progress,
+    )

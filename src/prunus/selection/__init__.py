@@ -1,0 +1,1 @@
+"""From the table to a plan. Never sees a model."""

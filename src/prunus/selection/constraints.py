@@ -1,0 +1,92 @@
+"""What selection may cut, and in what form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from prunus.errors import OptionError
+from prunus.model.families import AXES, Axis, Block
+
+__all__ = ["ALIGNMENTS", "SHAPES", "Constraints", "Shape"]
+
+#: the form of a cut, see `prunus.selection.shapes`
+Shape = Literal["ragged", "uniform", "depth"]
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+
+#: names for alignments: tiles of a GPU's matrix units (twice as large on newer ones), blocks of llama.cpp's K-quants
+ALIGNMENTS: dict[str, int] = {"gpu": 64, "gpu128": 128, "gguf": 256}
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What selection may cut.
+
+    Attributes:
+        axes: the kinds of group that may be cut.
+        freeze_first: number of leading decoder layers that stay whole.
+        freeze_last: number of trailing decoder layers that stay whole.
+        layer_start: first decoder layer that may be cut.
+        layer_end: one past the last decoder layer that may be cut; None = all.
+        min_keep_attention: attention groups that every layer keeps at least.
+        min_keep_mlp: MLP channels that every layer keeps at least.
+        align: kept MLP widths are multiples of this, unless the layer is not cut at all; on the command line also gpu
+            (64), gpu128 (128) or gguf (256, for llama.cpp's K-quants).
+        shape: ragged cuts wherever the score is lowest; uniform leaves all layers equally wide, depth removes whole
+            layers (of one axis: whole blocks): stock classes load both.
+        epsilon: a layer that would keep a smaller share of its parameters than this goes altogether, and others keep
+            more instead; 0 = never.
+    """
+
+    axes: tuple[Axis, ...] = AXES
+    freeze_first: int = 0
+    freeze_last: int = 0
+    layer_start: int = 0
+    layer_end: int | None = None
+    min_keep_attention: int = 0
+    min_keep_mlp: int = 0
+    align: int = 1
+    shape: Shape = "ragged"
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.axes or set(self.axes) - set(AXES):
+            raise OptionError(f"axes {','.join(self.axes)!r}: choose from {', '.join(AXES)}")
+        for name in ("freeze_first", "freeze_last", "layer_start", "min_keep_attention", "min_keep_mlp"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.align < 1:
+            raise OptionError(f"align is {self.align}; it must be at least 1")
+        if self.shape not in SHAPES:
+            raise OptionError(f"shape {self.shape!r} is unknown; choose one of {', '.join(SHAPES)}")
+        if self.shape != "ragged" and self.epsilon:
+            raise OptionError(
+                f"epsilon lets single layers go, which shape {self.shape} does not allow; choose one of both"
+            )
+        if not 0 <= self.epsilon < 1:
+            raise OptionError(f"epsilon is {self.epsilon}; it is a share of a layer's parameters, in [0, 1)")
+        if self.epsilon and (self.min_keep_attention or self.min_keep_mlp or set(self.axes) != set(AXES)):
+            raise OptionError("epsilon removes whole layers: it goes with neither min-keep nor a choice of axes")
+
+    def min_keep(self, axis: Axis) -> int:
+        """Groups of an axis that every layer keeps at least."""
+        return self.min_keep_attention if axis == "attention" else self.min_keep_mlp
+
+    def bundle(self, block: Block, groups: int) -> int:
+        """Of a block that has so many groups, kept numbers of groups are multiples of this."""
+        if block.indivisible:
+            return max(groups, 1)
+        return self.align if block.axis == "mlp" else 1
+
+    def layers(self, num_layers: int) -> range:
+        """The decoder layers that may be cut.
+
+        Raises:
+            OptionError: the layer range is empty or lies outside the model.
+        """
+        end = num_layers if self.layer_end is None else self.layer_end
+        if not 0 <= self.layer_start < end <= num_layers:
+            raise OptionError(
+                f"layers {self.layer_start}..{end} are not a range within the model's {num_layers} layers"
+            )
+        return range(max(self.layer_start, self.freeze_first), min(end, num_layers - self.freeze_last))

@@ -1,0 +1,257 @@
+"""A measured table of how long the blocks of a model take, and what cutting them saves by it.
+
+`prunus profile` measures, on one machine, the time of a decoder layer's attention by its number of groups and of its
+MLP by its number of channels (`prunus.evaluation.profiling`), for the prompt (prefill) and for each token after it
+(decode). The model's time is the sum of its blocks' and of all else (embeddings, head, masks).
+
+Between measured widths the time is taken to run straight; where a wider block was measured to be faster than a narrower
+one, both get the mean (the nearest curve that never falls). The price of a group is the mean time that a group of the
+whole block takes, so that importances are divided by saved time; what a cut saves is read off the curve. The two
+differ, since time has steps and a part that only leaves with the block: the ranking is an approximation, the budget is
+not.
+
+Source of the nearest curve: Barlow et al. 1972, "Statistical Inference under Order Restrictions", section 1.2
+(pooling adjacent violators).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+
+from prunus.errors import PlanError
+from prunus.files.replacing import replacing
+from prunus.model.families import AXES, Axis
+from prunus.model.geometry import Geometry
+from prunus.selection.costs import Costs
+
+__all__ = ["PHASES", "LatencyProfile", "Phase", "PhaseTimes", "ProfiledShape", "never_falling"]
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+_FORMAT = "prunus-profile"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ProfiledShape:
+    """What a model must have in common with the one that was measured.
+
+    Attributes:
+        model_type: the family.
+        hidden_size: width of the residual stream.
+        head_dim: width of one head.
+        num_key_value_groups: query heads per key/value head.
+        vocab_size: rows of the head.
+    """
+
+    model_type: str
+    hidden_size: int
+    head_dim: int
+    num_key_value_groups: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Self:
+        """That of a model."""
+        return cls(
+            geometry.family.model_type,
+            geometry.hidden_size,
+            geometry.head_dim,
+            geometry.num_key_value_groups,
+            geometry.vocab_size,
+        )
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """Measured times of one phase, in seconds.
+
+    Attributes:
+        fixed: of all that stands outside the decoder layers.
+        attention: (groups, seconds) of an attention block with its norms, by ascending groups.
+        mlp: (channels, seconds) of an MLP block with its norms, by ascending channels.
+    """
+
+    fixed: float
+    attention: tuple[tuple[int, float], ...]
+    mlp: tuple[tuple[int, float], ...]
+
+    def points(self, axis: Axis) -> tuple[tuple[int, float], ...]:
+        """The measured points of one axis."""
+        return self.attention if axis == "attention" else self.mlp
+
+    def seconds(self, axis: Axis, width: int) -> np.ndarray:
+        """The time of a block with 0, 1, … `width` groups: float64 (width + 1,), never falling."""
+        groups, seconds = zip((0, 0.0), *self.points(axis), strict=True)
+        curve: np.ndarray = np.interp(np.arange(width + 1), groups, never_falling(seconds))
+        return curve
+
+
+@dataclass(frozen=True)
+class LatencyProfile:
+    """Times of a model's blocks on one machine, and what they were measured on.
+
+    Attributes:
+        model: the model, as it was named.
+        shape: what fits other models to it.
+        device: where it ran, an accelerator by its product name.
+        machine: processor architecture and system.
+        threads: CPU threads of torch.
+        dtype: of weights and cache.
+        torch: version.
+        transformers: version.
+        prompt_tokens: tokens of each prompt, which prefill is the time of.
+        new_tokens: tokens after each; decode is the time of one of them.
+        batch_size: prompts at a time.
+        repeats: runs that counted.
+        prefill: times of a prompt.
+        decode: times of one token after it.
+    """
+
+    model: str
+    shape: ProfiledShape
+    device: str
+    machine: str
+    threads: int
+    dtype: str
+    torch: str
+    transformers: str
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int
+    repeats: int
+    prefill: PhaseTimes
+    decode: PhaseTimes
+
+    def times(self, phase: Phase) -> PhaseTimes:
+        """The times of one phase."""
+        return self.prefill if phase == "prefill" else self.decode
+
+    def check_fits(self, geometry: Geometry) -> None:
+        """Raise unless the profile was made on a model of this shape; the number of layers is free.
+
+        Raises:
+            PlanError: naming what differs.
+        """
+        expected, found = asdict(self.shape), asdict(ProfiledShape.of(geometry))
+        if differing := [name for name in expected if expected[name] != found[name]]:
+            name = differing[0]
+            raise PlanError(
+                f"the latency profile was made on {self.model} with {name} {expected[name]}, the model has "
+                f"{found[name]}: run `prunus profile` on this model"
+            )
+        for axis in AXES:
+            widest = max((groups for groups, _ in self.prefill.points(axis)), default=0)
+            for layer_idx, widths in enumerate(geometry.widths):
+                if widths[axis] > widest:
+                    raise PlanError(
+                        f"the latency profile was made on {self.model} with at most {widest} {axis} groups, layer "
+                        f"{layer_idx} of the model has {widths[axis]}: run `prunus profile` on this model"
+                    )
+
+    def costs(self, geometry: Geometry, phase: Phase) -> Costs:
+        """Microseconds that the parts of a model take.
+
+        Raises:
+            PlanError: the profile was made on a model of another shape.
+        """
+        self.check_fits(geometry)
+        times = self.times(phase)
+        curves = {
+            (axis, width): 1e6 * times.seconds(axis, width)
+            for axis in AXES
+            for width in {widths[axis] for widths in geometry.widths}
+        }
+        blocks = [{axis: curves[axis, widths[axis]] for axis in AXES} for widths in geometry.widths]
+        prices: list[Mapping[Axis, float]] = [
+            {axis: float(layer[axis][-1]) / max(widths[axis], 1) for axis in AXES}
+            for layer, widths in zip(blocks, geometry.widths, strict=True)
+        ]
+        unit = "prompt" if phase == "prefill" else "token"
+        return Costs(f"microseconds of {phase} per {unit}", 1e6 * times.fixed, blocks, prices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises:
+            PlanError: not a profile, a newer version, or fields that are missing or malformed.
+        """
+        if not isinstance(values, Mapping) or values.get("format") != _FORMAT:
+            raise PlanError(f"not a latency profile: the field 'format' must be {_FORMAT!r}")
+        if values.get("version") != _VERSION:
+            raise PlanError(f"profile version {values.get('version')!r} is not {_VERSION}, which this prunus reads")
+        try:
+            fields: dict[str, Any] = {
+                name: kind(values[name])
+                for kind, names in (
+                    (str, ("model", "device", "machine", "dtype", "torch", "transformers")),
+                    (int, ("threads", "prompt_tokens", "new_tokens", "batch_size", "repeats")),
+                    (_times_from, PHASES),
+                    (_shape_from, ("shape",)),
+                )
+                for name in names
+            }
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"malformed latency profile: {type(error).__name__} {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as JSON; a reader never sees a half-written file."""
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a profile.
+
+        Raises:
+            PlanError: the file is missing, is not JSON, or is not a profile.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the latency profile {path}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(values)
+
+
+def _shape_from(values: Mapping[str, Any]) -> ProfiledShape:
+    numbers = {name: int(values[name]) for name in ProfiledShape.__dataclass_fields__ if name != "model_type"}
+    return ProfiledShape(model_type=str(values["model_type"]), **numbers)
+
+
+def _times_from(values: Mapping[str, Any]) -> PhaseTimes:
+    points = {axis: tuple((int(groups), float(seconds)) for groups, seconds in values[axis]) for axis in AXES}
+    for axis, measured in points.items():
+        groups = [count for count, _ in measured]
+        if not measured or groups[0] < 1 or sorted(set(groups)) != groups:
+            raise ValueError(f"widths of {axis} are {groups}, which must be positive and ascend")
+    numbers = [float(values["fixed"]), *(seconds for measured in points.values() for _, seconds in measured)]
+    if not np.isfinite(numbers).all() or min(numbers) < 0 or not any(numbers):
+        raise ValueError("times must be finite and not negative")
+    return PhaseTimes(numbers[0], points["attention"], points["mlp"])
+
+
+def never_falling(values: Sequence[float]) -> np.ndarray:
+    """The nearest (least squares) sequence that never falls: float64 of the same length."""
+    # Runs of values that share their mean: (mean, length).
+    runs: list[tuple[float, int]] = []
+    for value in values:
+        runs.append((float(value), 1))
+        while len(runs) > 1 and runs[-2][0] > runs[-1][0]:
+            (a, m), (b, n) = runs[-2:]
+            runs[-2:] = [((a * m + b * n) / (m + n), m + n)]
+    return np.repeat([mean for mean, _ in runs], [length for _, length in runs])

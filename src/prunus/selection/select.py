@@ -1,0 +1,260 @@
+"""From the global table to a plan: cut the lowest scores until the budget is met. Never sees the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+from prunus.errors import BudgetError, OptionError, PlanError
+from prunus.model.families import AXES, Axis
+from prunus.model.geometry import Geometry, LayerWidths
+from prunus.selection.constraints import ALIGNMENTS, Constraints
+from prunus.selection.costs import Costs, parameter_costs
+from prunus.selection.plan import Plan
+from prunus.selection.shapes import Cut, cut_depth, cut_uniform, reachable_depth, reachable_uniform
+from prunus.selection.table import check_table, price
+
+__all__ = [
+    "ALIGNMENTS",
+    "Constraints",
+    "check_ratio",
+    "check_reachable",
+    "cut_candidates",
+    "reachable",
+    "reachable_parameters",
+    "select",
+]
+
+
+def select(
+    table: pd.DataFrame,
+    geometry: Geometry,
+    ratio: float,
+    constraints: Constraints | None = None,
+    costs: Costs | None = None,
+) -> Plan:
+    """Cut the cheapest groups of the whole model until `ratio` of all its parameters, or of another quantity, is gone.
+
+    With `align` 1 the unit of cutting is a group, and the budget is passed by less than one group (and the norm of a
+    block that empties with it). With a larger `align`, channels of a layer go in bundles, ranked by their mean score;
+    the groups of an indivisible block are one bundle.
+
+    Args:
+        table: the global table, see `prunus.selection.table`; at whatever costs, as groups are ranked at `costs`.
+        geometry: shape of the model the table was made for.
+        ratio: share of the quantity to remove, in [0, 1).
+        constraints: what may be cut.
+        costs: the quantity; parameters by default.
+
+    Returns:
+        The plan.
+
+    Raises:
+        OptionError: ratio outside [0, 1), or constraints that do not fit the model or the quantity.
+        BudgetError: the constraints leave too little to cut; the reachable ratio is named.
+        PlanError: the table is malformed or was made for a model of another shape.
+    """
+    constraints, costs = constraints or Constraints(), costs or parameter_costs(geometry)
+    check_reachable(geometry, ratio, constraints, costs)
+    _check_same_shape(check_table(table), geometry)
+    table, target = price(table, costs), ratio * costs.total
+    if constraints.shape != "ragged":
+        cut = cut_uniform if constraints.shape == "uniform" else cut_depth
+        return _without(cut(table, geometry, constraints, costs, target), geometry)
+    candidates = cut_candidates(table, geometry, constraints, costs)
+    collapsed: set[int] = set()
+    while True:
+        # What is to collapse goes first, and all of it; the rest of the budget goes round again.
+        first = candidates["layer_idx"].isin(collapsed)
+        ordered = pd.concat([candidates[first], candidates[~first]], ignore_index=True)
+        plan = _cheapest(ordered, geometry, target, at_least=int(first.sum()))
+        dwindled = {
+            layer_idx
+            for layer_idx, kept in enumerate(plan.layers)
+            if 0 < _share_left(geometry, layer_idx, kept.widths) < constraints.epsilon
+        }
+        if not dwindled:
+            return plan
+        collapsed |= dwindled
+
+
+def _cheapest(candidates: pd.DataFrame, geometry: Geometry, target: float, at_least: int = 0) -> Plan:
+    """Cut candidates from the top until they save `target`, and so many of them."""
+    removed = candidates["cost"].cumsum().to_numpy()
+    count = max(int(np.searchsorted(removed, target)) + 1 if target > 0 else 0, at_least)
+    cut: dict[tuple[int, Axis], set[int]] = {}
+    for row in candidates.iloc[:count].itertuples():
+        cut.setdefault((row.layer_idx, row.group_type), set()).update(row.groups)
+    return _without(cut, geometry)
+
+
+def _without(cut: Cut, geometry: Geometry) -> Plan:
+    """The plan that keeps everything else."""
+    gone = {key: set(groups) for key, groups in cut.items()}
+    kept: list[dict[Axis, Iterable[int]]] = [
+        {
+            axis: [group for group in range(widths[axis]) if group not in gone.get((layer_idx, axis), ())]
+            for axis in AXES
+        }
+        for layer_idx, widths in enumerate(geometry.widths)
+    ]
+    return Plan.from_kept(geometry, kept)
+
+
+def _share_left(geometry: Geometry, layer_idx: int, kept: LayerWidths) -> float:
+    """Share of the parameters in a layer's groups that stay."""
+    before, after = (
+        sum(widths[axis] * geometry.group_parameters[axis] for axis in AXES)
+        for widths in (geometry.widths[layer_idx], kept)
+    )
+    return after / before if before else 0.0
+
+
+def check_ratio(ratio: float, quantity: str = "parameters") -> None:
+    """Raise unless a ratio is one.
+
+    Raises:
+        OptionError: it is not in [0, 1).
+    """
+    if not 0 <= ratio < 1:
+        raise OptionError(f"ratio is {ratio}; it is a share of all {quantity} and must lie in [0, 1)")
+
+
+def check_reachable(
+    geometry: Geometry, ratio: float, constraints: Constraints | None = None, costs: Costs | None = None
+) -> None:
+    """Raise if no table whatever could reach a ratio under the constraints; needs no scores, so it can come first.
+
+    Args:
+        geometry: shape of the model.
+        ratio: share of the quantity to remove.
+        constraints: what may be cut.
+        costs: the quantity; parameters by default.
+
+    Raises:
+        OptionError: ratio outside [0, 1), or constraints that do not fit the model or the quantity.
+        BudgetError: the constraints leave too little to cut; the reachable ratio is named.
+    """
+    constraints, costs = constraints or Constraints(), costs or parameter_costs(geometry)
+    check_ratio(ratio, costs.quantity)
+    most, total = reachable(geometry, constraints, costs), costs.total
+    if ratio and not total:
+        raise BudgetError(f"the model takes no {costs.quantity}, of which nothing can be saved; choose another target")
+    if ratio * total > most:
+        raise BudgetError(
+            f"ratio {ratio:g} means removing {ratio * total:,.0f} of {total:,.0f} {costs.quantity}, but only "
+            f"{most:,.0f} can go under these constraints: the largest reachable ratio is "
+            f"{math.floor(most / total * 1e4) / 1e4:g}. Lower the ratio, or relax freeze, layer range, min-keep, "
+            "axes or shape."
+        )
+
+
+def reachable_parameters(geometry: Geometry, constraints: Constraints) -> int:
+    """Number of parameters that can go at most under the constraints, leaving a model with at least one block."""
+    return int(reachable(geometry, constraints, parameter_costs(geometry)))
+
+
+def reachable(geometry: Geometry, constraints: Constraints, costs: Costs) -> float:
+    """How much of a quantity can go at most under the constraints, leaving a model with at least one block.
+
+    Raises:
+        OptionError: constraints that do not fit the model or the quantity.
+    """
+    if constraints.shape != "ragged":
+        reach = reachable_uniform if constraints.shape == "uniform" else reachable_depth
+        return reach(geometry, constraints, costs)
+    if constraints.epsilon and any(
+        widths[axis] and not prices[axis]
+        for widths, prices in zip(geometry.widths, costs.group, strict=True)
+        for axis in AXES
+    ):
+        raise OptionError(
+            f"epsilon removes whole layers, and a part of each saves no {costs.quantity} and is not cut for them: "
+            "leave epsilon out, or take shape depth"
+        )
+    most: float = 0
+    spared, dearest = False, 0.0
+    allowed = constraints.layers(len(geometry.widths))
+    for layer_idx, widths in enumerate(geometry.widths):
+        for axis in AXES:
+            width = widths[axis]
+            bounds = []
+            if layer_idx in allowed and axis in constraints.axes and costs.group[layer_idx][axis]:
+                bundle = constraints.bundle(geometry.family.block(axis), width)
+                bounds = _bundle_bounds(width, constraints.min_keep(axis), bundle)
+            cut = bounds[-1][1] if bounds else 0
+            most += costs.saved(layer_idx, axis, width, width - cut)
+            spared = spared or cut < width
+            if bounds:
+                start, stop = bounds[-1]
+                dearest = max(dearest, costs.saved(layer_idx, axis, width - start, width - stop))
+    # Where nothing is protected, a model without any block is none: the last bundle of some block, which for all we
+    # know is the dearest, has to stay.
+    return most if spared else most - dearest
+
+
+def cut_candidates(
+    table: pd.DataFrame, geometry: Geometry, constraints: Constraints, costs: Costs | None = None
+) -> pd.DataFrame:
+    """The units that may be cut, cheapest first.
+
+    Args:
+        table: the global table, at `costs`.
+        geometry: shape of the model.
+        constraints: what may be cut.
+        costs: the quantity; parameters by default.
+
+    Returns:
+        Columns layer_idx, group_type, groups (tuple of group indices cut together), score (the bundle's mean) and cost
+        (what it saves when its turn comes; of parameters including a block's norms for the bundle that empties it).
+    """
+    costs = costs or parameter_costs(geometry)
+    bundles = []
+    allowed = set(constraints.layers(len(geometry.widths)))
+    for (layer_idx, axis), rows in table.groupby(["layer_idx", "group_type"], sort=True):
+        if layer_idx not in allowed or axis not in constraints.axes or not costs.group[layer_idx][axis]:
+            continue
+        rows = rows.sort_values(["score", "group_idx"], kind="stable")
+        groups, scores = rows["group_idx"].to_numpy(), rows["score"].to_numpy()
+        bundle = constraints.bundle(geometry.family.block(axis), len(rows))
+        bounds = _bundle_bounds(len(rows), constraints.min_keep(axis), bundle)
+        # Never below the bundle before: the means of equal scores differ in their last digit, and a bundle that
+        # overtook another would leave a width that is no multiple.
+        means = np.maximum.accumulate([scores[start:stop].mean() for start, stop in bounds])
+        for (start, stop), mean in zip(bounds, means, strict=True):
+            cost = costs.saved(layer_idx, axis, len(rows) - start, len(rows) - stop)
+            bundles.append((layer_idx, axis, start, tuple(groups[start:stop]), mean, cost))
+    frame = pd.DataFrame(bundles, columns=["layer_idx", "group_type", "order", "groups", "score", "cost"])
+    return frame.sort_values(["score", "layer_idx", "group_type", "order"], kind="stable", ignore_index=True)
+
+
+def _bundle_bounds(groups: int, min_keep: int, align: int) -> list[tuple[int, int]]:
+    """Split a layer's groups, in cutting order, into bundles that leave multiples of `align`."""
+    bounds, cut = [], 0
+    while cut < groups:
+        after = (groups - cut - 1) // align * align  # the largest allowed width below the present one
+        if after < min_keep:
+            break
+        bounds.append((cut, groups - after))
+        cut = groups - after
+    return bounds
+
+
+def _check_same_shape(table: pd.DataFrame, geometry: Geometry) -> None:
+    counts = table.groupby(["layer_idx", "group_type"]).size()
+    expected: dict[tuple[int, str], int] = {
+        (layer_idx, axis): widths[axis]
+        for layer_idx, widths in enumerate(geometry.widths)
+        for axis in AXES
+        if widths[axis]
+    }
+    found = {(int(layer_idx), str(axis)): int(size) for (layer_idx, axis), size in counts.items()}
+    for key in sorted(expected.keys() | found.keys()):
+        if expected.get(key, 0) != found.get(key, 0):
+            raise PlanError(
+                f"layer {key[0]} {key[1]}: the table lists {found.get(key, 0)} groups, the model has "
+                f"{expected.get(key, 0)}"
+            )

@@ -1,0 +1,228 @@
+"""The form of a cut: which layers lose what, so that the result fits the loaders that it has to fit.
+
+========= ==================================================================================================
+ragged    group by group, wherever the score is lowest; layers end up with unequal widths
+uniform   every layer keeps the same number of attention groups and the same number of channels
+depth     whole decoder layers go (with one axis: whole blocks of it), those with the lowest score
+========= ==================================================================================================
+
+Stock classes load the results of `uniform`, and of `depth` on both axes, without any code of prunus.
+
+What a set of groups is worth is Σ score · cost over it, see `prunus.selection.table.worth`: its importance, after the
+normalisation that the table was ranked with. `uniform` tries every number of attention groups, cuts channels down to
+the budget, and keeps the plan that loses the least. `depth` ranks layers by their worth over the costs of their groups,
+the mean importance per parameter (or FLOP, …) of what they hold. Groups that save nothing go with the layer that they
+stand in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from prunus.errors import OptionError
+from prunus.model.families import AXES, Axis
+from prunus.model.geometry import Geometry
+from prunus.selection.constraints import Constraints
+from prunus.selection.costs import Costs
+from prunus.selection.table import worth
+
+__all__ = [
+    "Cut",
+    "cut_depth",
+    "cut_uniform",
+    "reachable_depth",
+    "reachable_uniform",
+    "uniform_widths",
+]
+
+#: (layer_idx, axis) → group indices that go
+Cut = Mapping[tuple[int, Axis], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Blocks of one decoder layer that go together.
+
+    Attributes:
+        layer_idx: the decoder layer.
+        axes: its blocks.
+        cost: what leaves with them; of parameters, norms included.
+    """
+
+    layer_idx: int
+    axes: tuple[Axis, ...]
+    cost: float
+
+
+def uniform_widths(geometry: Geometry, constraints: Constraints, costs: Costs, target: float) -> list[tuple[int, int]]:
+    """Equal widths that save at least `target`, with as many channels as possible for each number of attention groups.
+
+    Args:
+        geometry: shape of the model.
+        constraints: what may be cut.
+        costs: the quantity.
+        target: how much of it is to be saved.
+
+    Returns:
+        `(attention groups, channels)`, by descending number of attention groups; empty if no equal widths save so
+        much. Both blocks stay in every layer.
+
+    Raises:
+        OptionError: see `reachable_uniform`.
+    """
+    allowed = _equal_widths(geometry, constraints)
+    saved = {axis: {width: _saved(costs, axis, width) for width in allowed[axis]} for axis in AXES}
+    found = []
+    for attention in allowed["attention"]:
+        for channels in allowed["mlp"]:
+            if saved["attention"][attention] + saved["mlp"][channels] >= target:
+                found.append((attention, channels))
+                break
+    return found
+
+
+def reachable_uniform(geometry: Geometry, constraints: Constraints, costs: Costs) -> float:
+    """How much equal widths can save at most.
+
+    Raises:
+        OptionError: some layers may not be cut, an axis that may not be cut has unequal widths, or no width of an axis
+            suits every layer.
+    """
+    allowed = _equal_widths(geometry, constraints)
+    return sum(_saved(costs, axis, allowed[axis][-1]) for axis in AXES)
+
+
+def _equal_widths(geometry: Geometry, constraints: Constraints) -> dict[Axis, list[int]]:
+    """Per axis the widths that every layer can have, the largest first."""
+    layers = len(geometry.widths)
+    if constraints.layers(layers) != range(layers):
+        raise OptionError(
+            "shape uniform cuts every layer alike, which frozen layers or a layer range exclude; leave out "
+            "freeze-first, freeze-last, layer-start and layer-end, or choose another shape"
+        )
+    allowed: dict[Axis, list[int]] = {}
+    for axis in AXES:
+        widths = [layer[axis] for layer in geometry.widths]
+        if axis in constraints.axes:
+            block, narrowest = geometry.family.block(axis), min(widths)
+            if block.indivisible and narrowest < max(widths):
+                raise OptionError(
+                    f"shape uniform: the layers have {narrowest} to {max(widths)} {axis} groups, which in "
+                    f"{geometry.family.title} stay or go together; choose another shape"
+                )
+            bundle = constraints.bundle(block, narrowest)
+            whole = [narrowest] if min(widths) == max(widths) else []
+            below = [n for n in range(narrowest // bundle * bundle, 0, -bundle) if n >= constraints.min_keep(axis)]
+            allowed[axis] = [n for n in dict.fromkeys([*whole, *below]) if n]
+            if not allowed[axis]:
+                raise OptionError(
+                    f"shape uniform: the narrowest layer has {narrowest} {axis} groups, of which no number from "
+                    f"{max(1, constraints.min_keep(axis))} on is a multiple of {bundle}; choose another shape"
+                )
+        elif min(widths) == max(widths):
+            allowed[axis] = [widths[0]]
+        else:
+            raise OptionError(
+                f"shape uniform: the layers have {min(widths)} to {max(widths)} {axis} groups, and axes leaves out "
+                f"{axis}; add it, or choose another shape"
+            )
+    return allowed
+
+
+def cut_uniform(table: pd.DataFrame, geometry: Geometry, constraints: Constraints, costs: Costs, target: float) -> Cut:
+    """Cut every layer to the same widths, its least important groups first.
+
+    Args:
+        table: the global table, at `costs`.
+        geometry: shape of the model.
+        constraints: what may be cut.
+        costs: the quantity.
+        target: how much of it is to be saved at least, at most `reachable_uniform`.
+
+    Returns:
+        The groups that go: of the widths in `uniform_widths`, those that lose the least importance.
+    """
+    ranked: dict[tuple[int, Axis], pd.DataFrame] = {
+        (int(layer_idx), axis): rows.sort_values(["score", "group_idx"], kind="stable")
+        for (layer_idx, axis), rows in table.groupby(["layer_idx", "group_type"])
+    }
+    # worths[key][n]: what the n least important groups of a layer and axis are worth together
+    worths = {key: np.concatenate([[0.0], worth(rows).cumsum().to_numpy()]) for key, rows in ranked.items()}
+
+    def lost(widths: tuple[int, int]) -> float:
+        keep = dict(zip(AXES, widths, strict=True))
+        return float(sum(sums[len(sums) - 1 - keep[axis]] for (_, axis), sums in worths.items()))
+
+    best = min(uniform_widths(geometry, constraints, costs, target), key=lost)
+    keep = dict(zip(AXES, best, strict=True))
+    return {
+        (layer_idx, axis): rows["group_idx"].to_numpy()[: len(rows) - keep[axis]].tolist()
+        for (layer_idx, axis), rows in ranked.items()
+    }
+
+
+def reachable_depth(geometry: Geometry, constraints: Constraints, costs: Costs) -> float:
+    """How much whole layers or blocks can save at most, leaving at least one block."""
+    units = _units(geometry, constraints, costs)
+    blocks = sum(bool(layer[axis]) for layer in geometry.widths for axis in AXES)
+    everything = sum(len(unit.axes) for unit in units) == blocks
+    # For all we know, the layer that has to stay is the dearest.
+    return sum(unit.cost for unit in units) - (max(unit.cost for unit in units) if everything else 0)
+
+
+def _units(geometry: Geometry, constraints: Constraints, costs: Costs) -> list[Unit]:
+    """What may go as a whole: of each layer that may be cut, the blocks of the axes that may be cut.
+
+    Where some groups of an axis have to stay (min-keep), none can. What saves nothing stays.
+    """
+    units: list[Unit] = []
+    if any(constraints.min_keep(axis) for axis in constraints.axes):
+        return units
+    for layer_idx in constraints.layers(len(geometry.widths)):
+        widths = geometry.widths[layer_idx]
+        axes = tuple(axis for axis in AXES if axis in constraints.axes and widths[axis])
+        cost = sum(costs.saved(layer_idx, axis, widths[axis], 0) for axis in axes)
+        if any(costs.group[layer_idx][axis] for axis in axes):
+            units.append(Unit(layer_idx, axes, cost))
+    return units
+
+
+def cut_depth(table: pd.DataFrame, geometry: Geometry, constraints: Constraints, costs: Costs, target: float) -> Cut:
+    """Remove whole layers (or blocks), the least important for what they cost first, until the target is met.
+
+    Args:
+        table: the global table, at `costs`.
+        geometry: shape of the model.
+        constraints: what may be cut.
+        costs: the quantity.
+        target: how much of it is to be saved at least, at most `reachable_depth`.
+
+    Returns:
+        All groups of the blocks that go.
+    """
+    worths = worth(table).groupby([table["layer_idx"], table["group_type"]]).sum()
+    prices = table["cost"].groupby([table["layer_idx"], table["group_type"]]).sum()
+
+    def score(unit: Unit) -> float:
+        keys = [(unit.layer_idx, axis) for axis in unit.axes]
+        return float(sum(worths[key] for key in keys) / sum(prices[key] for key in keys))
+
+    cut: dict[tuple[int, Axis], Iterable[int]] = {}
+    removed: float = 0
+    for unit in sorted(_units(geometry, constraints, costs), key=lambda unit: (score(unit), unit.layer_idx)):
+        if removed >= target:
+            break
+        removed += unit.cost
+        cut |= {(unit.layer_idx, axis): range(geometry.widths[unit.layer_idx][axis]) for axis in unit.axes}
+    return cut
+
+
+def _saved(costs: Costs, axis: Axis, width: int) -> float:
+    """What cutting one axis to `width` groups in every layer saves."""
+    return sum(
+        costs.saved(layer_idx, axis, len(layer[axis]) - 1, width) for layer_idx, layer in enumerate(costs.blocks)
+    )

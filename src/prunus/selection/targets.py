@@ -1,0 +1,99 @@
+"""What a ratio is a share of: parameters, or what a user wants less of."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from prunus.errors import OptionError, PlanError
+from prunus.model.geometry import Geometry
+from prunus.selection.costs import Costs, flop_costs, kv_cache_costs, parameter_costs
+from prunus.selection.latency_profile import PHASES, LatencyProfile, Phase
+
+__all__ = ["TARGETS", "TargetName", "TargetOptions"]
+
+TargetName = Literal["params", "flops", "kv_cache", "latency"]
+TARGETS: tuple[TargetName, ...] = get_args(TargetName)
+
+#: more than any context; FLOPs of it still fit into 64 bits
+MOST_TOKENS = 10**9
+
+#: how a message calls the quantity before there is a model
+_QUANTITIES: Mapping[TargetName, str] = {
+    "params": "parameters",
+    "flops": "FLOPs",
+    "kv_cache": "KV-cache bytes",
+    "latency": "time",
+}
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What the ratio is a share of.
+
+    Attributes:
+        target: params; flops, those of one token's forward pass, head included; kv_cache, bytes of keys and values;
+            latency, time by the table in `profile`. Importance is divided by what a group takes of it, and groups that
+            take nothing stay.
+        context: tokens in the context, for flops and kv_cache.
+        profile: measured times, for latency (on the command line the file that `prunus profile` wrote).
+        phase: the time that counts for latency: prefill, of the prompt, or decode, of each token after it.
+    """
+
+    target: TargetName = "params"
+    context: int = 2048
+    profile: LatencyProfile | None = None
+    phase: Phase = "decode"
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise OptionError(f"target {self.target!r} is unknown; choose one of {', '.join(TARGETS)}")
+        if self.phase not in PHASES:
+            raise OptionError(f"phase {self.phase!r} is unknown; choose one of {', '.join(PHASES)}")
+        if not 1 <= self.context <= MOST_TOKENS:
+            raise OptionError(f"context is {self.context}; it is a number of tokens, from 1 to {MOST_TOKENS:,}")
+        if self.target == "latency" and self.profile is None:
+            raise OptionError(
+                "target latency needs measured times: make them with `prunus profile MODEL --out profile.json`, and "
+                "give --profile profile.json"
+            )
+        if self.target != "latency" and self.profile is not None:
+            raise OptionError(f"a profile of measured times goes with target latency, not with target {self.target}")
+
+    @property
+    def quantity(self) -> str:
+        """The name of the quantity, for messages that come before there is a model."""
+        return _QUANTITIES[self.target]
+
+    def costs(self, geometry: Geometry) -> Costs:
+        """What the parts of a model take of the quantity.
+
+        Raises:
+            PlanError: the profile was made on a model of another shape.
+        """
+        if self.profile is not None:
+            return self.profile.costs(geometry, self.phase)
+        costs: Callable[[Geometry, int], Costs] = flop_costs if self.target == "flops" else kv_cache_costs
+        return parameter_costs(geometry) if self.target == "params" else costs(geometry, self.context)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON: those that the target reads."""
+        values: dict[str, Any] = {"target": self.target}
+        if self.target in ("flops", "kv_cache"):
+            values["context"] = self.context
+        if self.profile is not None:
+            values |= {"phase": self.phase, "profile": self.profile.to_dict()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`; other fields are not read.
+
+        Raises:
+            PlanError: fields are missing or malformed.
+        """
+        try:
+            fields = {name: values[name] for name in ("target", "context", "phase") if name in values}
+            profile = values.get("profile")
+            return cls(**fields, profile=LatencyProfile.from_dict(profile) if profile is not None else None)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"malformed target: {error}") from error

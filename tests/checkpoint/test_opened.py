@@ -1,0 +1,149 @@
+"""A model whose decoder layers stay on disk does all that the same model in memory does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_families import CASES, ONE_EACH, case_id, logits, make_model, padded_batches, plan_keeping, random_tokens
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from prunus.calibration import Batch
+from prunus.checkpoint import load_model, open_model, save_checkpoint
+from prunus.errors import CheckpointError, NonFiniteError, OptionError
+from prunus.evaluation.perplexity import perplexity_of_windows
+from prunus.importance import METHODS, get_method, score_groups
+from prunus.importance.registry import MethodOptions, statistics_for
+from prunus.model.families import AXES
+from prunus.model.geometry import Geometry
+from prunus.model.layers import layers_of
+from prunus.repair.compensation import compensate_
+from prunus.selection.plan import Plan
+from prunus.statistics import ActivationStatistics, GateGradients, WeightGradients
+from prunus.surgery import apply_plan
+from prunus.sweep import sweep
+
+
+def save(model, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w3"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w3").save_pretrained(folder)
+    return folder
+
+
+def cut(geometry: Geometry) -> Plan:
+    """A ragged cut that also takes a block and a layer away."""
+    kept = [{axis: range(i % 2, widths[axis], 2) for axis in AXES} for i, widths in enumerate(geometry.widths)]
+    kept[0] = {"attention": [], "mlp": range(5)}
+    kept[1] = {"attention": [], "mlp": []}
+    return plan_keeping(geometry, kept)
+
+
+def assert_nothing_held(model):
+    assert all(p.is_meta for layer in layers_of(model).modules for p in layer.parameters())
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_statistics_are_those_of_the_model_in_memory(case, tmp_path):
+    folder = save(make_model(*case, num_hidden_layers=3), tmp_path / "model")
+    resident, opened = load_model(folder)[0], open_model(folder)[0]
+    assert Geometry.of(opened) == Geometry.of(resident)
+    for name, buffer in resident.named_buffers():
+        assert torch.equal(buffer, opened.get_buffer(name)), name
+    for kinds in (
+        (lambda: WeightGradients(squares=True), GateGradients, ActivationStatistics),
+        (ActivationStatistics,),
+    ):
+        expected = sweep(resident, padded_batches(), [kind() for kind in kinds], engine="resident", progress=False)
+        found = sweep(opened, padded_batches(), [kind() for kind in kinds], engine="streamed", progress=False)
+        assert_nothing_held(opened)
+        for one, other in zip(expected.layers, found.layers, strict=True):
+            assert one.keys() == other.keys()
+            for name in one:
+                torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-12, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+def test_scored_cut_repaired_measured_and_saved_as_in_memory(case, tmp_path):
+    model = make_model(*case, num_hidden_layers=4)
+    folder = save(model, tmp_path / "model")
+    data = [Batch(ids, None) for ids in random_tokens(batch=8, seq_len=16).split(4)]
+    plan = cut(Geometry.of(model))
+    found = {}
+    for name, (dense, tokenizer) in {"resident": load_model(folder), "opened": open_model(folder)}.items():
+        for method in METHODS.values():
+            wanted = statistics_for([method], MethodOptions())
+            statistics = sweep(dense, data, wanted, engine="streamed", progress=False) if wanted else None
+            found[name, method.name] = score_groups(dense, get_method(method.name), statistics)
+        smaller = apply_plan(dense, plan)
+        found[name, "repairs"] = compensate_(smaller, dense, plan, data, progress=False)
+        found[name, "logits"] = logits(smaller, random_tokens())
+        found[name, "nll"] = perplexity_of_windows(smaller, random_tokens(), progress=False).nll
+        # Limits so small that layers are parted over several files.
+        for size in ("50GB", 9000):
+            save_checkpoint(smaller, tokenizer, tmp_path / f"{name}-{size}", card="", extras={}, max_shard_size=size)
+    for method in METHODS:
+        for one, other in zip(found["resident", method], found["opened", method], strict=True):
+            assert all(torch.equal(one[axis], other[axis]) for axis in AXES), method
+    assert found["resident", "repairs"] == found["opened", "repairs"]
+    assert torch.equal(found["resident", "logits"], found["opened", "logits"])
+    assert found["resident", "nll"] == found["opened", "nll"]
+    for size in ("50GB", 9000):
+        one, other = tmp_path / f"resident-{size}", tmp_path / f"opened-{size}"
+        assert {p.name for p in one.glob("*.py")} == {p.name for p in other.glob("*.py")}
+        assert (one / "config.json").read_text() == (other / "config.json").read_text()
+        assert (one / "generation_config.json").read_text() == (other / "generation_config.json").read_text()
+        first, second = ({k: v for f in p.glob("*.safetensors") for k, v in load_file(f).items()} for p in (one, other))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        reloaded = load_model(other)[0]
+        torch.testing.assert_close(logits(reloaded, random_tokens()), found["resident", "logits"])
+
+
+def test_an_opened_model_converts_to_the_dtype_that_is_asked_for(tmp_path):
+    folder = save(
+        make_model("llama", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}), tmp_path / "m"
+    )
+    opened, resident = (make(folder, dtype="bfloat16")[0] for make in (open_model, load_model))
+    assert opened.dtype == torch.bfloat16
+    assert torch.equal(logits(opened, random_tokens()), logits(resident, random_tokens()))
+    assert_nothing_held(opened)
+
+
+def test_layers_are_let_go_after_an_exception(tmp_path):
+    opened, _ = open_model(save(make_model("qwen3", num_hidden_layers=3), tmp_path / "model"))
+
+    class Failing(WeightGradients):
+        def finish_layer(self, *args):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(opened, padded_batches(), [Failing()], engine="streamed", progress=False)
+    assert_nothing_held(opened)
+
+
+def test_the_resident_engine_is_refused(tmp_path):
+    opened, _ = open_model(save(make_model("llama"), tmp_path / "model"))
+    with pytest.raises(OptionError, match="whole model in memory"):
+        sweep(opened, padded_batches(), [GateGradients()], engine="resident")
+
+
+def test_a_weight_that_is_not_finite_is_named_when_it_is_read(tmp_path):
+    model = make_model("llama", num_hidden_layers=3)
+    model.model.layers[2].mlp.up_proj.weight.data[1, 2] = float("nan")
+    opened, _ = open_model(save(model, tmp_path / "model"))
+    with pytest.raises(NonFiniteError, match=r"layers\.2\.mlp\.up_proj\.weight \(layer 2\)"):
+        sweep(opened, padded_batches(), [ActivationStatistics()], engine="streamed", progress=False)
+
+
+def test_tensors_under_other_names_are_refused(tmp_path):
+    folder = save(make_model("llama"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): w for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match=r"lacks 20 tensors.*'model\.embed_tokens\.weight'"):
+        open_model(folder)

@@ -1,0 +1,371 @@
+"""The commands as a user types them, on a tiny model folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_folder import SIZES, TEXT, fails, run, run_json, save_tiny_folder
+from transformers import AutoModelForCausalLM
+
+import prunus
+from prunus.cli import main
+from prunus.model.families import AXES
+
+#: the original behaviour: one cut, as it is
+PLAIN = ["--method", "taylor", "--no-compensate", "--rounds", "1"]
+
+
+def test_prune_writes_a_whole_folder(capsys, tmp_path, folder, text):
+    out = tmp_path / "small"
+    options = ["--ratio", "0.2", "--calibration", text, *SIZES, "--held-out", "2"]
+    metrics = run_json(capsys, "prune", folder, "--out", out, *options)
+    assert metrics == json.loads((out / "prunus" / "metrics.json").read_text())
+    files = {"plan.json", "groups.csv", "score.json", "metrics.json", "samples.json"}
+    assert {p.name for p in (out / "prunus").iterdir()} == files
+    assert (out / "report.html").is_file()
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.num_parameters() == metrics["parameters_after"]
+    one_group = 48 * 8 * 6
+    assert 0 <= metrics["parameters_before"] * 0.8 - metrics["parameters_after"] <= one_group
+    assert metrics["perplexity_before"] > 1
+    card = (out / "README.md").read_text()
+    assert str(folder.parent) not in (out / "config.json").read_text()
+    assert f"{metrics['perplexity_after']:.2f}" in card
+    assert metrics["calibration"]["sha256"] in card
+
+
+def test_the_stages_one_by_one_give_what_prune_gives(capsys, tmp_path, folder, text):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--calibration", text, *SIZES, "--method", "taylor_2nd"]
+    once = ["--no-compensate", "--rounds", "1", "--held-out", "0", "--min-keep-mlp", "3"]
+    run(capsys, "prune", folder, "--out", whole, "--ratio", "0.3", *options, *once)
+    run(capsys, "score", folder, "--out", tmp_path / "scores", *options)
+    run(
+        capsys,
+        "plan",
+        tmp_path / "scores" / "groups.csv",
+        "--ratio",
+        "0.3",
+        "--min-keep-mlp",
+        "3",
+        "--out",
+        tmp_path / "plan.json",
+    )
+    run(capsys, "apply", folder, tmp_path / "plan.json", "--out", parts)
+    assert (tmp_path / "plan.json").read_text() == (whole / "prunus" / "plan.json").read_text()
+    first, second = (load_file(path / "model.safetensors") for path in (whole, parts))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_prune_as_a_python_call_gives_the_same_model(capsys, tmp_path, folder, text):
+    model, tokenizer = prunus.load_model(folder)
+    calibration = prunus.load_calibration(str(text), tokenizer, samples=6, seq_len=24)
+    options = ["--ratio", "0.25", "--calibration", text, *SIZES, "--held-out", "0"]
+    recipe = {
+        "scoring": prunus.ScoringOptions(method="gate_fisher", attention_weight=1.5, score_noise=0.3),
+        "compensation": prunus.CompensationOptions(),
+        "rounds": 2,
+    }
+    for name, flags, arguments in (("plain", PLAIN, {}), ("default", [], recipe)):
+        run(capsys, "prune", folder, "--out", tmp_path / name, *options, *flags)
+        result = prunus.prune(model, 0.25, calibration, **arguments, progress=False)
+        saved, state = load_file(tmp_path / name / "model.safetensors"), result.model.state_dict()
+        assert all(torch.equal(saved[key], state[key]) for key in saved)
+
+
+def test_compensation_changes_weights_but_not_the_plan(capsys, tmp_path, folder, text):
+    options = ["--ratio", "0.3", "--calibration", text, "--samples", "24", "--seq-len", "24", "--held-out", "0"]
+    run(capsys, "prune", folder, "--out", tmp_path / "plain", *options, *PLAIN)
+    repaired = ["--method", "taylor", "--rounds", "1", "--attention-weight", "1", "--score-noise", "0"]
+    run(capsys, "prune", folder, "--out", tmp_path / "repaired", *options, *repaired)
+    plans = [(tmp_path / name / "prunus" / "plan.json").read_text() for name in ("plain", "repaired")]
+    assert plans[0] == plans[1]
+    plain, repaired = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "repaired"))
+    changed = {name for name in plain if not torch.equal(plain[name], repaired[name])}
+    assert changed
+    assert all(name.endswith(("o_proj.weight", "down_proj.weight", "model.norm.weight")) for name in changed)
+
+
+def test_eval_reports_what_programs_read(capsys, folder, text):
+    facts = run_json(capsys, "eval", folder, "--text", text, "--seq-len", "32", "--max-windows", "3")
+    assert facts["tokens"] == len(TEXT)
+    assert facts["windows"] == 3
+    assert facts["perplexity"] > 1
+    assert facts["parameters"] == AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+
+
+def test_inspect_counts_and_shows_what_was_removed(capsys, tmp_path, folder, text):
+    facts = run_json(capsys, "inspect", folder, "--ratio", "0.2")
+    assert facts["family"] == "llama"
+    assert facts["groups"] == {"attention": 9, "mlp": 60}
+    assert facts["parameters_per_group"] == {"attention": 48 * 8 * 6, "mlp": 48 * 3}
+    assert facts["ratio"]["parameters_to_remove"] == round(0.2 * facts["parameters"])
+    out = tmp_path / "small"
+    run(capsys, "prune", folder, "--out", out, "--ratio", "0.2", "--method", "random", "--held-out", "0")
+    pruned = run_json(capsys, "inspect", out)
+    for before, now, removed in zip(facts["layers"], pruned["layers"], pruned["removed"], strict=True):
+        assert before["intermediate_size"] - now["intermediate_size"] == removed["mlp"]
+        assert before["num_key_value_heads"] - now["num_key_value_heads"] == removed["attention"]
+    assert "of 20" in run(capsys, "inspect", out).out
+
+
+def test_compare_shares_passes_and_writes_table_and_plot(capsys, tmp_path, folder, text):
+    out = tmp_path / "comparison"
+    run(
+        capsys,
+        "compare",
+        folder,
+        "--methods",
+        "taylor,wanda,random",
+        "--ratios",
+        "0.1,0.3",
+        "--out",
+        out,
+        "--calibration",
+        text,
+        *SIZES,
+        "--eval-text",
+        text,
+        "--eval-seq-len",
+        "32",
+        "--eval-windows",
+        "2",
+    )
+    rows = pd.read_csv(out / "comparison.csv")
+    assert list(rows["method"]) == ["dense", "taylor", "taylor", "wanda", "wanda", "random", "random"]
+    assert (rows["relative"] == rows["perplexity"] / rows["perplexity"][0]).all()
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        main(
+            [
+                "compare",
+                str(folder),
+                "--methods",
+                "random",
+                "--ratios",
+                "0.1",
+                "--out",
+                str(out),
+                "--calibration",
+                str(text),
+                *SIZES,
+                "--held-out",
+                "1",
+            ]
+        )
+        == 1
+    )
+    plan = prunus.Plan.load(out / "plans" / "taylor-0.3.json")
+    model, tokenizer = prunus.load_model(folder)
+    pruned = prunus.apply_plan(model, plan)
+    again = prunus.perplexity(pruned, tokenizer, TEXT, seq_len=32, max_windows=2, progress=False).perplexity
+    assert rows.query("method == 'taylor' and ratio == 0.3")["perplexity"].item() == pytest.approx(again, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ratio", "1.2"], "ratio is 1.2"),
+        (["--ratio", "0.95"], "largest reachable ratio is"),
+        (["--ratio", "0.2", "--min-keep-mlp", "20", "--min-keep-attention", "3"], "largest reachable ratio is 0"),
+        (["--ratio", "0.2", "--method", "tailor"], "Did you mean taylor"),
+        (["--ratio", "0.2", "--axes", "attention,heads"], "axes 'attention,heads'"),
+        (["--ratio", "0.2", "--layer-start", "7"], "layers 7"),
+        (["--ratio", "0.2", "--samples", "100000"], "tokens"),
+        (["--ratio", "0.2", "--samples", "0"], "samples is 0"),
+        (["--ratio", "0.2", "--calibration", "missing.txt"], "missing.txt"),
+        (["--ratio", "0.2", "--eval-text", "missing.txt"], "missing.txt"),
+        (["--ratio", "0.2", "--device", "tpu"], "tpu"),
+        (["--ratio", "0.2", "--dtype", "int3"], "int3"),
+    ],
+)
+def test_wrong_values_are_named_and_nothing_is_written(capsys, tmp_path, folder, text, words, message):
+    out = tmp_path / "out"
+    default = [] if "--calibration" in words else ["--calibration", text]
+    assert message in fails(capsys, "prune", folder, "--out", out, *default, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_there_is_not_overwritten(capsys, tmp_path, folder):
+    out = tmp_path / "out"
+    words = ["prune", folder, "--out", out, "--ratio", "0.1", "--method", "random", "--held-out", "0"]
+    run(capsys, *words)
+    assert "overwrite" in fails(capsys, *words)
+    run(capsys, *words, "--overwrite")
+
+
+def test_weights_with_nan_are_refused_by_layer(capsys, tmp_path, folder):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    message = fails(capsys, "prune", broken, "--out", tmp_path / "out", "--ratio", "0.1", "--method", "random")
+    assert "layers.1.mlp.up_proj" in message
+
+
+def test_a_text_that_is_just_long_enough_is_not_measured_on(capsys, caplog, tmp_path, folder, text):
+    out = tmp_path / "out"
+    words = ["--calibration", text, "--seq-len", "100", "--samples", len(TEXT) // 100]
+    assert run_json(capsys, "prune", folder, "--out", out, "--ratio", "0.1", *words)["perplexity_after"] is None
+    assert "perplexity is not measured" in caplog.text
+    assert "## Evaluation" not in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("missing", ["score.json", "groups.csv"])
+def test_plan_says_which_file_is_missing(capsys, tmp_path, folder, missing):
+    scores = tmp_path / "scores"
+    run(capsys, "score", folder, "--out", scores, "--method", "magnitude")
+    (scores / missing).unlink()
+    assert missing in fails(capsys, "plan", scores, "--ratio", "0.1", "--out", tmp_path / "plan.json")
+
+
+def test_a_plan_for_another_model_is_refused(capsys, tmp_path, folder):
+    run(capsys, "score", folder, "--out", tmp_path / "scores", "--method", "magnitude")
+    run(capsys, "plan", tmp_path / "scores", "--ratio", "0.1", "--out", tmp_path / "plan.json")
+    other = save_tiny_folder(tmp_path / "other", "llama", "gqa", num_hidden_layers=2)
+    message = fails(capsys, "apply", other, tmp_path / "plan.json", "--out", tmp_path / "out")
+    assert "3 decoder layers" in message
+
+
+def test_unknown_flags_are_wrong_usage(capsys, folder):
+    assert main(["prune", str(folder), "--out", "x", "--rato", "0.2"]) == 2
+    assert "rato" in capsys.readouterr().err
+
+
+def test_wanda_warns_that_raw_scores_do_not_compare(capsys, caplog, tmp_path, folder, text):
+    words = ["score", folder, "--method", "wanda", "--calibration", text, *SIZES]
+    run(capsys, *words, "--out", tmp_path / "raw")
+    assert "not on one scale" in caplog.text
+    caplog.clear()
+    run(capsys, *words, "--out", tmp_path / "shares", "--normalize", "layer_sum")
+    assert caplog.text == ""
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing_behind(tmp_path, folder, text):
+    out = tmp_path / "out"
+    words = [
+        "prune",
+        str(folder),
+        "--out",
+        str(out),
+        "--ratio",
+        "0.2",
+        "--calibration",
+        str(text),
+        "--samples",
+        "8",
+        "--seq-len",
+        "32",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # The child says when it has begun its passes, and then waits there: it is interrupted in the middle of the work.
+    program = (
+        # A shell that runs the tests in the background has them ignore SIGINT, and children inherit that.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import sys, time, prunus.sweep.resident as resident\n"
+        "def told(*args): print('sweeping', flush=True); time.sleep(120)\n"
+        "resident._run_batch = told\nfrom prunus.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert child.stdout.readline() == "sweeping\n"
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["score", "compare"])
+def test_overwrite_replaces_what_the_same_command_wrote(capsys, tmp_path, folder, text, kind):
+    out = tmp_path / "out"
+    words = {
+        "score": ["score", folder, "--method", "wanda", "--calibration", text, *SIZES],
+        "compare": ["compare", folder, "--methods", "random", "--ratios", "0.1", "--calibration", text, *SIZES],
+    }[kind]
+    run(capsys, *words, "--out", out)
+    before = sorted(path.name for path in out.iterdir())
+    assert "overwrite" in fails(capsys, *words, "--out", out)
+    run(capsys, *words, "--out", out, "--overwrite")
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_the_example_of_the_python_api_runs(tmp_path, folder):
+    example = Path(__file__).parents[2] / "examples" / "python_api.py"
+    words = ["--model", str(folder), "--samples", "4", "--seq-len", "32", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, example, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert f"pruned: {pruned.num_parameters():,} parameters" in done.stdout
+
+
+def test_methods_made_of_methods(capsys, tmp_path, folder, text):
+    options = ["--calibration", text, "--samples", "8", "--seq-len", "24"]
+    words = ["score", folder, "--out", tmp_path / "mixed", *options, "--hybrid", "taylor=0.4,wanda=0.3,gate_fisher=0.3"]
+    facts = run_json(capsys, *words)
+    assert facts["scoring"]["method"] == "hybrid"
+    assert facts["scoring"]["hybrid"] == [["taylor", 0.4], ["wanda", 0.3], ["gate_fisher", 0.3]]
+    words = ["score", folder, "--out", tmp_path / "chosen", *options, "--method", "adaptive", "--candidates"]
+    captured = run(capsys, *words, "taylor,magnitude", "--json")
+    facts = json.loads(captured.out)
+    assert [set(record["loss_rise"]) for record in facts["adaptive"]] == [{"taylor", "magnitude"}] * 2
+    for record in facts["adaptive"]:
+        assert f"{record['axis']}, layers 0-2: {record['method']}, because a quarter less of it by" in captured.err
+    wrong = ["score", folder, "--out", tmp_path / "no", *options, "--method", "gate_fisher", "--hybrid", "wanda=1"]
+    assert "--hybrid goes with --method hybrid, not with --method gate_fisher" in fails(capsys, *wrong)
+
+
+def test_another_normalisation_keeps_the_layer_priors(capsys, tmp_path, folder, text):
+    scores, priors = tmp_path / "scores", ["--prior", "cosine", "--temperature", "0.5", "--attention-weight", "1.3"]
+    run(capsys, "score", folder, "--out", scores, "--calibration", text, *SIZES, "--method", "wanda", *priors)
+    options = ["--ratio", "0.3", "--out", tmp_path / "plan.json"]
+    run(capsys, "plan", scores, *options, "--normalize", "layer_sum")
+    table, prior = pd.read_csv(scores / "groups.csv"), json.loads((scores / "score.json").read_text())["layer_priors"]
+    by_layer = table.groupby(["layer_idx", "group_type"])["importance"]
+    weight = [math.log(1 + prior[row.group_type][row.layer_idx]) ** 0.5 for row in table.itertuples()]
+    attention = table["group_type"].map({"attention": 1.3, "mlp": 1.0})
+    table["score"] = table["importance"] / by_layer.transform("mean") * weight * attention
+    removed, target, gone = (
+        0,
+        0.3 * json.loads((scores / "score.json").read_text())["geometry"]["total_parameters"],
+        set(),
+    )
+    for row in table.sort_values("score").itertuples():
+        if removed < target:
+            removed += row.cost
+            gone.add((row.layer_idx, row.group_type, row.group_idx))
+    plan = prunus.Plan.load(tmp_path / "plan.json")
+    kept = {(i, axis, group) for i, layer in enumerate(plan.layers) for axis in AXES for group in layer[axis]}
+    every = set(table[["layer_idx", "group_type", "group_idx"]].itertuples(index=False, name=None))
+    assert kept == every - gone
+    assert "malformed scores: how they were weighed (KeyError 'priors')" in fails_without_options(
+        capsys, scores, options
+    )
+
+
+def fails_without_options(capsys, scores, options) -> str:
+    """The message when score.json lost what the priors were used with."""
+    about = json.loads((scores / "score.json").read_text())
+    del about["scoring"]["priors"]
+    (scores / "score.json").write_text(json.dumps(about))
+    return fails(capsys, "plan", scores, *options, "--overwrite", "--normalize", "rank")

@@ -1,0 +1,164 @@
+"""The latency table: curves against slow oracles, files that are refused, and a real measurement."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import geometries, profiles, seconds
+from tiny_families import ONE_EACH, case_id, make_model
+
+from prunus.errors import OptionError, PlanError
+from prunus.evaluation.profiling import profile, widths_to_measure
+from prunus.evaluation.speed import SpeedOptions
+from prunus.model.families import AXES
+from prunus.model.geometry import Geometry
+from prunus.selection.latency_profile import LatencyProfile, never_falling
+
+
+@given(values=st.lists(seconds, min_size=1, max_size=9))
+def test_never_falling_is_the_nearest_such_sequence(values):
+    """The isotonic regression by its max-min formula, in every interval."""
+    n = len(values)
+    expected = [max(min(np.mean(values[a : b + 1]) for b in range(i, n)) for a in range(i + 1)) for i in range(n)]
+    assert never_falling(values) == pytest.approx(expected, abs=1e-12)
+
+
+@given(data=st.data())
+def test_a_models_time_is_the_sum_of_its_blocks(data):
+    geometry = data.draw(geometries())
+    table = data.draw(profiles(geometry))
+    phase = data.draw(st.sampled_from(["prefill", "decode"]))
+    kept = tuple(
+        type(widths)(*(data.draw(st.integers(0, widths[axis])) for axis in AXES)) for widths in geometry.widths
+    )
+    costs = table.costs(geometry, phase)
+    total = table.times(phase).fixed
+    for layer in kept:
+        for axis in AXES:
+            points = [(0, 0.0), *table.times(phase).points(axis)]
+            heights = never_falling([height for _, height in points])
+            for (left, _), low, (right, _), high in zip(points, heights, points[1:], heights[1:], strict=False):
+                if left < layer[axis] <= right:
+                    total += low + (high - low) * (layer[axis] - left) / (right - left)
+    assert costs.left(kept) == pytest.approx(1e6 * total)
+    for layer, prices, widths in zip(costs.blocks, costs.group, geometry.widths, strict=True):
+        for axis in AXES:
+            assert layer[axis][0] == 0
+            assert (np.diff(layer[axis]) >= 0).all()
+            assert prices[axis] * widths[axis] == pytest.approx(layer[axis][-1])
+
+
+@given(data=st.data())
+def test_a_file_gives_the_profile_back(data, tmp_path_factory):
+    table = data.draw(profiles(data.draw(geometries())))
+    path = tmp_path_factory.mktemp("profile") / "profile.json"
+    table.save(path)
+    assert LatencyProfile.load(path) == table
+    assert LatencyProfile.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of two layers whose MLP is wide."""
+    path = tmp_path_factory.mktemp("models") / "wide"
+    make_model("llama", "gqa", hidden_size=96, intermediate_size=8192).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def table(folder):
+    return profile(str(folder), SpeedOptions(prompt_tokens=32, new_tokens=8, repeats=3), progress=False)
+
+
+def test_wide_blocks_are_measured_to_take_longer(table):
+    for phase in ("prefill", "decode"):
+        times = table.times(phase)
+        assert [width for width, _ in times.attention] == [1, 2, 3]
+        assert [width for width, _ in times.mlp] == widths_to_measure("mlp", 8192)
+        mlp = dict(times.mlp)
+        # 8192 channels of 96 are 2.4 million multiplications per token, one channel almost none.
+        assert mlp[8192] > 2 * mlp[1] > 0
+        assert times.fixed > 0
+    assert table.prefill.seconds("mlp", 8192)[-1] > 2 * table.decode.seconds("mlp", 8192)[-1], "32 tokens against one"
+    assert (table.model, table.dtype, table.threads) == ("wide", "float32", torch.get_num_threads())
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+def test_blocks_of_every_family_can_be_profiled(case, tmp_path):
+    model = make_model(*case)
+    model.save_pretrained(tmp_path)
+    table = profile(str(tmp_path), SpeedOptions(prompt_tokens=8, new_tokens=2, repeats=1, warm_up=0), progress=False)
+    geometry = Geometry.of(model)
+    for phase in ("prefill", "decode"):
+        costs = table.costs(geometry, phase)
+        assert costs.fixed > 0
+        assert all(layer[axis][-1] > 0 for layer in costs.blocks for axis in AXES)
+
+
+def test_widths_that_are_measured():
+    assert widths_to_measure("attention", 8) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert widths_to_measure("attention", 32) == [1, 4, 8, 12, 16, 20, 24, 28, 32]
+    assert widths_to_measure("mlp", 1536) == [
+        *(1, 192, 383, 384, 576, 767, 768, 960, 1151, 1152, 1344, 1535, 1536),
+    ]
+    assert widths_to_measure("mlp", 1) == [1]
+    assert widths_to_measure("mlp", 0) == []
+
+
+def test_profiles_of_other_models_are_refused(table):
+    for change, message in (
+        ({"hidden_size": 48}, "with hidden_size 96, the model has 48: run `prunus profile`"),
+        ({"vocab_size": 50}, "with vocab_size 96, the model has 50"),
+        ({"intermediate_size": 8193}, "at most 8192 mlp groups, layer 0 of the model has 8193"),
+    ):
+        other = Geometry.of(make_model("llama", "gqa", **{"hidden_size": 96, "intermediate_size": 8192, **change}))
+        with pytest.raises(PlanError, match=message):
+            table.costs(other, "decode")
+    deeper = Geometry.of(make_model("llama", "gqa", hidden_size=96, intermediate_size=1000, num_hidden_layers=5))
+    assert table.costs(deeper, "decode").total > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "prunus-plan"}, "the field 'format' must be 'prunus-profile'"),
+        ({"version": 2}, "profile version 2 is not 1"),
+        ({"shape": {}}, "KeyError 'hidden_size'"),
+        ({"decode": {"fixed": 1.0, "attention": [[1, 0.1]], "mlp": []}}, r"widths of mlp are \[\]"),
+        ({"decode": {"fixed": 1.0, "attention": [[2, 0.1], [1, 0.1]], "mlp": [[1, 1.0]]}}, r"\[2, 1\], which must"),
+        ({"decode": {"fixed": 1.0, "attention": [[1, -0.1]], "mlp": [[1, 1.0]]}}, "finite and not negative"),
+        ({"decode": {"fixed": float("nan"), "attention": [[1, 0.1]], "mlp": [[1, 1.0]]}}, "finite and not negative"),
+        ({"decode": [1]}, "malformed latency profile: TypeError"),
+    ],
+)
+def test_malformed_profiles(table, changes, message):
+    with pytest.raises(PlanError, match=message):
+        LatencyProfile.from_dict({**table.to_dict(), **changes})
+
+
+def test_files_that_are_no_profiles(tmp_path):
+    with pytest.raises(PlanError, match="cannot read the latency profile"):
+        LatencyProfile.load(tmp_path / "none.json")
+    (tmp_path / "text.json").write_text("text")
+    with pytest.raises(PlanError, match="is not JSON"):
+        LatencyProfile.load(tmp_path / "text.json")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(PlanError, match="not a latency profile"):
+        LatencyProfile.load(tmp_path / "list.json")
+
+
+def test_a_prompt_beyond_the_context_is_refused(folder):
+    with pytest.raises(OptionError, match="make 72 tokens, more than the context of wide, 64"):
+        profile(str(folder), SpeedOptions(prompt_tokens=64, new_tokens=8), progress=False)
+
+
+def test_a_busy_machine_is_said_to_be_one(folder, caplog, monkeypatch):
+    """The thread that waits: its clock stands still."""
+    monkeypatch.setattr("time.thread_time", lambda: 0.0)
+    profile(str(folder), SpeedOptions(prompt_tokens=8, new_tokens=2, repeats=1, warm_up=0), progress=False)
+    assert any("kept this one waiting for 100 % of the time" in message for message in caplog.messages)

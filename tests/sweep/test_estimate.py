@@ -1,0 +1,174 @@
+"""What is said about memory before a job, against arithmetic by hand and against the system's own count."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_opened import save
+from tiny_families import make_model
+
+import prunus
+from prunus.checkpoint import open_model
+from prunus.errors import OptionError
+from prunus.sweep import estimate as module
+from prunus.sweep.estimate import (
+    Estimate,
+    Workload,
+    bytes_of_a_cut,
+    choose_engine,
+    estimate,
+    free_memory,
+    parse_bytes,
+    show_bytes,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def empty_process(monkeypatch):
+    monkeypatch.setattr(module, "resident_set", lambda: 0)
+    for constant in ("FIRST_USE", "FIRST_SOLUTION", "GROUP_BYTES"):
+        monkeypatch.setattr(module, constant, 0)
+
+
+def test_the_formula_by_hand():
+    """Llama with 4 layers, H 48, Q 48, K 24, C 20, V 96, untied; float32; 6 sequences of 10 in batches of 2."""
+    model = make_model("llama", "gqa", num_hidden_layers=4)
+    layer = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 20 + 2 * 48
+    outside = 2 * 96 * 48 + 48
+    kept = 2 * 10 * (4 * (12 * 48 + 4 * 48 + 4 * 24 + 6 * 20) + 24 * 48)
+    head = 20 * 96 * 20
+    products = 48 * 48 * 12
+    found = estimate(model, torch.float32, Workload(frozenset({"gradients"}), 6, 10, 2), CPU)
+    assert found.resident == int(((outside + 4 * layer) * 4 + 4 * 4 * layer + 5 * kept + head + products) * 1.1)
+    streamed = (outside + 2 * layer + 48 * 48) * 4 + 4 * layer + kept + head + products
+    assert found.streamed == int((streamed + 2 * 20 * 48 * 4) * 1.1)
+    in_memory = estimate(model, torch.float32, Workload(frozenset({"gradients"}), 6, 10, 2, inputs_on_disk=False), CPU)
+    assert in_memory.streamed == int((streamed + 6 * 60 * 48 * 4) * 1.1)
+
+
+def test_repair_by_hand(tmp_path):
+    """The same Llama, repaired on 6 sequences of 10: L 4, H 48, Q 48, C 20."""
+    model = make_model("llama", "gqa", num_hidden_layers=4)
+    layer = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 20 + 2 * 48
+    outside = 2 * 96 * 48 + 48
+    kept = 2 * 10 * (4 * (12 * 48 + 4 * 48 + 4 * 24 + 6 * 20) + 24 * 48)
+    work = Workload(frozenset(), 6, 10, 2, compensate=True)
+    found = estimate(model, torch.float32, work, CPU)
+    solving, waiting = 40 * 20 * 20 + 24 * 20 * 48, 60 * 4 * (2 * 48 + 48)
+    assert found.resident == int((2 * (outside + 4 * layer) * 4 + kept + solving + waiting) * 1.1)
+    held = 2 * (outside + 2 * layer + 48 * 48) * 4
+    assert found.streamed == int((held + kept + solving) * 1.1)
+    in_memory = estimate(model, torch.float32, replace(work, inputs_on_disk=False), CPU)
+    assert in_memory.streamed == int((held + kept + solving + waiting) * 1.1)
+    one_more = 60 * 4 * (48 + 48) + 4 * 20 * (20 + 48)
+    assert bytes_of_a_cut(model, 12345, 60) == int((12345 * 4 + one_more) * 1.1)
+    opened = open_model(save(model, tmp_path / "model"))[0]
+    assert bytes_of_a_cut(opened, 12345, 60) == int(((outside + 2 * layer) * 4 + one_more) * 1.1)
+
+
+def test_what_is_free(monkeypatch):
+    monkeypatch.setattr(module, "resident_set", lambda: 300)
+    for available, limit, free in ((1000, None, 700), (1000, 800, 500), (1000, 5000, 700), (None, 800, 500)):
+        monkeypatch.setattr(module, "available_memory", lambda device, available=available: available)
+        assert free_memory(CPU, limit) == free
+    assert free_memory(CPU) is None
+    assert free_memory(CPU, 200) == 0, "never less than nothing"
+
+
+def test_forward_passes_need_no_gradients_and_depth_does_not_matter_to_the_streamed_engine():
+    shallow, deep = (make_model("qwen2", num_hidden_layers=n) for n in (2, 8))
+    for needs in ({"activations"}, {"gates"}, {"gradients", "squares"}):
+        work = Workload(frozenset(needs), 4, 16, 1)
+        assert estimate(deep, torch.float32, work, CPU).streamed == estimate(shallow, torch.float32, work, CPU).streamed
+        assert estimate(deep, torch.float32, work, CPU).resident > estimate(shallow, torch.float32, work, CPU).resident
+    sizes = [estimate(deep, torch.float32, Workload(frozenset({n}), 4, 16, 1), CPU) for n in ("gates", "gradients")]
+    assert sizes[0].resident < sizes[1].resident
+    assert sizes[0].streamed < sizes[1].streamed
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("1.5GiB", 3 * 2**29), ("512 mb", 512 * 10**6), ("4096", 4096), ("7B", 7)]
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+    assert parse_bytes(show_bytes(size * 10**6)) >= size * 10**6
+
+
+@pytest.mark.parametrize("text", ["", "8 gigs", "-1GB", "0GB", "GB", "1e9x"])
+def test_what_is_no_size(text):
+    with pytest.raises(OptionError, match="max_memory is"):
+        parse_bytes(text)
+
+
+def test_the_choice():
+    needed = Estimate(resident=8 * 10**9, streamed=10**9)
+    assert choose_engine(needed, "auto", None, None) == "resident"
+    assert choose_engine(needed, "auto", None, 9 * 10**9) == "resident"
+    assert choose_engine(needed, "auto", None, 7 * 10**9) == "streamed"
+    assert choose_engine(needed, "auto", 7 * 10**9, 99 * 10**9) == "streamed"
+    assert choose_engine(needed, "streamed", 10**9, None) == "streamed"
+    assert choose_engine(needed, "resident", None, 1) == "resident", "without a limit, what is asked for is done"
+    with pytest.raises(OptionError, match=r"smallest --max-memory that would do is 1\.00GB"):
+        choose_engine(needed, "auto", 10**9 - 1, None)
+    with pytest.raises(OptionError, match=r"resident engine needs about 8\.00GB.*--engine streamed needs 1\.00GB"):
+        choose_engine(needed, "resident", 7 * 10**9, None)
+
+
+PROGRAM = """
+import sys, torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from prunus.checkpoint import open_model
+from prunus.calibration import Batch
+from prunus.machine.metering import metered, resident_set
+from prunus.statistics import WeightGradients
+from prunus.sweep import sweep
+from prunus.sweep.estimate import Workload, estimate
+from prunus.files.tensor_file import TensorLayout, write_tensors
+from pathlib import Path
+from tiny_families import make_model
+import test_opened
+
+engine, folder = sys.argv[1], Path(sys.argv[2])
+torch.set_num_threads(1)
+config = LlamaConfig(vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
+                     num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256)
+if engine == "make":
+    test_opened.save(AutoModelForCausalLM.from_config(config), folder)
+    sys.exit()
+model, _ = open_model(folder)
+if engine == "resident":
+    model = AutoModelForCausalLM.from_config(config)
+batches = [Batch(torch.randint(0, 4096, (1, 128)), None) for _ in range(8)]
+base = resident_set()
+weights = sum(p.numel() * 4 for p in model.parameters() if not p.is_meta)
+needed = estimate(model, torch.float32, Workload(frozenset({"gradients"}), 8, 128, 1), torch.device("cpu"))
+with metered() as cost:
+    sweep(model, batches, [WeightGradients()], engine=engine, work=folder / "work", progress=False)
+# The weights that are there are a part of the base here, as of the need.
+print(needed.of(engine) - weights, cost.peak_bytes)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_estimate_is_close_to_the_peak_that_the_system_counts(tmp_path):
+    """28 million parameters: 112 MB of weights, as much of gradients."""
+
+    def run(engine: str) -> list[int]:
+        command = [sys.executable, "-c", PROGRAM, engine, str(tmp_path)]
+        paths = {"PYTHONPATH": f"{Path(prunus.__file__).parents[1]}:{Path(__file__).parents[1]}"}
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **paths}, check=False)
+        assert done.returncode == 0, done.stderr
+        return [int(word) for word in done.stdout.split()]
+
+    run("make")
+    for engine in ("resident", "streamed"):
+        expected, peak = run(engine)
+        assert peak <= expected <= 1.35 * peak, engine
