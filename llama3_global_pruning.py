@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from prunus.cli.terminal import quoted_command, run_command
 from prunus.errors import CalibrationError
 from prunus.model.geometry import Geometry
 from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
-from prunus.pipeline.prune import prune_checkpoint
-from prunus.scoring.score import ScoringOptions
+from prunus.pipeline.job import Job
+from prunus.pipeline.prune import prune_job
+from prunus.pipeline.recipe import Recipe
 from prunus.selection.select import Constraints
 from prunus.selection.table import NORMALIZATIONS
 from prunus.statistics import ActivationStatistics
@@ -95,22 +97,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prune(options: argparse.Namespace, command: str) -> None:
     out = options.output_dir or default_output(options.base_model, options.importance_method, options.pruning_ratio)
-    metrics = prune_checkpoint(
+    plain = Recipe.original(options.importance_method)
+    job = Job(
         options.base_model,
-        out,
         options.pruning_ratio,
-        calibration=CalibrationOptions(
+        replace(
+            plain,
+            scoring=replace(plain.scoring, normalize=options.normalize),
+            selection=Constraints(layer_start=options.layer_start, layer_end=options.layer_end),
+        ),
+        CalibrationOptions(
             calibration=options.dataset, samples=options.num_samples, seq_len=options.seq_len, seed=options.seed
         ),
-        scoring=ScoringOptions(
-            method=options.importance_method, normalize=options.normalize, batch_size=options.batch_size
-        ),
-        constraints=Constraints(layer_start=options.layer_start, layer_end=options.layer_end),
-        evaluation=EvaluationOptions(eval_text=options.eval_text),
-        model_options=ModelOptions(device=options.device, dtype=options.dtype),
-        overwrite=options.overwrite,
-        command=command,
+        EvaluationOptions(eval_text=options.eval_text),
+        ModelOptions(device=options.device, dtype=options.dtype, batch_size=options.batch_size),
     )
+    metrics = prune_job(job, out, overwrite=options.overwrite, command=command)
     before, after = metrics["parameters_before"], metrics["parameters_after"]
     print(f"parameters: {before:,} → {after:,} ({1 - after / before:.2%} removed)")
     if metrics["perplexity_after"] is not None:

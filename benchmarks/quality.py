@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prunus.pipeline.budget_search import SearchOptions
+from prunus.scoring.priors import PriorOptions
 from rich.console import Console
 from rich.table import Table
 
@@ -31,9 +33,7 @@ from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 from prunus.cli.prune import DEFAULT_ATTENTION_WEIGHT, DEFAULT_ROUNDS, DEFAULT_SCORE_NOISE
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, read_text
 from prunus.evaluation.zero_shot import load_task, zero_shot
-from prunus.pipeline.budget_search import SearchOptions
 from prunus.repair.compensation import CompensationOptions, Cut, compensate_together_
-from prunus.scoring.priors import PriorOptions
 from prunus.scoring.score import Score, ScoringOptions, score_together
 from prunus.surgery import apply_plan
 

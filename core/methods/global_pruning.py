@@ -1,8 +1,8 @@
 """The original functions of global pruning: importance of a layer's groups, the global table, the groups to prune.
 
 Each takes and returns plain tensors and tables. Which rows and columns belong to a group, what a group costs and how a
-table is ranked is the package's (`prunus.model.geometry`, `prunus.selection.table`). With θ a weight, g its gradient, H its curvature and
-A the mean activation that enters its column, the importance of a group is, summed over its weights:
+table is ranked is the package's (`prunus.model.geometry`, `prunus.selection.table`). With θ a weight, g its gradient, H
+its curvature and A the mean activation that enters its column, the importance of a group is, summed over its weights:
 
     taylor      |θ · g|
     taylor_2nd  |θ · g| + ½ |θ² · H|

@@ -21,9 +21,11 @@ from prunus.evaluation.profiling import profile
 from prunus.export import export_dense, export_gguf
 from prunus.importance import METHODS, MethodOptions
 from prunus.model.geometry import Geometry
-from prunus.pipeline.budget_search import SearchOptions
+from prunus.pipeline.compare import compare
 from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
-from prunus.pipeline.prune import PruneResult, apply_checkpoint, prune, prune_checkpoint
+from prunus.pipeline.job import Job, OutputOptions
+from prunus.pipeline.prune import PruneResult, apply_checkpoint, prune, prune_checkpoint, prune_job
+from prunus.pipeline.recipe import Recipe
 from prunus.repair.compensation import CompensationOptions, compensate_
 from prunus.scoring.score import Score, ScoringOptions, score
 from prunus.selection.latency_profile import LatencyProfile
@@ -41,22 +43,25 @@ __all__ = [
     "Constraints",
     "EvaluationOptions",
     "Geometry",
+    "Job",
     "LatencyProfile",
     "MethodOptions",
     "ModelOptions",
+    "OutputOptions",
     "PerplexityResult",
     "Plan",
     "PruneResult",
     "PrunusError",
+    "Recipe",
     "Score",
     "ScoringOptions",
-    "SearchOptions",
     "TargetOptions",
     "__version__",
     "apply_checkpoint",
     "apply_plan",
     "calibration_from_texts",
     "calibration_from_tokens",
+    "compare",
     "compensate_",
     "errors",
     "export_dense",
@@ -69,6 +74,7 @@ __all__ = [
     "profile",
     "prune",
     "prune_checkpoint",
+    "prune_job",
     "save_checkpoint",
     "score",
     "select",

@@ -22,7 +22,7 @@ from prunus.selection.constraints import Constraints
 from prunus.selection.latency_profile import LatencyProfile, PhaseTimes, ProfiledShape
 from prunus.selection.plan import Plan
 from prunus.selection.select import check_reachable, reachable, select
-from prunus.selection.table import build_table, load_table, price, worth
+from prunus.selection.table import build_table, load_table, normalised_importance, with_costs
 from prunus.selection.targets import TargetOptions
 
 
@@ -113,8 +113,8 @@ def test_equal_widths_lose_the_least_that_the_share_allows(job):
         total = 0.0
         for keep, axis in zip(widths, AXES, strict=True):
             for _, rows in table[table.group_type == axis].groupby("layer_idx"):
-                worths = [r.score * r.cost for r in sorted(rows.itertuples(), key=lambda r: (r.score, r.group_idx))]
-                total += sum(worths[: len(worths) - keep])
+                sums_of = [r.score * r.cost for r in sorted(rows.itertuples(), key=lambda r: (r.score, r.group_idx))]
+                total += sum(sums_of[: len(sums_of) - keep])
         return total
 
     best: dict[int, int] = {}  # for each number of attention groups the most channels that do
@@ -132,15 +132,15 @@ def test_prices_come_and_go_and_worth_stays(data):
     geometry = data.draw(geometries())
     table = data.draw(tables(geometry))
     costs = data.draw(targets(geometry)).costs(geometry)
-    priced = price(table, costs)
+    priced = with_costs(table, costs)
     keys = ["layer_idx", "group_type", "group_idx"]
-    old, new = (worth(t.set_index(keys)).sort_index() for t in (table, priced))
+    old, new = (normalised_importance(t.set_index(keys)).sort_index() for t in (table, priced))
     pd.testing.assert_series_equal(old, new, check_names=False)
     for row in priced.itertuples():
         assert row.cost == costs.group[row.layer_idx][row.group_type]
     assert priced["score"].is_monotonic_increasing
-    assert price(priced, costs) is priced
-    back = price(priced, TargetOptions().costs(geometry))
+    assert with_costs(priced, costs) is priced
+    back = with_costs(priced, TargetOptions().costs(geometry))
     pd.testing.assert_frame_equal(
         back.sort_values(keys, ignore_index=True), table.sort_values(keys, ignore_index=True), check_dtype=False
     )

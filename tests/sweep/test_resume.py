@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prunus.repair.reselection import choose_columns
 from test_opened import cut, save
 from tiny_families import make_model, padded_batches, random_tokens
 
@@ -24,7 +25,6 @@ from prunus.files.records import Records
 from prunus.model.geometry import Geometry
 from prunus.repair.compensation import CompensationOptions, compensate_
 from prunus.repair.least_squares import solve_ridge
-from prunus.repair.reselection import choose_columns
 from prunus.statistics import ActivationStatistics, GateGradients, WeightGradients
 from prunus.surgery import apply_plan
 from prunus.sweep import sweep

@@ -32,8 +32,8 @@ def open_model(
 ) -> tuple[Any, Any]:
     """Open a causal language model without reading its decoder layers.
 
-    Everything in prunus that walks over layers (`prunus.model.layers.layers_of`) reads each from the folder when its turn
-    comes, and so does the model's own forward.
+    Everything in prunus that walks over layers (`prunus.model.layers.layers_of`) reads each from the folder when it is
+    needed, and so does the model's own forward.
 
     Args:
         source: a model folder, the id of a model on the Hugging Face Hub, or `smollm2-135m`.

@@ -16,6 +16,7 @@ from prunus.cli.inspect import inspect
 from prunus.cli.plan import plan
 from prunus.cli.profile import profile
 from prunus.cli.prune import prune
+from prunus.cli.recipe import recipe
 from prunus.cli.recover import recover
 from prunus.cli.report import report
 from prunus.cli.score import score
@@ -36,7 +37,7 @@ MODEL is a folder, a Hub id, or `smollm2-135m` for the packaged SmolLM2-135M-Ins
 
 # main() answers Ctrl-C itself.
 app = App(name="prunus", help=HELP, version=__version__, help_format="markdown", suppress_keyboard_interrupt=False)
-for command in (prune, score, plan, apply, recover, export, report, bench, profile, inspect, compare):
+for command in (prune, score, plan, apply, recover, export, report, bench, profile, inspect, compare, recipe):
     app.command(command)
 app.command(evaluate, name="eval")
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.cli.flags import Flag, ModelFlags, ModelName
+from prunus.cli.flags import Flag, ModelFlags, ModelName, Where
 from prunus.cli.printing import print_json, print_rows, typed_command
-from prunus.pipeline.inputs import ModelOptions
 from prunus.pipeline.prune import apply_checkpoint
 from prunus.selection.plan import Plan
 
@@ -19,7 +18,7 @@ def apply(
     /,
     *,
     out: Path,
-    where: ModelFlags = ModelOptions(),
+    where: ModelFlags = Where(),
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:

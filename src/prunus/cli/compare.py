@@ -1,4 +1,4 @@
-"""`prunus compare`: several methods at several ratios."""
+"""`prunus compare`: several recipes at several ratios."""
 
 from __future__ import annotations
 
@@ -8,29 +8,16 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from prunus.cli.flags import (
-    COMPENSATION,
+from prunus.cli.flags import Flag, ModelName, split_commas, split_numbers, split_whole_numbers
+from prunus.cli.job_flags import (
+    NO_CALIBRATION,
+    NO_DEVICE,
+    NO_EVALUATION,
     CalibrationFlags,
-    CompensationFlags,
+    DeviceFlags,
     EvaluationFlags,
-    Flag,
-    ModelFlags,
-    ModelName,
-    Rounds,
-    Scoring,
-    ScoringFlags,
-    Selection,
-    SelectionFlags,
-    Target,
-    TargetFlags,
-    seeded,
-    split_commas,
-    split_numbers,
+    given,
 )
-from prunus.cli.printing import print_json, print_rows, short, typed_command
-from prunus.pipeline.compare import compare as compare_methods
-from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
-from prunus.repair.compensation import CompensationOptions
 
 __all__ = ["compare"]
 
@@ -39,51 +26,50 @@ def compare(
     model: ModelName,
     /,
     *,
-    methods: Annotated[tuple[str, ...], Parameter(converter=split_commas, negative="")],
-    ratios: Annotated[tuple[float, ...], Parameter(converter=split_numbers, negative="")],
     out: Path,
-    calibration: CalibrationFlags = CalibrationOptions(),
-    scoring: ScoringFlags = Scoring(),
-    selection: SelectionFlags = Selection(),
-    target: TargetFlags = Target(),
-    compensate: Annotated[bool, Parameter(group=COMPENSATION)] = False,
-    compensation: CompensationFlags = CompensationOptions(),
-    rounds: Rounds = 1,
-    evaluation: EvaluationFlags = EvaluationOptions(),
-    where: ModelFlags = ModelOptions(),
-    report: bool = True,
+    ratios: Annotated[tuple[float, ...], Parameter(converter=split_numbers, negative="")],
+    recipes: Annotated[tuple[str, ...], Parameter(converter=split_commas, negative="")] = ("default",),
+    methods: Annotated[tuple[str, ...], Parameter(converter=split_commas, negative="")] = (),
+    seeds: Annotated[tuple[int, ...], Parameter(converter=split_whole_numbers, negative="")] = (),
+    set: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    calibration: CalibrationFlags = NO_CALIBRATION,
+    evaluation: EvaluationFlags = NO_EVALUATION,
+    device: DeviceFlags = NO_DEVICE,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
-    """Prune by several methods at several ratios and measure each: a table and a plot.
+    """Prune by several recipes at several ratios and measure each: a table and a report.
 
     Args:
         model: folder, Hub id or `smollm2-135m`.
-        methods: importance methods, e.g. `taylor,wanda`; methods of one kind share their statistics pass.
-        ratios: shares of all parameters to remove, or of what --target says, e.g. `0.1,0.2,0.4`.
-        out: folder for comparison.csv, comparison.json, comparison.png and the plans.
-        compensate: measure each result also with the remaining weights repaired by least squares.
-        rounds: cut in so many equal parts, scoring what is left (and repaired) before each next one.
-        report: write report.html.
+        out: folder for comparison.csv, comparison.json, the plans and report.html.
+        ratios: shares of all parameters to remove, e.g. `0.1,0.2,0.4`.
+        recipes: names or YAML files, e.g. `default,original,mine.yaml`.
+        methods: take each recipe by each of these importance methods, e.g. `taylor,wanda`; methods of one kind share
+            their pass over the sequences.
+        seeds: draw the calibration sequences with each of these seeds, e.g. `0,1`.
+        set: a setting for all recipes, e.g. `--set scoring.normalize=layer_sum`; `prunus recipe` lists the keys.
         overwrite: replace an earlier comparison in the folder.
         json: print the rows as JSON.
     """
-    comparison = compare_methods(
-        model,
-        methods,
-        ratios,
-        out,
-        calibration=calibration,
-        scoring=seeded(scoring, calibration),
-        constraints=selection,
-        target=target,
-        compensation=compensation if compensate else None,
-        rounds=rounds,
-        evaluation=evaluation,
-        model_options=where,
-        overwrite=overwrite,
-        command=typed_command(),
-        report=report,
+    from prunus.cli.printing import print_json, print_rows, short, typed_command
+    from prunus.pipeline.compare import compare as compare_recipes
+    from prunus.pipeline.job_file import read_job
+
+    direct = {"model": model, **given(calibration, evaluation, device)}
+    jobs = {
+        Path(recipe).stem if Path(recipe).is_file() else recipe: read_job(recipe, set, direct) for recipe in recipes
+    }
+    named = {name: job.recipe for name, job in jobs.items()}
+    if methods:
+        alone = len(named) == 1
+        named = {
+            method if alone else f"{name}, {method}": recipe.by(method)
+            for name, recipe in named.items()
+            for method in methods
+        }
+    comparison = compare_recipes(
+        next(iter(jobs.values())), named, ratios, out, seeds=seeds, overwrite=overwrite, command=typed_command()
     )
     if json:
         print_json(jsonlib.loads(comparison.to_json(orient="records")))

@@ -7,11 +7,10 @@ from pathlib import Path
 from rich.markup import escape
 
 from prunus.cli.bench import speed_rows
-from prunus.cli.flags import EvalFlags, EvalSettings, Flag, ModelFlags, ModelName
+from prunus.cli.flags import EvalFlags, EvalSettings, Flag, ModelFlags, ModelName, Where
 from prunus.cli.printing import print_json, print_rows, typed_command
 from prunus.evaluation.evaluate import Evaluation
 from prunus.evaluation.evaluate import evaluate as evaluate_model
-from prunus.pipeline.inputs import ModelOptions
 from prunus.report import write_report
 from prunus.report.page import FILE_NAME
 from prunus.results.result_folder import add_evaluation, read_result
@@ -25,7 +24,7 @@ def evaluate(
     *,
     compare: str | None = None,
     evaluation: EvalFlags = EvalSettings(),
-    where: ModelFlags = ModelOptions(),
+    where: ModelFlags = Where(),
     update_card: Flag = False,
     json: Flag = False,
 ) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.cli.flags import Flag, Selection, SelectionFlags, TargetFlags, check_output_file
+from prunus.cli.flags import Flag, check_output_file
+from prunus.cli.job_flags import NO_RECIPE, RecipeFlags, given
 from prunus.cli.printing import print_json, print_rows
 from prunus.model.families import AXES
+from prunus.pipeline.job import Job
+from prunus.pipeline.job_file import read_job
+from prunus.pipeline.recipe import Recipe
 from prunus.scoring.score import Score
 from prunus.selection.select import select
 from prunus.selection.table import Normalization
@@ -21,8 +25,7 @@ def plan(
     ratio: float,
     out: Path = Path("plan.json"),
     normalize: Normalization | None = None,
-    selection: SelectionFlags = Selection(),
-    target: TargetFlags | None = None,
+    recipe: RecipeFlags = NO_RECIPE,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -39,10 +42,12 @@ def plan(
     """
     check_output_file(out, "plan", overwrite)
     result = Score.load(table)
-    costs = (target or result.target).costs(result.geometry)
+    base = Job("", recipe=Recipe(target=result.target))
+    chosen_recipe = read_job(recipe.recipe, recipe.set, given(recipe), base=base).recipe
+    costs = chosen_recipe.target.costs(result.geometry)
     if normalize is not None:
         result = result.ranked(normalize)
-    chosen = select(result.table, result.geometry, ratio, selection, costs)
+    chosen = select(result.table, result.geometry, ratio, chosen_recipe.selection, costs)
     out.parent.mkdir(parents=True, exist_ok=True)
     chosen.save(out)
     left = result.geometry.parameters_left(chosen.kept_widths)

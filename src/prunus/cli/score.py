@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-from prunus.checkpoint import check_output
-from prunus.cli.flags import CalibrationFlags, Flag, ModelFlags, ModelName, Scoring, ScoringFlags, seeded
-from prunus.cli.printing import print_json, print_rows, short
-from prunus.machine.processes import is_first, joined
-from prunus.pipeline.inputs import CalibrationOptions, ModelOptions, draw_calibration, load_or_open
-from prunus.pipeline.work_folder import WorkFolder
-from prunus.scoring.score import score as score_model
-from prunus.sweep.estimate import Workload
+from prunus.cli.flags import Flag, ModelName
+from prunus.cli.job_flags import (
+    NO_CALIBRATION,
+    NO_DEVICE,
+    NO_RECIPE,
+    CalibrationFlags,
+    DeviceFlags,
+    RecipeFlags,
+    given,
+)
 
 __all__ = ["score"]
 
@@ -22,10 +23,9 @@ def score(
     /,
     *,
     out: Path,
-    calibration: CalibrationFlags = CalibrationOptions(),
-    scoring: ScoringFlags = Scoring(),
-    where: ModelFlags = ModelOptions(),
-    work: Path | None = None,
+    recipe: RecipeFlags = NO_RECIPE,
+    calibration: CalibrationFlags = NO_CALIBRATION,
+    device: DeviceFlags = NO_DEVICE,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -34,26 +34,20 @@ def score(
     Args:
         model: folder, Hub id or `smollm2-135m`.
         out: folder for groups.csv, score.json and statistics.safetensors.
-        work: folder from which a killed run goes on when the same command is given again; by default OUT.work, with the
-            streamed engine only. Removed at the end.
         overwrite: replace an earlier result in the folder.
         json: print what was done as JSON.
     """
-    check_output(out, overwrite, model)
-    folder = WorkFolder(out, work)
-    needed = scoring.needs_calibration
-    sequences = calibration.samples if needed else 0
-    workload = Workload(scoring.needs, sequences, calibration.seq_len, scoring.batch_size)
+    from prunus.cli.printing import print_json, print_rows, short
+    from prunus.machine.processes import is_first, joined
+    from prunus.pipeline.job_file import read_job
+    from prunus.pipeline.score import score_job
+
+    job = read_job(recipe.recipe, recipe.set, {"model": model, **given(recipe, calibration, device)})
     with joined():
-        live, tokenizer, engine = load_or_open(model, where, scoring.engine, workload)
-        drawn, _ = draw_calibration(live, tokenizer, calibration, held_out=0, needed=needed)
-        options = replace(seeded(scoring, calibration), engine=engine)
-        result = score_model(live, drawn, options, work=folder.used_by(engine))
+        result = score_job(job, out, overwrite=overwrite)
         first = is_first()
     if not first:
         return
-    result.save(out)
-    folder.remove()
     if json:
         print_json({"groups": len(result.table), **result.about})
         return

@@ -116,7 +116,7 @@ METHODS: dict[str, Method] = {}
 #: methods made of other methods, which look at the whole table, with one line about each
 COMPOSITES: dict[str, str] = {
     "hybrid": "Hybrid: a weighted sum of other methods, each normalised first (`prunus.scoring.hybrid`).",
-    "adaptive": "Adaptive: for each axis the method and scale that held-out text shows best (`prunus.scoring.adaptive`).",
+    "adaptive": "Adaptive: the method and scale per axis that are best on held-out text (`prunus.scoring.adaptive`).",
 }
 
 

@@ -264,7 +264,7 @@ def family_of(config: Any) -> Family:
     if close := difflib.get_close_matches(model_type, FAMILIES, n=1):
         hint = f" The closest described family is {close[0]!r}, but a cut is never made by guessing."
     raise UnsupportedModelError(
-        f"model type {model_type!r} is not supported: no entry in prunus.model.families.FAMILIES says which projections "
-        f"carry its attention groups and MLP channels.{hint} Supported: {', '.join(sorted(FAMILIES))}. "
+        f"model type {model_type!r} is not supported: no entry in prunus.model.families.FAMILIES says which "
+        f"projections carry its attention groups and MLP channels.{hint} Supported: {', '.join(sorted(FAMILIES))}. "
         "To add it, describe its decoder layer in src/prunus/model/families.py (about 15 lines)."
     )

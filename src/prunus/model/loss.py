@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 __all__ = ["IGNORE_INDEX", "chunked_cross_entropy", "head_function", "next_token_labels"]
 
@@ -71,6 +70,7 @@ def head_function(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return logits
 
 
+@torch.no_grad()
 def chunked_cross_entropy(
     hidden: Tensor, head_fn: Callable[[Tensor], Tensor], labels: Tensor, chunk: int = 512
 ) -> Tensor:
@@ -88,17 +88,14 @@ def chunked_cross_entropy(
             by rounding.
 
     Returns:
-        float32, shape (batch,). Differentiable; the backward pass computes each chunk's logits again.
+        float32, shape (batch,); without a gradient, which `prunus.sweep.objective` and training compute themselves.
     """
     batch, seq_len, _ = hidden.shape
     step = max(1, chunk // batch)
     total = torch.zeros(batch, dtype=torch.float32, device=hidden.device)
     for start in range(0, seq_len, step):
         part = hidden[:, start : start + step], labels[:, start : start + step]
-        if torch.is_grad_enabled():
-            total = total + checkpoint(_chunk_losses, *part, head_fn, use_reentrant=False)
-        else:
-            total += _chunk_losses(*part, head_fn)
+        total += _chunk_losses(*part, head_fn)
     return total
 
 

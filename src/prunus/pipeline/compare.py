@@ -1,4 +1,4 @@
-"""Several methods at several ratios on one model: one statistics pass per kind, one table, one plot."""
+"""Several recipes at several ratios on one model: shared passes, one table, one report."""
 
 from __future__ import annotations
 
@@ -11,205 +11,213 @@ from typing import Any
 
 import pandas as pd
 
-from prunus.calibration import Batch, Calibration
-from prunus.calibration.self_text import text_for_repair
+from prunus.calibration import Calibration
 from prunus.errors import CalibrationError, OptionError
 from prunus.files.replacing import replacing
 from prunus.machine.metering import Cost, metered
 from prunus.model.geometry import Geometry
-from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, Inputs, ModelOptions, model_name, open_inputs
-from prunus.pipeline.prune import prune
+from prunus.pipeline.inputs import Inputs, model_name, open_inputs
+from prunus.pipeline.job import Job
+from prunus.pipeline.prune import Passes, Prepared, cut, repair_text
 from prunus.pipeline.recipe import Recipe
-from prunus.repair.compensation import CompensationOptions, Cut, compensate_together_
+from prunus.repair.compensation import Cut, compensate_together_
 from prunus.report import write_report
-from prunus.report.comparison_plot import DENSE, plot_comparison
-from prunus.scoring.score import Score, ScoringOptions, score_together
+from prunus.results.comparison import DENSE, plan_name
+from prunus.scoring.score import Score, score_together
 from prunus.selection.plan import Plan
-from prunus.selection.select import Constraints, select
-from prunus.selection.targets import TargetOptions
+from prunus.selection.select import select
 from prunus.surgery import apply_plan
 from prunus.sweep.estimate import bytes_of_a_cut, free_memory, parse_bytes
 from prunus.version import __version__
 
 __all__ = ["compare", "cuts_at_once"]
 
-COLUMNS = ("method", "ratio", "compensated", "parameters", "perplexity", "relative", "seconds", "peak_bytes")
+COLUMNS = ("recipe", "ratio", "seed", "parameters", "perplexity", "relative", "seconds", "peak_bytes")
 
 
 def compare(
-    model: str,
-    methods: Sequence[str],
+    job: Job,
+    recipes: Mapping[str, Recipe],
     ratios: Sequence[float],
     out: str | Path,
     *,
-    calibration: CalibrationOptions | None = None,
-    scoring: ScoringOptions | None = None,
-    constraints: Constraints | None = None,
-    target: TargetOptions | None = None,
-    compensation: CompensationOptions | None = None,
-    rounds: int = 1,
-    evaluation: EvaluationOptions | None = None,
-    model_options: ModelOptions | None = None,
+    seeds: Sequence[int] | None = None,
     overwrite: bool = False,
     command: str | None = None,
-    report: bool = True,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Prune a model by every method at every ratio and measure each result.
+    """Prune a model by every recipe at every ratio, with every seed, and measure each result.
 
-    Methods that need the same kind of pass share it: one with a backward pass, one without. Results with the same plan
-    are made and measured once, and with one round and without reselection several are repaired in one go: as many as
-    fit into half of the free memory, see `cuts_at_once`. The rows that are done are on disk after each measurement.
+    Recipes whose methods need the same kind of pass share it: one with a backward pass, one without. Results with the
+    same plan are made and measured once, and repairs of recipes in one round run together: as many as fit into half of
+    the free memory, see `cuts_at_once`. Rows are on disk after each measurement.
 
     Args:
-        model: a folder, a Hub id, or `smollm2-135m`.
-        methods: importance methods.
-        ratios: shares of all parameters (or of what `target` says) to remove.
-        out: folder for comparison.csv, comparison.json, comparison.png and the plans.
-        calibration: the text that importance is measured on.
-        scoring: normalisation and method options; its `method` is not read.
-        constraints: what may be cut.
-        target: what the ratios are shares of; default: parameters.
-        compensation: also measure each result with the remaining weights repaired; None = plain slicing only.
-        rounds: cut in so many parts, see `prunus.prune`.
-        evaluation: how the models are compared.
-        model_options: device and dtype.
+        job: the model, its texts, and where it runs; its recipe and ratio are not read.
+        recipes: by name.
+        ratios: shares of all parameters (or of what a recipe's target says) to remove.
+        out: folder for comparison.csv, comparison.json, the plans and report.html.
+        seeds: of the calibration sequences; by default the job's own.
         overwrite: replace an earlier comparison.
         command: what the user typed, for the record.
-        report: also write report.html.
         progress: show progress bars on a terminal.
 
     Returns:
-        One row for the dense model and one per result, with the columns method, ratio, compensated, parameters,
+        For each seed one row for the dense model and one per result, with the columns recipe, ratio, seed, parameters,
         perplexity, relative (to dense), seconds and peak_bytes (of all passes that led to the result, shared or not).
+
+    Raises:
+        OptionError: nothing to compare, or a recipe that cannot work.
+        CalibrationError: there is no text to measure perplexity on.
     """
-    evaluation, model_options = evaluation or EvaluationOptions(), model_options or ModelOptions()
-    recipe = Recipe.of(scoring, constraints, target, compensation, rounds)
-    recipes = [recipe.by(method) for method in dict.fromkeys(methods)]
-    if not recipes or not ratios:
-        raise OptionError("compare needs at least one method and one ratio")
-    if evaluation.eval_text is None and evaluation.held_out == 0:
+    if not recipes or not ratios or DENSE in recipes:
+        raise OptionError(f"compare needs at least one recipe and one ratio, and no recipe can be called {DENSE}")
+    if job.evaluation.eval_text is None and job.evaluation.held_out == 0:
         raise OptionError("compare measures perplexity: give an evaluation text, or hold out calibration sequences")
+    seeds = list(dict.fromkeys(seeds or [job.calibration.seed]))
+    job = replace(job, calibration=replace(job.calibration, seed=seeds[0]))
     inputs = open_inputs(
-        model,
-        out,
-        ratios,
-        recipes,
-        calibration or CalibrationOptions(),
-        evaluation,
-        model_options,
-        save_model=False,
-        overwrite=overwrite,
-        progress=progress,
+        job, ratios, list(recipes.values()), out, save_model=False, overwrite=overwrite, progress=progress
     )
     if not inputs.measurable:
         raise CalibrationError("there is no text left to measure perplexity on; give an evaluation text")
     about = {
         "prunus": __version__,
-        "model": model_name(model),
+        "model": model_name(job.model),
         "command": command,
         "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
-        "normalize": recipe.scoring.normalize,
-        "target": recipe.target.to_dict(),
-        "rounds": rounds,
+        "recipes": {name: _plain(recipe) for name, recipe in recipes.items()},
     }
-    repaired = [False] if compensation is None else [False, True]
-    wanted = [_Row(e.scoring.method, ratio, repair) for e, ratio, repair in product(recipes, ratios, repaired)]
-    base = _Row(DENSE, 0.0, False)
-    record = _Record(inputs, Path(out), about, [base, *wanted], progress)
-    record.add(inputs.model, [base])
-    shared = _share(inputs, recipes, ratios, progress)
-    if rounds == 1 and not recipe.reselects:
-        _compare_plans(record, shared, model_options.max_memory)
-    else:
-        for each, ratio, repair in product(recipes, ratios, repaired):
-            _add_result(record, shared, each if repair else replace(each, compensation=None), ratio)
-    plot_comparison(record.frame, Path(out) / "comparison.png")
-    if report:
+    record = _Record(Path(out), about, [DENSE, *recipes], progress)
+    for seed in seeds:
+        if seed != seeds[0]:
+            inputs = inputs.drawn_again(replace(job.calibration, seed=seed), progress=progress)
+        _compare_with(inputs, job, recipes, ratios, record, seed)
+    if job.output.report:
         write_report(out)
     return record.frame
 
 
-@dataclass(frozen=True)
+def _compare_with(
+    inputs: Inputs, job: Job, recipes: Mapping[str, Recipe], ratios: Sequence[float], record: _Record, seed: int
+) -> None:
+    """All rows of one drawing of the calibration sequences."""
+    passes = Passes(job.run.batch_size, inputs.engine, record.progress)
+    record.add(inputs, inputs.model, [_Row(DENSE, 0.0, seed)])
+    ways = [recipe.scoring for recipe in recipes.values()]
+    scores = score_together(
+        inputs.model,
+        inputs.calibration,
+        ways,
+        batch_size=passes.batch_size,
+        engine=passes.engine,
+        progress=passes.progress,
+    )
+    named = [_Shared(*each, None) for each in zip(recipes, recipes.values(), scores, strict=True)]
+    shared = _with_texts(inputs, named, record.progress)
+    at_once = [one for one in shared if len(one.recipe.steps(0.0)) == 1]
+    # A repair and the seed of the text that the model writes for it: what cuts must have in common to share a walk.
+    kinds = dict.fromkeys((one.recipe.repair, one.recipe.scoring.random_seed) for one in at_once)
+    for kind in kinds:
+        alike = [one for one in at_once if (one.recipe.repair, one.recipe.scoring.random_seed) == kind]
+        _cut_together(inputs, job, alike, ratios, record, seed)
+    for one, ratio in product([one for one in shared if one not in at_once], ratios):
+        with metered(inputs.model.device) as cost:
+            prepared = Prepared(one.score, one.text)
+            result = cut(inputs.model, ratio, prepared, one.recipe, passes, inputs.calibration)
+        row = one.row(ratio, seed, cost.seconds, cost.peak_bytes)
+        record.keep_plan(result.plan, row)
+        record.add(inputs, result.model, [row])
+
+
+@dataclass(frozen=True, eq=False)
 class _Shared:
-    """What the results of a comparison are made from.
+    """What the results of one recipe are made from.
 
     Attributes:
-        recipes: one for each method.
-        ratios: the shares that each cuts.
-        scores: by method; taken once.
-        text: of all repairs; None where there are none.
-        writing: what it cost to make.
+        name: of the recipe.
+        recipe: itself.
+        score: of the dense model.
+        text: of its repairs; None where there are none.
+        writing: what it cost to make the text.
     """
 
-    recipes: Sequence[Recipe]
-    ratios: Sequence[float]
-    scores: Mapping[str, Score]
+    name: str
+    recipe: Recipe
+    score: Score
     text: Calibration | None
-    writing: Cost
+    writing: Cost | None = None
+
+    def row(self, ratio: float, seed: int, seconds: float, peak_bytes: int | None) -> _Row:
+        """A row with the cost of all that led to it."""
+        about = self.score.about
+        writing = (self.writing.seconds, self.writing.peak_bytes) if self.writing else (0.0, None)
+        peaks = [peak for peak in (about["peak_bytes"], writing[1], peak_bytes) if peak is not None]
+        return _Row(self.name, ratio, seed, about["seconds"] + writing[0] + seconds, max(peaks, default=None))
 
 
-def _share(inputs: Inputs, recipes: Sequence[Recipe], ratios: Sequence[float], progress: bool) -> _Shared:
-    """Take the scores of all methods, in as few passes as they allow, and make the text of the repairs."""
-    recipe = recipes[0]
-    ways = [replace(each.scoring, engine=inputs.engine) for each in recipes]
-    found = score_together(inputs.model, inputs.calibration, ways, curvature=recipe.reselects, progress=progress)
-    text = None
-    with metered(inputs.model.device) as writing:
-        if recipe.compensation is not None and inputs.calibration is not None:
-            seed = recipe.scoring.random_seed
-            text = text_for_repair(inputs.model, inputs.calibration, recipe.compensation, seed=seed, progress=progress)
-    scores = {way.method: scored for way, scored in zip(ways, found, strict=True)}
-    return _Shared(recipes, ratios, scores, text, writing)
+def _with_texts(inputs: Inputs, shared: Sequence[_Shared], progress: bool) -> list[_Shared]:
+    """The same with the texts of the repairs; recipes that want the same text share it."""
+    texts: dict[tuple[float, int | None], tuple[Calibration | None, Cost]] = {}
+    result = []
+    for one in shared:
+        if one.recipe.repair is not None:
+            key = one.recipe.repair.self_text, one.recipe.scoring.random_seed
+            if key not in texts:
+                with metered(inputs.model.device) as cost:
+                    text = repair_text(inputs.model, inputs.calibration, one.recipe, progress=progress)
+                texts[key] = text, cost
+            one = replace(one, text=texts[key][0], writing=texts[key][1])
+        result.append(one)
+    return result
 
 
-def _compare_plans(record: _Record, shared: _Shared, max_memory: str | None) -> None:
-    """Cut once by every plan that the tables lead to, and repair several cuts in one go.
+def _cut_together(
+    inputs: Inputs, job: Job, alike: Sequence[_Shared], ratios: Sequence[float], record: _Record, seed: int
+) -> None:
+    """Results of recipes in one round with the same repair.
 
     Results with the same plan are the same model: it is made and measured once, for all of them.
     """
-    inputs, dense, recipe = record.inputs, record.inputs.model, shared.recipes[0]
+    dense, repair, text = inputs.model, alike[0].recipe.repair, alike[0].text
     plans: dict[str, Plan] = {}
-    wanted: dict[str, list[tuple[str, float]]] = {}
-    costs = recipe.target.costs(inputs.geometry)
-    for (method, scored), ratio in product(shared.scores.items(), shared.ratios):
-        plan = select(scored.table, inputs.geometry, ratio, recipe.constraints, costs)
+    wanted: dict[str, list[tuple[_Shared, float]]] = {}
+    for one, ratio in product(alike, ratios):
+        recipe = one.recipe
+        plan = select(one.score.table, inputs.geometry, ratio, recipe.selection, recipe.target.costs(inputs.geometry))
         plans[plan.fingerprint] = plan
-        wanted.setdefault(plan.fingerprint, []).append((method, ratio))
+        wanted.setdefault(plan.fingerprint, []).append((one, ratio))
 
-    def add(cut: Cut, compensated: bool, seconds: float, peak_bytes: int | None) -> None:
-        rows = []
-        for method, ratio in wanted[cut.plan.fingerprint]:
-            about = shared.scores[method].about
-            row = _Row(
-                method, ratio, compensated, about["seconds"] + seconds, _largest(about["peak_bytes"], peak_bytes)
-            )
-            record.keep_plan(cut.plan, row)
-            rows.append(row)
-        record.add(cut.pruned, rows)
+    def add(done: Cut, seconds: float, peak_bytes: int | None) -> None:
+        rows = [one.row(ratio, seed, seconds, peak_bytes) for one, ratio in wanted[done.plan.fingerprint]]
+        for row in rows:
+            record.keep_plan(done.plan, row)
+        record.add(inputs, done.pruned, rows)
 
     each_plan = list(plans.values())
-    batches: list[Batch] = []
-    at_once = 1
-    if shared.text is not None:
-        batches = list(shared.text.batches(recipe.scoring.batch_size))
-        tokens = shared.text.input_ids.numel()
-        limit = parse_bytes(max_memory) if max_memory else None
-        at_once = cuts_at_once(dense, each_plan, tokens, free_memory(dense.device, limit))
+    at_once = len(each_plan) if repair is None else _at_once(inputs, job, each_plan, text)
     for first in range(0, len(each_plan), at_once):
-        cuts: list[Cut] = []
-        seconds = []
+        cuts, costs = [], []
         for plan in each_plan[first : first + at_once]:
             with metered(dense.device) as cost:
-                cuts.append(Cut(apply_plan(dense, plan), plan))
-            seconds.append(cost.seconds)
-            add(cuts[-1], False, cost.seconds, cost.peak_bytes)
-        if recipe.compensation is not None:
-            with metered(dense.device) as cost:
-                repaired = compensate_together_(cuts, dense, batches, recipe.compensation, progress=record.progress)
-            for cut, before, found in zip(cuts, seconds, repaired, strict=True):
-                seconds_of_repair = shared.writing.seconds + found.seconds
-                add(cut, True, before + seconds_of_repair, _largest(shared.writing.peak_bytes, cost.peak_bytes))
+                done = Cut(apply_plan(dense, plan), plan)
+            if repair is None:
+                add(done, cost.seconds, cost.peak_bytes)
+            else:
+                cuts.append(done)
+                costs.append(cost)
+        if repair is not None and text is not None:
+            batches = list(text.batches(job.run.batch_size))
+            with metered(dense.device) as shared:
+                repaired = compensate_together_(cuts, dense, batches, repair, progress=record.progress)
+            for done, cost, found in zip(cuts, costs, repaired, strict=True):
+                add(done, cost.seconds + found.seconds, shared.peak_bytes)
+
+
+def _at_once(inputs: Inputs, job: Job, plans: Sequence[Plan], text: Calibration | None) -> int:
+    limit = parse_bytes(job.run.max_memory) if job.run.max_memory else None
+    tokens = 0 if text is None else text.input_ids.numel()
+    return cuts_at_once(inputs.model, plans, tokens, free_memory(inputs.model.device, limit))
 
 
 def cuts_at_once(dense: Any, plans: Sequence[Plan], tokens: int, free: int | None) -> int:
@@ -228,43 +236,18 @@ def cuts_at_once(dense: Any, plans: Sequence[Plan], tokens: int, free: int | Non
     return max(1, min(len(plans), free // 2 // bytes_of_a_cut(dense, largest, tokens)))
 
 
-def _add_result(record: _Record, shared: _Shared, recipe: Recipe, ratio: float) -> None:
-    """Prune in one way, keep the plan, and measure."""
-    inputs, method, repairs = record.inputs, recipe.scoring.method, recipe.compensation is not None
-    scored = shared.scores[method]
-    with metered(inputs.model.device) as cost:
-        result = prune(
-            inputs.model,
-            ratio,
-            inputs.calibration,
-            scoring=replace(recipe.scoring, engine=inputs.engine),
-            constraints=recipe.constraints,
-            target=recipe.target,
-            compensation=recipe.compensation,
-            rounds=recipe.rounds,
-            scored=scored,
-            repair_text=shared.text,
-            progress=record.progress,
-        )
-    costs = [cost, shared.writing] if repairs else [cost]
-    seconds = scored.about["seconds"] + sum(each.seconds for each in costs)
-    peak_bytes = _largest(scored.about["peak_bytes"], *(each.peak_bytes for each in costs))
-    row = _Row(method, ratio, repairs, seconds, peak_bytes)
-    record.keep_plan(result.plan, row)
-    record.add(result.model, [row])
-
-
-def _largest(*peaks: int | None) -> int | None:
-    return max((peak for peak in peaks if peak is not None), default=None)
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain values."""
+    return {**asdict(recipe), "target": recipe.target.to_dict()}
 
 
 @dataclass(frozen=True)
 class _Row:
     """What a measurement is of."""
 
-    method: str
+    recipe: str
     ratio: float
-    compensated: bool
+    seed: int
     seconds: float | None = None
     peak_bytes: int | None = None
 
@@ -272,23 +255,22 @@ class _Row:
 class _Record:
     """The rows so far, which are on disk after each measurement."""
 
-    def __init__(self, inputs: Inputs, folder: Path, about: Mapping[str, Any], wanted: Iterable[_Row], progress: bool):
-        self.inputs, self.folder, self.progress = inputs, folder, progress
-        self._order = {(row.method, row.ratio, row.compensated): number for number, row in enumerate(wanted)}
+    def __init__(self, folder: Path, about: Mapping[str, Any], names: Iterable[str], progress: bool):
+        self.folder, self.progress = folder, progress
+        self._order = {name: number for number, name in enumerate(names)}
         self._about = dict(about)
         self._rows: list[dict[str, Any]] = []
 
     def keep_plan(self, plan: Plan, row: _Row) -> None:
         """Write the plan of a row."""
         (self.folder / "plans").mkdir(parents=True, exist_ok=True)
-        suffix = "-compensated" if row.compensated else ""
-        plan.save(self.folder / "plans" / f"{row.method}-{row.ratio:g}{suffix}.json")
+        plan.save(self.folder / "plans" / plan_name(row.recipe, row.ratio, row.seed))
 
-    def add(self, model: Any, rows: Sequence[_Row]) -> None:
+    def add(self, inputs: Inputs, model: Any, rows: Sequence[_Row]) -> None:
         """Measure a model once, and write the rows that it is the result of."""
-        result = self.inputs.measure(model, progress=self.progress)
+        result = inputs.measure(model, progress=self.progress)
         assert result is not None
-        self._about["evaluation"] = {"text": self.inputs.text_name, "protocol": result.protocol}
+        self._about["evaluation"] = {"text": inputs.text_name, "protocol": result.protocol}
         for row in rows:
             seconds = None if row.seconds is None else round(row.seconds, 1)
             measured = {"parameters": model.num_parameters(), "perplexity": result.perplexity}
@@ -302,8 +284,9 @@ class _Record:
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One row per result, in the order in which they were asked for; the dense model first."""
-        rows = sorted(self._rows, key=lambda row: self._order[row["method"], row["ratio"], row["compensated"]])
+        """One row per result, by seed, recipe as they were given, and ratio; the dense model first."""
+        rows = sorted(self._rows, key=lambda row: (row["seed"], self._order[row["recipe"]], row["ratio"]))
         frame = pd.DataFrame(rows, columns=[column for column in COLUMNS if column != "relative"])
-        frame["relative"] = frame["perplexity"] / frame["perplexity"].iloc[0]
+        dense = {row["seed"]: row["perplexity"] for row in rows if row["recipe"] == DENSE}
+        frame["relative"] = frame["perplexity"] / frame["seed"].map(dense)
         return frame[list(COLUMNS)]

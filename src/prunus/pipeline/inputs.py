@@ -6,11 +6,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,10 +32,13 @@ from prunus.errors import CalibrationError, OptionError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows, read_text
 from prunus.machine.processes import is_first
 from prunus.model.geometry import Geometry
-from prunus.pipeline.recipe import Recipe
 from prunus.selection.select import check_reachable
-from prunus.sweep import Engine, EngineChoice
+from prunus.sweep import ENGINES, Engine, EngineChoice
 from prunus.sweep.estimate import Workload, available_memory, choose_engine, estimate, parse_bytes, show_bytes
+
+if TYPE_CHECKING:
+    from prunus.pipeline.job import Job
+    from prunus.pipeline.recipe import Recipe
 
 __all__ = [
     "CalibrationOptions",
@@ -58,17 +61,27 @@ class ModelOptions:
     Attributes:
         device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
         dtype: auto keeps the checkpoint's own; else float32, bfloat16 or float16. The result is saved in it.
-        max_memory: memory that may be used, e.g. 8GB: RAM, or the GPU's if the device is one. What would need more by
-            the estimate is refused, with the smallest value that would do.
+        max_memory: memory that may be used, e.g. 8GB: RAM, or the GPU's if the device is one. Jobs estimated to exceed
+            it are rejected, naming the smallest sufficient limit.
+        engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
+            time, which takes longer, reads weights from disk when they are needed and holds the gradients of one layer
+            only; auto is resident if that fits into memory.
+        batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
     """
 
     device: str = "auto"
     dtype: str = "auto"
     max_memory: str | None = None
+    engine: EngineChoice = "auto"
+    batch_size: int = 1
 
     def __post_init__(self) -> None:
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
+        if self.engine not in ("auto", *ENGINES):
+            raise OptionError(f"engine {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
+        if self.batch_size < 1:
+            raise OptionError(f"batch size is {self.batch_size}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -178,7 +191,6 @@ def draw_calibration(
 def load_or_open(
     source: str,
     options: ModelOptions,
-    engine: EngineChoice = "auto",
     workload: Workload | None = None,
     *,
     scratch: Path | None = None,
@@ -188,8 +200,7 @@ def load_or_open(
 
     Args:
         source: a folder, a Hub id or `smollm2-135m`.
-        options: device, dtype and memory.
-        engine: what is asked for; auto is decided by an estimate, which is printed on stderr.
+        options: device, dtype, memory and engine; engine auto is decided by an estimate, which is printed on stderr.
         workload: what will be done with the model; None for a forward pass at most.
         scratch: folder for changed layers of an opened model.
         progress: whether to print.
@@ -201,6 +212,7 @@ def load_or_open(
         OptionError: the estimate is larger than `options.max_memory`.
     """
     limit = parse_bytes(options.max_memory) if options.max_memory else None
+    engine: EngineChoice = options.engine
     if engine == "auto" or limit is not None:
         device, folder = resolve_device(options.device), locate(source)
         check_folder(folder)
@@ -273,15 +285,29 @@ class Inputs:
             )
         return None
 
+    def drawn_again(self, calibration: CalibrationOptions, *, progress: bool = True) -> Inputs:
+        """The same model and evaluation text with other calibration sequences.
+
+        Args:
+            calibration: with another seed.
+            progress: show progress bars on a terminal.
+        """
+        sequences, held_out = draw_calibration(
+            self.model,
+            self.tokenizer,
+            calibration,
+            held_out=0 if self.held_out is None else len(self.held_out),
+            needed=self.calibration is not None,
+            progress=progress,
+        )
+        return replace(self, calibration=sequences, held_out=held_out)
+
 
 def open_inputs(
-    model: str,
-    out: str | Path,
+    job: Job,
     ratios: Sequence[float],
     recipes: Sequence[Recipe],
-    calibration: CalibrationOptions,
-    evaluation: EvaluationOptions,
-    model_options: ModelOptions,
+    out: str | Path,
     *,
     work: Path | None = None,
     save_model: bool,
@@ -291,13 +317,10 @@ def open_inputs(
     """Check whatever can be checked, cheapest first, then load the model and its texts.
 
     Args:
-        model: a folder, a Hub id, or `smollm2-135m`.
+        job: the model, its texts, and where it runs; its recipe and ratio are not read.
+        ratios: shares of all parameters, or of what a recipe's target says, to remove.
+        recipes: how.
         out: folder for the result.
-        ratios: shares of all parameters, or of what the recipes' target says, to remove.
-        recipes: how; those of one call differ in the importance method alone.
-        calibration: the text to calibrate on.
-        evaluation: what to measure on.
-        model_options: device, dtype and memory.
         work: folder for changed layers of an opened model, and for what enters its layers; None = in memory.
         save_model: whether pruned models will be written to `out`.
         overwrite: replace an earlier result.
@@ -306,32 +329,30 @@ def open_inputs(
     Raises:
         PrunusError: whatever is wrong with options, model, text or folder.
     """
+    calibration, evaluation = job.calibration, job.evaluation
     calibrate = any(recipe.needs_calibration for recipe in recipes)
     for recipe, ratio in product(recipes, ratios):
         recipe.check(ratio, sequences=calibration.samples if calibrate else None)
-    check_output(out, overwrite, model)
+    check_output(out, overwrite, job.model)
     text = read_text(evaluation.eval_text) if evaluation.eval_text else None
-    scoring, constraints, target = recipes[0].scoring, recipes[0].constraints, recipes[0].target
     workload = Workload(
         frozenset[str]().union(*(recipe.scoring.needs for recipe in recipes)),
         sequences=calibration.samples if calibrate else 0,
         seq_len=calibration.seq_len,
-        batch_size=scoring.batch_size,
-        compensate=recipes[0].compensation is not None,
-        writes_text=recipes[0].writes_text,
+        batch_size=job.run.batch_size,
+        compensate=any(recipe.repair is not None for recipe in recipes),
+        writes_text=any(recipe.writes_text for recipe in recipes),
         evaluation_tokens=evaluation.tokens(text, calibration.seq_len),
         inputs_on_disk=work is not None,
     )
-    dense, tokenizer, engine = load_or_open(
-        model, model_options, scoring.engine, workload, scratch=work, progress=progress
-    )
+    dense, tokenizer, engine = load_or_open(job.model, job.run, workload, scratch=work, progress=progress)
     geometry = Geometry.of(dense)
-    costs = target.costs(geometry)
-    for ratio in ratios:
-        check_reachable(geometry, ratio, constraints, costs)
+    for recipe, ratio in product(recipes, ratios):
+        check_reachable(geometry, ratio, recipe.selection, recipe.target.costs(geometry))
     if save_model:
         # How many parameters another target leaves is not known before groups are ranked.
-        check_disk(out, int(model_bytes(dense) * (1 - min(ratios) if target.target == "params" else 1)))
+        in_parameters = all(recipe.target.target == "params" for recipe in recipes)
+        check_disk(out, int(model_bytes(dense) * (1 - min(ratios) if in_parameters else 1)))
     sequences, held_out = draw_calibration(
         dense,
         tokenizer,
@@ -343,7 +364,7 @@ def open_inputs(
     name = f"held-out calibration sequences ({Path(calibration.calibration).name})"
     if evaluation.eval_text:
         name = Path(evaluation.eval_text).name
-    return Inputs(model, dense, tokenizer, engine, geometry, sequences, held_out, text, name, evaluation)
+    return Inputs(job.model, dense, tokenizer, engine, geometry, sequences, held_out, text, name, evaluation)
 
 
 def model_name(model: str) -> str:

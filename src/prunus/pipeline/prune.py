@@ -5,17 +5,18 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunus.calibration import Batch, Calibration
+import torch
+import transformers
+
+from prunus.calibration import Calibration
 from prunus.calibration.self_text import text_for_repair
 from prunus.checkpoint import check_output
 from prunus.evaluation.samples import side_by_side
 from prunus.machine.metering import metered
 from prunus.model.geometry import Geometry
-from prunus.pipeline.budget_search import SearchOptions, search_budget
 from prunus.pipeline.inputs import (
     CalibrationOptions,
     EvaluationOptions,
@@ -24,27 +25,32 @@ from prunus.pipeline.inputs import (
     model_name,
     open_inputs,
 )
+from prunus.pipeline.job import Job
+from prunus.pipeline.job_file import job_text
 from prunus.pipeline.recipe import Recipe
-from prunus.pipeline.rounds import carry_over, schedule
-from prunus.pipeline.work_folder import SEARCH, SELF_TEXT, WorkFolder, of_round
-from prunus.repair.compensation import CompensationOptions, Repair, compensate_
-from prunus.repair.reselection import hand_out_scores, reselect
+from prunus.pipeline.rounds import carry_over
+from prunus.pipeline.work_folder import SELF_TEXT, WorkFolder, of_round
+from prunus.repair.compensation import Repair, compensate_
 from prunus.report import write_report
 from prunus.results.result_folder import save_result
-from prunus.scoring.score import Score, ScoringOptions, score
+from prunus.scoring.score import Score, ScoringOptions, score, seed_of
 from prunus.selection.plan import Plan
-from prunus.selection.select import Constraints, check_reachable, select
-from prunus.selection.table import price
-from prunus.selection.targets import TargetOptions
-from prunus.statistics import Statistics
+from prunus.selection.select import check_reachable, select
+from prunus.selection.table import with_costs
 from prunus.surgery import apply_plan
+from prunus.sweep import EngineChoice
 from prunus.version import __version__
 
 __all__ = [
+    "Passes",
+    "Prepared",
     "PruneResult",
     "apply_checkpoint",
+    "cut",
     "prune",
     "prune_checkpoint",
+    "prune_job",
+    "repair_text",
 ]
 
 
@@ -54,10 +60,10 @@ class PruneResult:
 
     Attributes:
         model: the smaller model.
-        plan: which groups stayed.
+        plan: which groups were kept.
         score: the global table the plan was chosen from, and what it was made from. After several rounds the groups of
             earlier rounds stand in it as `prunus.pipeline.rounds.carry_over` says.
-        repairs: what compensation did to each block in the last round; empty without compensation.
+        repairs: what the repair did to each block in the last round; empty without one.
     """
 
     model: Any
@@ -66,101 +72,146 @@ class PruneResult:
     repairs: Sequence[Repair] = ()
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How sequences go through a model; results depend on it by rounding only.
+
+    Attributes:
+        batch_size: sequences per pass.
+        engine: see `prunus.score`.
+        progress: whether to show progress bars on a terminal.
+    """
+
+    batch_size: int = 1
+    engine: EngineChoice = "auto"
+    progress: bool = True
+
+    def score(self, model: Any, calibration: Calibration | None, options: ScoringOptions, work: Path | None) -> Score:
+        """Score a model, see `prunus.score`."""
+        return score(
+            model,
+            calibration,
+            options,
+            batch_size=self.batch_size,
+            engine=self.engine,
+            work=work,
+            progress=self.progress,
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What several cuts of one model can share.
+
+    Attributes:
+        score: the scores of the dense model.
+        repair_text: the sequences that repairs are made on; None without a repair.
+    """
+
+    score: Score
+    repair_text: Calibration | None
+
+
 def prune(
     model: Any,
     ratio: float,
     calibration: Calibration | None = None,
+    recipe: Recipe | None = None,
     *,
-    scoring: ScoringOptions | None = None,
-    constraints: Constraints | None = None,
-    target: TargetOptions | None = None,
-    compensation: CompensationOptions | None = None,
-    rounds: int = 1,
-    search: SearchOptions | None = None,
-    scored: Score | None = None,
-    repair_text: Calibration | None = None,
+    batch_size: int = 1,
+    engine: EngineChoice = "auto",
     work: Path | None = None,
     progress: bool = True,
 ) -> PruneResult:
     """Prune a live transformers model.
 
     Args:
-        model: a causal language model; it stays as it is.
-        ratio: share of all its parameters (or of what `target` says) to remove, in [0, 1).
+        model: a causal language model; it is not changed.
+        ratio: share of all its parameters (or of what the recipe's target says) to remove, in [0, 1).
         calibration: token sequences, from `prunus.load_calibration` or `prunus.calibration_from_texts`; None for a
-            method that needs none.
-        scoring: method and normalisation; default: first-order Taylor.
-        constraints: what may be cut; default: everything.
-        target: what the ratio is a share of; default: parameters.
-        compensation: repair the remaining weights by least squares, see `prunus.repair.compensation`; None = plain slicing.
-        rounds: cut in so many equal parts, scoring the model that is left (and repaired) before each next one. Later
-            scores are taken on half of the sequences, and all repairs but the last are made on a quarter.
-        search: how long factors on the scores of axes and depth bands are searched for; by default not at all.
-        scored: the scores of `model` by `scoring`, if they are there already; they are taken otherwise.
-        repair_text: what `text_for_repair` gave, if it is there already; it is made otherwise.
-        work: folder from which a killed run goes on with the same result, see `prunus.sweep.sweep` and `compensate_`.
+            recipe that needs none. The seed they were drawn with is the seed of everything else.
+        recipe: how; by default `Recipe()`, the default recipe of the command line as well.
+        batch_size: sequences per pass; it changes time and memory, and results only by rounding.
+        engine: how the passes run, see `prunus.score`.
+        work: folder from which an interrupted run resumes with the same result.
         progress: show progress bars on a terminal.
 
     Raises:
-        OptionError: the recipe cannot work, see `prunus.pipeline.recipe`; like the next two before any pass over the model.
+        OptionError: the recipe cannot work; like the next two before any pass over the model.
         CalibrationError: the recipe needs calibration sequences.
-        StatisticsError: `scored` lacks what the repair chooses by.
         BudgetError: the ratio cannot be reached under the constraints.
         UnsupportedModelError: the model's family is not described.
     """
-    recipe = Recipe.of(scoring, constraints, target, compensation, rounds, search)
-    recipe.check(ratio, sequences=None if calibration is None else len(calibration), scored=scored)
-    scoring, geometry = recipe.scoring, Geometry.of(model)
+    recipe, geometry = recipe or Recipe(), Geometry.of(model)
+    recipe.check(ratio, sequences=None if calibration is None else len(calibration))
+    check_reachable(geometry, ratio, recipe.selection, recipe.target.costs(geometry))
+    passes = Passes(batch_size, engine, progress)
+    scored = passes.score(model, calibration, recipe.scoring, _part(work, of_round(1)))
+    text = repair_text(model, calibration, recipe, work=_part(work, SELF_TEXT), progress=progress)
+    return cut(model, ratio, Prepared(scored, text), recipe, passes, calibration, work=work)
+
+
+def repair_text(
+    model: Any, calibration: Calibration | None, recipe: Recipe, *, work: Path | None = None, progress: bool = True
+) -> Calibration | None:
+    """The sequences that the repairs of a recipe are made on, see `prunus.text_for_repair`; None without a repair."""
+    if recipe.repair is None or calibration is None:
+        return None
+    seed = recipe.scoring.random_seed
+    seed = seed_of(calibration) if seed is None else seed
+    return text_for_repair(model, calibration, recipe.repair, seed=seed, work=work, progress=progress)
+
+
+def cut(
+    model: Any,
+    ratio: float,
+    prepared: Prepared,
+    recipe: Recipe,
+    passes: Passes,
+    calibration: Calibration | None,
+    *,
+    work: Path | None = None,
+) -> PruneResult:
+    """Select, cut and repair, as often as the recipe says, from scores that are there.
+
+    Args:
+        model: the dense model.
+        ratio: share to remove in the end.
+        prepared: the dense model's scores, and the text of the repairs.
+        recipe: how.
+        passes: how passes run.
+        calibration: what later rounds are scored on.
+        work: folder from which an interrupted run resumes.
+    """
+    geometry, scored, text = Geometry.of(model), prepared.score, prepared.repair_text
     costs = recipe.target.costs(geometry)
-    check_reachable(geometry, ratio, constraints, costs)
-    take = partial(score, options=scoring, curvature=recipe.reselects)
-    steps = schedule(ratio, rounds)
-    folders = [work / of_round(step.number) if work else None for step in steps]
-    scored = scored or take(model, calibration, work=folders[0], progress=progress)
-    smaller, done, statistics = model, Plan.keep_all(geometry), scored.statistics
-    table, found = price(scored.table, costs), None
-    if compensation is not None and calibration is not None and repair_text is None:
-        repair_text = text_for_repair(
-            model,
-            calibration,
-            compensation,
-            seed=scoring.random_seed,
-            work=work / SELF_TEXT if work else None,
-            progress=progress,
-        )
-    if recipe.search.wanted:
-        text = calibration if repair_text is None else repair_text
-        assert text is not None  # or the recipe's check would have said so
-        found = search_budget(
-            model,
-            table,
-            ratio,
-            text,
-            recipe.search,
-            constraints=constraints,
-            costs=costs,
-            compensation=compensation,
-            batch_size=scoring.batch_size,
-            work=work / SEARCH if work else None,
-            progress=progress,
-        )
-        table = found.weigh(table)
-    for step, folder in zip(steps, folders, strict=True):
+    pruned, plan_so_far, table = model, Plan.keep_all(geometry), with_costs(scored.table, costs)
+    repairs: Sequence[Repair] = ()
+    steps = recipe.steps(ratio)
+    for step in steps:
+        folder = _part(work, of_round(step.number))
         if step.number > 1:
-            again = take(smaller, _first(calibration, step.scored_on), work=folder, progress=progress)
-            later = price(again.table, costs.of_layers(done.surviving_layers))
-            later = found.weigh(later, done.surviving_layers) if found else later
-            table, statistics = carry_over(table, done, later), again.statistics
-        plan = select(table, geometry, step.share, constraints, costs)
-        fit = _first(repair_text, step.repaired_on)
-        batches = list(fit.batches(scoring.batch_size)) if fit is not None else []
-        smaller, kept, repairs = _cut(smaller, done, model, plan, statistics, batches, compensation, folder, progress)
-        table, done = table if kept == plan else hand_out_scores(table, kept), kept
-    findings = {"rounds": rounds, **({"budget_search": found.to_dict()} if found else {})}
-    if repair_text is not None:
-        findings["repair_text"] = repair_text.provenance.to_dict()
+            rescored = passes.score(pruned, _first(calibration, step.scored_on), recipe.scoring, folder)
+            later = with_costs(rescored.table, costs.of_layers(plan_so_far.surviving_layers))
+            table = carry_over(table, plan_so_far, later)
+        plan = select(table, geometry, step.share, recipe.selection, costs)
+        pruned = apply_plan(pruned, plan.after(plan_so_far, Geometry.of(pruned)))
+        sequences = _first(text, step.repaired_on)
+        if recipe.repair is not None and sequences is not None:
+            batches = list(sequences.batches(passes.batch_size))
+            resumed = _part(folder, "compensation")
+            repairs = compensate_(pruned, model, plan, batches, recipe.repair, work=resumed, progress=passes.progress)
+        plan_so_far = plan
+    findings: dict[str, Any] = {"rounds": len(steps)}
+    if text is not None:
+        findings["repair_text"] = text.provenance.to_dict()
     scored = replace(scored, table=table, about={**scored.about, **findings})
-    return PruneResult(smaller, done, scored.priced(recipe.target, done), repairs)
+    return PruneResult(pruned, plan_so_far, scored.with_target(recipe.target, plan_so_far), repairs)
+
+
+def _part(work: Path | None, name: str) -> Path | None:
+    """A part of a work folder, where there is one."""
+    return None if work is None else work / name
 
 
 def _first(calibration: Calibration | None, part: Callable[[int], int]) -> Calibration | None:
@@ -168,67 +219,27 @@ def _first(calibration: Calibration | None, part: Callable[[int], int]) -> Calib
     return None if calibration is None else calibration.first(part(len(calibration)))
 
 
-def _cut(
-    model: Any,
-    done: Plan,
-    dense: Any,
-    plan: Plan,
-    statistics: Statistics | None,
-    batches: Sequence[Batch],
-    compensation: CompensationOptions | None,
-    work: Path | None,
-    progress: bool,
-) -> tuple[Any, Plan, Sequence[Repair]]:
-    """Cut what earlier rounds left (`done`), and repair it as asked: the result, what it keeps, the repairs."""
-    work = work / "compensation" if work else None
-    if compensation is not None and compensation.reselect:
-        return reselect(model, done, dense, plan, statistics, batches, compensation, work=work, progress=progress)
-    smaller, repairs = apply_plan(model, plan.after(done, Geometry.of(model))), []
-    if compensation is not None:
-        repairs = compensate_(smaller, dense, plan, batches, compensation, work=work, progress=progress)
-    return smaller, plan, repairs
-
-
 def prune_checkpoint(
     model: str,
     out: str | Path,
     ratio: float,
+    recipe: Recipe | None = None,
     *,
     calibration: CalibrationOptions | None = None,
-    scoring: ScoringOptions | None = None,
-    constraints: Constraints | None = None,
-    target: TargetOptions | None = None,
-    compensation: CompensationOptions | None = None,
-    rounds: int = 1,
-    search: SearchOptions | None = None,
     evaluation: EvaluationOptions | None = None,
-    model_options: ModelOptions | None = None,
     overwrite: bool = False,
-    work: str | Path | None = None,
-    command: str | None = None,
-    report: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Prune a model folder or Hub model and save the result.
+    """Prune a model folder or Hub model and save the result; `prune_job` takes device, memory and more.
 
     Args:
         model: a folder, a Hub id, or `smollm2-135m` for the packaged model.
-        out: folder for the result; complete or not there at all.
-        ratio: share of all parameters (or of what `target` says) to remove, in [0, 1).
+        out: folder for the result; it appears when it is complete.
+        ratio: share of all parameters (or of what the recipe's target says) to remove, in [0, 1).
+        recipe: how; by default `Recipe()`.
         calibration: the text that importance is measured on.
-        scoring: method and normalisation.
-        constraints: what may be cut.
-        target: what the ratio is a share of; default: parameters.
-        compensation: repair the remaining weights by least squares; None = plain slicing.
-        rounds: cut in so many equal parts, see `prune`.
-        search: for factors on the scores of axes and depth bands, see `prunus.pipeline.budget_search`.
         evaluation: how the models before and after are compared.
-        model_options: device, dtype and memory.
         overwrite: replace an earlier result.
-        work: folder from which a killed run goes on; None for `<out>.work` under the streamed engine, and no such
-            folder under the resident one. Removed when the result is there.
-        command: what the user typed, for the model card.
-        report: also write report.html, with what both models make of a few prompts where both are in memory.
         progress: show progress bars on a terminal.
 
     Returns:
@@ -237,32 +248,40 @@ def prune_checkpoint(
     Raises:
         PrunusError: whatever is wrong with options, model, text or folder, as far as possible before any long work.
     """
-    recipe = Recipe.of(scoring, constraints, target, compensation, rounds, search)
-    folder = WorkFolder(out, work)
+    texts = calibration or CalibrationOptions(), evaluation or EvaluationOptions()
+    return prune_job(Job(model, ratio, recipe or Recipe(), *texts), out, overwrite=overwrite, progress=progress)
+
+
+def prune_job(
+    job: Job, out: str | Path, *, overwrite: bool = False, command: str | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """Do all that a job says, and save the result.
+
+    Args:
+        job: model, ratio, recipe, texts, and where it runs.
+        out: folder for the result; it appears when it is complete.
+        overwrite: replace an earlier result.
+        command: what the user typed, for the model card.
+        progress: show progress bars on a terminal.
+
+    Returns:
+        The metrics, as they are written to prunus/metrics.json.
+
+    Raises:
+        PrunusError: whatever is wrong with options, model, text or folder, as far as possible before any long work.
+    """
+    folder = WorkFolder(out, job.output.work)
     inputs = open_inputs(
-        model,
-        out,
-        [ratio],
-        [recipe],
-        calibration or CalibrationOptions(),
-        evaluation or EvaluationOptions(),
-        model_options or ModelOptions(),
-        work=folder.path,
-        save_model=True,
-        overwrite=overwrite,
-        progress=progress,
+        job, [job.ratio], [job.recipe], out, work=folder.path, save_model=True, overwrite=overwrite, progress=progress
     )
     with metered(inputs.model.device) as cost:
         result = prune(
             inputs.model,
-            ratio,
+            job.ratio,
             inputs.calibration,
-            scoring=replace(recipe.scoring, engine=inputs.engine),
-            constraints=constraints,
-            target=target,
-            compensation=compensation,
-            rounds=rounds,
-            search=search,
+            job.recipe,
+            batch_size=job.run.batch_size,
+            engine=inputs.engine,
             work=folder.used_by(inputs.engine),
             progress=progress,
         )
@@ -270,9 +289,9 @@ def prune_checkpoint(
     after = inputs.measure(result.model, progress=progress)
     metrics = {
         "prunus": __version__,
-        "base_model": model_name(model),
-        "command": command or _command(model, out, ratio, recipe.scoring.method),
-        "ratio": ratio,
+        "base_model": model_name(job.model),
+        "command": command or _command(job, out),
+        "ratio": job.ratio,
         "parameters_before": inputs.geometry.total_parameters,
         "parameters_after": result.model.num_parameters(),
         "perplexity_before": before.perplexity if before else None,
@@ -280,13 +299,13 @@ def prune_checkpoint(
         "perplexity_text": inputs.text_name if after else None,
         "perplexity_protocol": after.protocol if after else None,
         "plan": result.plan.fingerprint,
-        "compensation": asdict(compensation) if compensation else None,
+        "compensation": asdict(job.recipe.repair) if job.recipe.repair else None,
         "seconds_to_prune": round(cost.seconds, 1),
         "peak_bytes": cost.peak_bytes,
         **{key: value for key, value in result.score.about.items() if key not in ("seconds", "peak_bytes")},
     }
     # A streamed model would be read from the disk once for every token.
-    shown = report and inputs.engine == "resident"
+    shown = job.output.report and inputs.engine == "resident"
     samples = side_by_side(inputs.model, result.model, inputs.tokenizer, progress=progress) if shown else []
     metrics = save_result(
         result.model,
@@ -298,11 +317,20 @@ def prune_checkpoint(
         samples,
         inputs.source,
         overwrite,
+        recipe=job_text(replace(job, run=replace(job.run, engine=inputs.engine)), _made_by(result, inputs.calibration)),
     )
-    if report:
+    if job.output.report:
         write_report(out)
     folder.remove()
     return metrics
+
+
+def _made_by(result: PruneResult, calibration: Calibration | None) -> dict[str, str]:
+    """Versions and digests that tell whether a job that is done again can give the same bytes."""
+    facts = {"prunus": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    if calibration is not None:
+        facts["calibration_sha256"] = calibration.provenance.sha256
+    return {**facts, "plan": result.plan.fingerprint}
 
 
 def apply_checkpoint(
@@ -356,5 +384,9 @@ def apply_checkpoint(
     )
 
 
-def _command(model: str, out: str | Path, ratio: float, method: str) -> str:
-    return f"prunus prune {shlex.quote(model)} --out {shlex.quote(str(out))} --ratio {ratio:g} --method {method}"
+def _command(job: Job, out: str | Path) -> str:
+    """The command line that does a job of the Python interface, as far as a line can say it."""
+    method = job.recipe.scoring.method
+    return (
+        f"prunus prune {shlex.quote(job.model)} --out {shlex.quote(str(out))} --ratio {job.ratio:g} --method {method}"
+    )

@@ -10,10 +10,10 @@ back to where the dense model has it:
 with B the dense block's output, R and R̂ the residual streams of the dense and the pruned model before the block, and
 W_S the columns that were kept. α = 0 asks for the dense block's output, α = 1 for the dense residual stream after it,
 so that each block also takes back what earlier blocks got wrong. Half of the sequences get some random tokens, see
-`prunus.calibration.noise`, so that the solution holds for more than the calibration text. No bias is added. Where the model
-multiplies what its blocks add to the residual stream by a factor (Granite), R − R̂ is divided by it. Where a norm stands
-between the block and the residual stream (Gemma), no answer of the projection makes up for a difference in the stream,
-and α is 0.
+`prunus.calibration.noise`, so that the solution holds for more than the calibration text. No bias is added. Where the
+model multiplies what its blocks add to the residual stream by a factor (Granite), R − R̂ is divided by it. Where a norm
+stands between the block and the residual stream (Gemma), no answer of the projection makes up for a difference in the
+stream, and α is 0.
 
 Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", eq. 5 and section 3.2 (least
 squares reconstruction of the remaining channels, in layer order, on the pruned network's own inputs).
@@ -24,9 +24,9 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from prunus.errors import CalibrationError, OptionError
 from prunus.files.records import Records
 from prunus.model.digest import digest_batches, digest_model
 from prunus.model.evaluation_mode import evaluation_mode
-from prunus.model.families import Axis, Block
+from prunus.model.families import Block
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.repair.block_walk import BlockWalk
@@ -49,7 +49,7 @@ from prunus.repair.temperature import fit_temperature_
 from prunus.selection.plan import Plan
 from prunus.sweep.spool import DiskSlots, Slots
 
-__all__ = ["Chooser", "CompensationOptions", "Cut", "Repair", "Repaired", "compensate_", "compensate_together_"]
+__all__ = ["CompensationOptions", "Cut", "Repair", "Repaired", "compensate_", "compensate_together_"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +61,16 @@ class CompensationOptions:
     Attributes:
         damping: ridge towards the old weights, as a share of the mean diagonal of XᵀX.
         residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
-        reselect: let the repair choose which MLP channels stay in a layer, of the number that the plan keeps there, see
-            `prunus.repair.reselection`; for methods that take gradients.
         repair_noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair
             holds for other text as well, see `prunus.calibration.noise`.
         self_text: share of the sequences that the dense model writes itself, so that the repair holds for other kinds
-            of text, see `prunus.calibration.self_text`; for whole recipes (`prunus.prune`), not for a repair on given batches.
-        fit_logits: at the end, multiply the logits by the factor that fits the text best, see `prunus.repair.temperature`.
+            of text, see `prunus.calibration.self_text`; not read by a repair on given batches.
+        fit_logits: at the end, multiply the logits by the factor that minimises the loss, see
+            `prunus.repair.temperature`.
     """
 
     damping: float = 1e-1
     residual: float = 1.0
-    reselect: bool = False
     repair_noise: float = 0.3
     self_text: float = 0.5
     fit_logits: bool = True
@@ -106,10 +104,6 @@ class Repair:
     condition: float
 
 
-#: (layer of the dense model, axis, equations, weight) → inputs that stay, ascending; None = all
-Chooser = Callable[[int, Axis, NormalEquations, Tensor], Tensor | None]
-
-
 @dataclass(frozen=True)
 class Cut:
     """A pruned model that is to be repaired.
@@ -117,16 +111,12 @@ class Cut:
     Attributes:
         pruned: what `apply_plan(dense, plan)` gave, perhaps already repaired; in memory or opened.
         plan: the cut.
-        choose: says for a block which inputs of its last projection stay; the columns of the others become zero.
-        chosen_by: everything that `choose` depends on, as plain values; needed with `work`.
         work: folder for the weights that are solved. A run that was killed goes on after the last layer there, with the
             same result. Left in place: it is the caller's.
     """
 
     pruned: Any
     plan: Plan
-    choose: Chooser | None = None
-    chosen_by: Mapping[str, Any] = field(default_factory=dict)
     work: Path | None = None
 
 
@@ -136,13 +126,11 @@ class Repaired:
 
     Attributes:
         repairs: one record per remaining block, in the order in which they were repaired.
-        chosen: (layer of the dense model, axis) → the inputs that `Cut.choose` let stay, where it chose.
         temperature: the factor on its logits; 1 where none was wanted, or nothing cut.
         seconds: wall-clock time of this model's repair and of the dense model's pass, which may have served others too.
     """
 
     repairs: list[Repair]
-    chosen: Mapping[tuple[int, Axis], Tensor]
     temperature: float
     seconds: float
 
@@ -245,7 +233,7 @@ def compensate_together_(
         for one in repairing:
             one.finish(batches)
     shared = time.perf_counter() - start - sum(one.seconds for one in repairing)
-    return [Repaired(one.repairs, one.chosen, one.temperature, shared + one.seconds) for one in repairing]
+    return [Repaired(one.repairs, one.temperature, shared + one.seconds) for one in repairing]
 
 
 @contextmanager
@@ -274,7 +262,6 @@ class _Repairing:
     ):
         start = time.perf_counter()
         self.repairs: list[Repair] = []
-        self.chosen: dict[tuple[int, Axis], Tensor] = {}
         self.temperature = 1.0
         self._cut, self._options = cut, options
         self._records = Records(cut.work, _made_from(cut, dense, batches, options) if cut.work is not None else None)
@@ -342,12 +329,8 @@ class _Repairing:
 
     def _solve(self, block: Block, module: nn.Linear) -> None:
         assert self._sums is not None  # there is at least one batch
-        equations, self._sums, stay = self._sums.equations(), None, None
-        if self._cut.choose is not None:
-            stay = self._cut.choose(self._layer_idx, block.axis, equations, module.weight)
-        if stay is not None:
-            self.chosen[self._layer_idx, block.axis] = stay
-        self.repairs.append(_repair_(module, self._layer_idx, block, equations, stay, self._options))
+        equations, self._sums = self._sums.equations(), None
+        self.repairs.append(_repair_(module, self._layer_idx, block, equations, self._options))
 
     def finish_layer(self) -> None:
         """Make what was solved in the held layer last."""
@@ -361,7 +344,7 @@ class _Repairing:
         """Fit the logits of the repaired model."""
         start = time.perf_counter()
         plan = self._cut.plan
-        if self._options.fit_logits and (plan.kept_widths != plan.widths or self.chosen):
+        if self._options.fit_logits and plan.kept_widths != plan.widths:
             clean = clean_batches(len(batches), self._options.repair_noise)
             self.temperature = fit_temperature_(self._cut.pruned, batches, among=clean, residual=self._walk.hidden)
         self.seconds += time.perf_counter() - start
@@ -373,7 +356,6 @@ class _Repairing:
     def _record(self) -> None:
         here = [block for block in self._walk.blocks if self._kept[block.axis]]
         tensors = {block.output.path: self._walk.module(block).weight.detach().cpu().clone() for block in here}
-        tensors |= {f"stay.{axis}": stay for (idx, axis), stay in self.chosen.items() if idx == self._layer_idx}
         repairs = [asdict(repair) for repair in self.repairs if repair.layer_idx == self._layer_idx]
         self._records.put(self._layer_idx, tensors, {"repairs": repairs})
 
@@ -383,8 +365,6 @@ class _Repairing:
         for block in self._walk.blocks:
             if block.output.path in found:
                 self._walk.module(block).weight.copy_(found[block.output.path])
-            if f"stay.{block.axis}" in found:
-                self.chosen[self._layer_idx, block.axis] = found[f"stay.{block.axis}"]
         self.repairs += [Repair(**values) for values in self._records.about(self._layer_idx)["repairs"]]
 
 
@@ -396,28 +376,18 @@ def _made_from(cut: Cut, dense: Any, batches: Sequence[Batch], options: Compensa
         "calibration tokens": digest_batches(batches),
         "sequences per batch": [len(batch.input_ids) for batch in batches],
         "compensation": asdict(options),
-        "chosen by": dict(cut.chosen_by),
         "torch": torch.__version__,
     }
 
 
 def _repair_(
-    module: nn.Linear,
-    layer_idx: int,
-    block: Block,
-    equations: NormalEquations,
-    stay: Tensor | None,
-    options: CompensationOptions,
+    module: nn.Linear, layer_idx: int, block: Block, equations: NormalEquations, options: CompensationOptions
 ) -> Repair:
-    """Solve the last projection of a block again, on the inputs that stay; None = all of them."""
-    where = f"layer {layer_idx}, {block.axis}"
-    here = slice(None) if stay is None else stay
-    sliced = torch.zeros_like(module.weight, dtype=torch.float64)
-    sliced[:, here] = module.weight[:, here].double()
-    solution, condition, before = torch.zeros_like(sliced), float("inf"), equations.error(sliced)
+    """Solve the last projection of a block again."""
+    where, sliced = f"layer {layer_idx}, {block.axis}", module.weight.double()
+    condition, before = float("inf"), equations.error(sliced)
     try:
-        gram, cross = equations.gram[here][:, here], equations.cross[here]
-        solution[:, here], condition = solve_ridge(gram, cross, sliced[:, here], options.damping)
+        solution, condition = solve_ridge(equations.gram, equations.cross, sliced, options.damping)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         logger.warning(
             "%s: kept as sliced, the normal equations cannot be solved (%s); a larger damping than %g may help",

@@ -289,16 +289,21 @@ def accuracy_chart(rows: Sequence[tuple[str, float | None, float]]) -> Chart:
 
 
 def comparison_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
-    """Perplexity over the removed share, a line per method.
+    """Perplexity over the removed share, a line per recipe.
 
     Args:
         rows: as comparison.json has them, the dense model's among them.
     """
-    dense = next(row for row in rows if row["method"] == "dense")
-    others = [row for row in rows if row["method"] != "dense"]
-    kinds = list(dict.fromkeys(_kind(row) for row in others))
+    dense = next(row for row in rows if row_name(row) == "dense")
+    others = [row for row in rows if row_name(row) != "dense"]
+    kinds = list(dict.fromkeys(row_name(row) for row in others))
     values = [
-        {"kind": _kind(row), "removed": row["ratio"], "perplexity": row["perplexity"], "parameters": row["parameters"]}
+        {
+            "kind": row_name(row),
+            "removed": row["ratio"],
+            "perplexity": row["perplexity"],
+            "parameters": row["parameters"],
+        }
         for row in others
         if row["perplexity"] is not None  # infinite ones are null in JSON
     ]
@@ -328,20 +333,23 @@ def comparison_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
                 "value": 0.15,
             },
             "tooltip": [
-                {"field": "kind", "title": "method"},
+                {"field": "kind", "title": "recipe"},
                 {"field": "removed", "format": ".0%"},
                 {"field": "perplexity", "format": ",.2f"},
                 {"field": "parameters", "format": ","},
             ],
         },
     }
-    table = [[row["method"] if row is dense else _kind(row), f"{row['ratio']:.0%}", *_cells(row)] for row in rows]
-    columns = ["method", "removed", "parameters", "perplexity", "times dense"]
-    what = "Lines of perplexity over the share of parameters removed, one for every method."
-    return Chart("comparison", "Perplexity by method and share removed", what, spec, Rows(columns, table))
+    table = [[row_name(row), f"{row['ratio']:.0%}", *_cells(row)] for row in rows]
+    columns = ["recipe", "removed", "parameters", "perplexity", "times dense"]
+    what = "Lines of perplexity over the share of parameters removed, one for every recipe."
+    return Chart("comparison", "Perplexity by recipe and share removed", what, spec, Rows(columns, table))
 
 
-def _kind(row: Mapping[str, Any]) -> str:
+def row_name(row: Mapping[str, Any]) -> str:
+    """What a row of a comparison is called; those of prunus 0.1 have a method, and whether it was repaired."""
+    if "recipe" in row:
+        return str(row["recipe"])
     return f"{row['method']}, compensated" if row.get("compensated") else str(row["method"])
 
 
@@ -361,7 +369,7 @@ def seconds_chart(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
         return None
     values = [
         {
-            "result": f"{_kind(row)} {row['ratio']:.0%}",
+            "result": f"{row_name(row)} {row['ratio']:.0%}",
             "seconds": row["seconds"],
             "peak": "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB",
         }

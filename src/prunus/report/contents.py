@@ -18,9 +18,11 @@ from prunus.report.charts import (
     accuracy_chart,
     comparison_chart,
     keep_chart,
+    row_name,
     score_charts,
     seconds_chart,
 )
+from prunus.results.comparison import plan_name
 from prunus.results.result_folder import Result, measured_facts, read_result, speed_notes
 from prunus.selection.plan import Plan
 
@@ -297,24 +299,26 @@ def _commands(result: Result) -> Section:
     )
 
 
+def _plan_name(row: Mapping[str, Any]) -> str:
+    """The file of a row's plan in the folder plans/; comparisons of prunus 0.1 named it in another way."""
+    if "recipe" in row:
+        return plan_name(row["recipe"], row["ratio"], row["seed"])
+    return f"{row['method']}-{row['ratio']:g}{'-compensated' * bool(row.get('compensated'))}.json"
+
+
 def _of_comparison(folder: Path) -> Contents:
     facts = read_json(folder / "comparison.json")
     rows = facts.get("rows")
-    if not isinstance(rows, list) or not any(row.get("method") == "dense" for row in rows):
+    if not isinstance(rows, list) or not any(row_name(row) == "dense" for row in rows):
         raise CheckpointError(f"{folder / 'comparison.json'} has no rows of a comparison; run `prunus compare` again")
-    others = [row for row in rows if row["method"] != "dense"]
+    others = [row for row in rows if row_name(row) != "dense"]
     plans = {
-        path.stem: Plan.load(path)
-        for row in others
-        for path in [
-            folder / "plans" / f"{row['method']}-{row['ratio']:g}{'-compensated' * bool(row.get('compensated'))}.json"
-        ]
-        if path.is_file()
+        path.stem: Plan.load(path) for row in others for path in [folder / "plans" / _plan_name(row)] if path.is_file()
     }
     evaluation = facts.get("evaluation") or {}
     charts = [comparison_chart(rows)] if others else []
     seconds = seconds_chart(others)
-    settings = {name: facts[name] for name in ("normalize", "rounds") if facts.get(name) is not None}
+    settings = {name: facts[name] for name in ("normalize", "rounds", "recipes") if facts.get(name) is not None}
     measured = [f"Perplexity on {evaluation['text']}: {evaluation['protocol']}."] if evaluation else []
     sections = (
         Section("comparison", "Quality", measured, charts=charts),
@@ -324,19 +328,18 @@ def _of_comparison(folder: Path) -> Contents:
         _settings(settings),
         Section("commands", "Make it again", commands=[facts["command"]] if facts.get("command") else ()),
     )
-    dense = next(row for row in rows if row["method"] == "dense")
+    dense = next(row for row in rows if row_name(row) == "dense")
     start = "infinite" if dense["perplexity"] is None else f"{dense['perplexity']:,.2f}"
     tiles = [Tile("dense", start, f"perplexity, {dense['parameters']:,} parameters")]
     for ratio in sorted({row["ratio"] for row in others}):
         finite = [row for row in others if row["ratio"] == ratio and row["perplexity"] is not None]
         if finite:
             best = min(finite, key=lambda row: row["perplexity"])
-            method = f"{best['method']}{', compensated' if best.get('compensated') else ''}"
-            tiles.append(Tile(f"best at {ratio:.0%}", f"{best['perplexity']:,.2f}", method))
+            tiles.append(Tile(f"best at {ratio:.0%}", f"{best['perplexity']:,.2f}", row_name(best)))
     model = facts.get("model", folder.resolve().name)
     return Contents(
         title=f"Comparison on {model}",
-        summary=f"{len(others)} results on {model}: methods of choosing what to remove, each at the same shares.",
+        summary=f"{len(others)} results on {model}: recipes, each at the same shares.",
         prunus=str(facts.get("prunus", "")),
         tiles=tiles,
         sections=[section for section in sections if not section.is_empty],

@@ -2,6 +2,7 @@
 
 README.md              the model card
 prunus/plan.json       the cut
+prunus/recipe.yaml     everything that made it: `prunus prune --recipe` does it again
 prunus/metrics.json    what was done, and what was measured on the way
 prunus/groups.csv      the scores it was chosen from, with score.json
 prunus/samples.json    what both models wrote, where both were at hand
@@ -62,6 +63,8 @@ def save_result(
     samples: Sequence[Mapping[str, str]],
     source: str,
     overwrite: bool,
+    *,
+    recipe: str | None = None,
 ) -> dict[str, Any]:
     """Write a model folder with its card, and the plan, scores and metrics in its subfolder `prunus/`.
 
@@ -78,6 +81,7 @@ def save_result(
         samples: prompts with what both models made of them.
         source: folder, Hub id or `smollm2-135m`: the base model, whose license is carried over.
         overwrite: replace an earlier result.
+        recipe: what recipe.yaml says; None for a plan that was given.
 
     Returns:
         The metrics as written: as given, and with `original` if the base model had been cut before.
@@ -88,6 +92,8 @@ def save_result(
         "plan.json": plan.to_json(),
         "metrics.json": json.dumps(metrics, indent=1) + "\n",
     }
+    if recipe is not None:
+        extras["recipe.yaml"] = recipe
     if origin is not None:
         extras[COMPOSED_PLAN] = origin.plan.to_json()
     if scored is not None:

@@ -1,16 +1,16 @@
 """The adaptive method: which importance each kind of group is ranked by, and on what scale, decided by measuring.
 
 Methods rank groups of one axis well or badly, and put the two axes on scales of their own. Here the model itself is
-asked. Per unit, which is an axis or an axis within a band of depth:
+asked. Per axis:
 
-1. every candidate method cuts a quarter of the unit's parameters, and the rise of the loss is measured on calibration
-   sequences that the methods have not seen; the candidate with the smallest rise ranks the unit;
+1. every candidate method cuts a quarter of the axis' parameters, and the rise of the loss is measured on calibration
+   sequences that the methods have not seen; the candidate with the smallest rise ranks the axis;
 2. the rise D(c) is measured at further shares c, and the importances between two shares are scaled to sum to the rise
-   between them. A score then is a loss per parameter, measured alike in all units:
+   between them. A score then is a loss per parameter, measured alike in both axes:
 
     importance'ᵢ = importanceᵢ · (D(c_k) − D(c_{k−1})) / Σ importance of the groups between c_{k−1} and c_k
 
-Scores never fall along a unit's ranking. Groups beyond the last share keep the last scale.
+Scores never fall along an axis' ranking. Groups beyond the last share keep the last scale.
 """
 
 import sys
@@ -25,16 +25,16 @@ from prunus.calibration import Calibration
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.machine.processes import is_first
+from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.selection.constraints import Constraints
-from prunus.selection.depth_bands import axes_in_bands
 from prunus.selection.select import select
 from prunus.selection.table import rank_table
 from prunus.surgery import apply_plan
 
 __all__ = ["AdaptiveOptions", "adapt", "check_enough", "split_probe"]
 
-#: share of a unit's parameters at which candidates are compared, and the shares at which the winner is measured
+#: share of an axis' parameters at which candidates are compared, and the shares at which the winner is measured
 PROBE_SHARE = 0.25
 SCALE_SHARES = (0.125, 0.25, 0.5)
 #: with fewer sequences there is too little to hold out of
@@ -46,18 +46,14 @@ class AdaptiveOptions:
     """What the adaptive method chooses from.
 
     Attributes:
-        candidates: importance methods that compete for each unit.
-        bands: number of depth bands of about equal size that choose for themselves; 1 = the whole depth together.
+        candidates: importance methods that compete for each axis.
     """
 
     candidates: tuple[str, ...] = ("taylor", "gate_fisher", "wanda")
-    bands: int = 1
 
     def __post_init__(self) -> None:
         if not self.candidates or len(set(self.candidates)) < len(self.candidates):
             raise OptionError(f"candidates are {', '.join(self.candidates) or 'none'}; name each method once")
-        if self.bands < 1:
-            raise OptionError(f"bands is {self.bands}; it must be at least 1")
 
 
 def check_enough(sequences: int, where: str = "") -> None:
@@ -95,17 +91,17 @@ def adapt(
     *,
     progress: bool = True,
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Choose a method for each unit and scale its scores to measured losses.
+    """Choose a method for each axis and scale its scores to measured losses.
 
     Args:
         model: the model that the tables are of; it stays as it is.
         tables: the global table of every candidate, with scores that are comparable across layers.
         probe: calibration sequences that the tables were not made from.
-        options: candidates and depth bands.
+        options: the candidates.
         progress: show progress bars on a terminal, and say on stderr what was chosen and why.
 
     Returns:
-        The global table, and one record per unit: axis, layers, the loss rise of each candidate at `PROBE_SHARE`, the
+        The global table, and one record per axis: the loss rise of each candidate at `PROBE_SHARE`, the
         method chosen, and its loss rise at each of `SCALE_SHARES`.
     """
     geometry = Geometry.of(model)
@@ -115,11 +111,11 @@ def adapt(
 
     dense = loss(model)
     parts, records = [], []
-    for axis, layers in axes_in_bands(geometry, options.bands):
-        constraints = Constraints(axes=(axis,), layer_start=layers.start, layer_end=layers.stop)
-        unit_cost = sum(geometry.widths[i][axis] for i in layers) * geometry.group_parameters[axis]
+    for axis in (axis for axis in AXES if any(widths[axis] for widths in geometry.widths)):
+        constraints = Constraints(axes=(axis,))
+        axis_cost = sum(widths[axis] for widths in geometry.widths) * geometry.group_parameters[axis]
 
-        def rise(name: str, share: float, constraints: Constraints = constraints, cost: int = unit_cost) -> float:
+        def rise(name: str, share: float, constraints: Constraints = constraints, cost: int = axis_cost) -> float:
             plan = select(tables[name], geometry, share * cost / geometry.total_parameters, constraints)
             return loss(apply_plan(model, plan)) - dense
 
@@ -127,11 +123,10 @@ def adapt(
         chosen = min(rises, key=lambda name: rises[name])
         curve = [rises[chosen] if share == PROBE_SHARE else rise(chosen, share) for share in SCALE_SHARES]
         table = tables[chosen]
-        rows = table[(table["group_type"] == axis) & table["layer_idx"].isin(layers)]
+        rows = table[table["group_type"] == axis]
         parts.append(_scaled(rows, curve))
         record = {
             "axis": axis,
-            "layers": [layers.start, layers.stop - 1],
             "loss_rise": rises,
             "method": chosen,
             "curve": dict(zip(map(str, SCALE_SHARES), curve, strict=True)),
@@ -140,15 +135,14 @@ def adapt(
         if progress and is_first():
             each = ", ".join(f"{name} {value:.4f}" for name, value in rises.items())
             print(
-                f"{axis}, layers {layers.start}-{layers.stop - 1}: {chosen}, because a quarter less of it by each "
-                f"method raises the held-out loss by {each}",
+                f"{axis}: {chosen}, because a quarter less of it by each method raises the held-out loss by {each}",
                 file=sys.stderr,
             )
     return rank_table(pd.concat(parts, ignore_index=True)), records
 
 
 def _scaled(rows: pd.DataFrame, curve: Sequence[float]) -> pd.DataFrame:
-    """The rows of a unit, ranked, with importances that add up to the measured rises of the loss."""
+    """The rows of an axis, ranked, with importances that add up to the measured rises of the loss."""
     values = (rows["score"] * rows["cost"]).to_numpy(dtype=float)
     values = values - min(values.min(), 0.0)
     share = rows["cost"].cumsum().to_numpy() / rows["cost"].sum()

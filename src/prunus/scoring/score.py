@@ -21,15 +21,22 @@ from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.scoring.adaptive import AdaptiveOptions, adapt, split_probe
 from prunus.scoring.hybrid import DEFAULT_MIX, Weights, check_weights, mix
-from prunus.scoring.priors import Prior, PriorOptions, measure_prior, weigh
-from prunus.scoring.weighing import weigh_scores
+from prunus.scoring.weighing import weigh_attention
 from prunus.selection.plan import Plan
-from prunus.selection.table import NORMALIZATIONS, Normalization, build_table, load_table, price, rank_table, save_table
+from prunus.selection.table import (
+    NORMALIZATIONS,
+    Normalization,
+    build_table,
+    load_table,
+    rank_table,
+    save_table,
+    with_costs,
+)
 from prunus.selection.targets import TargetOptions
-from prunus.statistics import ActivationStatistics, OutputFisher, Statistics
-from prunus.sweep import ENGINES, EngineChoice, sweep
+from prunus.statistics import Statistics
+from prunus.sweep import EngineChoice, sweep
 
-__all__ = ["Score", "ScoringOptions", "score", "score_together", "take_statistics"]
+__all__ = ["Score", "ScoringOptions", "score", "score_together", "seed_of", "take_statistics"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,30 +52,24 @@ class ScoringOptions(MethodOptions):
         hybrid: what the hybrid method is made of, methods and their weights.
         adaptive: what the adaptive method chooses from.
         normalize: how importances of different layers are made comparable.
-        priors: how scores are weighed by what their layer is worth.
         attention_weight: factor on the scores of attention groups. Repair makes up for lost channels better than for
             lost attention, so that above 1 goes with compensation.
         score_noise: share of the tokens that are replaced by random ones in half of the sequences, so that scores hold
             for other text as well, see `prunus.calibration.noise`.
-        batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
-        engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
-            time, which takes longer, reads weights from disk when their turn comes and holds the gradients of one layer
-            only; auto is resident if that fits into memory.
         hessian: estimate of the Hessian's diagonal in taylor_2nd (and gate_fisher): mean_loss, empirical_fisher or
             sampled_fisher, see `prunus.MethodOptions`.
         activation: the statistic of activations that wanda multiplies weights with.
-        random_seed: of the random control, and of sampled labels.
+        random_seed: of noise, sampled labels and the random control; null = the seed that the calibration sequences
+            were drawn with.
     """
 
-    method: str = "taylor"
+    method: str = "gate_fisher"
     normalize: Normalization = "none"
     hybrid: Weights = DEFAULT_MIX
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
-    priors: PriorOptions = field(default_factory=PriorOptions)
-    attention_weight: float = 1.0
-    score_noise: float = 0.0
-    batch_size: int = 1
-    engine: EngineChoice = "auto"
+    attention_weight: float = 1.5
+    score_noise: float = 0.3
+    random_seed: int | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,13 +80,9 @@ class ScoringOptions(MethodOptions):
             get_method(name)
         if self.normalize not in NORMALIZATIONS:
             raise OptionError(f"normalization {self.normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
-        if self.engine not in ("auto", *ENGINES):
-            raise OptionError(f"engine {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
         if not 0 < self.attention_weight < float("inf"):
             raise OptionError(f"attention weight is {self.attention_weight}; it must be positive and finite")
         check_noise("score_noise", self.score_noise)
-        if self.batch_size < 1:
-            raise OptionError(f"batch size is {self.batch_size}; it must be at least 1")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -107,7 +104,7 @@ class ScoringOptions(MethodOptions):
     @property
     def needs_calibration(self) -> bool:
         """Whether scoring needs calibration sequences."""
-        return bool(self.needs) or self.method == "adaptive" or self.priors.prior != "none"
+        return bool(self.needs) or self.method == "adaptive"
 
 
 @dataclass(frozen=True)
@@ -120,14 +117,12 @@ class Score:
         about: method, options, calibration provenance, loss and cost, as plain values; `target` where the table is not
             at parameters.
         statistics: what the table was made from; None where the method needs none.
-        prior: what the layers are worth, where that was measured.
     """
 
     table: pd.DataFrame
     geometry: Geometry
     about: Mapping[str, Any]
     statistics: Statistics | None = None
-    prior: Prior | None = None
 
     @property
     def target(self) -> TargetOptions:
@@ -139,14 +134,13 @@ class Score:
         return TargetOptions.from_dict(self.about.get("target", {}))
 
     def ranked(self, normalization: Normalization) -> Self:
-        """The same importances, made comparable in another way; priors and the factors on scores hold as before.
+        """The same importances, made comparable in another way; the factor on attention holds as before.
 
         Costs are parameters afterwards.
 
         Raises:
-            OptionError: the normalisation gives negative scores, which nothing can be multiplied with; or the table is
-                of several rounds, whose importances are of different models.
-            PlanError: priors were measured, but not how they weigh scores.
+            OptionError: the table is of several rounds, whose importances are of different models.
+            PlanError: the factor on attention is malformed.
         """
         if self.about.get("rounds", 1) != 1:
             raise OptionError(
@@ -157,23 +151,18 @@ class Score:
         parameters = self.table["group_type"].map(dict(self.geometry.group_parameters))
         table = rank_table(self.table.assign(cost=parameters), normalization)
         try:
-            options = self.about["scoring"]
-            priors = PriorOptions(**options["priors"]) if self.prior is not None else None
-            attention_weight = float(options.get("attention_weight", 1.0))
-            found = self.about.get("budget_search", {}).get("factors", {})
-            factors = {axis: [float(found[axis][i]) for i in range(len(self.geometry.widths))] for axis in found}
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            attention_weight = float(self.about["scoring"].get("attention_weight", 1.0))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"malformed scores: how they were weighed ({type(error).__name__} {error})") from error
-        table = _weighed(table, self.geometry, self.prior, priors, attention_weight)
-        table = weigh_scores(table, factors) if factors else table
+        table = weigh_attention(table, attention_weight)
         return replace(self, table=table, about={key: value for key, value in self.about.items() if key != "target"})
 
-    def priced(self, target: TargetOptions, plan: Plan) -> Self:
+    def with_target(self, target: TargetOptions, plan: Plan) -> Self:
         """The table at the costs of a target, and in `about` what a plan leaves of it."""
         costs = target.costs(self.geometry)
         before, after = costs.total, costs.left(plan.kept_widths)
         about = {**target.to_dict(), "quantity": costs.quantity, "before": before, "after": after}
-        return replace(self, table=price(self.table, costs), about={**self.about, "target": about})
+        return replace(self, table=with_costs(self.table, costs), about={**self.about, "target": about})
 
     def save(self, folder: str | Path) -> None:
         """Write groups.csv, score.json and, if there are any, statistics.safetensors."""
@@ -187,8 +176,7 @@ class Score:
 
     def to_json(self) -> str:
         """What score.json holds: the model's geometry, and what the table was made from."""
-        prior = {"layer_priors": self.prior.to_dict()} if self.prior else {}
-        return json.dumps({"geometry": self.geometry.to_dict(), **prior, **self.about}, indent=1) + "\n"
+        return json.dumps({"geometry": self.geometry.to_dict(), **self.about}, indent=1) + "\n"
 
     @classmethod
     def load(cls, table: str | Path) -> Self:
@@ -206,8 +194,6 @@ class Score:
         try:
             about = json.loads(about_path.read_text(encoding="utf-8"))
             geometry = Geometry.from_dict(about.pop("geometry"))
-            measured = about.pop("layer_priors", None)
-            prior = Prior.from_dict(measured) if measured else None
         except PlanError as error:
             raise PlanError(f"{about_path}: {error}") from error
         except OSError as error:
@@ -223,7 +209,7 @@ class Score:
             raise PlanError(
                 f"{path} lists {len(ranked):,} groups, {about_path} describes {groups:,}: they do not belong together"
             )
-        return cls(ranked, geometry, about, prior=prior)
+        return cls(ranked, geometry, about)
 
 
 def score(
@@ -231,7 +217,8 @@ def score(
     calibration: Calibration | None = None,
     options: ScoringOptions | None = None,
     *,
-    curvature: bool = False,
+    batch_size: int = 1,
+    engine: EngineChoice = "auto",
     work: Path | None = None,
     progress: bool = True,
 ) -> Score:
@@ -241,8 +228,10 @@ def score(
         model: a transformers causal language model; it stays as it is.
         calibration: token sequences; may be None for methods that need none.
         options: method and normalisation.
-        curvature: where the method takes gradients, also take the output Fisher of the MLP blocks, which
-            `prunus.repair.reselection` reads.
+        batch_size: sequences per pass. It changes time and memory, and results only by rounding.
+        engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
+            time, which takes longer, reads weights from disk when their turn comes and holds the gradients of one layer
+            only; auto is resident for a model that is in memory.
         work: folder from which a killed run of the streamed engine goes on, see `prunus.sweep.sweep`.
         progress: show progress bars on a terminal.
 
@@ -251,9 +240,10 @@ def score(
         UnsupportedModelError: the model's family is not described.
         NonFiniteError: NaN or infinity in the loss or the importances.
     """
-    return score_together(
-        model, calibration, [options or ScoringOptions()], curvature=curvature, work=work, progress=progress
-    )[0]
+    ways = [options or ScoringOptions()]
+    return score_together(model, calibration, ways, batch_size=batch_size, engine=engine, work=work, progress=progress)[
+        0
+    ]
 
 
 def score_together(
@@ -261,7 +251,8 @@ def score_together(
     calibration: Calibration | None,
     each: Sequence[ScoringOptions],
     *,
-    curvature: bool = False,
+    batch_size: int = 1,
+    engine: EngineChoice = "auto",
     work: Path | None = None,
     progress: bool = True,
 ) -> list[Score]:
@@ -271,7 +262,8 @@ def score_together(
         model: a transformers causal language model; it stays as it is.
         calibration: token sequences; may be None for methods that need none.
         each: the ways.
-        curvature: see `score`.
+        batch_size: see `score`.
+        engine: see `score`.
         work: folder from which a killed run of the streamed engine goes on.
         progress: show progress bars on a terminal.
 
@@ -279,6 +271,8 @@ def score_together(
         One score for each of `each`. The seconds and the peak memory of a shared pass count for all that need it.
     """
     sharing: dict[tuple[Any, ...], list[int]] = {}
+    seed = seed_of(calibration)
+    each = [options if options.random_seed is not None else replace(options, random_seed=seed) for options in each]
     for number, options in enumerate(each):
         sharing.setdefault(_pass(options), []).append(number)
     scores: dict[int, Score] = {}
@@ -295,13 +289,21 @@ def score_together(
                 seen,
                 parts,
                 group[0],
-                curvature=curvature,
+                batch_size=batch_size,
+                engine=engine,
                 work=work / f"statistics-{numbers[0]}" if work else None,
                 progress=progress,
             )
         for number, options in zip(numbers, group, strict=True):
-            scores[number] = _score(model, calibration, options, statistics, cost, progress)
+            scored = _score(model, calibration, options, statistics, cost, progress)
+            scores[number] = replace(scored, about={**scored.about, "batch_size": batch_size})
     return [scores[number] for number in range(len(each))]
+
+
+def seed_of(calibration: Calibration | None) -> int:
+    """The seed of a run: the one that its calibration sequences were drawn with; 0 where there is none."""
+    seed = None if calibration is None else calibration.provenance.seed
+    return 0 if seed is None else seed
 
 
 def _pass(options: ScoringOptions) -> tuple[Any, ...]:
@@ -310,7 +312,7 @@ def _pass(options: ScoringOptions) -> tuple[Any, ...]:
     # The adaptive method keeps some sequences for its probes, so that its statistics are of others.
     kind = "adaptive" if options.method == "adaptive" else kind
     shared = options.hessian, options.activation, options.random_seed, options.score_noise
-    return kind, *shared, options.batch_size, options.engine
+    return kind, *shared
 
 
 def _score(
@@ -322,7 +324,7 @@ def _score(
     progress: bool,
 ) -> Score:
     """From the statistics to the table of one method."""
-    geometry, findings, prior = Geometry.of(model), {}, None
+    geometry, findings = Geometry.of(model), {}
     with metered(model.device) as cost:
         tables = {name: _table_of(model, name, statistics, options) for name in options.parts}
         if options.method == "hybrid":
@@ -334,10 +336,7 @@ def _score(
             )
         else:
             table = tables[options.method]
-        if options.priors.prior != "none":
-            assert calibration is not None
-            prior = measure_prior(model, calibration, options.priors.prior, progress=progress)
-        table = _weighed(table, geometry, prior, options.priors, options.attention_weight)
+        table = weigh_attention(table, options.attention_weight)
     peaks = [peak for peak in (shared.peak_bytes, cost.peak_bytes) if peak is not None]
     about = {
         "scoring": asdict(options),
@@ -349,22 +348,7 @@ def _score(
         "peak_bytes": max(peaks, default=None),
         **findings,
     }
-    return Score(table, geometry, about, statistics, prior)
-
-
-def _weighed(
-    table: pd.DataFrame,
-    geometry: Geometry,
-    prior: Prior | None,
-    priors: PriorOptions | None,
-    attention_weight: float,
-) -> pd.DataFrame:
-    """A ranked table after layer priors, where there are any, and the factor on attention."""
-    if prior is not None and priors is not None:
-        table = weigh(table, prior, priors)
-    if attention_weight != 1:
-        table = weigh_scores(table, {"attention": [attention_weight] * len(geometry.widths)})
-    return table
+    return Score(table, geometry, about, statistics)
 
 
 def _table_of(model: Any, name: str, statistics: Statistics | None, options: ScoringOptions) -> pd.DataFrame:
@@ -389,7 +373,8 @@ def take_statistics(
     methods: Sequence[str],
     options: ScoringOptions,
     *,
-    curvature: bool = False,
+    batch_size: int = 1,
+    engine: EngineChoice = "auto",
     work: Path | None = None,
     progress: bool = True,
 ) -> Statistics | None:
@@ -400,19 +385,17 @@ def take_statistics(
     if calibration is None:
         needy = ", ".join(name for name in methods if get_method(name).needs)
         raise CalibrationError(f"method {needy} needs calibration sequences; give a calibration source")
-    if curvature and not all(isinstance(statistic, ActivationStatistics) for statistic in wanted):
-        wanted.append(OutputFisher())
     return sweep(
         model,
         with_noise(
-            list(calibration.batches(options.batch_size)),
+            list(calibration.batches(batch_size)),
             options.score_noise,
             model.config.get_text_config().vocab_size,
         ),
         wanted,
         # The weights of a model in memory are there already, so that auto has nothing to save.
-        engine=("streamed" if layers_of(model).stored else "resident") if options.engine == "auto" else options.engine,
-        seed=options.random_seed,
+        engine=("streamed" if layers_of(model).stored else "resident") if engine == "auto" else engine,
+        seed=options.random_seed or 0,
         provenance=calibration.provenance.to_dict(),
         work=work,
         progress=progress,

@@ -1,40 +1,31 @@
-"""Factors on scores, by axis and layer: what a whole block counts for, beside what its groups are worth in it."""
+"""The factor on attention: what an attention group counts for beside an MLP channel."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import numpy as np
 import pandas as pd
 
 from prunus.errors import OptionError
-from prunus.model.families import AXES, Axis
 from prunus.selection.table import rank_table
 
-__all__ = ["weigh_scores"]
+__all__ = ["weigh_attention"]
 
 
-def weigh_scores(table: pd.DataFrame, factors: Mapping[Axis, Sequence[float]]) -> pd.DataFrame:
-    """Multiply the scores of a table; importances stay as they are.
+def weigh_attention(table: pd.DataFrame, factor: float) -> pd.DataFrame:
+    """Multiply the scores of attention groups; importances stay as they are.
 
     Args:
         table: see `prunus.selection.table`.
-        factors: axis → one factor per decoder layer; an axis that is not there keeps its scores.
+        factor: positive; 1 changes nothing.
 
     Returns:
         The table, ranked again.
 
     Raises:
-        OptionError: a score is negative, so that a factor would turn the order around.
+        OptionError: a score is negative, so that a factor would reverse the order.
     """
+    if factor == 1:
+        return table
     if (table["score"] < 0).any():
-        raise OptionError(
-            "layer priors and the attention weight multiply scores, and some are negative (zscore): choose another "
-            "normalisation"
-        )
-    each = np.ones(len(table))
-    for axis in AXES:
-        if axis in factors:
-            rows = (table["group_type"] == axis).to_numpy()
-            each[rows] = np.asarray(factors[axis], dtype=float)[table["layer_idx"].to_numpy()[rows]]
-    return rank_table(table, scores=table["score"] * each)
+        raise OptionError("the attention weight multiplies scores, and some are negative; use attention weight 1")
+    factors = (table["group_type"] == "attention").map({True: factor, False: 1.0})
+    return rank_table(table, scores=table["score"] * factors)

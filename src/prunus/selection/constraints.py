@@ -24,8 +24,6 @@ class Constraints:
 
     Attributes:
         axes: the kinds of group that may be cut.
-        freeze_first: number of leading decoder layers that stay whole.
-        freeze_last: number of trailing decoder layers that stay whole.
         layer_start: first decoder layer that may be cut.
         layer_end: one past the last decoder layer that may be cut; None = all.
         min_keep_attention: attention groups that every layer keeps at least.
@@ -34,39 +32,26 @@ class Constraints:
             (64), gpu128 (128) or gguf (256, for llama.cpp's K-quants).
         shape: ragged cuts wherever the score is lowest; uniform leaves all layers equally wide, depth removes whole
             layers (of one axis: whole blocks): stock classes load both.
-        epsilon: a layer that would keep a smaller share of its parameters than this goes altogether, and others keep
-            more instead; 0 = never.
     """
 
     axes: tuple[Axis, ...] = AXES
-    freeze_first: int = 0
-    freeze_last: int = 0
     layer_start: int = 0
     layer_end: int | None = None
     min_keep_attention: int = 0
     min_keep_mlp: int = 0
     align: int = 1
     shape: Shape = "ragged"
-    epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.axes or set(self.axes) - set(AXES):
             raise OptionError(f"axes {','.join(self.axes)!r}: choose from {', '.join(AXES)}")
-        for name in ("freeze_first", "freeze_last", "layer_start", "min_keep_attention", "min_keep_mlp"):
+        for name in ("layer_start", "min_keep_attention", "min_keep_mlp"):
             if getattr(self, name) < 0:
                 raise OptionError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.align < 1:
             raise OptionError(f"align is {self.align}; it must be at least 1")
         if self.shape not in SHAPES:
             raise OptionError(f"shape {self.shape!r} is unknown; choose one of {', '.join(SHAPES)}")
-        if self.shape != "ragged" and self.epsilon:
-            raise OptionError(
-                f"epsilon lets single layers go, which shape {self.shape} does not allow; choose one of both"
-            )
-        if not 0 <= self.epsilon < 1:
-            raise OptionError(f"epsilon is {self.epsilon}; it is a share of a layer's parameters, in [0, 1)")
-        if self.epsilon and (self.min_keep_attention or self.min_keep_mlp or set(self.axes) != set(AXES)):
-            raise OptionError("epsilon removes whole layers: it goes with neither min-keep nor a choice of axes")
 
     def min_keep(self, axis: Axis) -> int:
         """Groups of an axis that every layer keeps at least."""
@@ -89,4 +74,4 @@ class Constraints:
             raise OptionError(
                 f"layers {self.layer_start}..{end} are not a range within the model's {num_layers} layers"
             )
-        return range(max(self.layer_start, self.freeze_first), min(end, num_layers - self.freeze_last))
+        return range(self.layer_start, end)

@@ -10,12 +10,12 @@ import pandas as pd
 
 from prunus.errors import BudgetError, OptionError, PlanError
 from prunus.model.families import AXES, Axis
-from prunus.model.geometry import Geometry, LayerWidths
+from prunus.model.geometry import Geometry
 from prunus.selection.constraints import ALIGNMENTS, Constraints
 from prunus.selection.costs import Costs, parameter_costs
 from prunus.selection.plan import Plan
 from prunus.selection.shapes import Cut, cut_depth, cut_uniform, reachable_depth, reachable_uniform
-from prunus.selection.table import check_table, price
+from prunus.selection.table import check_table, with_costs
 
 __all__ = [
     "ALIGNMENTS",
@@ -60,31 +60,17 @@ def select(
     constraints, costs = constraints or Constraints(), costs or parameter_costs(geometry)
     check_reachable(geometry, ratio, constraints, costs)
     _check_same_shape(check_table(table), geometry)
-    table, target = price(table, costs), ratio * costs.total
+    table, target = with_costs(table, costs), ratio * costs.total
     if constraints.shape != "ragged":
         cut = cut_uniform if constraints.shape == "uniform" else cut_depth
         return _without(cut(table, geometry, constraints, costs, target), geometry)
-    candidates = cut_candidates(table, geometry, constraints, costs)
-    collapsed: set[int] = set()
-    while True:
-        # What is to collapse goes first, and all of it; the rest of the budget goes round again.
-        first = candidates["layer_idx"].isin(collapsed)
-        ordered = pd.concat([candidates[first], candidates[~first]], ignore_index=True)
-        plan = _cheapest(ordered, geometry, target, at_least=int(first.sum()))
-        dwindled = {
-            layer_idx
-            for layer_idx, kept in enumerate(plan.layers)
-            if 0 < _share_left(geometry, layer_idx, kept.widths) < constraints.epsilon
-        }
-        if not dwindled:
-            return plan
-        collapsed |= dwindled
+    return _cheapest(cut_candidates(table, geometry, constraints, costs), geometry, target)
 
 
-def _cheapest(candidates: pd.DataFrame, geometry: Geometry, target: float, at_least: int = 0) -> Plan:
-    """Cut candidates from the top until they save `target`, and so many of them."""
+def _cheapest(candidates: pd.DataFrame, geometry: Geometry, target: float) -> Plan:
+    """Cut candidates from the top until they save `target`."""
     removed = candidates["cost"].cumsum().to_numpy()
-    count = max(int(np.searchsorted(removed, target)) + 1 if target > 0 else 0, at_least)
+    count = int(np.searchsorted(removed, target)) + 1 if target > 0 else 0
     cut: dict[tuple[int, Axis], set[int]] = {}
     for row in candidates.iloc[:count].itertuples():
         cut.setdefault((row.layer_idx, row.group_type), set()).update(row.groups)
@@ -102,15 +88,6 @@ def _without(cut: Cut, geometry: Geometry) -> Plan:
         for layer_idx, widths in enumerate(geometry.widths)
     ]
     return Plan.from_kept(geometry, kept)
-
-
-def _share_left(geometry: Geometry, layer_idx: int, kept: LayerWidths) -> float:
-    """Share of the parameters in a layer's groups that stay."""
-    before, after = (
-        sum(widths[axis] * geometry.group_parameters[axis] for axis in AXES)
-        for widths in (geometry.widths[layer_idx], kept)
-    )
-    return after / before if before else 0.0
 
 
 def check_ratio(ratio: float, quantity: str = "parameters") -> None:
@@ -147,7 +124,7 @@ def check_reachable(
         raise BudgetError(
             f"ratio {ratio:g} means removing {ratio * total:,.0f} of {total:,.0f} {costs.quantity}, but only "
             f"{most:,.0f} can go under these constraints: the largest reachable ratio is "
-            f"{math.floor(most / total * 1e4) / 1e4:g}. Lower the ratio, or relax freeze, layer range, min-keep, "
+            f"{math.floor(most / total * 1e4) / 1e4:g}. Lower the ratio, or relax layer range, min-keep, "
             "axes or shape."
         )
 
@@ -166,15 +143,6 @@ def reachable(geometry: Geometry, constraints: Constraints, costs: Costs) -> flo
     if constraints.shape != "ragged":
         reach = reachable_uniform if constraints.shape == "uniform" else reachable_depth
         return reach(geometry, constraints, costs)
-    if constraints.epsilon and any(
-        widths[axis] and not prices[axis]
-        for widths, prices in zip(geometry.widths, costs.group, strict=True)
-        for axis in AXES
-    ):
-        raise OptionError(
-            f"epsilon removes whole layers, and a part of each saves no {costs.quantity} and is not cut for them: "
-            "leave epsilon out, or take shape depth"
-        )
     most: float = 0
     spared, dearest = False, 0.0
     allowed = constraints.layers(len(geometry.widths))

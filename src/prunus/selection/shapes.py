@@ -28,7 +28,7 @@ from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry
 from prunus.selection.constraints import Constraints
 from prunus.selection.costs import Costs
-from prunus.selection.table import worth
+from prunus.selection.table import normalised_importance
 
 __all__ = [
     "Cut",
@@ -101,8 +101,8 @@ def _equal_widths(geometry: Geometry, constraints: Constraints) -> dict[Axis, li
     layers = len(geometry.widths)
     if constraints.layers(layers) != range(layers):
         raise OptionError(
-            "shape uniform cuts every layer alike, which frozen layers or a layer range exclude; leave out "
-            "freeze-first, freeze-last, layer-start and layer-end, or choose another shape"
+            "shape uniform cuts every layer alike, which a layer range excludes; leave out "
+            "layer-start and layer-end, or choose another shape"
         )
     allowed: dict[Axis, list[int]] = {}
     for axis in AXES:
@@ -150,12 +150,14 @@ def cut_uniform(table: pd.DataFrame, geometry: Geometry, constraints: Constraint
         (int(layer_idx), axis): rows.sort_values(["score", "group_idx"], kind="stable")
         for (layer_idx, axis), rows in table.groupby(["layer_idx", "group_type"])
     }
-    # worths[key][n]: what the n least important groups of a layer and axis are worth together
-    worths = {key: np.concatenate([[0.0], worth(rows).cumsum().to_numpy()]) for key, rows in ranked.items()}
+    # sums_of[key][n]: what the n least important groups of a layer and axis are worth together
+    sums_of = {
+        key: np.concatenate([[0.0], normalised_importance(rows).cumsum().to_numpy()]) for key, rows in ranked.items()
+    }
 
     def lost(widths: tuple[int, int]) -> float:
         keep = dict(zip(AXES, widths, strict=True))
-        return float(sum(sums[len(sums) - 1 - keep[axis]] for (_, axis), sums in worths.items()))
+        return float(sum(sums[len(sums) - 1 - keep[axis]] for (_, axis), sums in sums_of.items()))
 
     best = min(uniform_widths(geometry, constraints, costs, target), key=lost)
     keep = dict(zip(AXES, best, strict=True))
@@ -204,12 +206,12 @@ def cut_depth(table: pd.DataFrame, geometry: Geometry, constraints: Constraints,
     Returns:
         All groups of the blocks that go.
     """
-    worths = worth(table).groupby([table["layer_idx"], table["group_type"]]).sum()
+    sums_of = normalised_importance(table).groupby([table["layer_idx"], table["group_type"]]).sum()
     prices = table["cost"].groupby([table["layer_idx"], table["group_type"]]).sum()
 
     def score(unit: Unit) -> float:
         keys = [(unit.layer_idx, axis) for axis in unit.axes]
-        return float(sum(worths[key] for key in keys) / sum(prices[key] for key in keys))
+        return float(sum(sums_of[key] for key in keys) / sum(prices[key] for key in keys))
 
     cut: dict[tuple[int, Axis], Iterable[int]] = {}
     removed: float = 0

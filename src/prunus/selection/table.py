@@ -1,7 +1,7 @@
 """The global table: one row per group of the whole model, with its importance, cost and score.
 
 Columns: `layer_idx, group_type, group_idx, importance, cost, score`, sorted by score, cheapest to cut first. The cost
-is in parameters, or what `price` put in their place. What a group is worth, its importance after normalisation, is
+is in parameters, or what `with_costs` put in their place. What a group is worth, its importance after normalisation, is
 score · cost; where a group costs nothing, the score is that itself.
 """
 
@@ -29,16 +29,16 @@ __all__ = [
     "build_table",
     "check_table",
     "load_table",
+    "normalised_importance",
     "normalize",
-    "price",
     "rank_table",
     "save_table",
-    "worth",
+    "with_costs",
 ]
 
 COLUMNS = ("layer_idx", "group_type", "group_idx", "importance", "cost", "score")
 
-Normalization = Literal["none", "layer_sum", "layer_mean", "rank", "zscore", "log"]
+Normalization = Literal["none", "layer_sum", "layer_mean"]
 NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 #: importance of every group: one mapping per decoder layer, axis → float64 of shape (groups,)
@@ -107,12 +107,12 @@ def rank_table(
     return table[list(COLUMNS)]
 
 
-def worth(table: pd.DataFrame) -> pd.Series:
+def normalised_importance(table: pd.DataFrame) -> pd.Series:
     """What each group is worth: its importance after all normalisation and weighing, whatever it costs."""
     return table["score"] * table["cost"].where(table["cost"] > 0, 1)
 
 
-def price(table: pd.DataFrame, costs: Costs) -> pd.DataFrame:
+def with_costs(table: pd.DataFrame, costs: Costs) -> pd.DataFrame:
     """The same groups at other costs: what they are worth stays.
 
     Args:
@@ -126,7 +126,7 @@ def price(table: pd.DataFrame, costs: Costs) -> pd.DataFrame:
     cost = np.array([costs.group[layer_idx][axis] for layer_idx, axis in keys])
     if (cost == table["cost"].to_numpy()).all():
         return table
-    return rank_table(table.assign(cost=cost), scores=worth(table) / np.where(cost > 0, cost, 1))
+    return rank_table(table.assign(cost=cost), scores=normalised_importance(table) / np.where(cost > 0, cost, 1))
 
 
 def normalize(groups: pd.DataFrame, normalization: Normalization) -> pd.Series:
@@ -136,9 +136,6 @@ def normalize(groups: pd.DataFrame, normalization: Normalization) -> pd.Series:
     none       as they are
     layer_sum  share of the layer's sum, times the layer's groups and cost: every layer and axis has mean score 1
     layer_mean divided by the layer's mean: mean importance 1, so that costs still weigh between the axes
-    rank       rank in the layer divided by its groups, in (0, 1], times the cost
-    zscore     distance from the layer's mean in standard deviations, times the cost
-    log        log(1 + importance / smallest positive importance of the whole table)
     ========== ==========================================================================================
 
     Args:
@@ -156,18 +153,8 @@ def normalize(groups: pd.DataFrame, normalization: Normalization) -> pd.Series:
     importance, cost = groups["importance"].astype(float), groups["cost"]
     if normalization == "none":
         return importance
-    if normalization == "log":
-        positive = importance[importance > 0]
-        return np.log1p(importance / (positive.min() if len(positive) else 1.0))
     by_layer = importance.groupby([groups["layer_idx"], groups["group_type"]])
-    if normalization == "rank":
-        return by_layer.rank(method="first") / by_layer.transform("size") * cost
     mean = by_layer.transform("mean")
-    if normalization == "zscore":
-        spread = by_layer.transform("std", ddof=0)
-        # Equal importances have a spread of rounding errors, which must not be blown up into differences.
-        rounding = 1e-12 * importance.abs().groupby([groups["layer_idx"], groups["group_type"]]).transform("max")
-        return (importance - mean) / spread.where(spread > rounding, 1.0) * cost
     # A layer whose importances are all zero has nothing to share out: its groups stay at zero.
     relative = importance / mean.replace(0.0, 1.0)
     return relative * cost if normalization == "layer_sum" else relative

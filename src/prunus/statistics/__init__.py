@@ -8,13 +8,11 @@ from prunus.statistics.activations import ActivationStatistics
 from prunus.statistics.base import Flow, Statistic, Statistics
 from prunus.statistics.gates import GateGradients
 from prunus.statistics.gradients import WeightGradients
-from prunus.statistics.output_fisher import OutputFisher
 
 __all__ = [
     "ActivationStatistics",
     "Flow",
     "GateGradients",
-    "OutputFisher",
     "Statistic",
     "Statistics",
     "WeightGradients",

@@ -1,0 +1,119 @@
+"""Options of the commands that prune, score and compare: a recipe, single settings, and the settings used most."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+__all__ = ["CalibrationFlags", "DeviceFlags", "EvaluationFlags", "RecipeFlags", "given"]
+
+#: option → the key that it sets
+KEYS = {
+    "method": "scoring.method",
+    "rounds": "rounds",
+    "shape": "selection.shape",
+    "align": "selection.align",
+    "target": "target.target",
+    "calibration": "calibration.calibration",
+    "samples": "calibration.samples",
+    "seq_len": "calibration.seq_len",
+    "seed": "calibration.seed",
+    "eval_text": "evaluation.eval_text",
+    "device": "run.device",
+    "dtype": "run.dtype",
+    "max_memory": "run.max_memory",
+}
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How the model is pruned.
+
+    Attributes:
+        recipe: default, original (plain slicing by first-order Taylor scores), fast, or a YAML file, such as
+            prunus/recipe.yaml of an earlier result.
+        set: any other setting, e.g. `--set repair.damping=0.2 --set rounds=1`; `prunus recipe` lists the keys.
+        method: gate_fisher, taylor, taylor_2nd, wanda, magnitude, random, hybrid or adaptive.
+        rounds: number of prune–repair steps of equal size, with re-scoring in between.
+        shape: ragged cuts wherever the score is lowest; uniform leaves all layers equally wide; depth removes whole
+            layers.
+        align: kept MLP widths are multiples of this: a number, gpu (64), gpu128 (128) or gguf (256).
+        target: what the ratio is a share of: params, flops, kv_cache or latency.
+    """
+
+    recipe: str | None = None
+    set: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    method: str | None = None
+    rounds: int | None = None
+    shape: str | None = None
+    align: str | None = None
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """The text that importance is measured on.
+
+    Attributes:
+        calibration: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for
+            the text that ships with Python; `self` for text that the model writes.
+        samples: number of sequences.
+        seq_len: tokens per sequence.
+        seed: decides which sequences are drawn, and everything else that is random.
+    """
+
+    calibration: str | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """How the models before and after are compared.
+
+    Attributes:
+        eval_text: a text file to measure perplexity on, before and after; without it, calibration sequences that were
+            held out.
+    """
+
+    eval_text: str | None = None
+
+
+@dataclass(frozen=True)
+class _Device:
+    """Where the model is held.
+
+    Attributes:
+        device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
+        dtype: auto keeps the checkpoint's own; else float32, bfloat16 or float16. The result is saved in it.
+        max_memory: memory that may be used, e.g. 8GB. Jobs estimated to exceed it are rejected, naming the smallest
+            sufficient limit.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    max_memory: str | None = None
+
+
+RecipeFlags = Annotated[_Recipe, Parameter(name="*", group=Group("Recipe", sort_key=1))]
+CalibrationFlags = Annotated[_Calibration, Parameter(name="*", group=Group("Calibration", sort_key=2))]
+EvaluationFlags = Annotated[_Evaluation, Parameter(name="*", group=Group("Evaluation", sort_key=3))]
+DeviceFlags = Annotated[_Device, Parameter(name="*", group=Group("Model", sort_key=4))]
+
+NO_RECIPE, NO_CALIBRATION, NO_EVALUATION, NO_DEVICE = _Recipe(), _Calibration(), _Evaluation(), _Device()
+
+
+def given(*flags: _Recipe | _Calibration | _Evaluation | _Device) -> dict[str, object]:
+    """Key → value of the options that were given.
+
+    Args:
+        flags: of one command.
+    """
+    options = {name: value for each in flags for name, value in asdict(each).items() if name in KEYS}
+    values = {KEYS[name]: value for name, value in options.items() if value is not None}
+    if "selection.align" in values and str(values["selection.align"]).lstrip("-").isdigit():
+        values["selection.align"] = int(str(values["selection.align"]))
+    return values

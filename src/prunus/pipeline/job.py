@@ -1,0 +1,56 @@
+"""A job: a model, a recipe, the texts, and where it runs; everything that `prunus prune` is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
+from prunus.pipeline.recipe import Recipe
+from prunus.selection.select import check_ratio
+
+__all__ = ["DEFAULT_RATIO", "Job", "OutputOptions"]
+
+DEFAULT_RATIO = 0.25
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is kept beside the result.
+
+    Attributes:
+        report: write report.html, with what both models make of a few prompts.
+        work: folder from which an interrupted run resumes when the same command is given again; by default OUT.work,
+            with the streamed engine only. Removed at the end.
+    """
+
+    report: bool = True
+    work: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides a result.
+
+    Attributes:
+        model: folder, Hub id or `smollm2-135m`.
+        ratio: share of all parameters to remove, or of what the recipe's target says, in [0, 1).
+        recipe: how the model is pruned.
+        calibration: the text that importance is measured on.
+        evaluation: how the models before and after are compared.
+        run: where and how the model is held.
+        output: what is kept beside the result.
+        made_by: of a job that was done: versions, and digests of the calibration sequences and of the plan.
+    """
+
+    model: str
+    ratio: float = DEFAULT_RATIO
+    recipe: Recipe = field(default_factory=Recipe)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    run: ModelOptions = field(default_factory=ModelOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    made_by: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio, self.recipe.target.quantity)

@@ -1,0 +1,53 @@
+"""The first half of the main job: calibrate, score, keep the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prunus.checkpoint import check_output
+from prunus.machine.processes import is_first
+from prunus.pipeline.inputs import draw_calibration, load_or_open
+from prunus.pipeline.job import Job
+from prunus.pipeline.work_folder import WorkFolder
+from prunus.scoring.score import Score, score
+from prunus.sweep.estimate import Workload
+
+__all__ = ["score_job"]
+
+
+def score_job(job: Job, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> Score:
+    """Score every group of a model as a job says, and save the table.
+
+    Args:
+        job: model, recipe, calibration text, and where it runs; its ratio is not read.
+        out: folder for groups.csv, score.json and statistics.safetensors.
+        overwrite: replace an earlier result.
+        progress: show progress bars on a terminal.
+
+    Returns:
+        The scores, the same in every process of a distributed run; the first one has saved them.
+
+    Raises:
+        PrunusError: whatever is wrong with options, model, text or folder, as far as possible before any long work.
+    """
+    check_output(out, overwrite, job.model)
+    folder, scoring = WorkFolder(out, job.output.work), job.recipe.scoring
+    sequences = job.calibration.samples if scoring.needs_calibration else 0
+    workload = Workload(scoring.needs, sequences, job.calibration.seq_len, job.run.batch_size)
+    model, tokenizer, engine = load_or_open(job.model, job.run, workload, progress=progress)
+    calibration, _ = draw_calibration(
+        model, tokenizer, job.calibration, held_out=0, needed=scoring.needs_calibration, progress=progress
+    )
+    result = score(
+        model,
+        calibration,
+        scoring,
+        batch_size=job.run.batch_size,
+        engine=engine,
+        work=folder.used_by(engine),
+        progress=progress,
+    )
+    if is_first():
+        result.save(out)
+        folder.remove()
+    return result
