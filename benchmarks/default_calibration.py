@@ -22,7 +22,8 @@ from rich.table import Table
 import prunus
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 from prunus.evaluation import perplexity, read_text
-from prunus.scoring.score import ScoringOptions, score
+from prunus.pipeline.recipe import Recipe
+from prunus.scoring.score import score
 from prunus.selection.select import select
 from prunus.surgery import apply_plan
 
@@ -47,7 +48,7 @@ def main() -> None:
             source, tokenizer, samples=options.samples, seq_len=options.seq_len, seed=options.seed, model=dense
         )
         seconds = time.perf_counter() - start
-        scored = score(dense, calibration, ScoringOptions(method=options.method))
+        scored = score(dense, calibration, Recipe.original(options.method).scoring)
         for ratio in options.ratios:
             smaller = apply_plan(dense, select(scored.table, scored.geometry, ratio))
             rows.append(

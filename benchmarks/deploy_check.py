@@ -102,7 +102,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         model, tokenizer = prunus.load_model(args.model)
         calibration = prunus.load_calibration("default", tokenizer, samples=args.samples, seq_len=args.seq_len)
-        scored = prunus.score(model, calibration, prunus.ScoringOptions(method="gate_fisher"))
+        scored = prunus.score(model, calibration, prunus.Recipe.original("gate_fisher").scoring)
         result = json.loads(args.out.read_text()) if args.out.exists() else {"cases": {}}
         result |= {
             "model": args.model,

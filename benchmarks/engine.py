@@ -229,15 +229,14 @@ import torch
 import prunus
 torch.set_num_threads(int(threads))
 resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
-metrics = prunus.prune_checkpoint(
-    folder, out, 0.2,
-    calibration=prunus.CalibrationOptions(samples=int(samples), seq_len=int(seq_len)),
-    scoring=prunus.ScoringOptions(method=method, engine=engine, batch_size=int(batch_size)),
-    compensation=prunus.CompensationOptions(),
-    evaluation=prunus.EvaluationOptions(held_out=2),
-    model_options=prunus.ModelOptions(device="cpu"),
-    progress=False,
+recipe = prunus.Recipe(1, prunus.ScoringOptions(method=method, attention_weight=1.0, score_noise=0.0))
+job = prunus.Job(
+    folder, 0.2, recipe,
+    prunus.CalibrationOptions(samples=int(samples), seq_len=int(seq_len)),
+    prunus.EvaluationOptions(held_out=2),
+    prunus.ModelOptions(device="cpu", engine=engine, batch_size=int(batch_size)),
 )
+metrics = prunus.prune_job(job, out, progress=False)
 keys = ("parameters_before", "parameters_after", "perplexity_before", "perplexity_after", "seconds_to_prune")
 peak = {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 print(json.dumps({**{key: metrics[key] for key in keys}, **peak}))
@@ -307,16 +306,17 @@ def pruned(folder: Path, out: Path, options: argparse.Namespace, parent: Any) ->
     """One run of `kill`."""
     torch.set_num_threads(options.threads)
     parent.send("ready")
-    prunus.prune_checkpoint(
+    job = prunus.Job(
         str(folder),
-        out,
         0.3,
-        calibration=prunus.CalibrationOptions(samples=options.samples, seq_len=options.seq_len),
-        scoring=prunus.ScoringOptions(method=options.method, engine="streamed", batch_size=options.batch_size),
-        compensation=prunus.CompensationOptions(reselect=options.reselect),
-        rounds=2,
-        evaluation=prunus.EvaluationOptions(held_out=0),
-        model_options=prunus.ModelOptions(device="cpu"),
+        prunus.Recipe().by(options.method),
+        prunus.CalibrationOptions(samples=options.samples, seq_len=options.seq_len),
+        prunus.EvaluationOptions(held_out=0),
+        prunus.ModelOptions(device="cpu", engine="streamed", batch_size=options.batch_size),
+    )
+    prunus.prune_job(
+        job,
+        out,
         # A kill may come when the result is there and the work folder not yet gone.
         overwrite=True,
         progress=False,
@@ -447,7 +447,6 @@ def parse() -> argparse.Namespace:
             sub.add_argument("--vocab-size", type=int, default=512 if command == "kill" else 32000)
         if command == "kill":
             sub.add_argument("--layers", type=int, default=12)
-            sub.add_argument("--reselect", action="store_true")
             sub.add_argument("--seed", type=int, default=0)
         if command == "scaling":
             sub.add_argument("--depths", type=numbers, default=[4, 8, 16, 32])

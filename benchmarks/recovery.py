@@ -40,7 +40,8 @@ def main() -> None:
     pruned = Path(options.pruned or out / "pruned")
     seconds = {}
     if not (pruned / "config.json").is_file():
-        sizes = ["--samples", options.samples, "--seq-len", 512, "--batch-size", 2, "--held-out", 0]
+        sizes = ["--samples", options.samples, "--seq-len", 512]
+        sizes += ["--set", "run.batch_size=2", "--set", "evaluation.held_out=0"]
         words = ["prune", options.model, "--out", pruned, "--ratio", options.ratio, "--calibration", options.text]
         seconds["prune"] = command(*words, *sizes)
     recovered = out / "recovered"

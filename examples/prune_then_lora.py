@@ -38,8 +38,6 @@ result = prunus.prune(
     model,
     args.ratio,
     fit,
-    scoring=prunus.ScoringOptions(method="gate_fisher"),
-    compensation=prunus.CompensationOptions(),
 )
 del model
 

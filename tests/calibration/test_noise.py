@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain import plain_scoring
 from tiny_families import make_model, random_tokens
 
 from prunus.calibration import Batch, calibration_from_tokens
 from prunus.calibration.noise import clean_batches, with_noise
 from prunus.errors import OptionError
-from prunus.scoring.score import ScoringOptions, score, score_together
+from prunus.scoring.score import score, score_together
 
 VOCABULARY = 1000
 
@@ -84,16 +85,18 @@ def test_a_single_sequence_stays_clean_and_so_does_everything_without_a_share():
 def test_scores_with_noise_are_those_of_noised_sequences(method):
     torch.manual_seed(0)
     model, ids = make_model("llama", "gqa"), random_tokens(8, 12)
-    plain = ScoringOptions(method=method, normalize="layer_sum", batch_size=2)
+    options = plain_scoring(method=method, normalize="layer_sum")
     noised = torch.cat([batch.input_ids for batch in with_noise([Batch(part, None) for part in ids.split(2)], 0.4, 96)])
     assert 0 < int((noised != ids).sum()) < ids.numel() // 2
-    expected = score(model, calibration_from_tokens(noised), plain, progress=False).table
-    both = [replace(plain, score_noise=0.4), plain]
-    found, clean = score_together(model, calibration_from_tokens(ids), both, progress=False)
+    expected = score(model, calibration_from_tokens(noised), options, batch_size=2, progress=False).table
+    both = [replace(options, score_noise=0.4), options]
+    found, clean = score_together(model, calibration_from_tokens(ids), both, batch_size=2, progress=False)
     pd.testing.assert_frame_equal(found.table, expected)
-    pd.testing.assert_frame_equal(clean.table, score(model, calibration_from_tokens(ids), plain, progress=False).table)
+    pd.testing.assert_frame_equal(
+        clean.table, score(model, calibration_from_tokens(ids), options, batch_size=2, progress=False).table
+    )
 
 
 def test_a_share_that_is_none():
     with pytest.raises(OptionError, match=r"score_noise is -0\.1"):
-        ScoringOptions(score_noise=-0.1)
+        plain_scoring(score_noise=-0.1)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plain import plain_recipe, plain_scoring
 from tiny_families import make_model, random_tokens
 from tiny_folder import save_tiny_folder
 
@@ -17,7 +18,6 @@ from prunus.calibration.self_text import text_for_repair
 from prunus.checkpoint import open_model
 from prunus.errors import OptionError, StatisticsError
 from prunus.repair.compensation import CompensationOptions, compensate_
-from prunus.scoring.score import ScoringOptions
 from prunus.surgery import apply_plan
 
 
@@ -106,8 +106,8 @@ def test_a_share_out_of_range_is_refused(share):
 
 
 def test_a_recipe_repairs_on_this_text(model, calibration):
-    scoring, repair = ScoringOptions(method="taylor", random_seed=7), CompensationOptions()
-    result = prunus.prune(model, 0.2, calibration, scoring=scoring, compensation=repair, progress=False)
+    scoring, repair = plain_scoring(method="taylor", random_seed=7), CompensationOptions()
+    result = prunus.prune(model, 0.2, calibration, plain_recipe(scoring, repair=repair), progress=False)
     text = text_for_repair(model, calibration, repair, seed=7, progress=False)
     by_hand = apply_plan(model, result.plan)
     compensate_(by_hand, model, result.plan, list(text.batches(1)), repair, progress=False)
@@ -117,22 +117,9 @@ def test_a_recipe_repairs_on_this_text(model, calibration):
     # The scores are of the given text alone.
     assert result.score.about["calibration"] == calibration.provenance.to_dict()
     plain = prunus.prune(
-        model, 0.2, calibration, scoring=scoring, compensation=replace(repair, self_text=0), progress=False
+        model, 0.2, calibration, plain_recipe(scoring, repair=replace(repair, self_text=0)), progress=False
     )
     assert plain.plan == result.plan
     assert any(
         not torch.equal(tensor, result.model.state_dict()[name]) for name, tensor in plain.model.state_dict().items()
     )
-
-
-def test_text_that_is_there_is_not_written_again(model, calibration, monkeypatch):
-    repair = CompensationOptions()
-    scoring = ScoringOptions(method="taylor")
-    first = prunus.prune(model, 0.2, calibration, scoring=scoring, compensation=repair, progress=False)
-    text = text_for_repair(model, calibration, repair, progress=False)
-    monkeypatch.setattr(self_text, "sample_from_model", None)
-    again = prunus.prune(
-        model, 0.2, calibration, scoring=scoring, compensation=repair, repair_text=text, progress=False
-    )
-    for name, tensor in first.model.state_dict().items():
-        assert torch.equal(tensor, again.model.state_dict()[name]), name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from plain import PLAIN, UNMEASURED
 from safetensors.torch import load_file, save_file
 from tiny_folder import SIZES, TEXT, fails, run, run_json, save_tiny_folder
 from transformers import AutoModelForCausalLM
@@ -22,16 +22,13 @@ import prunus
 from prunus.cli import main
 from prunus.model.families import AXES
 
-#: the original behaviour: one cut, as it is
-PLAIN = ["--method", "taylor", "--no-compensate", "--rounds", "1"]
-
 
 def test_prune_writes_a_whole_folder(capsys, tmp_path, folder, text):
     out = tmp_path / "small"
-    options = ["--ratio", "0.2", "--calibration", text, *SIZES, "--held-out", "2"]
+    options = ["--ratio", "0.2", "--calibration", text, *SIZES, "--set", "evaluation.held_out=2"]
     metrics = run_json(capsys, "prune", folder, "--out", out, *options)
     assert metrics == json.loads((out / "prunus" / "metrics.json").read_text())
-    files = {"plan.json", "groups.csv", "score.json", "metrics.json", "samples.json"}
+    files = {"recipe.yaml", "plan.json", "groups.csv", "score.json", "metrics.json", "samples.json"}
     assert {p.name for p in (out / "prunus").iterdir()} == files
     assert (out / "report.html").is_file()
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -47,8 +44,8 @@ def test_prune_writes_a_whole_folder(capsys, tmp_path, folder, text):
 
 def test_the_stages_one_by_one_give_what_prune_gives(capsys, tmp_path, folder, text):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = ["--calibration", text, *SIZES, "--method", "taylor_2nd"]
-    once = ["--no-compensate", "--rounds", "1", "--held-out", "0", "--min-keep-mlp", "3"]
+    options = ["--calibration", text, *SIZES, "--recipe", "original", "--method", "taylor_2nd"]
+    once = [*UNMEASURED, "--set", "selection.min_keep_mlp=3"]
     run(capsys, "prune", folder, "--out", whole, "--ratio", "0.3", *options, *once)
     run(capsys, "score", folder, "--out", tmp_path / "scores", *options)
     run(
@@ -57,8 +54,8 @@ def test_the_stages_one_by_one_give_what_prune_gives(capsys, tmp_path, folder, t
         tmp_path / "scores" / "groups.csv",
         "--ratio",
         "0.3",
-        "--min-keep-mlp",
-        "3",
+        "--set",
+        "selection.min_keep_mlp=3",
         "--out",
         tmp_path / "plan.json",
     )
@@ -72,13 +69,8 @@ def test_the_stages_one_by_one_give_what_prune_gives(capsys, tmp_path, folder, t
 def test_prune_as_a_python_call_gives_the_same_model(capsys, tmp_path, folder, text):
     model, tokenizer = prunus.load_model(folder)
     calibration = prunus.load_calibration(str(text), tokenizer, samples=6, seq_len=24)
-    options = ["--ratio", "0.25", "--calibration", text, *SIZES, "--held-out", "0"]
-    recipe = {
-        "scoring": prunus.ScoringOptions(method="gate_fisher", attention_weight=1.5, score_noise=0.3),
-        "compensation": prunus.CompensationOptions(),
-        "rounds": 2,
-    }
-    for name, flags, arguments in (("plain", PLAIN, {}), ("default", [], recipe)):
+    options = ["--ratio", "0.25", "--calibration", text, *SIZES, *UNMEASURED]
+    for name, flags, arguments in (("plain", PLAIN, {"recipe": prunus.Recipe.original()}), ("default", [], {})):
         run(capsys, "prune", folder, "--out", tmp_path / name, *options, *flags)
         result = prunus.prune(model, 0.25, calibration, **arguments, progress=False)
         saved, state = load_file(tmp_path / name / "model.safetensors"), result.model.state_dict()
@@ -86,10 +78,20 @@ def test_prune_as_a_python_call_gives_the_same_model(capsys, tmp_path, folder, t
 
 
 def test_compensation_changes_weights_but_not_the_plan(capsys, tmp_path, folder, text):
-    options = ["--ratio", "0.3", "--calibration", text, "--samples", "24", "--seq-len", "24", "--held-out", "0"]
+    options = [
+        "--ratio",
+        "0.3",
+        "--calibration",
+        text,
+        "--samples",
+        "24",
+        "--seq-len",
+        "24",
+        "--set",
+        "evaluation.held_out=0",
+    ]
     run(capsys, "prune", folder, "--out", tmp_path / "plain", *options, *PLAIN)
-    repaired = ["--method", "taylor", "--rounds", "1", "--attention-weight", "1", "--score-noise", "0"]
-    run(capsys, "prune", folder, "--out", tmp_path / "repaired", *options, *repaired)
+    run(capsys, "prune", folder, "--out", tmp_path / "repaired", *options, *PLAIN, "--set", "repair.damping=0.1")
     plans = [(tmp_path / name / "prunus" / "plan.json").read_text() for name in ("plain", "repaired")]
     assert plans[0] == plans[1]
     plain, repaired = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "repaired"))
@@ -113,7 +115,7 @@ def test_inspect_counts_and_shows_what_was_removed(capsys, tmp_path, folder, tex
     assert facts["parameters_per_group"] == {"attention": 48 * 8 * 6, "mlp": 48 * 3}
     assert facts["ratio"]["parameters_to_remove"] == round(0.2 * facts["parameters"])
     out = tmp_path / "small"
-    run(capsys, "prune", folder, "--out", out, "--ratio", "0.2", "--method", "random", "--held-out", "0")
+    run(capsys, "prune", folder, "--out", out, "--ratio", "0.2", "--method", "random", *UNMEASURED)
     pruned = run_json(capsys, "inspect", out)
     for before, now, removed in zip(facts["layers"], pruned["layers"], pruned["removed"], strict=True):
         assert before["intermediate_size"] - now["intermediate_size"] == removed["mlp"]
@@ -121,57 +123,34 @@ def test_inspect_counts_and_shows_what_was_removed(capsys, tmp_path, folder, tex
     assert "of 20" in run(capsys, "inspect", out).out
 
 
-def test_compare_shares_passes_and_writes_table_and_plot(capsys, tmp_path, folder, text):
+def test_compare_writes_a_table_and_plans(capsys, tmp_path, folder, text):
     out = tmp_path / "comparison"
-    run(
-        capsys,
-        "compare",
-        folder,
-        "--methods",
-        "taylor,wanda,random",
-        "--ratios",
-        "0.1,0.3",
-        "--out",
-        out,
-        "--calibration",
-        text,
-        *SIZES,
-        "--eval-text",
-        text,
-        "--eval-seq-len",
-        "32",
-        "--eval-windows",
-        "2",
-    )
+    words = ["compare", folder, "--recipes", "original", "--methods", "taylor,wanda,random", "--ratios", "0.1,0.3"]
+    measured = ["--eval-text", text, "--set", "evaluation.eval_seq_len=32", "--set", "evaluation.eval_windows=2"]
+    run(capsys, *words, "--seeds", "0,3", "--out", out, "--calibration", text, *SIZES, *measured)
     rows = pd.read_csv(out / "comparison.csv")
-    assert list(rows["method"]) == ["dense", "taylor", "taylor", "wanda", "wanda", "random", "random"]
+    each = ["dense", "taylor", "taylor", "wanda", "wanda", "random", "random"]
+    assert list(rows["recipe"]) == each * 2
+    assert list(rows["seed"]) == [0] * 7 + [3] * 7
     assert (rows["relative"] == rows["perplexity"] / rows["perplexity"][0]).all()
-    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert (
-        main(
-            [
-                "compare",
-                str(folder),
-                "--methods",
-                "random",
-                "--ratios",
-                "0.1",
-                "--out",
-                str(out),
-                "--calibration",
-                str(text),
-                *SIZES,
-                "--held-out",
-                "1",
-            ]
-        )
-        == 1
-    )
-    plan = prunus.Plan.load(out / "plans" / "taylor-0.3.json")
+    assert (out / "report.html").is_file()
+    assert "overwrite" in fails(capsys, *words, "--out", out, "--calibration", text, *SIZES)
     model, tokenizer = prunus.load_model(folder)
-    pruned = prunus.apply_plan(model, plan)
-    again = prunus.perplexity(pruned, tokenizer, TEXT, seq_len=32, max_windows=2, progress=False).perplexity
-    assert rows.query("method == 'taylor' and ratio == 0.3")["perplexity"].item() == pytest.approx(again, rel=1e-6)
+    for seed in (0, 3):
+        plan = prunus.Plan.load(out / "plans" / f"taylor-0.3-seed{seed}.json")
+        drawn = prunus.load_calibration(str(text), tokenizer, samples=6, seq_len=24, seed=seed)
+        assert plan == prunus.prune(model, 0.3, drawn, prunus.Recipe.original(), progress=False).plan
+        pruned = prunus.apply_plan(model, plan)
+        again = prunus.perplexity(pruned, tokenizer, TEXT, seq_len=32, max_windows=2, progress=False).perplexity
+        row = rows.query("recipe == 'taylor' and ratio == 0.3 and seed == @seed")
+        assert row["perplexity"].item() == pytest.approx(again, rel=1e-6)
+
+
+def test_compare_takes_recipes_by_name_and_file(capsys, tmp_path, folder, text):
+    (tmp_path / "mine.yaml").write_text("rounds: 1\nrepair: null\n")
+    words = ["compare", folder, "--recipes", f"default,{tmp_path / 'mine.yaml'}", "--ratios", "0.2"]
+    rows = run_json(capsys, *words, "--out", tmp_path / "out", "--calibration", text, *SIZES)
+    assert [row["recipe"] for row in rows] == ["dense", "default", "mine"]
 
 
 @pytest.mark.parametrize(
@@ -179,10 +158,13 @@ def test_compare_shares_passes_and_writes_table_and_plot(capsys, tmp_path, folde
     [
         (["--ratio", "1.2"], "ratio is 1.2"),
         (["--ratio", "0.95"], "largest reachable ratio is"),
-        (["--ratio", "0.2", "--min-keep-mlp", "20", "--min-keep-attention", "3"], "largest reachable ratio is 0"),
+        (
+            ["--ratio", "0.2", "--set", "selection.min_keep_mlp=20", "--set", "selection.min_keep_attention=3"],
+            "largest reachable ratio is 0",
+        ),
         (["--ratio", "0.2", "--method", "tailor"], "Did you mean taylor"),
-        (["--ratio", "0.2", "--axes", "attention,heads"], "axes 'attention,heads'"),
-        (["--ratio", "0.2", "--layer-start", "7"], "layers 7"),
+        (["--ratio", "0.2", "--set", "selection.axes=[attention, heads]"], "each one of attention, mlp"),
+        (["--ratio", "0.2", "--set", "selection.layer_start=7"], "layers 7"),
         (["--ratio", "0.2", "--samples", "100000"], "tokens"),
         (["--ratio", "0.2", "--samples", "0"], "samples is 0"),
         (["--ratio", "0.2", "--calibration", "missing.txt"], "missing.txt"),
@@ -200,7 +182,7 @@ def test_wrong_values_are_named_and_nothing_is_written(capsys, tmp_path, folder,
 
 def test_an_output_that_is_there_is_not_overwritten(capsys, tmp_path, folder):
     out = tmp_path / "out"
-    words = ["prune", folder, "--out", out, "--ratio", "0.1", "--method", "random", "--held-out", "0"]
+    words = ["prune", folder, "--out", out, "--ratio", "0.1", "--method", "random", *UNMEASURED]
     run(capsys, *words)
     assert "overwrite" in fails(capsys, *words)
     run(capsys, *words, "--overwrite")
@@ -250,7 +232,7 @@ def test_wanda_warns_that_raw_scores_do_not_compare(capsys, caplog, tmp_path, fo
     run(capsys, *words, "--out", tmp_path / "raw")
     assert "not on one scale" in caplog.text
     caplog.clear()
-    run(capsys, *words, "--out", tmp_path / "shares", "--normalize", "layer_sum")
+    run(capsys, *words, "--out", tmp_path / "shares", "--set", "scoring.normalize=layer_sum")
     assert caplog.text == ""
 
 
@@ -300,7 +282,19 @@ def test_overwrite_replaces_what_the_same_command_wrote(capsys, tmp_path, folder
     out = tmp_path / "out"
     words = {
         "score": ["score", folder, "--method", "wanda", "--calibration", text, *SIZES],
-        "compare": ["compare", folder, "--methods", "random", "--ratios", "0.1", "--calibration", text, *SIZES],
+        "compare": [
+            "compare",
+            folder,
+            "--recipes",
+            "original",
+            "--methods",
+            "random",
+            "--ratios",
+            "0.1",
+            "--calibration",
+            text,
+            *SIZES,
+        ],
     }[kind]
     run(capsys, *words, "--out", out)
     before = sorted(path.name for path in out.iterdir())
@@ -321,35 +315,29 @@ def test_the_example_of_the_python_api_runs(tmp_path, folder):
 
 def test_methods_made_of_methods(capsys, tmp_path, folder, text):
     options = ["--calibration", text, "--samples", "8", "--seq-len", "24"]
-    words = ["score", folder, "--out", tmp_path / "mixed", *options, "--hybrid", "taylor=0.4,wanda=0.3,gate_fisher=0.3"]
-    facts = run_json(capsys, *words)
+    mixed = ["--method", "hybrid", "--set", "scoring.hybrid={taylor: 0.4, wanda: 0.3, gate_fisher: 0.3}"]
+    facts = run_json(capsys, "score", folder, "--out", tmp_path / "mixed", *options, *mixed)
     assert facts["scoring"]["method"] == "hybrid"
     assert facts["scoring"]["hybrid"] == [["taylor", 0.4], ["wanda", 0.3], ["gate_fisher", 0.3]]
-    words = ["score", folder, "--out", tmp_path / "chosen", *options, "--method", "adaptive", "--candidates"]
-    captured = run(capsys, *words, "taylor,magnitude", "--json")
+    chosen = ["--method", "adaptive", "--set", "scoring.adaptive.candidates=[taylor, magnitude]"]
+    captured = run(capsys, "score", folder, "--out", tmp_path / "chosen", *options, *chosen, "--json")
     facts = json.loads(captured.out)
     assert [set(record["loss_rise"]) for record in facts["adaptive"]] == [{"taylor", "magnitude"}] * 2
     for record in facts["adaptive"]:
-        assert f"{record['axis']}, layers 0-2: {record['method']}, because a quarter less of it by" in captured.err
-    wrong = ["score", folder, "--out", tmp_path / "no", *options, "--method", "gate_fisher", "--hybrid", "wanda=1"]
-    assert "--hybrid goes with --method hybrid, not with --method gate_fisher" in fails(capsys, *wrong)
+        assert f"{record['axis']}: {record['method']}, because a quarter less of it by" in captured.err
 
 
-def test_another_normalisation_keeps_the_layer_priors(capsys, tmp_path, folder, text):
-    scores, priors = tmp_path / "scores", ["--prior", "cosine", "--temperature", "0.5", "--attention-weight", "1.3"]
-    run(capsys, "score", folder, "--out", scores, "--calibration", text, *SIZES, "--method", "wanda", *priors)
+def test_another_normalisation_keeps_the_attention_weight(capsys, tmp_path, folder, text):
+    scores = tmp_path / "scores"
+    weight = ["--method", "wanda", "--set", "scoring.attention_weight=1.3"]
+    run(capsys, "score", folder, "--out", scores, "--calibration", text, *SIZES, *weight)
     options = ["--ratio", "0.3", "--out", tmp_path / "plan.json"]
     run(capsys, "plan", scores, *options, "--normalize", "layer_sum")
-    table, prior = pd.read_csv(scores / "groups.csv"), json.loads((scores / "score.json").read_text())["layer_priors"]
+    table, about = pd.read_csv(scores / "groups.csv"), json.loads((scores / "score.json").read_text())
     by_layer = table.groupby(["layer_idx", "group_type"])["importance"]
-    weight = [math.log(1 + prior[row.group_type][row.layer_idx]) ** 0.5 for row in table.itertuples()]
     attention = table["group_type"].map({"attention": 1.3, "mlp": 1.0})
-    table["score"] = table["importance"] / by_layer.transform("mean") * weight * attention
-    removed, target, gone = (
-        0,
-        0.3 * json.loads((scores / "score.json").read_text())["geometry"]["total_parameters"],
-        set(),
-    )
+    table["score"] = table["importance"] / by_layer.transform("mean") * attention
+    removed, target, gone = 0, 0.3 * about["geometry"]["total_parameters"], set()
     for row in table.sort_values("score").itertuples():
         if removed < target:
             removed += row.cost
@@ -358,14 +346,7 @@ def test_another_normalisation_keeps_the_layer_priors(capsys, tmp_path, folder, 
     kept = {(i, axis, group) for i, layer in enumerate(plan.layers) for axis in AXES for group in layer[axis]}
     every = set(table[["layer_idx", "group_type", "group_idx"]].itertuples(index=False, name=None))
     assert kept == every - gone
-    assert "malformed scores: how they were weighed (KeyError 'priors')" in fails_without_options(
-        capsys, scores, options
-    )
-
-
-def fails_without_options(capsys, scores, options) -> str:
-    """The message when score.json lost what the priors were used with."""
-    about = json.loads((scores / "score.json").read_text())
-    del about["scoring"]["priors"]
+    about["scoring"]["attention_weight"] = "much"
     (scores / "score.json").write_text(json.dumps(about))
-    return fails(capsys, "plan", scores, *options, "--overwrite", "--normalize", "rank")
+    message = fails(capsys, "plan", scores, *options, "--overwrite", "--normalize", "layer_mean")
+    assert "malformed scores: how they were weighed (ValueError" in message

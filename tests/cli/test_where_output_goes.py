@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from plain import PLAIN, UNMEASURED
 from tiny_folder import SIZES, fails, run
 
 import prunus
@@ -18,7 +19,7 @@ from prunus.files.replacing import replacing
 from prunus.pipeline.work_folder import WorkFolder
 
 #: the quickest way to a pruned folder
-QUICK = ["--ratio", "0.1", "--method", "magnitude", "--no-compensate", "--rounds", "1", "--held-out", "0"]
+QUICK = ["--ratio", "0.1", *PLAIN, "--method", "magnitude", *UNMEASURED]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -34,6 +35,8 @@ def commands(model: Path, out: Path, text: Path, plan: Path) -> dict[str, list]:
         "compare": [
             "compare",
             model,
+            "--recipes",
+            "original",
             "--methods",
             "random",
             "--ratios",
@@ -268,16 +271,16 @@ def test_a_work_folder_of_somebody_else_is_refused_before_anything_is_done(capsy
     (work / "round-1").mkdir(parents=True)
     (work / "round-1" / "results.csv").write_text("years of work")
     (work / "notes.txt").write_text("mine")
-    words = ["score", folder, "--out", tmp_path / "out", "--calibration", text, *SIZES, "--engine", "streamed"]
-    assert "holds notes.txt, which prunus did not put there" in fails(capsys, *words, "--work", work)
+    words = ["score", folder, "--out", tmp_path / "out", "--calibration", text, *SIZES, "--set", "run.engine=streamed"]
+    assert "holds notes.txt, which prunus did not put there" in fails(capsys, *words, "--set", f"output.work={work}")
     assert contents(work) == {"round-1/results.csv": b"years of work", "notes.txt": b"mine"}
-    assert "is a file" in fails(capsys, *words, "--work", work / "notes.txt")
+    assert "is a file" in fails(capsys, *words, "--set", f"output.work={work / 'notes.txt'}")
     assert sorted(os.listdir(tmp_path)) == ["data"]
 
 
 @pytest.mark.parametrize("engine", ["resident", "streamed"])
 def test_a_killed_run_finds_its_own_work_folder_and_takes_it_away(capsys, tmp_path, folder, text, monkeypatch, engine):
-    """With all that leaves anything there: the default recipe, and a search."""
+    """With all that leaves anything there: the default recipe."""
 
     class Killed(BaseException):
         pass
@@ -285,16 +288,28 @@ def test_a_killed_run_finds_its_own_work_folder_and_takes_it_away(capsys, tmp_pa
     def killed(*args, **options):
         raise Killed
 
-    words = ["prune", folder, "--ratio", "0.3", "--calibration", text, *SIZES, "--held-out", "0", "--no-report"]
-    words += ["--search-trials", "2", "--engine", engine]
+    words = [
+        "prune",
+        folder,
+        "--ratio",
+        "0.3",
+        "--calibration",
+        text,
+        *SIZES,
+        "--set",
+        "evaluation.held_out=0",
+        "--set",
+        "output.report=false",
+    ]
+    words += ["--set", f"run.engine={engine}"]
     run(capsys, *words, "--out", tmp_path / "straight")
-    words += ["--out", tmp_path / "out", "--work", tmp_path / "work"]
+    words += ["--out", tmp_path / "out", "--set", f"output.work={tmp_path / 'work'}"]
     with monkeypatch.context() as patched:
         patched.setattr("prunus.pipeline.prune.save_result", killed)
         with pytest.raises(Killed):
             main([str(word) for word in words])
     left = os.listdir(tmp_path / "work")
-    assert {"round-1", "round-2", "search"} <= set(left)
+    assert {"round-1", "round-2"} <= set(left)
     run(capsys, *words)
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from plain import plain_recipe, plain_scoring
 from test_zero_shot import RECORDS
 from tiny_folder import TEXT, save_tiny_folder
 
@@ -14,7 +15,6 @@ import prunus
 from prunus.cli import main
 from prunus.evaluation.zero_shot import load_task, zero_shot
 from prunus.pipeline.inputs import EvaluationOptions
-from prunus.scoring.score import ScoringOptions
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def place(tmp_path_factory) -> Path:
         str(place / "dense"),
         place / "small",
         0.2,
-        scoring=ScoringOptions(method="magnitude"),
+        plain_recipe(plain_scoring(method="magnitude")),
         evaluation=EvaluationOptions(held_out=0),
         progress=False,
     )

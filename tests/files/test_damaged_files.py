@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import plain_recipe, plain_scoring
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from strategies import changed_json, damaged, overwritten
@@ -36,7 +37,18 @@ from prunus.statistics import Statistics
 def scores(folder, text, tmp_path_factory) -> Path:
     """What `prunus score` writes."""
     out = tmp_path_factory.mktemp("scores") / "scores"
-    words = ["score", folder, "--out", out, "--method", "wanda", "--normalize", "layer_sum", "--calibration", text]
+    words = [
+        "score",
+        folder,
+        "--out",
+        out,
+        "--method",
+        "wanda",
+        "--set",
+        "scoring.normalize=layer_sum",
+        "--calibration",
+        text,
+    ]
     assert outcome(*words, *SIZES)[0] == 0
     return out
 
@@ -388,7 +400,7 @@ def test_pickles_are_refused_and_never_opened(capsys, tmp_path, name):
     (folder / "training_args.bin").write_bytes(bomb)
     commands = [
         ["prune", folder, "--out", tmp_path / "out", "--ratio", "0.1"],
-        ["score", folder, "--out", tmp_path / "out", "--engine", "streamed"],
+        ["score", folder, "--out", tmp_path / "out", "--set", "run.engine=streamed"],
         ["eval", folder],
         ["bench", folder],
         ["export", folder, "--to", "dense", "--out", tmp_path / "out"],
@@ -408,7 +420,7 @@ def test_pickles_beside_safetensors_are_left_alone(tmp_path):
     for name in ("pytorch_model.bin", "optimizer.pt", "adapter_model.bin", "tokenizer.pkl"):
         (folder / name).write_bytes(pickle.dumps(Bomb(exploded)))
     model, tokenizer = load_model(folder)
-    result = prunus.prune(model, 0.1, scoring=prunus.ScoringOptions(method="magnitude"), progress=False)
+    result = prunus.prune(model, 0.1, recipe=plain_recipe(plain_scoring(method="magnitude")), progress=False)
     save_checkpoint(result.model, tokenizer, tmp_path / "out", card="", extras={})
     open_model(folder)
     assert not exploded.exists()

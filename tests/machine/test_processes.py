@@ -30,7 +30,18 @@ def torchrun(*words) -> subprocess.CompletedProcess:
 )
 def test_two_processes_agree_with_one(folder, text, tmp_path, engine, method):
     # Five sequences: the shares are unequal.
-    options = ["--calibration", text, "--samples", 5, "--seq-len", 24, "--engine", engine, "--method", method]
+    options = [
+        "--calibration",
+        text,
+        "--samples",
+        5,
+        "--seq-len",
+        24,
+        "--set",
+        f"run.engine={engine}",
+        "--method",
+        method,
+    ]
     options += ["--json"]
     assert main([str(word) for word in ["score", folder, "--out", tmp_path / "one", *options]]) == 0
     done = torchrun("-m", "prunus", "score", folder, "--out", tmp_path / "two", *options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from plain import plain_recipe, plain_scoring
 from tiny_families import make_model
 from tiny_folder import TEXT, save_tiny_folder
 
@@ -11,12 +12,20 @@ from prunus.model.geometry import Geometry
 from prunus.pipeline import compare as comparison
 from prunus.pipeline.compare import compare, cuts_at_once
 from prunus.pipeline.inputs import Inputs
+from prunus.pipeline.job import Job
 from prunus.repair.compensation import CompensationOptions
-from prunus.scoring.score import ScoringOptions
 from prunus.selection.plan import Plan
 from prunus.sweep.estimate import bytes_of_a_cut
 
-METHODS, RATIOS = ["taylor", "magnitude"], [0.1, 0.3, 0.30001]
+RATIOS = [0.1, 0.3, 0.30001]
+REPAIR = CompensationOptions()
+ONCE = {
+    f"{method}{', repaired' if repair else ''}": plain_recipe(
+        plain_scoring(method=method, normalize="layer_sum"), repair=repair
+    )
+    for method in ("taylor", "magnitude")
+    for repair in (None, REPAIR)
+}
 
 
 @pytest.fixture
@@ -27,19 +36,32 @@ def paths(tmp_path):
     return folder, text
 
 
-def run(paths, out, **options):
+def run(paths, out, recipes, **options):
     folder, text = paths
-    return compare(
+    job = Job(
         str(folder),
-        METHODS,
-        RATIOS,
-        out,
         calibration=prunus.CalibrationOptions(str(text), samples=6, seq_len=24),
-        scoring=ScoringOptions(normalize="layer_sum"),
         evaluation=prunus.EvaluationOptions(held_out=2),
-        progress=False,
-        **options,
     )
+    return compare(job, recipes, RATIOS, out, progress=False, **options)
+
+
+def check_against_prune(paths, frame, recipes, out):
+    folder, text = paths
+    model, tokenizer = prunus.load_model(folder)
+    for seed in frame["seed"].unique():
+        drawn = prunus.load_calibration(str(text), tokenizer, samples=8, seq_len=24, seed=int(seed))
+        calibration, held_out = drawn.split(2)
+        rows = frame[frame["seed"] == seed]
+        dense = prunus.perplexity_of_windows(model, held_out.input_ids, progress=False).perplexity
+        assert rows["perplexity"].iloc[0] == dense
+        for row in rows.iloc[1:].itertuples():
+            alone = prunus.prune(model, row.ratio, calibration, recipes[row.recipe], progress=False)
+            expected = prunus.perplexity_of_windows(alone.model, held_out.input_ids, progress=False)
+            assert row.perplexity == expected.perplexity
+            assert row.relative == expected.perplexity / dense
+            name = row.recipe.replace(", ", "--")
+            assert Plan.load(out / "plans" / f"{name}-{row.ratio:g}-seed{seed}.json") == alone.plan
 
 
 @pytest.mark.parametrize("engine_free", [10**12, 0], ids=["all at once", "one at a time"])
@@ -57,44 +79,28 @@ def test_rows_are_those_of_prune_and_equal_plans_are_made_once(paths, tmp_path, 
     monkeypatch.setattr(comparison, "compensate_together_", spied)
     monkeypatch.setattr(comparison, "free_memory", lambda device, limit: engine_free)
     monkeypatch.setattr(Inputs, "measure", counted)
-    repair = CompensationOptions()
-    frame = run(paths, tmp_path / "out", compensation=repair)
-    found = [tuple(row) for row in frame[["method", "ratio", "compensated"]].itertuples(index=False)]
-    assert found == [("dense", 0.0, False)] + [(m, r, c) for m in METHODS for r in RATIOS for c in (False, True)]
+    frame = run(paths, tmp_path / "out", ONCE)
+    found = [tuple(row) for row in frame[["recipe", "ratio"]].itertuples(index=False)]
+    assert found == [("dense", 0.0)] + [(name, ratio) for name in ONCE for ratio in RATIOS]
     # 0.3 and 0.30001 are less than a group apart.
     assert len(measured) == 1 + 2 * 2 * 2
     assert together == ([4] if engine_free else [1, 1, 1, 1])
-
-    folder, text = paths
-    model, tokenizer = prunus.load_model(folder)
-    drawn = prunus.load_calibration(str(text), tokenizer, samples=8, seq_len=24)
-    calibration, held_out = drawn.split(2)
-    for row in frame.iloc[1:].itertuples():
-        scoring = ScoringOptions(method=row.method, normalize="layer_sum")
-        compensation = repair if row.compensated else None
-        alone = prunus.prune(model, row.ratio, calibration, scoring=scoring, compensation=compensation, progress=False)
-        expected = prunus.perplexity_of_windows(alone.model, held_out.input_ids, progress=False)
-        assert row.perplexity == expected.perplexity
-        suffix = "-compensated" if row.compensated else ""
-        assert Plan.load(tmp_path / "out" / "plans" / f"{row.method}-{row.ratio:g}{suffix}.json") == alone.plan
+    check_against_prune(paths, frame, ONCE, tmp_path / "out")
 
 
-def test_rounds_and_reselection_go_through_prune(paths, tmp_path):
-    frames = [
-        run(paths, tmp_path / "rounds", rounds=2),
-        compare(
-            str(paths[0]),
-            ["gate_fisher"],
-            [0.2],
-            tmp_path / "reselected",
-            calibration=prunus.CalibrationOptions(str(paths[1]), samples=6, seq_len=24),
-            compensation=CompensationOptions(reselect=True),
-            evaluation=prunus.EvaluationOptions(held_out=2),
-            progress=False,
-        ),
-    ]
-    assert [len(frame) for frame in frames] == [1 + 6, 1 + 2]
-    assert all(frame["perplexity"].notna().all() for frame in frames)
+def test_recipes_of_several_rounds_repairs_and_seeds(paths, tmp_path):
+    recipes = {
+        "default": prunus.Recipe(),
+        "rounds": plain_recipe(rounds=2),
+        "own text": plain_recipe(repair=REPAIR),
+        "given text": plain_recipe(repair=CompensationOptions(self_text=0)),
+        "uniform": prunus.Recipe(selection=prunus.Constraints(shape="uniform")),
+    }
+    frame = run(paths, tmp_path / "out", recipes, seeds=[0, 5])
+    assert len(frame) == 2 * (1 + 5 * 3)
+    plans = {name.replace(" ", "-"): recipe for name, recipe in recipes.items()}
+    frame["recipe"] = frame["recipe"].str.replace(" ", "-")
+    check_against_prune(paths, frame, plans, tmp_path / "out")
 
 
 def test_how_many_at_once():

@@ -6,37 +6,27 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_families import make_model, random_tokens
 from tiny_folder import TEXT, save_tiny_folder
 
 import prunus
 from prunus.calibration import calibration_from_tokens
-from prunus.errors import CalibrationError, OptionError, StatisticsError
+from prunus.errors import CalibrationError, OptionError
+from prunus.model.families import AXES
 from prunus.pipeline.compare import compare
+from prunus.pipeline.job import Job
 from prunus.pipeline.recipe import Recipe
-from prunus.repair.compensation import CompensationOptions
 from prunus.scoring.adaptive import AdaptiveOptions
-from prunus.scoring.score import ScoringOptions, score
+from prunus.scoring.score import ScoringOptions
 from prunus.selection.select import Constraints
 
-RESELECT = CompensationOptions(reselect=True)
-#: what is wrong, with 12 calibration sequences
+#: what is wrong, with 12 calibration sequences: changes to the recipe, and the ratio
 REFUSED = {
-    "ratio": ({"ratio": 1.5}, OptionError, "ratio is 1.5"),
-    "no round": ({"rounds": 0}, OptionError, "rounds is 0"),
-    "uniform in rounds": (
-        {"rounds": 2, "constraints": Constraints(shape="uniform")},
-        OptionError,
-        "shape uniform goes with one round",
-    ),
-    "reselect without gradients": (
-        {"scoring": ScoringOptions(method="wanda", normalize="layer_sum"), "compensation": RESELECT},
-        OptionError,
-        "reselect needs gradients, which method wanda does not take",
-    ),
+    "ratio": ({}, 1.5, "ratio is 1.5"),
     "adaptive in rounds": (
-        {"scoring": ScoringOptions(method="adaptive"), "rounds": 2},
-        OptionError,
+        {"scoring": ScoringOptions(method="adaptive")},
+        0.2,
         "has 6 calibration sequences in round 2, which scores on a part of the 12; it needs at least 8",
     ),
 }
@@ -68,27 +58,26 @@ def paths(tmp_path: Path) -> tuple[Path, Path]:
 
 @BY_NAME
 def test_prune(name, ran):
-    change, error, message = REFUSED[name]
+    change, ratio, message = REFUSED[name]
     model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(12, 12))
-    with pytest.raises(error, match=message):
-        prunus.prune(**{"model": model, "ratio": 0.2, "calibration": calibration, "progress": False} | change)
+    with pytest.raises(OptionError, match=message):
+        prunus.prune(model, ratio, calibration, Recipe(**change), progress=False)
     assert not ran
 
 
 @BY_NAME
 @pytest.mark.parametrize("compares", [False, True], ids=["prune_checkpoint", "compare"])
 def test_commands(name, compares, ran, paths, tmp_path):
-    change, error, message = REFUSED[name]
-    change = dict(change)
+    change, ratio, message = REFUSED[name]
     folder, text = paths
-    options = {"calibration": prunus.CalibrationOptions(str(text), samples=12, seq_len=24), "progress": False}
-    ratio, scoring = change.pop("ratio", 0.2), change.pop("scoring", ScoringOptions())
+    recipe, calibration = Recipe(**change), prunus.CalibrationOptions(str(text), samples=12, seq_len=24)
     if compares:
-        run = partial(compare, str(folder), ["taylor", scoring.method], [0.1, ratio], scoring=scoring)
+        recipes, job = {"plain": Recipe.original(), "wrong": recipe}, Job(str(folder), calibration=calibration)
+        run = partial(compare, job, recipes, [0.1, ratio], tmp_path / "out")
     else:
-        run = partial(prunus.prune_checkpoint, str(folder), ratio=ratio, scoring=scoring)
-    with pytest.raises(error, match=message):
-        run(out=tmp_path / "out", **options, **change)
+        run = partial(prunus.prune_checkpoint, str(folder), tmp_path / "out", ratio, recipe, calibration=calibration)
+    with pytest.raises(OptionError, match=message):
+        run(progress=False)
     assert not ran
     assert not (tmp_path / "out").exists()
 
@@ -99,31 +88,67 @@ def test_the_pass_that_is_counted_would_be_seen(ran):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("recipe", "message"),
     [
-        ({"scoring": ScoringOptions(method="random"), "compensation": CompensationOptions()}, "compensation needs"),
-        ({"scoring": ScoringOptions(method="taylor")}, "method taylor needs"),
-        ({"scoring": ScoringOptions(method="adaptive", adaptive=AdaptiveOptions(("magnitude",)))}, "method adaptive"),
+        (Recipe(), "repair needs"),
+        (Recipe.original(), "method taylor needs"),
+        (
+            Recipe(1, ScoringOptions(method="adaptive", adaptive=AdaptiveOptions(("magnitude",))), repair=None),
+            "adaptive",
+        ),
     ],
 )
-def test_what_needs_calibration_sequences(ran, options, message):
+def test_what_needs_calibration_sequences(ran, recipe, message):
     with pytest.raises(CalibrationError, match=message):
-        prunus.prune(make_model("llama", "gqa"), 0.2, **options, progress=False)
+        prunus.prune(make_model("llama", "gqa"), 0.2, recipe=recipe, progress=False)
     assert not ran
 
 
-def test_scores_that_are_given_need_no_sequences_but_what_the_repair_reads():
-    model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(8, 12))
-    options = ScoringOptions(method="gate_fisher")
-    plain = score(model, calibration, options, progress=False)
-    assert prunus.prune(model, 0.2, None, scoring=options, scored=plain, progress=False).plan
-    with pytest.raises(CalibrationError, match="method gate_fisher needs"):
-        prunus.prune(model, 0.2, None, scoring=options, scored=plain, rounds=2, progress=False)
-    for lacking in (plain, prunus.Score(plain.table, plain.geometry, plain.about)):
-        with pytest.raises(StatisticsError, match="which the given scores lack"):
-            prunus.prune(model, 0.2, calibration, scoring=options, compensation=RESELECT, scored=lacking)
-    with_it = score(model, calibration, options, curvature=True, progress=False)
-    Recipe(options, compensation=RESELECT, rounds=2).check(0.2, sequences=8, scored=with_it)
+def test_rounds():
+    with pytest.raises(OptionError, match="rounds is 0"):
+        Recipe(rounds=0)
+    assert [step.share for step in Recipe(rounds=4).steps(0.2)] == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    assert [step.share for step in Recipe(selection=Constraints(shape="uniform")).steps(0.2)] == [0.2]
+
+
+def test_the_original_recipe_is_plain_slicing_by_first_order_taylor():
+    model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(6, 12))
+    geometry = prunus.Geometry.of(model)
+    gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    for ids in calibration.input_ids:
+        model.zero_grad()
+        model(input_ids=ids[None], labels=ids[None]).loss.backward()
+        for total, parameter in zip(gradients, model.parameters(), strict=True):
+            total += parameter.grad / len(calibration)
+    value = {
+        name: (parameter * gradient).abs().detach()
+        for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True)
+    }
+    model.zero_grad()
+    score = {}
+    for layer_idx, widths in enumerate(geometry.widths):
+        mlp = f"model.layers.{layer_idx}.mlp"
+        for channel in range(widths.intermediate_size):
+            parts = [value[f"{mlp}.{name}.weight"][channel] for name in ("gate_proj", "up_proj")]
+            parts.append(value[f"{mlp}.down_proj.weight"][:, channel])
+            score[layer_idx, "mlp", channel] = sum(float(part.sum()) for part in parts) / (3 * 48)
+        attention = f"model.layers.{layer_idx}.self_attn"
+        ratio = geometry.num_key_value_groups
+        for group in range(widths.num_key_value_heads):
+            keys, queries = (slice(group * 8 * n, (group + 1) * 8 * n) for n in (1, ratio))
+            parts = [value[f"{attention}.{name}.weight"][keys] for name in ("k_proj", "v_proj")]
+            parts += [value[f"{attention}.q_proj.weight"][queries], value[f"{attention}.o_proj.weight"][:, queries]]
+            cost = sum(part.numel() for part in parts)
+            score[layer_idx, "attention", group] = sum(float(part.sum()) for part in parts) / cost
+    result = prunus.prune(model, 0.2, calibration, Recipe.original(), progress=False)
+    cut = {
+        (i, axis, group)
+        for i, (widths, kept) in enumerate(zip(geometry.widths, result.plan.layers, strict=True))
+        for axis in AXES
+        for group in set(range(widths[axis])) - set(kept[axis])
+    }
+    assert cut == set(sorted(score, key=score.get)[: len(cut)])
+    assert not result.repairs
 
 
 @pytest.mark.parametrize(
@@ -131,7 +156,7 @@ def test_scores_that_are_given_need_no_sequences_but_what_the_repair_reads():
 )
 def test_sequences_of_the_adaptive_method(sequences, rounds, enough):
     def check():
-        Recipe(ScoringOptions(method="adaptive"), rounds=rounds).check(0.2, sequences=sequences)
+        Recipe(rounds, ScoringOptions(method="adaptive")).check(0.2, sequences=sequences)
 
     if enough:
         check()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain import plain_recipe, plain_scoring
 from strategies import exact_scores, geometries, tables
 from tiny_families import ONE_EACH, case_id, make_model, random_tokens
 
@@ -17,7 +18,7 @@ from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.pipeline.rounds import carry_over, schedule
 from prunus.repair.compensation import CompensationOptions
-from prunus.scoring.score import ScoringOptions, score
+from prunus.scoring.score import score
 from prunus.selection.plan import Plan
 from prunus.selection.select import Constraints, reachable_parameters, select
 from prunus.surgery import apply_plan
@@ -79,14 +80,14 @@ def test_rounds_without_repair_are_cuts_one_after_another(case):
     # Where attention goes whole, that of one layer is all that both rounds take.
     whole = any(block.indivisible for block in geometry.family.blocks)
     constraints, ratio = Constraints(axes=("mlp",) if whole else AXES), 0.2 if whole else 0.3
-    result = prunus.prune(model, ratio, calibration, constraints=constraints, rounds=2, progress=False)
-    first = select(score(model, calibration, progress=False).table, geometry, ratio / 2, constraints)
+    result = prunus.prune(model, ratio, calibration, plain_recipe(selection=constraints, rounds=2), progress=False)
+    first = select(score(model, calibration, plain_scoring(), progress=False).table, geometry, ratio / 2, constraints)
     halfway = apply_plan(model, first)
     cut = {(i, axis): set(first.layers[i][axis]) - set(result.plan.layers[i][axis]) for i in range(2) for axis in AXES}
     assert any(cut.values())
     assert all(set(result.plan.layers[i][axis]) <= set(first.layers[i][axis]) for i in range(2) for axis in AXES)
     # What went in the second round are the cheapest of the table of the model halfway.
-    again = score(halfway, calibration.split(2)[0], progress=False).table  # half of the sequences
+    again = score(halfway, calibration.split(2)[0], plain_scoring(), progress=False).table  # half of the sequences
     gone = sum(map(len, cut.values()))
     cheapest = {
         (
@@ -108,8 +109,8 @@ def test_rounds_without_repair_are_cuts_one_after_another(case):
 def test_only_the_last_repair_is_made_on_all_sequences():
     """By hand, with the sequences that each step is to take."""
     model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(8, 12))
-    options, repair = ScoringOptions(method="gate_fisher"), CompensationOptions()
-    result = prunus.prune(model, 0.3, calibration, scoring=options, compensation=repair, rounds=2, progress=False)
+    options, repair = plain_scoring(method="gate_fisher"), CompensationOptions()
+    result = prunus.prune(model, 0.3, calibration, plain_recipe(options, repair=repair, rounds=2), progress=False)
     geometry = Geometry.of(model)
     first = select(score(model, calibration, options, progress=False).table, geometry, 0.15)
     halfway, text = apply_plan(model, first), text_for_repair(model, calibration, repair, progress=False)
@@ -123,7 +124,7 @@ def test_only_the_last_repair_is_made_on_all_sequences():
 def test_constraints_mean_the_same_in_every_round():
     model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(4, 12))
     constraints = Constraints(layer_start=1, min_keep_mlp=4, align=4)
-    result = prunus.prune(model, 0.15, calibration, rounds=3, constraints=constraints, progress=False)
+    result = prunus.prune(model, 0.15, calibration, plain_recipe(selection=constraints, rounds=3), progress=False)
     assert result.plan.layers[0].widths == result.plan.widths[0]
     assert result.plan.layers[1].widths.intermediate_size % 4 == 0
     assert result.plan.layers[1].widths.intermediate_size >= 4
@@ -131,10 +132,10 @@ def test_constraints_mean_the_same_in_every_round():
 
 def test_repair_between_rounds_reaches_the_next_scores():
     model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(6, 12))
-    options = ScoringOptions(method="gate_fisher")
-    plain = prunus.prune(model, 0.3, calibration, scoring=options, rounds=2, progress=False)
+    options = plain_scoring(method="gate_fisher")
+    plain = prunus.prune(model, 0.3, calibration, plain_recipe(options, rounds=2), progress=False)
     repaired = prunus.prune(
-        model, 0.3, calibration, scoring=options, rounds=2, compensation=CompensationOptions(), progress=False
+        model, 0.3, calibration, plain_recipe(options, rounds=2, repair=CompensationOptions()), progress=False
     )
     importances = [
         result.score.table.set_index(["layer_idx", "group_type", "group_idx"])["importance"]
@@ -167,7 +168,7 @@ def test_a_layer_that_is_gone_stays_gone():
 def test_importances_of_several_rounds_are_not_normalised_together():
     torch.manual_seed(0)
     model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(4, 12))
-    one, two = (prunus.prune(model, 0.2, calibration, rounds=rounds, progress=False) for rounds in (1, 2))
+    one, two = (prunus.prune(model, 0.2, calibration, plain_recipe(rounds=rounds), progress=False) for rounds in (1, 2))
     assert len(one.score.ranked("layer_sum").table) == len(two.score.table)
     with pytest.raises(OptionError, match="made in 2 rounds"):
         two.score.ranked("layer_sum")

@@ -32,8 +32,8 @@ def dense(tmp_path_factory) -> Path:
 def pruned(dense) -> Path:
     """The dense model without a quarter of its parameters, its layers of unequal widths."""
     place = dense.with_name("pruned")
-    sizes = ["--calibration", "default", "--samples", "8", "--seq-len", "32", "--held-out", "0"]
-    plain = ["--method", "taylor", "--no-compensate", "--rounds", "1", "--ratio", "0.25"]
+    sizes = ["--calibration", "default", "--samples", "8", "--seq-len", "32", "--set", "evaluation.held_out=0"]
+    plain = ["--method", "taylor", "--set", "repair=null", "--rounds", "1", "--ratio", "0.25"]
     assert main(["prune", str(dense), "--out", str(place), *sizes, *plain]) == 0
     return place
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 from hostile import HOSTILE
+from plain import plain_recipe, plain_scoring
 from tiny_folder import TEXT, save_tiny_folder
 
 from prunus.pipeline.compare import compare
 from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions
-from prunus.pipeline.prune import prune_checkpoint
-from prunus.scoring.score import ScoringOptions
+from prunus.pipeline.job import Job
+from prunus.pipeline.prune import prune_job
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +29,15 @@ def pruned(tmp_path_factory, sources) -> Path:
     """What `prune` writes."""
     dense, text = sources
     out = tmp_path_factory.mktemp("results") / f"small {HOSTILE}"
-    prune_checkpoint(
-        str(dense),
+    prune_job(
+        Job(
+            str(dense),
+            0.3,
+            plain_recipe(),
+            CalibrationOptions(str(text), samples=4, seq_len=24),
+            EvaluationOptions(held_out=2),
+        ),
         out,
-        0.3,
-        calibration=CalibrationOptions(str(text), samples=4, seq_len=24),
-        evaluation=EvaluationOptions(held_out=2),
         command="prunus prune </code><script>alert(2)</script>",
         progress=False,
     )
@@ -45,14 +49,13 @@ def comparison(tmp_path_factory, sources) -> Path:
     """What `compare` writes."""
     dense, text = sources
     out = tmp_path_factory.mktemp("comparisons") / "comparison"
-    compare(
+    job = Job(
         str(dense),
-        ["magnitude", "random"],
-        [0.1, 0.3],
-        out,
         calibration=CalibrationOptions(str(text), samples=4, seq_len=24),
-        scoring=ScoringOptions(normalize="layer_sum"),
         evaluation=EvaluationOptions(str(text), eval_seq_len=32, eval_windows=2),
-        progress=False,
     )
+    recipes = {
+        method: plain_recipe(plain_scoring(method=method, normalize="layer_sum")) for method in ("magnitude", "random")
+    }
+    compare(job, recipes, [0.1, 0.3], out, progress=False)
     return out

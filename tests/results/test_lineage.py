@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from huggingface_hub import metadata_load
+from plain import plain_recipe, plain_scoring
 from tiny_families import ONE_EACH, case_id, logits, make_model, plan_keeping, random_tokens, zeroed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -21,9 +22,8 @@ from prunus.results.lineage import COMPOSED_PLAN, lineage_of
 from prunus.selection.plan import Plan
 
 QUICK = {
-    "scoring": prunus.ScoringOptions(method="magnitude", normalize="layer_sum"),
+    "recipe": plain_recipe(plain_scoring(method="magnitude", normalize="layer_sum")),
     "evaluation": prunus.EvaluationOptions(held_out=0),
-    "model_options": prunus.ModelOptions(device="cpu"),
     "progress": False,
 }
 
@@ -93,7 +93,18 @@ def test_the_default_recipe_on_a_pruned_model(engine, saved, tmp_path):
     dense, once, twice = saved(model), tmp_path / "once", tmp_path / "twice"
     whole = {"attention": range(3), "mlp": range(20)}
     by_hand(dense, once, [{**whole, "attention": []}, {**whole, "mlp": []}, whole, whole])
-    words = ["--calibration", str(text), "--samples", "6", "--seq-len", "12", "--held-out", "2", "--engine", engine]
+    words = [
+        "--calibration",
+        str(text),
+        "--samples",
+        "6",
+        "--seq-len",
+        "12",
+        "--set",
+        "evaluation.held_out=2",
+        "--set",
+        f"run.engine={engine}",
+    ]
     assert main(["prune", str(once), "--out", str(twice), "--ratio", "0.15", *words, "--device", "cpu"]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(twice)
     composed = plan_in(twice)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from plain import plain_scoring
 from tiny_families import make_model, random_tokens
 
 from prunus.calibration import calibration_from_tokens
@@ -15,7 +16,7 @@ from prunus.errors import CalibrationError, OptionError
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.scoring.adaptive import PROBE_SHARE, SCALE_SHARES, AdaptiveOptions, split_probe
-from prunus.scoring.score import ScoringOptions, score, score_together
+from prunus.scoring.score import score, score_together
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
 
@@ -53,7 +54,7 @@ def cut_by_hand(model, table, axis, share):
 
 
 def test_each_axis_gets_the_method_that_costs_least_on_unseen_sequences(model, calibration, capsys):
-    options = ScoringOptions(method="adaptive", adaptive=AdaptiveOptions(CANDIDATES))
+    options = plain_scoring(method="adaptive", adaptive=AdaptiveOptions(CANDIDATES))
     found = score(model, calibration, options)
     said = capsys.readouterr().err
     seen, probe = split_probe(calibration)
@@ -63,7 +64,7 @@ def test_each_axis_gets_the_method_that_costs_least_on_unseen_sequences(model, c
         name: score(
             model,
             seen,
-            ScoringOptions(method=name, normalize="layer_sum" if name == "magnitude" else "none"),
+            plain_scoring(method=name, normalize="layer_sum" if name == "magnitude" else "none"),
             progress=False,
         ).table
         for name in CANDIDATES
@@ -78,7 +79,7 @@ def test_each_axis_gets_the_method_that_costs_least_on_unseen_sequences(model, c
         assert record["loss_rise"] == pytest.approx(rises, abs=1e-5)
         assert record["method"] == min(rises, key=rises.get)
         why = ", ".join(f"{name} {rise:.4f}" for name, rise in record["loss_rise"].items())
-        assert f"{axis}, layers 0-1: {record['method']}, because a quarter less of it by each method raises" in said
+        assert f"{axis}: {record['method']}, because a quarter less of it by each method raises" in said
         assert f"the held-out loss by {why}\n" in said
         curve = [
             mean_loss(cut_by_hand(model, tables[record["method"]], axis, s), probe.input_ids) - dense
@@ -92,11 +93,11 @@ def test_scores_are_losses_per_parameter(model, calibration):
     found = score(
         model,
         calibration,
-        ScoringOptions(method="adaptive", adaptive=AdaptiveOptions(("gate_fisher",))),
+        plain_scoring(method="adaptive", adaptive=AdaptiveOptions(("gate_fisher",))),
         progress=False,
     )
     seen, _ = split_probe(calibration)
-    plain = score(model, seen, ScoringOptions(method="gate_fisher"), progress=False).table
+    plain = score(model, seen, plain_scoring(method="gate_fisher"), progress=False).table
     for record in found.about["adaptive"]:
         rows = found.table[found.table["group_type"] == record["axis"]]
         # The method's own order within the axis stays.
@@ -114,36 +115,20 @@ def test_scores_are_losses_per_parameter(model, calibration):
             assert rows["importance"].head(cut).sum() == pytest.approx(rises[-1], rel=1e-6)
 
 
-def test_depth_bands_choose_for_themselves(model, calibration):
-    found = score(
-        model,
-        calibration,
-        ScoringOptions(method="adaptive", adaptive=AdaptiveOptions(CANDIDATES, bands=2)),
-        progress=False,
-    )
-    assert [(record["axis"], record["layers"]) for record in found.about["adaptive"]] == [
-        ("attention", [0, 0]),
-        ("attention", [1, 1]),
-        ("mlp", [0, 0]),
-        ("mlp", [1, 1]),
-    ]
-    assert len(found.table) == sum(w[a] for w in Geometry.of(model).widths for a in AXES)
-
-
 def test_other_methods_beside_it_see_all_sequences(model, calibration):
     together = score_together(
-        model, calibration, [ScoringOptions(method="adaptive"), ScoringOptions(method="taylor")], progress=False
+        model, calibration, [plain_scoring(method="adaptive"), plain_scoring(method="taylor")], progress=False
     )
-    alone = score(model, calibration, ScoringOptions(method="taylor"), progress=False)
+    alone = score(model, calibration, plain_scoring(method="taylor"), progress=False)
     assert together[1].table.equals(alone.table)
 
 
 def test_ways_of_one_method_are_told_apart(model, calibration):
     ways = [
-        ScoringOptions(method="hybrid", hybrid=(("taylor", 1.0),)),
-        ScoringOptions(method="hybrid", hybrid=(("gate_fisher", 1.0),)),
-        ScoringOptions(method="taylor_2nd"),
-        ScoringOptions(method="taylor_2nd", hessian="empirical_fisher"),
+        plain_scoring(method="hybrid", hybrid=(("taylor", 1.0),)),
+        plain_scoring(method="hybrid", hybrid=(("gate_fisher", 1.0),)),
+        plain_scoring(method="taylor_2nd"),
+        plain_scoring(method="taylor_2nd", hessian="empirical_fisher"),
     ]
     for way, found in zip(ways, score_together(model, calibration, ways, progress=False), strict=True):
         assert found.table.equals(score(model, calibration, way, progress=False).table)
@@ -151,12 +136,10 @@ def test_ways_of_one_method_are_told_apart(model, calibration):
 
 def test_what_it_needs(model, calibration):
     with pytest.raises(CalibrationError, match="method adaptive needs calibration"):
-        score(model, None, ScoringOptions(method="adaptive", adaptive=AdaptiveOptions(("magnitude",))), progress=False)
+        score(model, None, plain_scoring(method="adaptive", adaptive=AdaptiveOptions(("magnitude",))), progress=False)
     with pytest.raises(OptionError, match="has 7 calibration sequences; it needs at least 8"):
-        score(model, calibration_from_tokens(random_tokens(7, 12)), ScoringOptions(method="adaptive"), progress=False)
+        score(model, calibration_from_tokens(random_tokens(7, 12)), plain_scoring(method="adaptive"), progress=False)
     with pytest.raises(OptionError, match="candidates are taylor, taylor"):
         AdaptiveOptions(("taylor", "taylor"))
-    with pytest.raises(OptionError, match="bands is 0"):
-        AdaptiveOptions(bands=0)
     with pytest.raises(OptionError, match="'adaptive' is made of other methods"):
-        ScoringOptions(method="adaptive", adaptive=AdaptiveOptions(("adaptive",)))
+        plain_scoring(method="adaptive", adaptive=AdaptiveOptions(("adaptive",)))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import pytest
+from plain import plain_scoring
 from tiny_families import make_model, random_tokens
 
 from prunus.calibration import calibration_from_tokens
 from prunus.errors import OptionError
 from prunus.scoring.hybrid import check_weights, mix
-from prunus.scoring.score import ScoringOptions, score
+from prunus.scoring.score import score
 
 
 @pytest.fixture(scope="module")
 def scores():
     model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(4, 12))
     return {
-        name: score(model, calibration, ScoringOptions(method=name), progress=False)
+        name: score(model, calibration, plain_scoring(method=name), progress=False)
         for name in ("taylor", "gate_fisher", "wanda")
     }
 
@@ -47,7 +48,7 @@ def test_one_comparable_part_keeps_its_ranking(scores):
 
 def test_scoring_by_a_hybrid(scores):
     model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(4, 12))
-    options = ScoringOptions(method="hybrid", hybrid=(("gate_fisher", 0.5), ("wanda", 0.5)))
+    options = plain_scoring(method="hybrid", hybrid=(("gate_fisher", 0.5), ("wanda", 0.5)))
     found = score(model, calibration, options, progress=False)
     expected = mix({name: scores[name].table for name in ("gate_fisher", "wanda")}, options.hybrid)
     assert found.table["score"].tolist() == pytest.approx(expected["score"].tolist(), rel=1e-6)

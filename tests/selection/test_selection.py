@@ -39,8 +39,6 @@ def constraints_for(draw, geometry: Geometry) -> Constraints:
     start = draw(st.integers(0, layers - 1))
     return Constraints(
         axes=draw(st.sampled_from([AXES, ("attention",), ("mlp",)])),
-        freeze_first=draw(st.integers(0, layers)),
-        freeze_last=draw(st.integers(0, layers)),
         layer_start=start,
         layer_end=draw(st.one_of(st.none(), st.integers(start + 1, layers))),
         min_keep_attention=draw(st.integers(0, 3)),
@@ -75,7 +73,7 @@ def removed_by(plan: Plan, geometry: Geometry) -> int:
 def allowed_layers(geometry: Geometry, c: Constraints) -> set[int]:
     layers = len(geometry.widths)
     end = layers if c.layer_end is None else c.layer_end
-    return {i for i in range(layers) if max(c.freeze_first, c.layer_start) <= i < min(end, layers - c.freeze_last)}
+    return {i for i in range(layers) if c.layer_start <= i < end}
 
 
 def by_hand(table: pd.DataFrame, geometry: Geometry, ratio: float, c: Constraints) -> Plan:
@@ -318,13 +316,6 @@ def test_the_norm_of_an_emptied_block_counts(geometry, importance):
         assert removed_by(plan, geometry) == cut * group + block * (cut == 3)
 
 
-def test_a_frozen_model_has_nothing_to_give(table, geometry):
-    frozen = Constraints(freeze_first=2, freeze_last=2)
-    assert select(table, geometry, 0, frozen) == Plan.keep_all(geometry)
-    with pytest.raises(BudgetError, match="largest reachable ratio is 0"):
-        select(table, geometry, 0.01, frozen)
-
-
 def test_floors_larger_than_the_model(table, geometry):
     floors = Constraints(min_keep_attention=99, min_keep_mlp=99)
     assert reachable_parameters(geometry, floors) == 0
@@ -353,8 +344,6 @@ def test_ratios_out_of_range(table, geometry, ratio):
     [
         ({"axes": ()}, "axes"),
         ({"axes": ("attention", "experts")}, "experts"),
-        ({"freeze_first": -1}, "freeze_first is -1"),
-        ({"freeze_last": -2}, "freeze_last is -2"),
         ({"layer_start": -1}, "layer_start is -1"),
         ({"min_keep_attention": -1}, "min_keep_attention is -1"),
         ({"min_keep_mlp": -1}, "min_keep_mlp is -1"),
@@ -392,52 +381,3 @@ def test_the_table_stays_as_it_is(table, geometry):
     before = table.copy(deep=True)
     select(table, geometry, 0.3, Constraints(align=4))
     pd.testing.assert_frame_equal(table, before)
-
-
-# --- epsilon ---
-
-
-def left_of(geometry, plan, layer_idx):
-    """Share of a layer's parameters that stays."""
-    before, after = plan.widths[layer_idx], plan.layers[layer_idx].widths
-    cost = geometry.group_parameters
-    return sum(after[a] * cost[a] for a in AXES) / sum(before[a] * cost[a] for a in AXES)
-
-
-def test_a_layer_that_dwindles_goes_altogether_and_others_keep_more(geometry):
-    importance = [{a: torch.rand(w[a]).double() + 1 for a in AXES} for w in geometry.widths]
-    importance[1] = {a: values * 0.01 for a, values in importance[1].items()}
-    importance[1]["mlp"][0] = 50.0  # one channel of layer 1 is dear
-    table = build_table(geometry, importance)
-    layer_cost = sum(geometry.widths[1][a] * geometry.group_parameters[a] for a in AXES)
-    ratio = 1.1 * layer_cost / geometry.total_parameters
-    plain = select(table, geometry, ratio)
-    assert 0 < left_of(geometry, plain, 1) < 0.1
-    collapsed = select(table, geometry, ratio, Constraints(epsilon=0.1))
-    assert collapsed.layers[1].widths == (0, 0) or not any(collapsed.layers[1].widths[a] for a in AXES)
-    assert sum(len(collapsed.layers[0][a]) for a in AXES) >= sum(len(plain.layers[0][a]) for a in AXES)
-    left = geometry.parameters_left(collapsed.kept_widths)
-    assert left <= (1 - ratio) * geometry.total_parameters
-
-
-@given(job=jobs(constrained=False), epsilon=st.floats(0, 0.5))
-def test_epsilon_leaves_no_dwindled_layer(job, epsilon):
-    geometry, table, ratio, _ = job
-    try:
-        plan = select(table, geometry, ratio, Constraints(epsilon=epsilon))
-    except PlanError:  # every layer would go
-        assume(False)
-    for layer_idx, widths in enumerate(geometry.widths):
-        if any(widths[a] * geometry.group_parameters[a] for a in AXES):
-            assert left_of(geometry, plan, layer_idx) == 0 or left_of(geometry, plan, layer_idx) >= epsilon
-    assert geometry.parameters_left(plan.kept_widths) <= (1 - ratio) * geometry.total_parameters + 1e-6
-    if epsilon == 0:
-        assert plan == select(table, geometry, ratio)
-
-
-@pytest.mark.parametrize("options", [{"min_keep_mlp": 1}, {"min_keep_attention": 1}, {"axes": ("mlp",)}])
-def test_epsilon_removes_whole_layers_only(options):
-    with pytest.raises(OptionError, match="epsilon removes whole layers"):
-        Constraints(epsilon=0.1, **options)
-    with pytest.raises(OptionError, match=r"epsilon is 1\.0"):
-        Constraints(epsilon=1.0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from plain import plain_recipe, plain_scoring
 from strategies import geometries, tables
 from tiny_families import ONE_EACH, case_id, make_model
 
@@ -124,8 +125,7 @@ def test_results_are_of_a_stock_class(case, shape):
     smaller = prunus.prune(
         model,
         ratio,
-        scoring=prunus.ScoringOptions(method="random", random_seed=1),
-        constraints=Constraints(shape=shape),
+        recipe=plain_recipe(plain_scoring(method="random", random_seed=1), Constraints(shape=shape)),
     ).model
     assert type(smaller).__module__.startswith("transformers.models.")
     assert smaller.num_parameters() <= (1 - ratio) * model.num_parameters()
@@ -147,27 +147,17 @@ def test_depth_of_one_axis_removes_whole_blocks(table, geometry):
 
 
 def test_depth_keeps_frozen_layers(table, geometry):
-    plan = select(table, geometry, 0.2, Constraints(shape="depth", freeze_first=1, freeze_last=1))
+    plan = select(table, geometry, 0.2, Constraints(shape="depth", layer_start=1, layer_end=3))
     assert {0, len(geometry.widths) - 1} < set(plan.surviving_layers)
 
 
 def test_what_cannot_go_together(table, geometry):
-    with pytest.raises(OptionError, match="frozen layers"):
-        select(table, geometry, 0.2, Constraints(shape="uniform", freeze_first=1))
+    with pytest.raises(OptionError, match="layer range"):
+        select(table, geometry, 0.2, Constraints(shape="uniform", layer_start=1))
     with pytest.raises(OptionError, match="choose one of ragged, uniform, depth"):
         Constraints(shape="round")
-    with pytest.raises(OptionError, match="epsilon"):
-        Constraints(shape="depth", epsilon=0.1)
     with pytest.raises(BudgetError, match="shape"):
         select(table, geometry, 0.5, Constraints(shape="depth", min_keep_mlp=1))
-    with pytest.raises(OptionError, match="one round"):
-        prunus.prune(
-            make_model("llama"),
-            0.2,
-            scoring=prunus.ScoringOptions(method="magnitude"),
-            constraints=Constraints(shape="uniform"),
-            rounds=2,
-        )
     ragged = Plan.from_kept(
         geometry, [{"attention": range(3 - i % 2), "mlp": range(20)} for i in range(len(geometry.widths))]
     )

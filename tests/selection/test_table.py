@@ -90,9 +90,6 @@ def oracle(groups: pd.DataFrame, normalization: str) -> np.ndarray:
     result = np.empty(len(groups))
     if normalization == "none":
         return importance
-    if normalization == "log":
-        positive = importance[importance > 0]
-        return np.log(1 + importance / (positive.min() if positive.size else 1.0))
     for layer_idx, axis in {(row.layer_idx, row.group_type) for row in groups.itertuples()}:
         here = ((groups["layer_idx"] == layer_idx) & (groups["group_type"] == axis)).to_numpy()
         values, number = importance[here], here.sum()
@@ -101,14 +98,6 @@ def oracle(groups: pd.DataFrame, normalization: str) -> np.ndarray:
             result[here] = share * number * cost[here]
         elif normalization == "layer_mean":
             result[here] = values / values.mean() if values.mean() else values * 0
-        elif normalization == "zscore":
-            spread = values.std()
-            equal = spread <= 1e-12 * abs(values).max()
-            result[here] = 0.0 if equal else (values - values.mean()) / spread * cost[here]
-        else:
-            smaller = (values[:, None] > values[None, :]).sum(axis=1)
-            before = np.array([(values[:i] == values[i]).sum() for i in range(number)])
-            result[here] = (smaller + before + 1) / number * cost[here]
     return result
 
 
@@ -139,7 +128,7 @@ def test_normalisations_of_anything(normalization, data):
         assert rows["importance"].is_monotonic_increasing
 
 
-@pytest.mark.parametrize("normalization", [n for n in NORMALIZATIONS if n not in ("none", "log")])
+@pytest.mark.parametrize("normalization", [n for n in NORMALIZATIONS if n != "none"])
 def test_layers_become_comparable(geometry, importance, normalization):
     """A layer a thousand times as important throughout gets the same scores."""
     scores = build_table(geometry, importance, normalization)
@@ -155,14 +144,6 @@ def test_layers_become_comparable(geometry, importance, normalization):
 def test_layer_sum_gives_every_layer_and_axis_mean_score_one(geometry, importance):
     table = build_table(geometry, importance, "layer_sum")
     np.testing.assert_allclose(table.groupby(["layer_idx", "group_type"])["score"].mean(), 1.0)
-
-
-def test_equal_importances_have_no_spread(geometry):
-    """Rounding in the mean must not be blown up into differences."""
-    equal = [
-        {axis: torch.full((widths[axis],), 0.1, dtype=torch.float64) for axis in AXES} for widths in geometry.widths
-    ]
-    np.testing.assert_allclose(build_table(geometry, equal, "zscore")["score"], 0.0, atol=1e-12)
 
 
 def test_unknown_normalisation(table):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain import PLAIN, UNMEASURED, plain_recipe, plain_scoring
 from strategies import geometries, profiles, tables
-from test_cli import PLAIN
 from tiny_folder import SIZES, fails, run, run_json, save_tiny_folder
 
 import prunus
@@ -169,8 +169,6 @@ def test_messages_name_the_quantity(table, geometry):
             check_reachable(geometry, 0.99, Constraints(min_keep_attention=2), costs)
     with pytest.raises(BudgetError, match="the largest reachable ratio is 0"):
         check_reachable(geometry, 0.1, Constraints(axes=("mlp",)), costs)
-    with pytest.raises(OptionError, match="saves no KV-cache bytes at a context of 2,048 and is not cut"):
-        select(table, geometry, 0.1, Constraints(epsilon=0.1), costs)
 
 
 def test_depth_for_the_cache_takes_mlps_along(table, geometry):
@@ -219,8 +217,8 @@ def test_a_target_is_its_dictionary_again(geometry):
 @pytest.mark.parametrize("name", ["flops", "kv_cache", "latency"])
 def test_rounds_reach_the_share(llama, geometry, name, rounds):
     target = TargetOptions(name, profile=a_profile(geometry) if name == "latency" else None)
-    scoring = prunus.ScoringOptions(method="random", random_seed=1)
-    result = prunus.prune(llama, 0.3, scoring=scoring, target=target, rounds=rounds, progress=False)
+    scoring = plain_scoring(method="random", random_seed=1)
+    result = prunus.prune(llama, 0.3, recipe=plain_recipe(scoring, target=target, rounds=rounds), progress=False)
     costs = target.costs(geometry)
     left = costs.left(result.plan.kept_widths)
     dearest = max(costs.saved(0, axis, n, n - 1) for axis in AXES for n in range(1, geometry.widths[0][axis] + 1))
@@ -239,8 +237,20 @@ def test_rounds_reach_the_share(llama, geometry, name, rounds):
 
 def test_prune_and_plan_for_the_cache(capsys, tmp_path, folder, text):
     out, common = tmp_path / "small", ["--calibration", text, *SIZES]
-    words = ["prune", folder, "--out", out, "--ratio", "0.3", "--target", "kv_cache", "--context", "32", *common]
-    printed = run(capsys, *words, *PLAIN, "--held-out", "0").out
+    words = [
+        "prune",
+        folder,
+        "--out",
+        out,
+        "--ratio",
+        "0.3",
+        "--target",
+        "kv_cache",
+        "--set",
+        "target.context=32",
+        *common,
+    ]
+    printed = run(capsys, *words, *PLAIN, *UNMEASURED).out
     assert "KV-cache bytes" in printed
     metrics = json.loads((out / "prunus" / "metrics.json").read_text())
     # Three layers of three groups: keys and values of eight numbers, two bytes each.
@@ -259,7 +269,7 @@ def test_prune_and_plan_for_the_cache(capsys, tmp_path, folder, text):
     plan = tmp_path / "plan.json"
     run(capsys, "plan", out / "prunus", "--ratio", "0.3", "--out", plan)
     assert plan.read_text() == (out / "prunus" / "plan.json").read_text()
-    run(capsys, "score", folder, "--out", tmp_path / "scores", "--method", "taylor", *common)
+    run(capsys, "score", folder, "--out", tmp_path / "scores", *PLAIN, *common)
     for target in ("params", "flops"):
         run(capsys, "plan", out / "prunus", "--ratio", "0.2", "--target", target, "--out", plan, "--overwrite")
         run(capsys, "plan", tmp_path / "scores", "--ratio", "0.2", "--target", target, "--out", tmp_path / target)
@@ -270,10 +280,10 @@ def test_prune_and_plan_for_the_cache(capsys, tmp_path, folder, text):
 
 
 def test_wrong_ratios_are_refused_by_the_name_of_the_quantity(capsys, tmp_path, folder):
-    words = ["prune", folder, "--out", tmp_path / "no", "--method", "magnitude", "--no-compensate"]
+    words = ["prune", folder, "--out", tmp_path / "no", "--method", "magnitude", *PLAIN]
     message = fails(capsys, *words, "--target", "flops", "--ratio", "1.2")
     assert "ratio is 1.2; it is a share of all FLOPs and must lie in" in message
-    message = fails(capsys, *words, "--target", "kv_cache", "--ratio", "0.9", "--min-keep-attention", "1")
+    message = fails(capsys, *words, "--target", "kv_cache", "--ratio", "0.9", "--set", "selection.min_keep_attention=1")
     assert "KV-cache bytes at a context of 2,048, but only" in message
     assert not (tmp_path / "no").exists()
 
@@ -283,9 +293,12 @@ def test_profile_and_prune_for_latency(capsys, tmp_path, folder, text):
     printed = run(capsys, "profile", folder, "--out", file, *runs).out
     assert "all else" in printed
     assert "exists; choose another --out" in fails(capsys, "profile", folder, "--out", file, *runs)
-    out, common = tmp_path / "small", ["--calibration", text, *SIZES, "--held-out", "0", "--ratio", "0.2"]
-    words = ["prune", folder, "--out", out, "--target", "latency", "--phase", "prefill", *common]
-    run(capsys, *words, "--profile", file)
+    out, common = (
+        tmp_path / "small",
+        ["--calibration", text, *SIZES, *UNMEASURED, "--ratio", "0.2"],
+    )
+    words = ["prune", folder, "--out", out, "--target", "latency", "--set", "target.phase=prefill", *common]
+    run(capsys, *words, "--set", f"target.profile={file}")
     metrics = json.loads((out / "prunus" / "metrics.json").read_text())
     assert metrics["target"]["after"] <= 0.8 * metrics["target"]["before"]
     assert metrics["target"]["profile"] == json.loads(file.read_text())
@@ -294,16 +307,33 @@ def test_profile_and_prune_for_latency(capsys, tmp_path, folder, text):
     assert metrics["target"]["after"] == LatencyProfile.load(file).costs(geometry, "prefill").left(plan.kept_widths)
     other = save_tiny_folder(tmp_path / "other", "llama", "gqa", num_hidden_layers=3, hidden_size=96)
     words[1], words[3] = other, tmp_path / "no"
-    assert "with hidden_size 48, the model has 96" in fails(capsys, *words, "--profile", file)
-    assert "cannot read the latency profile" in fails(capsys, *words, "--profile", tmp_path / "none.json")
+    assert "with hidden_size 48, the model has 96" in fails(capsys, *words, "--set", f"target.profile={file}")
+    assert "cannot read the latency profile" in fails(
+        capsys, *words, "--set", f"target.profile={tmp_path / 'none.json'}"
+    )
 
 
 def test_compare_for_flops(capsys, tmp_path, folder, text):
     out = tmp_path / "comparison"
     words = ["compare", folder, "--methods", "random,magnitude", "--ratios", "0.1,0.3", "--out", out]
-    run(capsys, *words, "--target", "flops", "--context", "64", "--calibration", text, *SIZES, "--held-out", "2")
+    run(
+        capsys,
+        *words,
+        "--recipes",
+        "original",
+        "--set",
+        "target.target=flops",
+        "--set",
+        "target.context=64",
+        "--calibration",
+        text,
+        *SIZES,
+        "--set",
+        "evaluation.held_out=2",
+    )
     costs = TargetOptions("flops", context=64).costs(Geometry.of(prunus.load_model(str(folder))[0]))
     for name, ratio in product(("random", "magnitude"), (0.1, 0.3)):
-        plan = Plan.load(out / "plans" / f"{name}-{ratio:g}.json")
+        plan = Plan.load(out / "plans" / f"{name}-{ratio:g}-seed0.json")
         assert 0 <= (1 - ratio) * costs.total - costs.left(plan.kept_widths) <= costs.group[0]["attention"]
-    assert json.loads((out / "comparison.json").read_text())["target"] == {"target": "flops", "context": 64}
+    recipes = json.loads((out / "comparison.json").read_text())["recipes"]
+    assert recipes["random"]["target"] == {"target": "flops", "context": 64}

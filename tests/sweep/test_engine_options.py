@@ -41,14 +41,14 @@ def test_prune_with_weights_on_disk_saves_what_it_saves_with_them_in_memory(caps
             out,
             "--ratio",
             0.3,
-            "--engine",
-            "streamed",
+            "--set",
+            "run.engine=streamed",
             "--method",
             "taylor",
             "--rounds",
             rounds,
         ),
-        *("--calibration", text, *SIZES, "--held-out", 2),
+        *("--calibration", text, *SIZES, "--set", "evaluation.held_out=2"),
     )
     assert [path.name for path in tmp_path.iterdir()] == ["small"], "the work folder is gone"
     model, tokenizer = prunus.load_model(folder)
@@ -57,16 +57,16 @@ def test_prune_with_weights_on_disk_saves_what_it_saves_with_them_in_memory(caps
         model,
         0.3,
         drawn,
-        scoring=prunus.ScoringOptions(method="taylor", attention_weight=1.5, score_noise=0.3, engine="streamed"),
-        compensation=prunus.CompensationOptions(self_text=0),  # a model on disk writes none
-        rounds=rounds,
+        # A model on disk writes no text.
+        prunus.Recipe(rounds, prunus.ScoringOptions(method="taylor"), repair=prunus.CompensationOptions(self_text=0)),
+        engine="streamed",
         progress=False,
     )
     saved, state = load_file(out / "model.safetensors"), result.model.state_dict()
     assert saved.keys() <= state.keys()
     assert all(torch.equal(saved[name], state[name]) for name in saved)
     metrics = json.loads((out / "prunus" / "metrics.json").read_text())
-    assert metrics["scoring"]["engine"] == "streamed"
+    assert metrics["engine"] == "streamed"
     assert metrics["plan"] == result.plan.fingerprint
 
 
@@ -76,7 +76,7 @@ def test_other_commands_under_a_limit(capsys, tmp_path, deep, text, command, mon
     monkeypatch.setattr("prunus.sweep.estimate.resident_set", lambda: 0)
     for constant in ("FIRST_USE", "FIRST_SOLUTION", "GROUP_BYTES"):
         monkeypatch.setattr(f"prunus.sweep.estimate.{constant}", 0)
-    sizes = ["--calibration", text, *SIZES, "--held-out", 2]
+    sizes = ["--calibration", text, *SIZES, "--set", "evaluation.held_out=2"]
     words = {
         "compare": ["compare", deep, "--methods", "taylor,wanda", "--ratios", "0.2", *sizes],
         "eval": ["eval", deep, "--text", text, "--seq-len", 32, "--max-windows", 3, "--json"],
@@ -111,13 +111,23 @@ def test_a_limit_that_cannot_be_kept_is_refused_before_any_work(capsys, tmp_path
     # The process itself has grown a little in between.
     run(capsys, *words, "--max-memory", f"{int(parse_bytes(smallest) / 1e6) + 100}MB")
     assert "resident engine needs" in fails(
-        capsys, *words, "--overwrite", "--engine", "resident", "--max-memory", "100MB"
+        capsys, *words, "--overwrite", "--set", "run.engine=resident", "--max-memory", "100MB"
     )
     assert "write a size such as 8GB" in fails(capsys, *words, "--overwrite", "--max-memory", "lots")
 
 
 def test_work_folder_of_other_options_is_refused(capsys, tmp_path, folder, text, monkeypatch):
-    words = ["score", folder, "--out", tmp_path / "scores", "--calibration", text, *SIZES, "--engine", "streamed"]
+    words = [
+        "score",
+        folder,
+        "--out",
+        tmp_path / "scores",
+        "--calibration",
+        text,
+        *SIZES,
+        "--set",
+        "run.engine=streamed",
+    ]
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from prunus.repair.reselection import choose_columns
 from test_opened import cut, save
 from tiny_families import make_model, padded_batches, random_tokens
 
 import prunus
-from prunus.calibration import Batch, calibration_from_tokens
+from prunus.calibration import Batch
 from prunus.checkpoint import open_model
 from prunus.errors import StatisticsError
 from prunus.files.records import Records
@@ -160,47 +159,6 @@ def test_compensation_goes_on_after_the_last_repaired_layer(model, opened, tmp_p
     assert len(solved) == 4 + len(repairs) - 3
     with pytest.raises(StatisticsError, match="compensation"):
         repaired(tmp_path / "work", CompensationOptions(damping=0.5))
-
-
-@pytest.mark.parametrize("opened", [False, True], ids=["in memory", "opened"])
-def test_reselection_goes_on_with_the_same_channels(model, opened, tmp_path, monkeypatch):
-    folder, calibration = save(model, tmp_path / "model"), calibration_from_tokens(random_tokens(batch=8, seq_len=16))
-    scoring = prunus.ScoringOptions(method="gate_fisher", engine="streamed" if opened else "resident")
-
-    def pruned(work=None, **options):
-        dense = open_model(folder)[0] if opened else model
-        repair = CompensationOptions(reselect=True, **options)
-        return prunus.prune(
-            dense, 0.3, calibration, scoring=scoring, compensation=repair, rounds=2, work=work, progress=False
-        )
-
-    whole, expected, ran = choose_columns, pruned(), []
-
-    def spied(*args):
-        ran.append(1)
-        if len(ran) == left:
-            raise Killed
-        return whole(*args)
-
-    monkeypatch.setattr("prunus.repair.reselection.choose_columns", spied)
-    left = 0
-    pruned()
-    needed = len(ran)
-    for left in (1, 3, needed):  # the last falls into the second round
-        ran.clear()
-        work = tmp_path / f"work-{left}"
-        with pytest.raises(Killed):
-            pruned(work)
-        again = pruned(work)
-        assert len(ran) == needed + 1, "what was chosen is not chosen again"
-        assert again.plan == expected.plan
-        assert again.repairs == expected.repairs
-        assert again.score.table.equals(expected.score.table)
-        state = _state(again.model)
-        assert all(torch.equal(state[name], tensor) for name, tensor in _state(expected.model).items())
-        assert not list(work.glob("**/waiting")), "nothing that waited is left"
-    with pytest.raises(StatisticsError, match="compensation"):
-        pruned(work, damping=0.5)
 
 
 def test_records_on_disk_are_not_held_in_memory_too(tmp_path):

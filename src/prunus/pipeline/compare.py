@@ -64,7 +64,8 @@ def compare(
 
     Returns:
         For each seed one row for the dense model and one per result, with the columns recipe, ratio, seed, parameters,
-        perplexity, relative (to dense), seconds and peak_bytes (of all passes that led to the result, shared or not).
+        perplexity, relative (to dense), seconds and peak_bytes (of all passes that led to the result, shared or not),
+        and the accuracy on each zero-shot task of the evaluation.
 
     Raises:
         OptionError: nothing to compare, or a recipe that cannot work.
@@ -270,10 +271,11 @@ class _Record:
         """Measure a model once, and write the rows that it is the result of."""
         result = inputs.measure(model, progress=self.progress)
         assert result is not None
+        accuracies = inputs.accuracies(model)
         self._about["evaluation"] = {"text": inputs.text_name, "protocol": result.protocol}
         for row in rows:
             seconds = None if row.seconds is None else round(row.seconds, 1)
-            measured = {"parameters": model.num_parameters(), "perplexity": result.perplexity}
+            measured = {"parameters": model.num_parameters(), "perplexity": result.perplexity, **accuracies}
             self._rows.append({**asdict(row), "seconds": seconds, **measured})
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / "comparison.csv") as partial:
@@ -286,7 +288,7 @@ class _Record:
     def frame(self) -> pd.DataFrame:
         """One row per result, by seed, recipe as they were given, and ratio; the dense model first."""
         rows = sorted(self._rows, key=lambda row: (row["seed"], self._order[row["recipe"]], row["ratio"]))
-        frame = pd.DataFrame(rows, columns=[column for column in COLUMNS if column != "relative"])
+        frame = pd.DataFrame(rows)
         dense = {row["seed"]: row["perplexity"] for row in rows if row["recipe"] == DENSE}
         frame["relative"] = frame["perplexity"] / frame["seed"].map(dense)
-        return frame[list(COLUMNS)]
+        return frame[[*COLUMNS, *(column for column in frame.columns if column not in COLUMNS)]]

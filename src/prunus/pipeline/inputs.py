@@ -30,6 +30,7 @@ from prunus.checkpoint import (
 )
 from prunus.errors import CalibrationError, OptionError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows, read_text
+from prunus.evaluation.zero_shot import Task, load_tasks, zero_shot
 from prunus.machine.processes import is_first
 from prunus.model.geometry import Geometry
 from prunus.selection.select import check_reachable
@@ -125,6 +126,8 @@ class EvaluationOptions:
         eval_begin_token: where the tokenizer puts a token before every text, begin each window with it. GPTQ and the
             tools after it do not.
         held_out: number of held-out calibration sequences, where no text is given; 0 = measure nothing.
+        tasks: files or folders of zero-shot tasks, measured by `prunus compare`.
+        items: only the first so many items of each task.
     """
 
     eval_text: str | None = None
@@ -132,8 +135,12 @@ class EvaluationOptions:
     eval_windows: int | None = None
     eval_begin_token: bool = True
     held_out: int = 16
+    tasks: tuple[str, ...] = ()
+    items: int | None = None
 
     def __post_init__(self) -> None:
+        if self.items is not None and self.items < 1:
+            raise OptionError(f"items is {self.items}; it must be at least 1")
         if self.held_out < 0:
             raise OptionError(f"held_out is {self.held_out}; it must not be negative")
 
@@ -249,6 +256,7 @@ class Inputs:
         text: the text to measure perplexity on, if one was given.
         text_name: what perplexity is measured on, for a reader.
         evaluation: how perplexity is measured.
+        tasks: zero-shot tasks.
     """
 
     source: str
@@ -261,6 +269,7 @@ class Inputs:
     text: str | None
     text_name: str
     evaluation: EvaluationOptions
+    tasks: Sequence[Task] = ()
 
     @property
     def measurable(self) -> bool:
@@ -284,6 +293,13 @@ class Inputs:
                 model, self.held_out.input_ids, self.held_out.attention_mask, progress=progress
             )
         return None
+
+    def accuracies(self, model: Any) -> dict[str, float]:
+        """Zero-shot accuracy of a model on each task, normalised by length where the task's rules say so."""
+        return {
+            task.name: zero_shot(model, self.tokenizer, task, limit=self.evaluation.items).accuracy_norm
+            for task in self.tasks
+        }
 
     def drawn_again(self, calibration: CalibrationOptions, *, progress: bool = True) -> Inputs:
         """The same model and evaluation text with other calibration sequences.
@@ -335,6 +351,7 @@ def open_inputs(
         recipe.check(ratio, sequences=calibration.samples if calibrate else None)
     check_output(out, overwrite, job.model)
     text = read_text(evaluation.eval_text) if evaluation.eval_text else None
+    tasks = load_tasks(evaluation.tasks) if evaluation.tasks else ()
     workload = Workload(
         frozenset[str]().union(*(recipe.scoring.needs for recipe in recipes)),
         sequences=calibration.samples if calibrate else 0,
@@ -364,7 +381,7 @@ def open_inputs(
     name = f"held-out calibration sequences ({Path(calibration.calibration).name})"
     if evaluation.eval_text:
         name = Path(evaluation.eval_text).name
-    return Inputs(job.model, dense, tokenizer, engine, geometry, sequences, held_out, text, name, evaluation)
+    return Inputs(job.model, dense, tokenizer, engine, geometry, sequences, held_out, text, name, evaluation, tasks)
 
 
 def model_name(model: str) -> str:

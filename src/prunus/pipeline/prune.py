@@ -327,7 +327,7 @@ def prune_job(
 
 def _made_by(result: PruneResult, calibration: Calibration | None) -> dict[str, str]:
     """Versions and digests that tell whether a job that is done again can give the same bytes."""
-    facts = {"prunus": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    facts = {"prunus": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
     if calibration is not None:
         facts["calibration_sha256"] = calibration.provenance.sha256
     return {**facts, "plan": result.plan.fingerprint}

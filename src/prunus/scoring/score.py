@@ -34,7 +34,7 @@ from prunus.selection.table import (
 )
 from prunus.selection.targets import TargetOptions
 from prunus.statistics import Statistics
-from prunus.sweep import EngineChoice, sweep
+from prunus.sweep import Engine, EngineChoice, sweep
 
 __all__ = ["Score", "ScoringOptions", "score", "score_together", "seed_of", "take_statistics"]
 
@@ -273,6 +273,9 @@ def score_together(
     sharing: dict[tuple[Any, ...], list[int]] = {}
     seed = seed_of(calibration)
     each = [options if options.random_seed is not None else replace(options, random_seed=seed) for options in each]
+    if engine == "auto":
+        # The weights of a model in memory are there already, so that streaming has nothing to save.
+        engine = "streamed" if layers_of(model).stored else "resident"
     for number, options in enumerate(each):
         sharing.setdefault(_pass(options), []).append(number)
     scores: dict[int, Score] = {}
@@ -296,7 +299,8 @@ def score_together(
             )
         for number, options in zip(numbers, group, strict=True):
             scored = _score(model, calibration, options, statistics, cost, progress)
-            scores[number] = replace(scored, about={**scored.about, "batch_size": batch_size})
+            scored = _score(model, calibration, options, statistics, cost, progress)
+            scores[number] = replace(scored, about={**scored.about, "batch_size": batch_size, "engine": engine})
     return [scores[number] for number in range(len(each))]
 
 
@@ -374,7 +378,7 @@ def take_statistics(
     options: ScoringOptions,
     *,
     batch_size: int = 1,
-    engine: EngineChoice = "auto",
+    engine: Engine = "resident",
     work: Path | None = None,
     progress: bool = True,
 ) -> Statistics | None:
@@ -393,8 +397,7 @@ def take_statistics(
             model.config.get_text_config().vocab_size,
         ),
         wanted,
-        # The weights of a model in memory are there already, so that auto has nothing to save.
-        engine=("streamed" if layers_of(model).stored else "resident") if engine == "auto" else engine,
+        engine=engine,
         seed=options.random_seed or 0,
         provenance=calibration.provenance.to_dict(),
         work=work,
