@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -27,6 +28,7 @@ from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.importance import get_method
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
+from prunus.pipeline.recipe import Recipe
 from prunus.scoring.score import score
 from prunus.selection.select import check_reachable, select
 from prunus.surgery import apply_plan
@@ -82,11 +84,7 @@ def demonstrate(options: argparse.Namespace) -> None:
     normalize = "none" if method.comparable else "layer_sum"
     if not method.comparable:
         print("Its raw scores are not on one scale over layers, so each is divided by its layer's sum (layer_sum).")
-    table = score(
-        model,
-        calibration,
-        ScoringOptions(method=method.name, normalize=normalize, attention_weight=1.0, score_noise=0.0),
-    ).table
+    table = score(model, calibration, replace(Recipe.original(method.name).scoring, normalize=normalize)).table
 
     _step(4, f"Rank all {len(table):,} groups by score = importance / cost")
     print("cut first:")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain import plain_scoring
 from tiny_families import CASES as ALL_CASES
 from tiny_families import VOCABULARY, case_id, make_model, random_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -442,8 +443,8 @@ def test_the_table_is_the_one_of_the_package(case, method):
         "activations": collect_layer_activations(model, [tokens]),
     }
     found = build_global_group_table(model, method, info, **heads(model), normalization="layer_sum")
-    options = prunus.ScoringOptions(method=method, normalize="layer_sum", batch_size=2)
-    expected = prunus.score(model, calibration_from_tokens(tokens), options).table
+    options = plain_scoring(method=method, normalize="layer_sum")
+    expected = prunus.score(model, calibration_from_tokens(tokens), options, batch_size=2).table
     order = ["layer_idx", "group_type", "group_idx"]
     pd.testing.assert_frame_equal(
         found.sort_values(order, ignore_index=True), expected.sort_values(order, ignore_index=True), rtol=1e-4
@@ -789,7 +790,7 @@ def test_interruption_and_lack_of_memory_leave_no_traceback(monkeypatch, capsys)
         def fail(*arguments, error=error, **options):
             raise error
 
-        monkeypatch.setattr(llama3_global_pruning, "prune_checkpoint", fail)
+        monkeypatch.setattr(llama3_global_pruning, "prune_job", fail)
         assert llama3_global_pruning.main(["--base_model", "m"]) == status
         assert message in capsys.readouterr().err
 

@@ -176,12 +176,14 @@ def test_the_page_about_a_comparison(comparison):
     document = parse(comparison / "report.html")
     assert names(document) == ["comparison", "kept", "cost", "settings"]  # no method here needs text
     rows = pd.read_csv(comparison / "comparison.csv")
-    shown = tables(document)["Perplexity by method and share removed"][1:]
-    assert [row[0] for row in shown] == list(rows["method"])
+    shown = tables(document)["Perplexity by recipe and share removed"][1:]
+    assert [row[0] for row in shown] == list(rows["recipe"])
     assert [row[3] for row in shown] == [f"{figure:,.2f}" for figure in rows["perplexity"]]
     kept = tables(document)["What stays of each layer"]
     assert kept[0][0] == "plan"
-    assert {row[0] for row in kept[1:]} == {"magnitude-0.1", "magnitude-0.3", "random-0.1", "random-0.3"}
+    assert {row[0] for row in kept[1:]} == {
+        f"{name}-{ratio}-seed0" for name in ("magnitude", "random") for ratio in (0.1, 0.3)
+    }
 
 
 def test_a_comparison_in_which_something_diverged(tmp_path, comparison):
@@ -190,7 +192,7 @@ def test_a_comparison_in_which_something_diverged(tmp_path, comparison):
     facts = json.loads((folder / "comparison.json").read_text())
     facts["rows"][-1]["perplexity"] = facts["rows"][-1]["relative"] = None  # how pandas writes infinity
     (folder / "comparison.json").write_text(json.dumps(facts))
-    shown = tables(parse(write_report(folder)))["Perplexity by method and share removed"]
+    shown = tables(parse(write_report(folder)))["Perplexity by recipe and share removed"]
     assert shown[-1][3:] == ["infinite", "infinite"]
 
 

@@ -163,7 +163,9 @@ def test_the_estimate_is_close_to_the_peak_that_the_system_counts(tmp_path):
 
     def run(engine: str) -> list[int]:
         command = [sys.executable, "-c", PROGRAM, engine, str(tmp_path)]
-        paths = {"PYTHONPATH": f"{Path(prunus.__file__).parents[1]}:{Path(__file__).parents[1]}"}
+        paths = {
+            "PYTHONPATH": f"{Path(prunus.__file__).parents[1]}:{Path(__file__).parents[1]}:{Path(__file__).parent}"
+        }
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **paths}, check=False)
         assert done.returncode == 0, done.stderr
         return [int(word) for word in done.stdout.split()]

@@ -203,7 +203,7 @@ sweep(model, padded_batches() * 6, kinds, engine="streamed", work=Path(sys.argv[
 def test_kill_9_at_random_points(tmp_path):
     """Killed again and again, until a run gets through; the file that it writes is the same, byte for byte."""
     folder = save(make_model("llama", num_hidden_layers=8), tmp_path / "model")
-    paths = {"PYTHONPATH": f"{Path(prunus.__file__).parents[1]}:{Path(__file__).parents[1]}"}
+    paths = {"PYTHONPATH": f"{Path(prunus.__file__).parents[1]}:{Path(__file__).parents[1]}:{Path(__file__).parent}"}
 
     def start(work, out):
         command = [sys.executable, "-c", SCORE, str(folder), str(tmp_path / work), str(tmp_path / out)]

@@ -299,6 +299,13 @@ def _commands(result: Result) -> Section:
     )
 
 
+def _recipe_line(recipe: Mapping[str, Any]) -> str:
+    """A recipe in a line."""
+    scoring, rounds = recipe["scoring"], recipe["rounds"]
+    parts = [scoring["method"], f"{rounds} round{'s' * (rounds > 1)}", recipe["selection"]["shape"]]
+    return ", ".join([*parts, "repaired" if recipe["repair"] else "not repaired"])
+
+
 def _plan_name(row: Mapping[str, Any]) -> str:
     """The file of a row's plan in the folder plans/; comparisons of prunus 0.1 named it in another way."""
     if "recipe" in row:
@@ -318,7 +325,8 @@ def _of_comparison(folder: Path) -> Contents:
     evaluation = facts.get("evaluation") or {}
     charts = [comparison_chart(rows)] if others else []
     seconds = seconds_chart(others)
-    settings = {name: facts[name] for name in ("normalize", "rounds", "recipes") if facts.get(name) is not None}
+    settings = {name: facts[name] for name in ("normalize", "rounds") if facts.get(name) is not None}
+    settings |= {name: _recipe_line(recipe) for name, recipe in (facts.get("recipes") or {}).items()}
     measured = [f"Perplexity on {evaluation['text']}: {evaluation['protocol']}."] if evaluation else []
     sections = (
         Section("comparison", "Quality", measured, charts=charts),
