@@ -107,9 +107,9 @@ def _prune(options: argparse.Namespace, command: str) -> None:
             selection=Constraints(layer_start=options.layer_start, layer_end=options.layer_end),
         ),
         CalibrationOptions(
-            calibration=options.dataset, samples=options.num_samples, seq_len=options.seq_len, seed=options.seed
+            source=options.dataset, samples=options.num_samples, seq_len=options.seq_len, seed=options.seed
         ),
-        EvaluationOptions(eval_text=options.eval_text),
+        EvaluationOptions(text=options.eval_text),
         ModelOptions(device=options.device, dtype=options.dtype, batch_size=options.batch_size),
     )
     metrics = prune_job(job, out, overwrite=options.overwrite, command=command)

@@ -80,7 +80,7 @@ def make_models(model: str, work: Path, programs: list[str]) -> dict[str, dict[s
 
     live, tokenizer = prunus.load_model(model)
     calibration = prunus.load_calibration("default", tokenizer, samples=8, seq_len=128)
-    scored = prunus.score(live, calibration, prunus.ScoringOptions(score_noise=0.0))
+    scored = prunus.score(live, calibration, prunus.ScoringOptions(noise=0.0))
     del live
     paths: dict[str, dict[str, Path]] = {program: {} for program in programs}
     for name, (ratio, align) in MODELS.items():

@@ -229,7 +229,7 @@ import torch
 import prunus
 torch.set_num_threads(int(threads))
 resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
-recipe = prunus.Recipe(1, prunus.ScoringOptions(method=method, attention_weight=1.0, score_noise=0.0))
+recipe = prunus.Recipe(1, prunus.ScoringOptions(method=method, attention_weight=1.0, noise=0.0))
 job = prunus.Job(
     folder, 0.2, recipe,
     prunus.CalibrationOptions(samples=int(samples), seq_len=int(seq_len)),

@@ -21,18 +21,18 @@ from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 from prunus.pipeline.compare import compare
 from prunus.pipeline.job import Job
 from prunus.pipeline.recipe import Recipe
-from prunus.repair.compensation import CompensationOptions
+from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.score import ScoringOptions
 
 DEFAULT = Recipe()
 #: what methods are compared with: on the calibration text alone
-REPAIR = CompensationOptions(self_text=0)
+REPAIR = RepairOptions(self_text=0)
 ALL_RATIOS, FEW_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5), (0.2, 0.4)
 
 
 def scored(**options: Any) -> ScoringOptions:
     """Scores as they are, by the options of a method."""
-    return ScoringOptions(**{"attention_weight": 1.0, "score_noise": 0.0, **options})
+    return ScoringOptions(**{"attention_weight": 1.0, "noise": 0.0, **options})
 
 
 METHODS: Mapping[str, ScoringOptions] = {
@@ -53,7 +53,7 @@ DETAILS: Mapping[str, ScoringOptions] = {
     "taylor_2nd, sampled_fisher": scored(method="taylor_2nd", hessian="sampled_fisher"),
     "gate_fisher, sampled_fisher": scored(hessian="sampled_fisher"),
 }
-SILENT = Recipe(scoring=scored(attention_weight=1.5), repair=replace(REPAIR, repair_noise=0))
+SILENT = Recipe(scoring=scored(attention_weight=1.5), repair=replace(REPAIR, noise=0))
 
 
 def plain(methods: Mapping[str, ScoringOptions]) -> dict[str, Recipe]:
@@ -123,8 +123,8 @@ def main() -> None:
             calibration=prunus.CalibrationOptions(str(text), options.samples, options.seq_len),
             evaluation=prunus.EvaluationOptions(
                 str(options.text),
-                eval_seq_len=options.eval_seq_len,
-                eval_windows=options.windows,
+                seq_len=options.eval_seq_len,
+                windows=options.windows,
                 tasks=(str(options.tasks),) if part.tasks else (),
                 items=options.items,
             ),

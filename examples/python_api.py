@@ -31,9 +31,9 @@ print(f"{len(plan.surviving_layers)} of {len(plan.layers)} layers left")
 
 # 4. Plan + model → a smaller model; 5. repair of what is left, in closed form, on text half written by the model.
 smaller = prunus.apply_plan(model, plan)
-repair = prunus.CompensationOptions()
+repair = prunus.RepairOptions()
 text = prunus.text_for_repair(model, fit, repair)
-prunus.compensate_(smaller, model, plan, list(text.batches(1)), repair)
+prunus.repair_(smaller, model, plan, list(text.batches(1)), repair)
 
 # 6. Measure.
 for name, candidate in (("dense", model), ("pruned", smaller)):

@@ -17,7 +17,7 @@ UNMEASURED = ["--set", "evaluation.held_out=0"]
 
 def plain_scoring(**options: Any) -> ScoringOptions:
     """First-order Taylor scores as they are, or those of another method."""
-    return ScoringOptions(**{"method": "taylor", "attention_weight": 1.0, "score_noise": 0.0, **options})
+    return ScoringOptions(**{"method": "taylor", "attention_weight": 1.0, "noise": 0.0, **options})
 
 
 def plain_recipe(

@@ -26,7 +26,7 @@ from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelO
 from prunus.pipeline.job import Job, OutputOptions
 from prunus.pipeline.prune import PruneResult, apply_checkpoint, prune, prune_checkpoint, prune_job
 from prunus.pipeline.recipe import Recipe
-from prunus.repair.compensation import CompensationOptions, compensate_
+from prunus.repair.block_repair import RepairOptions, repair_
 from prunus.scoring.score import Score, ScoringOptions, score
 from prunus.selection.latency_profile import LatencyProfile
 from prunus.selection.plan import Plan
@@ -39,7 +39,6 @@ __all__ = [
     "METHODS",
     "Calibration",
     "CalibrationOptions",
-    "CompensationOptions",
     "Constraints",
     "EvaluationOptions",
     "Geometry",
@@ -53,6 +52,7 @@ __all__ = [
     "PruneResult",
     "PrunusError",
     "Recipe",
+    "RepairOptions",
     "Score",
     "ScoringOptions",
     "TargetOptions",
@@ -62,7 +62,6 @@ __all__ = [
     "calibration_from_texts",
     "calibration_from_tokens",
     "compare",
-    "compensate_",
     "errors",
     "export_dense",
     "export_gguf",
@@ -75,6 +74,7 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "prune_job",
+    "repair_",
     "save_checkpoint",
     "score",
     "select",

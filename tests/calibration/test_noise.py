@@ -89,7 +89,7 @@ def test_scores_with_noise_are_those_of_noised_sequences(method):
     noised = torch.cat([batch.input_ids for batch in with_noise([Batch(part, None) for part in ids.split(2)], 0.4, 96)])
     assert 0 < int((noised != ids).sum()) < ids.numel() // 2
     expected = score(model, calibration_from_tokens(noised), options, batch_size=2, progress=False).table
-    both = [replace(options, score_noise=0.4), options]
+    both = [replace(options, noise=0.4), options]
     found, clean = score_together(model, calibration_from_tokens(ids), both, batch_size=2, progress=False)
     pd.testing.assert_frame_equal(found.table, expected)
     pd.testing.assert_frame_equal(
@@ -98,5 +98,5 @@ def test_scores_with_noise_are_those_of_noised_sequences(method):
 
 
 def test_a_share_that_is_none():
-    with pytest.raises(OptionError, match=r"score_noise is -0\.1"):
-        plain_scoring(score_noise=-0.1)
+    with pytest.raises(OptionError, match=r"noise is -0\.1"):
+        plain_scoring(noise=-0.1)

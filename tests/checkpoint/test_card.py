@@ -91,8 +91,8 @@ def result(dataset: str, metric_name: str, value: float, protocol: str, metric: 
 
 def test_only_changed_weights_make_a_finetune():
     assert "base_model_relation" not in ModelCard(card()).data.to_dict()
-    assert ModelCard(card(retrained=True)).data.to_dict()["base_model_relation"] == "finetune"
-    assert "base_model_relation" not in ModelCard(card(retrained=True, on_hub=False)).data.to_dict()
+    assert ModelCard(card(repaired=True)).data.to_dict()["base_model_relation"] == "finetune"
+    assert "base_model_relation" not in ModelCard(card(repaired=True, on_hub=False)).data.to_dict()
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

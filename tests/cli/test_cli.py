@@ -77,7 +77,7 @@ def test_prune_as_a_python_call_gives_the_same_model(capsys, tmp_path, folder, t
         assert all(torch.equal(saved[key], state[key]) for key in saved)
 
 
-def test_compensation_changes_weights_but_not_the_plan(capsys, tmp_path, folder, text):
+def test_repair_changes_weights_but_not_the_plan(capsys, tmp_path, folder, text):
     options = [
         "--ratio",
         "0.3",
@@ -126,7 +126,7 @@ def test_inspect_counts_and_shows_what_was_removed(capsys, tmp_path, folder, tex
 def test_compare_writes_a_table_and_plans(capsys, tmp_path, folder, text):
     out = tmp_path / "comparison"
     words = ["compare", folder, "--recipes", "original", "--methods", "taylor,wanda,random", "--ratios", "0.1,0.3"]
-    measured = ["--eval-text", text, "--set", "evaluation.eval_seq_len=32", "--set", "evaluation.eval_windows=2"]
+    measured = ["--eval-text", text, "--set", "evaluation.seq_len=32", "--set", "evaluation.windows=2"]
     run(capsys, *words, "--seeds", "0,3", "--out", out, "--calibration", text, *SIZES, *measured)
     rows = pd.read_csv(out / "comparison.csv")
     each = ["dense", "taylor", "taylor", "wanda", "wanda", "random", "random"]

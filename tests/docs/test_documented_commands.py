@@ -283,8 +283,11 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / TASKS).mkdir()
     for task, item in tasks.items():
         (place / TASKS / f"{task}_test.jsonl").write_text(json.dumps(item) + "\n")
-    words = ["prune", str(place / "dense"), "--out", str(place / "pruned"), "--method", "magnitude", "--rounds", "1"]
-    assert main([*words, "--normalize", "layer_sum", "--no-compensate", "--held-out", "0"]) == 0
+    words = ["prune", str(place / "dense"), "--out", str(place / "pruned"), "--method", "magnitude"]
+    assert (
+        main([*words, "--recipe", "original", "--set", "scoring.normalize=layer_sum", "--set", "evaluation.held_out=0"])
+        == 0
+    )
     return place
 
 

@@ -13,12 +13,12 @@ from prunus.pipeline import compare as comparison
 from prunus.pipeline.compare import compare, cuts_at_once
 from prunus.pipeline.inputs import Inputs
 from prunus.pipeline.job import Job
-from prunus.repair.compensation import CompensationOptions
+from prunus.repair.block_repair import RepairOptions
 from prunus.selection.plan import Plan
 from prunus.sweep.estimate import bytes_of_a_cut
 
 RATIOS = [0.1, 0.3, 0.30001]
-REPAIR = CompensationOptions()
+REPAIR = RepairOptions()
 ONCE = {
     f"{method}{', repaired' if repair else ''}": plain_recipe(
         plain_scoring(method=method, normalize="layer_sum"), repair=repair
@@ -66,7 +66,7 @@ def check_against_prune(paths, frame, recipes, out):
 
 @pytest.mark.parametrize("engine_free", [10**12, 0], ids=["all at once", "one at a time"])
 def test_rows_are_those_of_prune_and_equal_plans_are_made_once(paths, tmp_path, monkeypatch, engine_free):
-    whole, measure, together, measured = comparison.compensate_together_, Inputs.measure, [], []
+    whole, measure, together, measured = comparison.repair_together_, Inputs.measure, [], []
 
     def spied(cuts, *args, **options):
         together.append(len(cuts))
@@ -76,7 +76,7 @@ def test_rows_are_those_of_prune_and_equal_plans_are_made_once(paths, tmp_path, 
         measured.append(model)
         return measure(self, model, **options)
 
-    monkeypatch.setattr(comparison, "compensate_together_", spied)
+    monkeypatch.setattr(comparison, "repair_together_", spied)
     monkeypatch.setattr(comparison, "free_memory", lambda device, limit: engine_free)
     monkeypatch.setattr(Inputs, "measure", counted)
     frame = run(paths, tmp_path / "out", ONCE)
@@ -93,7 +93,7 @@ def test_recipes_of_several_rounds_repairs_and_seeds(paths, tmp_path):
         "default": prunus.Recipe(),
         "rounds": plain_recipe(rounds=2),
         "own text": plain_recipe(repair=REPAIR),
-        "given text": plain_recipe(repair=CompensationOptions(self_text=0)),
+        "given text": plain_recipe(repair=RepairOptions(self_text=0)),
         "uniform": prunus.Recipe(selection=prunus.Constraints(shape="uniform")),
     }
     frame = run(paths, tmp_path / "out", recipes, seeds=[0, 5])

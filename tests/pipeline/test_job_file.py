@@ -21,7 +21,7 @@ from prunus.pipeline.job import Job, OutputOptions
 from prunus.pipeline.job_file import PRESETS, job_keys, job_text, read_job
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.recipe_page import recipe_page
-from prunus.repair.compensation import CompensationOptions
+from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.adaptive import AdaptiveOptions
 from prunus.scoring.score import ScoringOptions
 from prunus.selection.constraints import Constraints
@@ -42,7 +42,7 @@ recipes = st.builds(
         ),
         adaptive=st.builds(AdaptiveOptions, st.lists(st.sampled_from(METHODS), min_size=1, unique=True).map(tuple)),
         attention_weight=st.floats(1e-9, 1e9),
-        score_noise=share,
+        noise=share,
         random_seed=st.none() | st.integers(0, 2**31),
     ),
     selection=st.builds(
@@ -56,10 +56,10 @@ recipes = st.builds(
     target=st.builds(TargetOptions, st.sampled_from(["params", "flops", "kv_cache"]), st.integers(1, 10**6)),
     repair=st.none()
     | st.builds(
-        CompensationOptions,
+        RepairOptions,
         damping=st.floats(1e-12, 1e3),
         residual=share,
-        repair_noise=share,
+        noise=share,
         self_text=share,
         fit_logits=st.booleans(),
     ),
@@ -89,7 +89,7 @@ def test_a_job_is_the_same_after_a_file(job, tmp_path_factory):
 def test_set_changes_one_key_and_nothing_else(job, data, tmp_path_factory):
     path = tmp_path_factory.mktemp("jobs") / "job.yaml"
     path.write_text(job_text(job), encoding="utf-8")
-    changes = {"rounds": 7, "scoring.score_noise": 0.125, "run.device": "cuda:3", "evaluation.held_out": 5}
+    changes = {"rounds": 7, "scoring.noise": 0.125, "run.device": "cuda:3", "evaluation.held_out": 5}
     key = data.draw(st.sampled_from(sorted(changes)))
     found = yaml.safe_load(job_text(read_job(str(path), [f"{key}={changes[key]}"], {})))
     expected = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -125,7 +125,7 @@ def test_repair_can_be_left_out_and_brought_back(tmp_path):
     assert read_job(None, ["repair=null"], {}).recipe == dataclasses.replace(Recipe(), repair=None)
     assert read_job(None, ["repair=none"], {}).recipe.repair is None
     brought_back = read_job("original", ["repair.damping=0.5"], {}).recipe.repair
-    assert brought_back == CompensationOptions(damping=0.5)
+    assert brought_back == RepairOptions(damping=0.5)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_every_field_of_every_option_class_is_a_key_with_a_meaning():
         "scoring.": ScoringOptions,
         "selection.": Constraints,
         "target.": TargetOptions,
-        "repair.": CompensationOptions,
+        "repair.": RepairOptions,
         "calibration.": CalibrationOptions,
         "evaluation.": EvaluationOptions,
         "run.": ModelOptions,

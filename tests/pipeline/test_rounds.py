@@ -17,7 +17,7 @@ from prunus.errors import OptionError, PlanError
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.pipeline.rounds import carry_over, schedule
-from prunus.repair.compensation import CompensationOptions
+from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.score import score
 from prunus.selection.plan import Plan
 from prunus.selection.select import Constraints, reachable_parameters, select
@@ -109,14 +109,14 @@ def test_rounds_without_repair_are_cuts_one_after_another(case):
 def test_only_the_last_repair_is_made_on_all_sequences():
     """By hand, with the sequences that each step is to take."""
     model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(8, 12))
-    options, repair = plain_scoring(method="gate_fisher"), CompensationOptions()
+    options, repair = plain_scoring(method="gate_fisher"), RepairOptions()
     result = prunus.prune(model, 0.3, calibration, plain_recipe(options, repair=repair, rounds=2), progress=False)
     geometry = Geometry.of(model)
     first = select(score(model, calibration, options, progress=False).table, geometry, 0.15)
     halfway, text = apply_plan(model, first), text_for_repair(model, calibration, repair, progress=False)
-    prunus.compensate_(halfway, model, first, list(text.split(6)[0].batches(1)), repair, progress=False)
+    prunus.repair_(halfway, model, first, list(text.split(6)[0].batches(1)), repair, progress=False)
     later = apply_plan(halfway, result.plan.after(first, Geometry.of(halfway)))
-    prunus.compensate_(later, model, result.plan, list(text.batches(1)), repair, progress=False)
+    prunus.repair_(later, model, result.plan, list(text.batches(1)), repair, progress=False)
     for name, tensor in later.state_dict().items():
         torch.testing.assert_close(result.model.state_dict()[name], tensor)
 
@@ -135,7 +135,7 @@ def test_repair_between_rounds_reaches_the_next_scores():
     options = plain_scoring(method="gate_fisher")
     plain = prunus.prune(model, 0.3, calibration, plain_recipe(options, rounds=2), progress=False)
     repaired = prunus.prune(
-        model, 0.3, calibration, plain_recipe(options, rounds=2, repair=CompensationOptions()), progress=False
+        model, 0.3, calibration, plain_recipe(options, rounds=2, repair=RepairOptions()), progress=False
     )
     importances = [
         result.score.table.set_index(["layer_idx", "group_type", "group_idx"])["importance"]

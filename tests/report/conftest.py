@@ -52,7 +52,7 @@ def comparison(tmp_path_factory, sources) -> Path:
     job = Job(
         str(dense),
         calibration=CalibrationOptions(str(text), samples=4, seq_len=24),
-        evaluation=EvaluationOptions(str(text), eval_seq_len=32, eval_windows=2),
+        evaluation=EvaluationOptions(str(text), seq_len=32, windows=2),
     )
     recipes = {
         method: plain_recipe(plain_scoring(method=method, normalize="layer_sum")) for method in ("magnitude", "random")

@@ -181,9 +181,9 @@ def test_depth_for_the_cache_takes_mlps_along(table, geometry):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "speed"}, "target 'speed' is unknown; choose one of params, flops, kv_cache, latency"),
-        ({"target": "latency"}, "target latency needs measured times: make them with `prunus profile"),
-        ({"target": "flops", "context": 0}, "context is 0"),
+        ({"name": "speed"}, "target 'speed' is unknown; choose one of params, flops, kv_cache, latency"),
+        ({"name": "latency"}, "target latency needs measured times: make them with `prunus profile"),
+        ({"name": "flops", "context": 0}, "context is 0"),
         ({"phase": "warm-up"}, "phase 'warm-up' is unknown"),
     ],
 )
@@ -322,7 +322,7 @@ def test_compare_for_flops(capsys, tmp_path, folder, text):
         "--recipes",
         "original",
         "--set",
-        "target.target=flops",
+        "target.name=flops",
         "--set",
         "target.context=64",
         "--calibration",

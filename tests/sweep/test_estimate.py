@@ -60,7 +60,7 @@ def test_repair_by_hand(tmp_path):
     layer = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 20 + 2 * 48
     outside = 2 * 96 * 48 + 48
     kept = 2 * 10 * (4 * (12 * 48 + 4 * 48 + 4 * 24 + 6 * 20) + 24 * 48)
-    work = Workload(frozenset(), 6, 10, 2, compensate=True)
+    work = Workload(frozenset(), 6, 10, 2, repairs=True)
     found = estimate(model, torch.float32, work, CPU)
     solving, waiting = 40 * 20 * 20 + 24 * 20 * 48, 60 * 4 * (2 * 48 + 48)
     assert found.resident == int((2 * (outside + 4 * layer) * 4 + kept + solving + waiting) * 1.1)

@@ -20,7 +20,7 @@ from prunus.importance.registry import MethodOptions, statistics_for
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
-from prunus.repair.compensation import compensate_
+from prunus.repair.block_repair import repair_
 from prunus.selection.plan import Plan
 from prunus.statistics import ActivationStatistics, GateGradients, WeightGradients
 from prunus.surgery import apply_plan
@@ -79,7 +79,7 @@ def test_scored_cut_repaired_measured_and_saved_as_in_memory(case, tmp_path):
             statistics = sweep(dense, data, wanted, engine="streamed", progress=False) if wanted else None
             found[name, method.name] = score_groups(dense, get_method(method.name), statistics)
         smaller = apply_plan(dense, plan)
-        found[name, "repairs"] = compensate_(smaller, dense, plan, data, progress=False)
+        found[name, "repairs"] = repair_(smaller, dense, plan, data, progress=False)
         found[name, "logits"] = logits(smaller, random_tokens())
         found[name, "nll"] = perplexity_of_windows(smaller, random_tokens(), progress=False).nll
         # Limits so small that layers are parted over several files.

@@ -22,7 +22,7 @@ from prunus.checkpoint import open_model
 from prunus.errors import StatisticsError
 from prunus.files.records import Records
 from prunus.model.geometry import Geometry
-from prunus.repair.compensation import CompensationOptions, compensate_
+from prunus.repair.block_repair import RepairOptions, repair_
 from prunus.repair.least_squares import solve_ridge
 from prunus.statistics import ActivationStatistics, GateGradients, WeightGradients
 from prunus.surgery import apply_plan
@@ -124,7 +124,7 @@ def test_one_changed_weight_is_another_model(model, tmp_path):
 
 
 @pytest.mark.parametrize("opened", [False, True], ids=["in memory", "opened"])
-def test_compensation_goes_on_after_the_last_repaired_layer(model, opened, tmp_path, monkeypatch):
+def test_repair_goes_on_after_the_last_repaired_layer(model, opened, tmp_path, monkeypatch):
     folder = save(model, tmp_path / "model")
     plan = cut(Geometry.of(model))
     data = [Batch(ids, None) for ids in random_tokens(batch=8, seq_len=16).split(4)]
@@ -132,7 +132,7 @@ def test_compensation_goes_on_after_the_last_repaired_layer(model, opened, tmp_p
     def repaired(work=None, options=None):
         dense = open_model(folder)[0] if opened else model
         smaller = apply_plan(dense, plan)
-        repairs = compensate_(smaller, dense, plan, data, options, work=work, progress=False)
+        repairs = repair_(smaller, dense, plan, data, options, work=work, progress=False)
         return repairs, {name: t for name, t in _state(smaller).items() if name.endswith("_proj.weight")}
 
     repairs, weights = repaired()
@@ -147,7 +147,7 @@ def test_compensation_goes_on_after_the_last_repaired_layer(model, opened, tmp_p
             raise Killed
         return whole(*args)
 
-    monkeypatch.setattr("prunus.repair.compensation.solve_ridge", spied)
+    monkeypatch.setattr("prunus.repair.block_repair.solve_ridge", spied)
     with pytest.raises(Killed):
         repaired(tmp_path / "work")
     again, same = repaired(tmp_path / "work")
@@ -157,8 +157,8 @@ def test_compensation_goes_on_after_the_last_repaired_layer(model, opened, tmp_p
     assert not (tmp_path / "work" / "waiting").exists()
     # Layer 0 has one block, layer 1 none, layer 2 two: three were solved, and a fourth begun.
     assert len(solved) == 4 + len(repairs) - 3
-    with pytest.raises(StatisticsError, match="compensation"):
-        repaired(tmp_path / "work", CompensationOptions(damping=0.5))
+    with pytest.raises(StatisticsError, match="repair"):
+        repaired(tmp_path / "work", RepairOptions(damping=0.5))
 
 
 def test_records_on_disk_are_not_held_in_memory_too(tmp_path):

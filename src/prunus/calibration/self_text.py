@@ -23,7 +23,7 @@ from prunus.calibration.sampled import sample_from_model
 from prunus.files.records import Records
 from prunus.model.digest import digest_model
 from prunus.model.layers import layers_of
-from prunus.repair.compensation import CompensationOptions
+from prunus.repair.block_repair import RepairOptions
 
 __all__ = ["text_for_repair"]
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def text_for_repair(
     model: Any,
     calibration: Calibration,
-    options: CompensationOptions,
+    options: RepairOptions,
     *,
     seed: int = 0,
     work: Path | None = None,

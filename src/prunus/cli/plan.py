@@ -42,7 +42,8 @@ def plan(
     """
     check_output_file(out, "plan", overwrite)
     result = Score.load(table)
-    base = Job("", recipe=Recipe(target=result.target))
+    # Another target has a context and a phase of its own.
+    base = Job("", recipe=Recipe(target=result.target) if recipe.target is None else Recipe())
     chosen_recipe = read_job(recipe.recipe, recipe.set, given(recipe), base=base).recipe
     costs = chosen_recipe.target.costs(result.geometry)
     if normalize is not None:

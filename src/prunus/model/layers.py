@@ -1,6 +1,6 @@
 """The decoder layers of a model one at a time, whether their weights are in memory or on disk.
 
-Whatever walks over the layers (sweep, scoring, compensation, evaluation, saving) asks for them here:
+Whatever walks over the layers (sweep, scoring, repair, evaluation, saving) asks for them here:
 
     layers = layers_of(model)
     with layers.hold(0, then=1) as layer:   # weights are there now; those of layer 1 are being read

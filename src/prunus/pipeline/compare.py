@@ -20,7 +20,7 @@ from prunus.pipeline.inputs import Inputs, model_name, open_inputs
 from prunus.pipeline.job import Job
 from prunus.pipeline.prune import Passes, Prepared, cut, repair_text
 from prunus.pipeline.recipe import Recipe
-from prunus.repair.compensation import Cut, compensate_together_
+from prunus.repair.block_repair import Cut, repair_together_
 from prunus.report import write_report
 from prunus.results.comparison import DENSE, plan_name
 from prunus.scoring.score import Score, score_together
@@ -73,7 +73,7 @@ def compare(
     """
     if not recipes or not ratios or DENSE in recipes:
         raise OptionError(f"compare needs at least one recipe and one ratio, and no recipe can be called {DENSE}")
-    if job.evaluation.eval_text is None and job.evaluation.held_out == 0:
+    if job.evaluation.text is None and job.evaluation.held_out == 0:
         raise OptionError("compare measures perplexity: give an evaluation text, or hold out calibration sequences")
     seeds = list(dict.fromkeys(seeds or [job.calibration.seed]))
     job = replace(job, calibration=replace(job.calibration, seed=seeds[0]))
@@ -210,7 +210,7 @@ def _cut_together(
         if repair is not None and text is not None:
             batches = list(text.batches(job.run.batch_size))
             with metered(dense.device) as shared:
-                repaired = compensate_together_(cuts, dense, batches, repair, progress=record.progress)
+                repaired = repair_together_(cuts, dense, batches, repair, progress=record.progress)
             for done, cost, found in zip(cuts, costs, repaired, strict=True):
                 add(done, cost.seconds + found.seconds, shared.peak_bytes)
 

@@ -90,7 +90,7 @@ class CalibrationOptions:
     """The text that importance is measured on.
 
     Attributes:
-        calibration: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for
+        source: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for
             the text that ships with Python; `self` for text that the model writes.
         samples: number of sequences.
         seq_len: tokens per sequence.
@@ -100,7 +100,7 @@ class CalibrationOptions:
             with it.
     """
 
-    calibration: str = "default"
+    source: str = "default"
     samples: int = 128
     seq_len: int = 512
     seed: int = 0
@@ -119,21 +119,21 @@ class EvaluationOptions:
     """How the models before and after are compared.
 
     Attributes:
-        eval_text: a text file to measure perplexity on, before and after; without it, calibration sequences that were
+        text: a text file to measure perplexity on, before and after; without it, calibration sequences that were
             held out.
-        eval_seq_len: tokens per window of the text.
-        eval_windows: only the first so many windows of the text.
-        eval_begin_token: where the tokenizer puts a token before every text, begin each window with it. GPTQ and the
+        seq_len: tokens per window of the text.
+        windows: only the first so many windows of the text.
+        begin_token: where the tokenizer puts a token before every text, begin each window with it. GPTQ and the
             tools after it do not.
         held_out: number of held-out calibration sequences, where no text is given; 0 = measure nothing.
         tasks: files or folders of zero-shot tasks, measured by `prunus compare`.
         items: only the first so many items of each task.
     """
 
-    eval_text: str | None = None
-    eval_seq_len: int = 2048
-    eval_windows: int | None = None
-    eval_begin_token: bool = True
+    text: str | None = None
+    seq_len: int = 2048
+    windows: int | None = None
+    begin_token: bool = True
     held_out: int = 16
     tasks: tuple[str, ...] = ()
     items: int | None = None
@@ -148,7 +148,7 @@ class EvaluationOptions:
         """At most how many tokens perplexity is measured on: those of a text, else of held-out sequences."""
         if text is None:
             return self.held_out * seq_len
-        return len(text) if self.eval_windows is None else self.eval_windows * self.eval_seq_len
+        return len(text) if self.windows is None else self.windows * self.seq_len
 
 
 def draw_calibration(
@@ -166,7 +166,7 @@ def draw_calibration(
         return None, None
     load = partial(
         load_calibration,
-        options.calibration,
+        options.source,
         tokenizer,
         seq_len=options.seq_len,
         seed=options.seed,
@@ -187,7 +187,7 @@ def draw_calibration(
         logger.warning(
             "%s has no %d sequences beyond the %d to calibrate on, so perplexity is not measured; give an evaluation "
             "text, or fewer held-out sequences",
-            options.calibration,
+            options.source,
             held_out,
             samples,
         )
@@ -283,9 +283,9 @@ class Inputs:
                 model,
                 self.tokenizer,
                 self.text,
-                seq_len=self.evaluation.eval_seq_len,
-                max_windows=self.evaluation.eval_windows,
-                begin_token=self.evaluation.eval_begin_token,
+                seq_len=self.evaluation.seq_len,
+                max_windows=self.evaluation.windows,
+                begin_token=self.evaluation.begin_token,
                 progress=progress,
             )
         if self.held_out is not None:
@@ -350,14 +350,14 @@ def open_inputs(
     for recipe, ratio in product(recipes, ratios):
         recipe.check(ratio, sequences=calibration.samples if calibrate else None)
     check_output(out, overwrite, job.model)
-    text = read_text(evaluation.eval_text) if evaluation.eval_text else None
+    text = read_text(evaluation.text) if evaluation.text else None
     tasks = load_tasks(evaluation.tasks) if evaluation.tasks else ()
     workload = Workload(
         frozenset[str]().union(*(recipe.scoring.needs for recipe in recipes)),
         sequences=calibration.samples if calibrate else 0,
         seq_len=calibration.seq_len,
         batch_size=job.run.batch_size,
-        compensate=any(recipe.repair is not None for recipe in recipes),
+        repairs=any(recipe.repair is not None for recipe in recipes),
         writes_text=any(recipe.writes_text for recipe in recipes),
         evaluation_tokens=evaluation.tokens(text, calibration.seq_len),
         inputs_on_disk=work is not None,
@@ -368,7 +368,7 @@ def open_inputs(
         check_reachable(geometry, ratio, recipe.selection, recipe.target.costs(geometry))
     if save_model:
         # How many parameters another target leaves is not known before groups are ranked.
-        in_parameters = all(recipe.target.target == "params" for recipe in recipes)
+        in_parameters = all(recipe.target.name == "params" for recipe in recipes)
         check_disk(out, int(model_bytes(dense) * (1 - min(ratios) if in_parameters else 1)))
     sequences, held_out = draw_calibration(
         dense,
@@ -378,9 +378,9 @@ def open_inputs(
         needed=calibrate,
         progress=progress,
     )
-    name = f"held-out calibration sequences ({Path(calibration.calibration).name})"
-    if evaluation.eval_text:
-        name = Path(evaluation.eval_text).name
+    name = f"held-out calibration sequences ({Path(calibration.source).name})"
+    if evaluation.text:
+        name = Path(evaluation.text).name
     return Inputs(job.model, dense, tokenizer, engine, geometry, sequences, held_out, text, name, evaluation, tasks)
 
 

@@ -30,7 +30,7 @@ from prunus.pipeline.job_file import job_text
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.rounds import carry_over
 from prunus.pipeline.work_folder import SELF_TEXT, WorkFolder, of_round
-from prunus.repair.compensation import Repair, compensate_
+from prunus.repair.block_repair import Repair, repair_
 from prunus.report import write_report
 from prunus.results.result_folder import save_result
 from prunus.scoring.score import Score, ScoringOptions, score, seed_of
@@ -199,8 +199,8 @@ def cut(
         sequences = _first(text, step.repaired_on)
         if recipe.repair is not None and sequences is not None:
             batches = list(sequences.batches(passes.batch_size))
-            resumed = _part(folder, "compensation")
-            repairs = compensate_(pruned, model, plan, batches, recipe.repair, work=resumed, progress=passes.progress)
+            resumed = _part(folder, "repair")
+            repairs = repair_(pruned, model, plan, batches, recipe.repair, work=resumed, progress=passes.progress)
         plan_so_far = plan
     findings: dict[str, Any] = {"rounds": len(steps)}
     if text is not None:
@@ -299,7 +299,7 @@ def prune_job(
         "perplexity_text": inputs.text_name if after else None,
         "perplexity_protocol": after.protocol if after else None,
         "plan": result.plan.fingerprint,
-        "compensation": asdict(job.recipe.repair) if job.recipe.repair else None,
+        "repair": asdict(job.recipe.repair) if job.recipe.repair else None,
         "seconds_to_prune": round(cost.seconds, 1),
         "peak_bytes": cost.peak_bytes,
         **{key: value for key, value in result.score.about.items() if key not in ("seconds", "peak_bytes")},

@@ -8,7 +8,7 @@ from typing import Self
 
 from prunus.errors import CalibrationError
 from prunus.pipeline.rounds import Round, schedule
-from prunus.repair.compensation import CompensationOptions
+from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.adaptive import check_enough
 from prunus.scoring.score import ScoringOptions
 from prunus.selection.select import Constraints, check_ratio
@@ -34,7 +34,7 @@ class Recipe:
     scoring: ScoringOptions = field(default_factory=ScoringOptions)
     selection: Constraints = field(default_factory=Constraints)
     target: TargetOptions = field(default_factory=TargetOptions)
-    repair: CompensationOptions | None = field(default_factory=CompensationOptions)
+    repair: RepairOptions | None = field(default_factory=RepairOptions)
 
     def __post_init__(self) -> None:
         schedule(0.0, self.rounds)
@@ -42,12 +42,12 @@ class Recipe:
     @classmethod
     def original(cls, method: str = "taylor") -> Self:
         """Plain slicing in one step by the scores of a method as they are, as the original scripts do it."""
-        return cls(1, ScoringOptions(method=method, attention_weight=1.0, score_noise=0.0), repair=None)
+        return cls(1, ScoringOptions(method=method, attention_weight=1.0, noise=0.0), repair=None)
 
     @classmethod
     def fast(cls) -> Self:
         """The default recipe in one step, repaired on the given text alone: about half of the time."""
-        return cls(1, repair=CompensationOptions(self_text=0.0))
+        return cls(1, repair=RepairOptions(self_text=0.0))
 
     @property
     def needs_calibration(self) -> bool:

@@ -113,14 +113,14 @@ class CardFacts:
         num_key_value_groups: query heads per key/value head.
         model_type: of this model's config.
         ragged: whether it needs the modelling files that lie beside the weights.
-        retrained: whether weights that stayed were changed, too.
+        repaired: whether weights that stayed were changed, too.
         command: what was typed to make it.
         version: of prunus.
         on_hub: whether `base_model` is a Hub id.
         license: license fields of the base model's card (`license`, `license_name`, `license_link`).
         calibration: None for a method that needs no text.
         measured: figures before and after.
-        details: more settings, shown as they are (normalisation, compensation, frozen layers, …).
+        details: more settings, shown as they are (normalisation, repair, layer range, …).
         original: the model that was never cut; None if that is the base model.
         quantity: what `ratio` is a share of.
     """
@@ -138,7 +138,7 @@ class CardFacts:
     ragged: bool
     command: str
     version: str
-    retrained: bool = False
+    repaired: bool = False
     on_hub: bool = False
     license: Mapping[str, str] = field(default_factory=dict)
     calibration: CalibrationFacts | None = None
@@ -238,7 +238,7 @@ def _is_same_figure(old: EvalResult, new: EvalResult) -> bool:
 def _front_matter(facts: CardFacts) -> str:
     base, on_hub = (facts.original.model, facts.original.on_hub) if facts.original else (facts.base_model, facts.on_hub)
     fields: dict[str, Any] = {"base_model": base} if on_hub else {}
-    if on_hub and facts.retrained:
+    if on_hub and facts.repaired:
         # The Hub knows adapter, merge, quantized and finetune. Weights that were only cut are none of them.
         fields["base_model_relation"] = "finetune"
     if results := _results(facts.measured):
@@ -327,7 +327,7 @@ def _making(facts: CardFacts) -> str:
     return (
         f"{table}\n\nThe command was\n\n{_block(facts.command, 'sh')}\n\n"
         "and the folder `prunus/` holds the plan and the scores: `prunus apply BASE prunus/plan.json --out DIR` cuts "
-        "the base model again without measuring anything; a compensation of the remaining weights is not part of a "
+        "the base model again without measuring anything; the repair of the remaining weights is not part of a "
         f"plan.{composed}"
     )
 

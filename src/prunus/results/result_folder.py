@@ -272,6 +272,11 @@ def speed_notes(speed: Mapping[str, Any] | None) -> list[str]:
     return [f"{where}{figures}."]
 
 
+def _repair(metrics: Mapping[str, Any]) -> Any:
+    """The options of the repair, if there was one; results of prunus 0.1 call it compensation."""
+    return metrics.get("repair", metrics.get("compensation"))
+
+
 def _card_facts(
     smaller: Any, name: str, plan: Plan, origin: Lineage | None, metrics: Mapping[str, Any], source: str
 ) -> CardFacts:
@@ -294,7 +299,7 @@ def _card_facts(
         ragged=is_ragged(config),
         command=metrics["command"],
         version=__version__,
-        retrained=bool(metrics.get("compensation")),
+        repaired=bool(_repair(metrics)),
         # The packaged model is a conversion of a Hub model, and has no page of its own.
         on_hub="/" in metrics["base_model"] and not Path(source).expanduser().is_dir(),
         license=license_of(locate(source)),
@@ -302,6 +307,6 @@ def _card_facts(
         measured=measured_facts(metrics, {}),
         details={
             **{name: str(value) for name, value in metrics.get("scoring", {}).items() if name != "method"},
-            "compensation": str(metrics.get("compensation") or "none"),
+            "repair": str(_repair(metrics) or "none"),
         },
     )

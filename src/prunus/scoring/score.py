@@ -53,8 +53,8 @@ class ScoringOptions(MethodOptions):
         adaptive: what the adaptive method chooses from.
         normalize: how importances of different layers are made comparable.
         attention_weight: factor on the scores of attention groups. Repair makes up for lost channels better than for
-            lost attention, so that above 1 goes with compensation.
-        score_noise: share of the tokens that are replaced by random ones in half of the sequences, so that scores hold
+            lost attention, so that a factor above 1 goes with a repair.
+        noise: share of the tokens that are replaced by random ones in half of the sequences, so that scores hold
             for other text as well, see `prunus.calibration.noise`.
         hessian: estimate of the Hessian's diagonal in taylor_2nd (and gate_fisher): mean_loss, empirical_fisher or
             sampled_fisher, see `prunus.MethodOptions`.
@@ -68,7 +68,7 @@ class ScoringOptions(MethodOptions):
     hybrid: Weights = DEFAULT_MIX
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     attention_weight: float = 1.5
-    score_noise: float = 0.3
+    noise: float = 0.3
     random_seed: int | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class ScoringOptions(MethodOptions):
             raise OptionError(f"normalization {self.normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
         if not 0 < self.attention_weight < float("inf"):
             raise OptionError(f"attention weight is {self.attention_weight}; it must be positive and finite")
-        check_noise("score_noise", self.score_noise)
+        check_noise("noise", self.noise)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -315,7 +315,7 @@ def _pass(options: ScoringOptions) -> tuple[Any, ...]:
     kind = "backward" if options.takes_gradients else "forward" if options.needs else "none"
     # The adaptive method keeps some sequences for its probes, so that its statistics are of others.
     kind = "adaptive" if options.method == "adaptive" else kind
-    shared = options.hessian, options.activation, options.random_seed, options.score_noise
+    shared = options.hessian, options.activation, options.random_seed, options.noise
     return kind, *shared
 
 
@@ -393,7 +393,7 @@ def take_statistics(
         model,
         with_noise(
             list(calibration.batches(batch_size)),
-            options.score_noise,
+            options.noise,
             model.config.get_text_config().vocab_size,
         ),
         wanted,

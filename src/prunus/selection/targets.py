@@ -31,7 +31,7 @@ class TargetOptions:
     """What the ratio is a share of.
 
     Attributes:
-        target: params; flops, those of one token's forward pass, head included; kv_cache, bytes of keys and values;
+        name: params; flops, those of one token's forward pass, head included; kv_cache, bytes of keys and values;
             latency, time by the table in `profile`. Importance is divided by what a group takes of it, and groups that
             take nothing stay.
         context: tokens in the context, for flops and kv_cache.
@@ -39,30 +39,30 @@ class TargetOptions:
         phase: the time that counts for latency: prefill, of the prompt, or decode, of each token after it.
     """
 
-    target: TargetName = "params"
+    name: TargetName = "params"
     context: int = 2048
     profile: LatencyProfile | None = None
     phase: Phase = "decode"
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise OptionError(f"target {self.target!r} is unknown; choose one of {', '.join(TARGETS)}")
+        if self.name not in TARGETS:
+            raise OptionError(f"target {self.name!r} is unknown; choose one of {', '.join(TARGETS)}")
         if self.phase not in PHASES:
             raise OptionError(f"phase {self.phase!r} is unknown; choose one of {', '.join(PHASES)}")
         if not 1 <= self.context <= MOST_TOKENS:
             raise OptionError(f"context is {self.context}; it is a number of tokens, from 1 to {MOST_TOKENS:,}")
-        if self.target == "latency" and self.profile is None:
+        if self.name == "latency" and self.profile is None:
             raise OptionError(
                 "target latency needs measured times: make them with `prunus profile MODEL --out profile.json`, and "
                 "give --profile profile.json"
             )
-        if self.target != "latency" and self.profile is not None:
-            raise OptionError(f"a profile of measured times goes with target latency, not with target {self.target}")
+        if self.name != "latency" and self.profile is not None:
+            raise OptionError(f"a profile of measured times goes with target latency, not with target {self.name}")
 
     @property
     def quantity(self) -> str:
         """The name of the quantity, for messages that come before there is a model."""
-        return _QUANTITIES[self.target]
+        return _QUANTITIES[self.name]
 
     def costs(self, geometry: Geometry) -> Costs:
         """What the parts of a model take of the quantity.
@@ -72,13 +72,13 @@ class TargetOptions:
         """
         if self.profile is not None:
             return self.profile.costs(geometry, self.phase)
-        costs: Callable[[Geometry, int], Costs] = flop_costs if self.target == "flops" else kv_cache_costs
-        return parameter_costs(geometry) if self.target == "params" else costs(geometry, self.context)
+        costs: Callable[[Geometry, int], Costs] = flop_costs if self.name == "flops" else kv_cache_costs
+        return parameter_costs(geometry) if self.name == "params" else costs(geometry, self.context)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON: those that the target reads."""
-        values: dict[str, Any] = {"target": self.target}
-        if self.target in ("flops", "kv_cache"):
+        values: dict[str, Any] = {"target": self.name}
+        if self.name in ("flops", "kv_cache"):
             values["context"] = self.context
         if self.profile is not None:
             values |= {"phase": self.phase, "profile": self.profile.to_dict()}
@@ -92,7 +92,8 @@ class TargetOptions:
             PlanError: fields are missing or malformed.
         """
         try:
-            fields = {name: values[name] for name in ("target", "context", "phase") if name in values}
+            fields = {name: values[name] for name in ("context", "phase") if name in values}
+            fields |= {"name": values["target"]} if "target" in values else {}
             profile = values.get("profile")
             return cls(**fields, profile=LatencyProfile.from_dict(profile) if profile is not None else None)
         except (TypeError, ValueError, AttributeError) as error:

@@ -72,7 +72,7 @@ class Workload:
         sequences: calibration sequences.
         seq_len: tokens in each.
         batch_size: sequences per pass.
-        compensate: whether weights are repaired.
+        repairs: whether weights are repaired.
         writes_text: whether the model writes text for the repair, which it does where it is resident.
         evaluation_tokens: tokens that perplexity is measured on; 0 = it is not.
         inputs_on_disk: whether what enters the layers waits on disk in the streamed order.
@@ -82,7 +82,7 @@ class Workload:
     sequences: int = 0
     seq_len: int = 0
     batch_size: int = 1
-    compensate: bool = False
+    repairs: bool = False
     writes_text: bool = False
     evaluation_tokens: int = 0
     inputs_on_disk: bool = True
@@ -134,7 +134,7 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     resident = geometry.total_parameters * w + 4 * sum(sizes) * gradients + len(sizes) * activations * backward + passes
     streamed = weights + 4 * largest * gradients + passes
     streamed += 2 * tokens * hidden * w if workload.inputs_on_disk else (len(sizes) + 2) * whole
-    if workload.compensate:
+    if workload.repairs:
         repair = activations + 40 * channels**2 + 24 * channels * hidden
         waiting = 2 * whole + whole * query // hidden
         resident = max(resident, 2 * geometry.total_parameters * w + repair + waiting)
@@ -150,7 +150,7 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     process = 0
     if device.type == "cpu":
         groups = sum(widths[axis] for widths in geometry.widths for axis in AXES)
-        process = resident_set() + FIRST_USE + FIRST_SOLUTION * workload.compensate
+        process = resident_set() + FIRST_USE + FIRST_SOLUTION * workload.repairs
         process += GROUP_BYTES * groups if workload.needs else 0
     return Estimate(process + int(resident * SLACK), process + int(streamed * SLACK))
 

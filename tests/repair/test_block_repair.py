@@ -15,7 +15,7 @@ from prunus.calibration.noise import with_noise
 from prunus.errors import CalibrationError, OptionError
 from prunus.model.families import AXES, FAMILIES
 from prunus.model.geometry import Geometry
-from prunus.repair.compensation import CompensationOptions, Cut, compensate_, compensate_together_
+from prunus.repair.block_repair import Cut, RepairOptions, repair_, repair_together_
 from prunus.repair.least_squares import TokenSums, solve_ridge
 from prunus.repair.temperature import fit_temperature_
 from prunus.selection.plan import Plan
@@ -36,8 +36,8 @@ def test_the_temperature_is_fitted_to_the_repaired_model(case):
     model = make_model(*case)
     plan, batches = half(Geometry.of(model)), as_batches(random_tokens(batch=6, seq_len=16))
     fitted, expected = apply_plan(model, plan), apply_plan(model, plan)
-    compensate_(fitted, model, plan, batches, progress=False)
-    compensate_(expected, model, plan, batches, CompensationOptions(fit_logits=False), progress=False)
+    repair_(fitted, model, plan, batches, progress=False)
+    repair_(expected, model, plan, batches, RepairOptions(fit_logits=False), progress=False)
     fit_temperature_(expected, batches[::2])  # those without noise
     for name, tensor in fitted.state_dict().items():
         # The residual stream was added up block by block: in float32 that is the layer's own sum to rounding.
@@ -82,8 +82,8 @@ def test_every_block_gets_the_solution_that_a_walk_by_hand_finds(case, residual,
     plan, ids = half(geometry), random_tokens(batch=6, seq_len=16)
     pruned = apply_plan(model, plan)
     oracle = copy.deepcopy(pruned)
-    options = CompensationOptions(damping=1e-3, residual=residual, repair_noise=noise)
-    compensate_(pruned, model, plan, as_batches(ids), options, progress=False)
+    options = RepairOptions(damping=1e-3, residual=residual, noise=noise)
+    repair_(pruned, model, plan, as_batches(ids), options, progress=False)
     ids = torch.cat([batch.input_ids for batch in with_noise(as_batches(ids), noise, model.config.vocab_size)])
 
     def recorded(run, *paths):
@@ -141,8 +141,8 @@ def test_only_output_projections_change_and_the_output_comes_closer():
     ids, unseen = random_tokens(batch=32, seq_len=24), random_tokens(batch=8, seq_len=24, seed=9)
     pruned = apply_plan(model, plan)
     before = copy.deepcopy(pruned)
-    options = CompensationOptions(fit_logits=False)
-    repairs = compensate_(pruned, model, plan, as_batches(ids, 8), options, progress=False)
+    options = RepairOptions(fit_logits=False)
+    repairs = repair_(pruned, model, plan, as_batches(ids, 8), options, progress=False)
     changed = {
         name for name, weight in pruned.state_dict().items() if not torch.equal(weight, before.state_dict()[name])
     }
@@ -159,7 +159,7 @@ def test_a_plan_that_keeps_everything_needs_no_repair():
     plan = Plan.keep_all(Geometry.of(model))
     same = apply_plan(model, plan)
     ids = random_tokens(batch=4)
-    compensate_(same, model, plan, as_batches(ids), progress=False)
+    repair_(same, model, plan, as_batches(ids), progress=False)
     torch.testing.assert_close(logits(same, ids), logits(model, ids), rtol=1e-3, atol=1e-3)
 
 
@@ -174,7 +174,7 @@ def test_removed_blocks_and_layers_are_stepped_over():
     ]
     plan = Plan.from_kept(geometry, kept)
     pruned = apply_plan(model, plan)
-    repairs = compensate_(pruned, model, plan, as_batches(random_tokens(batch=8)), progress=False)
+    repairs = repair_(pruned, model, plan, as_batches(random_tokens(batch=8)), progress=False)
     assert [(repair.layer_idx, repair.axis) for repair in repairs] == [
         (0, "mlp"),
         (2, "attention"),
@@ -190,9 +190,9 @@ def test_padding_does_not_count():
     padded = torch.cat([ids, torch.zeros(6, 4, dtype=torch.int64)], dim=1)
     mask = torch.cat([torch.ones(6, 10, dtype=torch.int64), torch.zeros(6, 4, dtype=torch.int64)], dim=1)
     plain, masked = apply_plan(model, plan), apply_plan(model, plan)
-    options = CompensationOptions(repair_noise=0)  # what is drawn depends on the shape
-    compensate_(plain, model, plan, [Batch(ids, None)], options, progress=False)
-    compensate_(masked, model, plan, [Batch(padded, mask)], options, progress=False)
+    options = RepairOptions(noise=0)  # what is drawn depends on the shape
+    repair_(plain, model, plan, [Batch(ids, None)], options, progress=False)
+    repair_(masked, model, plan, [Batch(padded, mask)], options, progress=False)
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(masked.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
 
@@ -211,15 +211,13 @@ def test_several_cuts_together_get_the_bits_that_each_gets_alone(dtype):
     model = make_model("llama", "gqa", num_hidden_layers=4).to(dtype)
     batches, plans = as_batches(random_tokens(batch=8, seq_len=16)), cuts_of(model)
     alone = [apply_plan(model, plan) for plan in plans]
-    repairs = [
-        compensate_(pruned, model, plan, batches, progress=False) for pruned, plan in zip(alone, plans, strict=True)
-    ]
+    repairs = [repair_(pruned, model, plan, batches, progress=False) for pruned, plan in zip(alone, plans, strict=True)]
     together = [Cut(apply_plan(model, plan), plan) for plan in plans]
     ran = Counter()
     for layer in model.model.layers:
         for module in (layer.self_attn.q_proj, layer.mlp.gate_proj):
             module.register_forward_hook(lambda module, args, output: ran.update([module]))
-    found = compensate_together_(together, model, batches, progress=False)
+    found = repair_together_(together, model, batches, progress=False)
     assert [repaired.repairs for repaired in found] == repairs
     for cut, expected in zip(together, alone, strict=True):
         state = cut.pruned.state_dict()
@@ -232,13 +230,13 @@ def test_without_sequences_there_is_nothing_to_repair_on():
     model = make_model("llama", "gqa")
     plan = half(Geometry.of(model))
     with pytest.raises(CalibrationError, match="no calibration batches"):
-        compensate_(apply_plan(model, plan), model, plan, [], progress=False)
+        repair_(apply_plan(model, plan), model, plan, [], progress=False)
 
 
 def test_options_are_checked():
     with pytest.raises(OptionError, match="damping is 0"):
-        CompensationOptions(damping=0)
+        RepairOptions(damping=0)
     with pytest.raises(OptionError, match="residual is 2"):
-        CompensationOptions(residual=2)
-    with pytest.raises(OptionError, match=r"repair_noise is 1\.5"):
-        CompensationOptions(repair_noise=1.5)
+        RepairOptions(residual=2)
+    with pytest.raises(OptionError, match=r"noise is 1\.5"):
+        RepairOptions(noise=1.5)

@@ -49,19 +49,19 @@ from prunus.repair.temperature import fit_temperature_
 from prunus.selection.plan import Plan
 from prunus.sweep.spool import DiskSlots, Slots
 
-__all__ = ["CompensationOptions", "Cut", "Repair", "Repaired", "compensate_", "compensate_together_"]
+__all__ = ["Cut", "Repair", "RepairOptions", "Repaired", "repair_", "repair_together_"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CompensationOptions:
+class RepairOptions:
     """How the remaining weights are repaired.
 
     Attributes:
         damping: ridge towards the old weights, as a share of the mean diagonal of XᵀX.
         residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
-        repair_noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair
+        noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair
             holds for other text as well, see `prunus.calibration.noise`.
         self_text: share of the sequences that the dense model writes itself, so that the repair holds for other kinds
             of text, see `prunus.calibration.self_text`; not read by a repair on given batches.
@@ -71,7 +71,7 @@ class CompensationOptions:
 
     damping: float = 1e-1
     residual: float = 1.0
-    repair_noise: float = 0.3
+    noise: float = 0.3
     self_text: float = 0.5
     fit_logits: bool = True
 
@@ -80,7 +80,7 @@ class CompensationOptions:
             raise OptionError(f"damping is {self.damping}; it must be positive, or the solution may not exist")
         if not 0 <= self.residual <= 1:
             raise OptionError(f"residual is {self.residual}; it must lie in [0, 1]")
-        check_noise("repair_noise", self.repair_noise)
+        check_noise("noise", self.noise)
         if not 0 <= self.self_text <= 1:
             raise OptionError(f"self_text is {self.self_text}; it is a share of the sequences and must lie in [0, 1]")
 
@@ -135,17 +135,17 @@ class Repaired:
     seconds: float
 
 
-def compensate_(
+def repair_(
     pruned: Any,
     dense: Any,
     plan: Plan,
     batches: Sequence[Batch],
-    options: CompensationOptions | None = None,
+    options: RepairOptions | None = None,
     *,
     work: Path | None = None,
     progress: bool = True,
 ) -> list[Repair]:
-    """Repair a pruned model in place; see `compensate_together_` for several.
+    """Repair a pruned model in place; see `repair_together_` for several.
 
     Args:
         pruned: what `apply_plan(dense, plan)` gave, perhaps already repaired; in memory or opened.
@@ -164,15 +164,15 @@ def compensate_(
         StatisticsError: `work` holds what was made from other inputs.
     """
     cut = Cut(pruned, plan, work=work)
-    return compensate_together_([cut], dense, batches, options, progress=progress)[0].repairs
+    return repair_together_([cut], dense, batches, options, progress=progress)[0].repairs
 
 
 @torch.no_grad()
-def compensate_together_(
+def repair_together_(
     cuts: Sequence[Cut],
     dense: Any,
     batches: Sequence[Batch],
-    options: CompensationOptions | None = None,
+    options: RepairOptions | None = None,
     *,
     progress: bool = True,
 ) -> list[Repaired]:
@@ -200,10 +200,10 @@ def compensate_together_(
     """
     if not batches:
         raise CalibrationError("there are no calibration batches; repair needs at least one sequence")
-    options, geometry = options or CompensationOptions(), Geometry.of(dense)
+    options, geometry = options or RepairOptions(), Geometry.of(dense)
     for cut in cuts:
         cut.plan.check_fits(geometry)
-    batches = with_noise(batches, options.repair_noise, dense.config.get_text_config().vocab_size)
+    batches = with_noise(batches, options.noise, dense.config.get_text_config().vocab_size)
     masks = [None if batch.attention_mask is None else batch.attention_mask.bool() for batch in batches]
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -212,7 +212,7 @@ def compensate_together_(
         wait = [stack.enter_context(_waiting(dense, cut.work)) for cut in cuts]
         reference = BlockWalk(dense, batches, wait[0]("dense") if wait else Slots())
         repairing = [_Repairing(cut, dense, batches, options, slots) for cut, slots in zip(cuts, wait, strict=True)]
-        for layer_idx, widths in enumerate(tqdm(geometry.widths, "compensation", disable=None if progress else True)):
+        for layer_idx, widths in enumerate(tqdm(geometry.widths, "repair", disable=None if progress else True)):
             with ExitStack() as held:
                 held.enter_context(reference.at(layer_idx))
                 for one in repairing:
@@ -257,7 +257,7 @@ class _Repairing:
         cut: Cut,
         dense: Any,
         batches: Sequence[Batch],
-        options: CompensationOptions,
+        options: RepairOptions,
         wait: Callable[[str], Slots],
     ):
         start = time.perf_counter()
@@ -345,7 +345,7 @@ class _Repairing:
         start = time.perf_counter()
         plan = self._cut.plan
         if self._options.fit_logits and plan.kept_widths != plan.widths:
-            clean = clean_batches(len(batches), self._options.repair_noise)
+            clean = clean_batches(len(batches), self._options.noise)
             self.temperature = fit_temperature_(self._cut.pruned, batches, among=clean, residual=self._walk.hidden)
         self.seconds += time.perf_counter() - start
 
@@ -368,20 +368,20 @@ class _Repairing:
         self.repairs += [Repair(**values) for values in self._records.about(self._layer_idx)["repairs"]]
 
 
-def _made_from(cut: Cut, dense: Any, batches: Sequence[Batch], options: CompensationOptions) -> dict[str, Any]:
+def _made_from(cut: Cut, dense: Any, batches: Sequence[Batch], options: RepairOptions) -> dict[str, Any]:
     return {
         "model": digest_model(dense),
         "pruned model": digest_model(cut.pruned),
         "plan": cut.plan.fingerprint,
         "calibration tokens": digest_batches(batches),
         "sequences per batch": [len(batch.input_ids) for batch in batches],
-        "compensation": asdict(options),
+        "repair": asdict(options),
         "torch": torch.__version__,
     }
 
 
 def _repair_(
-    module: nn.Linear, layer_idx: int, block: Block, equations: NormalEquations, options: CompensationOptions
+    module: nn.Linear, layer_idx: int, block: Block, equations: NormalEquations, options: RepairOptions
 ) -> Repair:
     """Solve the last projection of a block again."""
     where, sliced = f"layer {layer_idx}, {block.axis}", module.weight.double()
