@@ -1,4 +1,4 @@
-"""Every family × axis × method, on models of two layers: the parameters of the conformance suite.
+"""Every family × axis, and × method where methods are tested, on models of two layers.
 
 All of them come from the registries `FAMILIES` and `METHODS`: a new entry is tested with no line changed here, but for
 a tiny model of a new family (`tests/tiny_families.py`) and an oracle for a new method (`test_oracles.py`).

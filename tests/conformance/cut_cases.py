@@ -21,6 +21,8 @@ from prunus.statistics import Statistics
 from prunus.surgery import apply_plan
 from prunus.sweep import sweep
 
+#: what chooses the groups where a test is about a cut, and not about how it was chosen
+CHOOSER = "random"
 CUTS: dict[str, tuple[Axis, ...]] = {"attention": ("attention",), "mlp": ("mlp",), "both": AXES}
 
 
@@ -57,12 +59,12 @@ class Tiny:
         return score_groups(self.model, get_method(method), self.statistics())
 
     @lru_cache(maxsize=512)  # noqa: B019
-    def plan(self, axes: str, method: str) -> Plan:
+    def plan(self, axes: str, method: str = CHOOSER) -> Plan:
         """Half of what can go on these axes goes."""
         return half(self, axes, method, self.importance(method))
 
     @lru_cache(maxsize=512)  # noqa: B019
-    def pruned(self, axes: str, method: str) -> Any:
+    def pruned(self, axes: str, method: str = CHOOSER) -> Any:
         """The model after that plan."""
         return apply_plan(self.model, self.plan(axes, method))
 

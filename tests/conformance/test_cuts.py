@@ -70,8 +70,8 @@ def test_keeping_everything_changes_no_bit(tiny):
     check_size(same, plan, tiny.geometry)
 
 
-def test_the_cut_groups_are_gone_and_nothing_else(tiny, axes, method):
-    plan = tiny.plan(axes, method)
+def test_the_cut_groups_are_gone_and_nothing_else(tiny, axes):
+    plan = tiny.plan(axes)
     cut_axes = {
         axis
         for before, kept in zip(plan.widths, plan.layers, strict=True)
@@ -81,7 +81,7 @@ def test_the_cut_groups_are_gone_and_nothing_else(tiny, axes, method):
     assert cut_axes, "the plan must cut something for this to be a test"
     assert axes == "both" or cut_axes == {axes}
     expected = logits(zeroed(tiny.model, plan.layers), tiny.input_ids)
-    torch.testing.assert_close(logits(tiny.pruned(axes, method), tiny.input_ids), expected, **CLOSE)
+    torch.testing.assert_close(logits(tiny.pruned(axes), tiny.input_ids), expected, **CLOSE)
     assert not torch.allclose(logits(tiny.model, tiny.input_ids), expected, atol=1e-2), "the cut must matter"
 
 
@@ -96,24 +96,24 @@ def test_whole_blocks_and_layers(tiny, kept):
     check_size(pruned, plan, tiny.geometry)
 
 
-def test_the_size_is_as_predicted(tiny, axes, method):
-    plan, geometry = tiny.plan(axes, method), tiny.geometry
-    check_size(tiny.pruned(axes, method), plan, geometry)
+def test_the_size_is_as_predicted(tiny, axes):
+    plan, geometry = tiny.plan(axes), tiny.geometry
+    check_size(tiny.pruned(axes), plan, geometry)
     assert count_parameters(tiny.model) == geometry.total_parameters
 
 
-def test_padding_changes_nothing(tiny, method):
+def test_padding_changes_nothing(tiny):
     """A padded batch gives the logits of its sequences alone, in the cut model as in the whole one."""
-    pruned = tiny.pruned("both", method)
+    pruned = tiny.pruned("both")
     ids = tiny.input_ids
     padded = torch.cat([torch.zeros_like(ids[:, :4]), ids], dim=1)
     mask = (torch.arange(padded.shape[1]) >= 4).long().expand_as(padded)
     torch.testing.assert_close(logits(pruned, padded, attention_mask=mask)[:, 4:], logits(pruned, ids), **CLOSE)
 
 
-def test_pruned_weights_are_weights(tiny, axes, method):
+def test_pruned_weights_are_weights(tiny, axes):
     """Contiguous, trainable, on no one else's memory; tied where they were tied."""
-    pruned = tiny.pruned(axes, method)
+    pruned = tiny.pruned(axes)
     theirs = {p.data_ptr() for p in tiny.model.parameters()}
     for name, parameter in pruned.named_parameters():
         assert isinstance(parameter, nn.Parameter)

@@ -12,8 +12,8 @@ from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
 
 
-def test_plan_round_trip(tiny, axes, method, tmp_path):
-    plan = tiny.plan(axes, method)
+def test_plan_round_trip(tiny, axes, tmp_path):
+    plan = tiny.plan(axes)
     plan.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
     assert again == plan
@@ -23,9 +23,9 @@ def test_plan_round_trip(tiny, axes, method, tmp_path):
     again.check_fits(tiny.geometry)
 
 
-def test_a_plan_is_enough_to_redo_the_cut(tiny, axes, method):
-    plan = Plan.from_dict(json.loads(tiny.plan(axes, method).to_json()))
-    redone, expected = apply_plan(tiny.model, plan).state_dict(), tiny.pruned(axes, method).state_dict()
+def test_a_plan_is_enough_to_redo_the_cut(tiny, axes):
+    plan = Plan.from_dict(json.loads(tiny.plan(axes).to_json()))
+    redone, expected = apply_plan(tiny.model, plan).state_dict(), tiny.pruned(axes).state_dict()
     assert redone.keys() == expected.keys()
     assert all(torch.equal(redone[name], tensor) for name, tensor in expected.items())
 

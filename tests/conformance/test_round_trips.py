@@ -65,8 +65,8 @@ def uniform_plan(model) -> Plan:
     )
 
 
-def test_with_the_package(tiny, axes, method, tokenizer, tmp_path):
-    pruned = tiny.pruned(axes, method)
+def test_with_the_package(tiny, axes, tokenizer, tmp_path):
+    pruned = tiny.pruned(axes)
     save_checkpoint(pruned, tokenizer, tmp_path / "out", card="", extras={})
     expected = logits(pruned, tiny.input_ids)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -93,7 +93,7 @@ def test_without_the_package(tokenizer, tmp_path):
     for case in CASES:
         model = shared_model(*case)
         pruned[f"stock-{case_id(case)}"] = apply_plan(model, uniform_plan(model))
-        pruned[f"ragged-{case_id(case)}"] = Tiny(*case).pruned("both", "magnitude")
+        pruned[f"ragged-{case_id(case)}"] = Tiny(*case).pruned("both")
     for name, model in pruned.items():
         assert is_ragged(model.config) == name.startswith("ragged")
         save_checkpoint(model, tokenizer, tmp_path / name, card="", extras={})
