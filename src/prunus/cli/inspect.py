@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prunus.cli.flags import Flag, ModelName
 from prunus.cli.printing import print_json, print_rows, short
 from prunus.model.families import AXES
 from prunus.pipeline.inspection import inspect as inspect_model
+from prunus.pipeline.inspection import inspect_group
 
 __all__ = ["inspect"]
 
 
-def inspect(model: ModelName, /, *, ratio: float | None = None, json: Flag = False) -> None:
-    """Show what a model consists of, what a ratio would remove, and what was removed from a pruned one.
+def inspect(
+    model: ModelName,
+    /,
+    *,
+    ratio: float | None = None,
+    group: str | None = None,
+    table: Path | None = None,
+    json: Flag = False,
+) -> None:
+    """Show what a model consists of, what a ratio would remove, what was removed from a pruned one, or one group.
 
     Args:
         model: folder, Hub id or `smollm2-135m`; its weights are not read.
         ratio: also say what removing this share of all parameters means.
+        group: show one group instead, e.g. `3:mlp:17` or `0:attention:1`: which rows and columns of which tensors are
+            cut together, and what that saves.
+        table: groups.csv, or the folder that `prunus score` wrote: importance, score and rank of the group.
         json: print the facts as JSON.
     """
+    if group is not None:
+        facts = inspect_group(model, group, table)
+        if json:
+            print_json(facts)
+            return
+        rows = [(part["tensor"], part["indices"], f"{part['parameters']:,}") for part in facts.pop("parts")]
+        print_rows(f"group {group}", ("cut together", "", "parameters"), rows)
+        print_rows("", ("", ""), [(name, short(value)) for name, value in facts.items()])
+        return
     facts = inspect_model(model, ratio)
     if json:
         print_json(facts)

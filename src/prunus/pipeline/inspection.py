@@ -9,13 +9,16 @@ from typing import Any
 import torch
 
 from prunus.checkpoint import empty_model, locate, read_config
+from prunus.errors import PlanError
 from prunus.model.families import AXES, family_of
-from prunus.model.geometry import Geometry
+from prunus.model.geometry import Geometry, submodule
+from prunus.model.group import Group
 from prunus.results.lineage import plan_from_original
+from prunus.scoring.score import Score
 from prunus.selection.plan import Plan
 from prunus.selection.select import Constraints, check_ratio, reachable_parameters
 
-__all__ = ["inspect"]
+__all__ = ["inspect", "inspect_group"]
 
 
 def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
@@ -70,4 +73,41 @@ def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
             }
             for layer_idx, (before, kept) in enumerate(zip(plan.widths, plan.layers, strict=True))
         ]
+    return facts
+
+
+def inspect_group(model: str, group: str, table: str | Path | None = None) -> dict[str, Any]:
+    """Describe one group of a model: what is cut together, and what a table of scores says of it.
+
+    Args:
+        model: a folder, a Hub id, or `smollm2-135m`; its weights are not read.
+        group: `LAYER:AXIS:GROUP`.
+        table: groups.csv of this model, or the folder that holds it.
+
+    Returns:
+        Plain values: cost, parts, and with a table importance, score, rank (1 = the first to be cut) and of how many.
+
+    Raises:
+        OptionError: the model has no such group.
+        PlanError: the table is malformed, or of a model of another shape.
+    """
+    empty = empty_model(read_config(locate(model)), torch.float32)
+    geometry = Geometry.of(empty)
+    layers = submodule(empty, geometry.family.layers)
+    named = {projection.path for projection in geometry.family.projections}
+    # Of all layers: any of them may lack a block.
+    modules = [pair for layer in layers for pair in layer.named_modules() if pair[0] in named]
+    biases = frozenset(path for path, module in modules if module.bias is not None)
+    found = Group.parse(group, geometry, biases)
+    parts = [{**asdict(part), "indices": part.indices} for part in found.parts()]
+    facts: dict[str, Any] = {"group": group, "cost": found.cost, "parts": parts}
+    if table is not None:
+        scored = Score.load(table)
+        if scored.geometry != geometry:
+            raise PlanError(f"the table {table} is of a model of another shape; give one of {model}")
+        rows = scored.table
+        place = (rows["layer_idx"] == found.layer_idx) & (rows["group_type"] == found.axis)
+        row = rows[place & (rows["group_idx"] == found.group_idx)]
+        facts |= {name: float(row[name].item()) for name in ("importance", "score")}
+        facts |= {"rank": int(row.index.item()) + 1, "of": len(rows)}
     return facts
