@@ -37,8 +37,8 @@ def inspect(
         if json:
             print_json(facts)
             return
-        rows = [(part["tensor"], part["indices"], f"{part['parameters']:,}") for part in facts.pop("parts")]
-        print_rows(f"group {group}", ("cut together", "", "parameters"), rows)
+        shown = [(part["tensor"], part["indices"], f"{part['parameters']:,}") for part in facts.pop("parts")]
+        print_rows(f"group {group}", ("cut together", "", "parameters"), shown)
         print_rows("", ("", ""), [(name, short(value)) for name, value in facts.items()])
         return
     facts = inspect_model(model, ratio)
