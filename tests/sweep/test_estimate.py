@@ -127,7 +127,8 @@ import sys, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from prunus.checkpoint import open_model
 from prunus.calibration import Batch
-from prunus.machine.metering import metered, resident_set
+from prunus.machine.memory import resident_set
+from prunus.machine.metering import metered
 from prunus.statistics import WeightGradients
 from prunus.sweep import sweep
 from prunus.sweep.estimate import Workload, estimate

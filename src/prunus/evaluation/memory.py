@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 import prunus
 from prunus.checkpoint import load_model
 from prunus.evaluation.greedy import greedy_run
-from prunus.machine.metering import metered, resident_set
+from prunus.machine.memory import resident_set
+from prunus.machine.metering import metered
 
 __all__ = ["PeakMemory", "peak_memory"]
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
-__all__ = ["Cost", "metered", "resident_set"]
+__all__ = ["Cost", "metered"]
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -63,19 +64,11 @@ def _reset_peak() -> None:
 
 
 def _peak() -> int | None:
-    return _status_line("VmHWM:")
-
-
-def resident_set() -> int:
-    """Bytes that this process has in memory now; 0 where the system does not say."""
-    return _status_line("VmRSS:") or 0
-
-
-def _status_line(name: str) -> int | None:
+    """High-water mark of the resident set: since the reset on Linux, elsewhere since the process began."""
     try:
         for line in _STATUS.read_text().splitlines():
-            if line.startswith(name):
+            if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return None
+    return getattr(psutil.Process().memory_info(), "peak_wset", None)

@@ -27,14 +27,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from prunus.calibration.sampled import PIECE_LENGTH, PIECES_AT_ONCE
 from prunus.errors import OptionError
-from prunus.machine.metering import resident_set
+from prunus.machine.memory import available_bytes, resident_set
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry, submodule
 from prunus.model.layers import layers_of, outside_layers
@@ -226,11 +225,7 @@ def available_memory(device: torch.device) -> int | None:
     """Memory that a job on a device may take altogether, with what this process has; None if it is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024 + resident_set()
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
+    return available_bytes() + resident_set()
 
 
 def free_memory(device: torch.device, limit: int | None = None) -> int | None:
