@@ -6,6 +6,7 @@ PrunusError
  ├─ OptionError            an option or argument has a value that cannot work
  ├─ UnsupportedModelError  the model is of a family, or in a state, that prunus does not cut
  ├─ CalibrationError       the calibration text is missing, unreadable or too short
+ │   └─ TextTooShortError  the text holds fewer tokens than asked for
  ├─ NonFiniteError         NaN or infinity in weights, statistics or loss
  ├─ StatisticsError        statistics are missing, or were made from other inputs
  ├─ BudgetError            the asked ratio cannot be reached under the given constraints
@@ -22,6 +23,7 @@ __all__ = [
     "PlanError",
     "PrunusError",
     "StatisticsError",
+    "TextTooShortError",
     "UnsupportedModelError",
 ]
 
@@ -40,6 +42,10 @@ class UnsupportedModelError(PrunusError):
 
 class CalibrationError(PrunusError):
     """The calibration text is missing, unreadable or too short."""
+
+
+class TextTooShortError(CalibrationError):
+    """The text holds fewer tokens than asked for."""
 
 
 class NonFiniteError(PrunusError):

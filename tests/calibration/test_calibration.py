@@ -25,6 +25,7 @@ from prunus.calibration import (
     sampled,
 )
 from prunus.calibration import files as calibration_files
+from prunus.calibration.columns import TextColumn
 from prunus.calibration.embedded import embedded_documents
 from prunus.errors import CalibrationError, OptionError
 
@@ -249,7 +250,7 @@ def test_every_line_is_read_once(tmp_path, newline, end):
     lines.insert(100, "")
     path = tmp_path / "docs.jsonl"
     path.write_bytes((newline.join(lines) + end).encode())
-    read = list(calibration_files.json_documents(path, text_column="text", seed=5))
+    read = list(calibration_files.json_documents(path, column=TextColumn("text"), seed=5))
     assert Counter(read) == Counter(documents)
     assert read != documents
 
@@ -264,7 +265,7 @@ def test_a_json_array_is_read_like_lines(tmp_path):
     documents = [f"document {i}" for i in range(50)]
     path = tmp_path / "array.json"
     path.write_text(json.dumps([{"body": d} for d in documents], indent=2))
-    read = list(calibration_files.json_documents(path, text_column="body", seed=0))
+    read = list(calibration_files.json_documents(path, column=TextColumn("body"), seed=0))
     assert Counter(read) == Counter(documents)
     assert read != documents
 
@@ -274,7 +275,7 @@ def test_parquet_rows_are_read_once_over_all_row_groups(tmp_path, tokenizer):
     path = tmp_path / "docs.parquet"
     table = pyarrow.table({"meta": [{"a": 1, "b": 2}] * 1000, "body": documents})
     parquet.write_table(table, path, row_group_size=64)
-    read = list(calibration_files.parquet_documents(path, text_column="body", seed=0))
+    read = list(calibration_files.parquet_documents(path, column=TextColumn("body"), seed=0))
     assert Counter(read) == Counter(documents)
     assert read != documents
     calibration = load_calibration(str(path), tokenizer, samples=3, seq_len=40, text_column="body")
@@ -287,7 +288,7 @@ def test_large_row_groups_are_read_in_parts(tmp_path, monkeypatch):
     path = tmp_path / "docs.parquet"
     parquet.write_table(pyarrow.table({"text": documents}), path)
     monkeypatch.setattr(calibration_files, "_ROW_GROUP_BYTES", 1000)
-    assert Counter(calibration_files.parquet_documents(path, text_column="text", seed=0)) == Counter(documents)
+    assert Counter(calibration_files.parquet_documents(path, column=TextColumn("text"), seed=0)) == Counter(documents)
 
 
 def test_missing_texts_are_skipped(tmp_path, tokenizer):

@@ -200,7 +200,7 @@ def test_weights_with_nan_are_refused_by_layer(capsys, tmp_path, folder):
 
 def test_a_text_that_is_just_long_enough_is_not_measured_on(capsys, caplog, tmp_path, folder, text):
     out = tmp_path / "out"
-    words = ["--calibration", text, "--seq-len", "100", "--samples", len(TEXT) // 100]
+    words = ["--calibration", text, "--seq-len", "50", "--samples", len(TEXT) // 50]
     assert run_json(capsys, "prune", folder, "--out", out, "--ratio", "0.1", *words)["perplexity_after"] is None
     assert "perplexity is not measured" in caplog.text
     assert "## Evaluation" not in (out / "README.md").read_text()
@@ -233,7 +233,7 @@ def test_wanda_warns_that_raw_scores_do_not_compare(capsys, caplog, tmp_path, fo
     assert "not on one scale" in caplog.text
     caplog.clear()
     run(capsys, *words, "--out", tmp_path / "shares", "--set", "scoring.normalize=layer_sum")
-    assert caplog.text == ""
+    assert "not on one scale" not in caplog.text
 
 
 def test_ctrl_c_in_the_middle_leaves_nothing_behind(tmp_path, folder, text):

@@ -54,8 +54,8 @@ def test_prompts_that_do_not_fit(model, monkeypatch):
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     (sample,) = continuations(model, LetterTokenizer(), ["x" * 60], progress=False)
     assert len(sample.text) == 4  # the context is 64
-    for prompt in ("", "x" * 64, chr(256 + 96)):
-        with pytest.raises(OptionError, match=f"has {len(prompt)} tokens"):
+    for prompt, named in (("", "has 0 tokens"), ("x" * 64, "has 64 tokens"), (chr(256 + 96), "makes token id 96")):
+        with pytest.raises(OptionError, match=named):
             continuations(model, LetterTokenizer(), [prompt], progress=False)
 
 

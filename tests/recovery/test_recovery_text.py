@@ -46,11 +46,15 @@ def test_conversations_from_parquet_are_those_from_json_lines(tmp_path):
     records = [{"messages": [{"role": "user", "content": text}]} for text in MANY]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     parquet.write_table(pa.Table.from_pylist(records), tmp_path / "chat.parquet")
-    hashes = set()
+    lines = []
     for name in ("chat.jsonl", "chat.parquet"):
         options = TextOptions(str(tmp_path / name), seq_len=16, held_out=2, chat_column="messages")
-        train, _ = load_sequences(options, chat_tokenizer(), None, 4)
-        hashes.add(train.provenance.sha256)
-    assert len(hashes) == 1
+        train, held_out = load_sequences(options, chat_tokenizer(), None, 4)
+        # Each file is shuffled in its own way; all is drawn but an incomplete last sequence.
+        text = chat_tokenizer().decode(torch.cat([train.input_ids, held_out.input_ids]).flatten().tolist())
+        lines.append({part for part in text.split("<eos>") if part.endswith("\n")})
+    assert len(lines[0] & lines[1]) >= len(MANY) - 2
+    assert lines[0] <= {f"[user] {text}\n" for text in MANY}
+    (tmp_path / "chat.txt").write_text("no columns")
     with pytest.raises(CalibrationError, match="neither"):
         load_sequences(TextOptions(str(tmp_path / "chat.txt"), chat_column="messages"), chat_tokenizer(), None, 4)

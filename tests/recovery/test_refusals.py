@@ -30,7 +30,7 @@ from prunus.cli import main
         (["--seq-len", "1"], "seq_len is 1"),
         (["--seq-len", "65"], "knows only 64 positions"),
         (["--text", "nowhere.txt"], "'nowhere.txt' does not exist"),
-        (["--text", "nowhere.jsonl", "--chat-column", "messages"], "cannot read nowhere.jsonl"),
+        (["--text", "nowhere.jsonl", "--chat-column", "messages"], "'nowhere.jsonl' does not exist"),
         (["--device", "gpu"], "device 'gpu'"),
         (["--teacher", "nowhere/at/all"], "no model folder 'nowhere/at/all'"),
     ],
@@ -66,6 +66,26 @@ def test_a_text_that_is_too_short_says_how_long_it_is(refused, pruned, tmp_path)
     message = refused(pruned, "--out", tmp_path / "out", *words)
     assert "holds 15 sequences of 32 tokens" in message
     assert "need 20" in message
+
+
+@pytest.mark.parametrize("card", [b"---\nlicense: [\n---\n# x\n", b"# caf\xe9\n"])
+def test_a_card_that_cannot_be_read_stops_before_training(refused, pruned, tmp_path, card):
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned, copy)
+    (copy / "README.md").write_bytes(card)
+    options = [*SHORT, "--max-steps", "2", "--kl-weight", "0", "--ce-weight", "1", "--work", tmp_path / "work"]
+    assert "card of the pruned model" in refused(copy, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "work").exists()
+
+
+def test_tokens_beyond_the_embedding_stop_before_training(refused, pruned, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned, copy)
+    chat_tokenizer(" the", "x1", "x2").save_pretrained(copy)
+    (tmp_path / "text.txt").write_text("a word x2 of many, " * 300)
+    words = [tmp_path / "text.txt" if word == "default" else word for word in SHORT]
+    options = [*words, "--max-steps", "2", "--kl-weight", "0", "--ce-weight", "1"]
+    assert "makes token id 260" in refused(copy, "--out", tmp_path / "out", *options)
 
 
 def test_teachers(refused, pruned, dense, tmp_path):
@@ -106,9 +126,9 @@ def test_conversations_that_are_none(refused, pruned, tmp_path):
     words = [str(path) if word == "default" else word for word in SHORT]
     given = [pruned, "--out", tmp_path / "out", *words, "--chat-column", "messages"]
     for record, named in (
-        ({"text": "no"}, "record 1 has no column 'messages'. Columns: text"),
-        ({"messages": "hello"}, "holds no conversation"),
-        ({"messages": [{"role": "user"}]}, "holds no conversation"),
+        ({"text": "no"}, "line 1 has no column 'messages'. Columns: text"),
+        ({"messages": "hello"}, "line 1: column 'messages' holds text, and the row has no text in column 'output'"),
+        ({"messages": [{"role": "user"}]}, "line 1: column 'messages' has message 1, dict ({'role': 'user'})"),
     ):
         path.write_text(json.dumps(record))
         assert named in refused(*given)

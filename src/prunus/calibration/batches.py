@@ -39,7 +39,7 @@ class Provenance:
 
     Attributes:
         source: name of the source; of a file only its last part, never its place on a machine.
-        kind: `text`, `jsonl`, `parquet`, `hub`, `embedded`, `model`, `texts` or `tokens`.
+        kind: `text`, `jsonl`, `parquet`, `hub`, `embedded`, `model`, `texts`, `tokens`, or `chat` for conversations.
         seed: what decided the order of documents and windows; None where nothing was drawn.
         samples: number of sequences.
         seq_len: tokens in a sequence.

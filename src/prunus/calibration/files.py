@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from prunus.calibration.columns import Column, no_column
 from prunus.errors import CalibrationError
 
-__all__ = ["TEXT_KINDS", "json_documents", "parquet_documents", "text_passages"]
+__all__ = ["TEXT_KINDS", "json_documents", "parquet_documents", "text_readings"]
 
 #: what a file's extension says it holds
 TEXT_KINDS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 
 #: A text file up to this size is tokenised whole, a larger one in passages from all over it.
 _WHOLE_TEXT_BYTES = 4 * 2**20
-#: Enough text for one window: no language takes more bytes per token over a whole passage.
-_BYTES_PER_TOKEN = 8
+#: The passages that are tried first: enough for a window of most text. What takes more gets longer ones.
+_FIRST_BYTES_PER_TOKEN = 8
 #: JSON lines that start within one slice are read together.
 _SLICE_BYTES = 4096
 #: Keeps the permutation of slices small for a file of any size.
@@ -34,8 +36,11 @@ _ROW_GROUP_BYTES = 256 * 2**20
 _JSON_ARRAY_BYTES = 256 * 2**20
 
 
-def text_passages(path: Path, *, samples: int, seq_len: int, seed: int) -> tuple[Iterator[str], int | None]:
-    """A text file as non-overlapping passages in an order drawn with the seed.
+def text_readings(path: Path, *, samples: int, seq_len: int, seed: int) -> Iterator[tuple[Iterator[str], int | None]]:
+    """Ways of reading a text file for windows of so many tokens, each in passages twice as long as the one before.
+
+    How much text makes a window depends on language and tokenizer: the caller goes on to the next way where too many
+    passages were too short for one.
 
     Args:
         path: a UTF-8 text file.
@@ -43,43 +48,45 @@ def text_passages(path: Path, *, samples: int, seq_len: int, seed: int) -> tuple
         seq_len: tokens in each.
         seed: decides the order of passages.
 
-    Returns:
-        The passages, and how many windows to cut from each: one from many places of a large file; any number (None)
-        from the whole text of a small one.
+    Yields:
+        Non-overlapping passages in an order drawn with the seed, and how many windows to cut from each: one from many
+        places of a large file; at last, and of a small file at once, any number (None) from the whole text.
 
     Raises:
-        CalibrationError: the file is not UTF-8 (while iterating).
+        CalibrationError: the file is not UTF-8 (while iterating over passages).
     """
     size = path.stat().st_size
-    passage = max(1024, _BYTES_PER_TOKEN * seq_len)
-    if size <= max(_WHOLE_TEXT_BYTES, 2 * samples * passage):
-        return iter([_decode(path, path.read_bytes(), 0).removeprefix("\ufeff")]), None
-    return _passages(path, size, passage, seed), 1
+    passage = max(1024, _FIRST_BYTES_PER_TOKEN * seq_len)
+    while size > max(_WHOLE_TEXT_BYTES, 2 * samples * passage):
+        yield _passages(path, size, passage, seed), 1
+        passage *= 2
+    yield iter([_decode(path, path.read_bytes(), 0).removeprefix("\ufeff")]), None
 
 
-def json_documents(path: Path, *, text_column: str, seed: int) -> Iterator[str]:
+def json_documents(path: Path, *, column: Column, seed: int) -> Iterator[str]:
     """The documents of a file with one JSON object per line (or one array of objects), shuffled with the seed.
 
     Lines are read together with their neighbours in the file, a few kilobytes at a time.
 
     Raises:
         CalibrationError: before anything is read in bulk if the first line has no such column; while iterating if a
-            line is not a JSON object with text in that column.
+            line is not a JSON object with what belongs in that column.
     """
     with path.open("rb") as file:
         head = next((line for line in file if line.strip()), b"")
     if head.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-        return _array_documents(path, text_column, seed)
+        return _array_documents(path, column, seed)
     if head:
-        _document_of_line(path, head, 0, text_column)
-    return _line_documents(path, text_column, seed)
+        _document_of_line(path, head, 0, column)
+    return _line_documents(path, column, seed)
 
 
-def parquet_documents(path: Path, *, text_column: str, seed: int) -> Iterator[str]:
-    """The rows of a parquet file's text column, row groups and the rows in each shuffled with the seed.
+def parquet_documents(path: Path, *, column: Column, seed: int) -> Iterator[str]:
+    """The documents of a parquet file, row groups and the rows in each shuffled with the seed.
 
     Raises:
-        CalibrationError: the file is not parquet, or has no such column of text.
+        CalibrationError: the file is not parquet, or has no such column; while iterating if a row holds something else
+            in it.
     """
     import pyarrow
     from pyarrow import parquet
@@ -88,17 +95,9 @@ def parquet_documents(path: Path, *, text_column: str, seed: int) -> Iterator[st
         file = parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise CalibrationError(f"{path} is not a readable parquet file: {error}") from error
-    schema = file.schema_arrow
-    if text_column not in schema.names:
-        raise _no_column(path, text_column, schema.names)
-    type_ = schema.field(text_column).type
-    value_type = type_.value_type if pyarrow.types.is_dictionary(type_) else type_
-    if not (pyarrow.types.is_string(value_type) or pyarrow.types.is_large_string(value_type)):
-        raise CalibrationError(
-            f"{path}: column {text_column!r} holds {type_}, not text. Columns: {', '.join(schema.names)}; "
-            "choose one of text with --text-column"
-        )
-    return _row_documents(file, text_column, seed)
+    if column.name not in file.schema_arrow.names:
+        raise no_column(path, column, file.schema_arrow.names)
+    return _row_documents(path, file, column, seed)
 
 
 def _passages(path: Path, size: int, passage: int, seed: int) -> Iterator[str]:
@@ -129,53 +128,46 @@ def _decode(path: Path, raw: bytes, start: int, cut_off: bool = False) -> str:
         ) from error
 
 
-def _line_documents(path: Path, text_column: str, seed: int) -> Iterator[str]:
+def _line_documents(path: Path, column: Column, seed: int) -> Iterator[str]:
     size = path.stat().st_size
     step = max(_SLICE_BYTES, -(-size // _MOST_SLICES))
     generator = torch.Generator().manual_seed(seed)
     with path.open("rb") as file:
         for number in _permutation(-(-size // step), seed):
-            start = number * step
-            # A line belongs to the slice that its first byte is in.
+            # A line belongs to the slice that its first byte is in. Only the slice is searched for line ends: a line
+            # may be as long as the file, and would be read again for every slice.
+            start, stop = number * step, min((number + 1) * step, size)
             file.seek(max(start - 1, 0))
-            if start:
-                file.readline()
-            lines = []
-            while (position := file.tell()) < min(start + step, size):
-                lines.append((position, file.readline()))
-            for index in torch.randperm(len(lines), generator=generator).tolist():
-                position, line = lines[index]
+            ends = [match.end() for match in re.finditer(b"\n", file.read(stop - 1 - max(start - 1, 0)))]
+            positions = [0, *ends] if start == 0 else [start - 1 + end for end in ends]
+            for index in torch.randperm(len(positions), generator=generator).tolist():
+                file.seek(positions[index])
+                line = file.readline()
                 if line.strip():
-                    yield _document_of_line(path, line, position, text_column)
+                    yield _document_of_line(path, line, positions[index], column)
 
 
-def _document_of_line(path: Path, line: bytes, position: int, text_column: str) -> str:
+def _document_of_line(path: Path, line: bytes, position: int, column: Column) -> str:
     try:
         record = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
     except (ValueError, RecursionError) as error:
         raise CalibrationError(
             f"{path}, line {_line_number(path, position)} is not JSON: {error}. Give one JSON object per line."
         ) from error
-    return _document_of_record(record, text_column, path, lambda: f"{path}, line {_line_number(path, position)}")
+    return _document_of_record(record, column, path, lambda: f"{path}, line {_line_number(path, position)}")
 
 
-def _document_of_record(record: Any, text_column: str, path: Path, where: Callable[[], str]) -> str:
+def _document_of_record(record: Any, column: Column, path: Path, where: Callable[[], str]) -> str:
     if not isinstance(record, dict):
         raise CalibrationError(
-            f"{where()} holds a {type(record).__name__}, not a JSON object with the text in column {text_column!r}"
+            f"{where()} holds a {type(record).__name__}, not a JSON object with the column {column.name!r}"
         )
-    if text_column not in record:
-        raise _no_column(path, text_column, list(record))
-    text = record[text_column]
-    if text is not None and not isinstance(text, str):
-        raise CalibrationError(
-            f"{where()}: column {text_column!r} holds a {type(text).__name__}, not text. "
-            f"Columns: {', '.join(record)}; choose one of text with --text-column"
-        )
-    return text or ""
+    if column.name not in record:
+        raise no_column(where(), column, list(record))
+    return column.text_of(record, where)
 
 
-def _array_documents(path: Path, text_column: str, seed: int) -> Iterator[str]:
+def _array_documents(path: Path, column: Column, seed: int) -> Iterator[str]:
     if (size := path.stat().st_size) > _JSON_ARRAY_BYTES:
         raise CalibrationError(
             f"{path} is one JSON array of {size:,} bytes, which has to be read whole; "
@@ -185,35 +177,27 @@ def _array_documents(path: Path, text_column: str, seed: int) -> Iterator[str]:
         records = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{path} is not JSON: {error}") from error
-    return _record_documents(records, path, text_column, seed)
+    return _record_documents(records, path, column, seed)
 
 
-def _record_documents(records: list[Any], path: Path, text_column: str, seed: int) -> Iterator[str]:
+def _record_documents(records: list[Any], path: Path, column: Column, seed: int) -> Iterator[str]:
     for index in _permutation(len(records), seed):
-        yield _document_of_record(
-            records[index], text_column, path, functools.partial("{}, item {}".format, path, index)
-        )
+        yield _document_of_record(records[index], column, path, functools.partial("{}, item {}".format, path, index))
 
 
-def _row_documents(file: Any, text_column: str, seed: int) -> Iterator[str]:
+def _row_documents(path: Path, file: Any, column: Column, seed: int) -> Iterator[str]:
     generator = torch.Generator().manual_seed(seed)
+    names = column.needed(file.schema_arrow.names)
     for group in _permutation(file.num_row_groups, seed):
         metadata = file.metadata.row_group(group)
-        columns = (metadata.column(index) for index in range(metadata.num_columns))
-        size = next(c.total_uncompressed_size for c in columns if c.path_in_schema == text_column)
+        chunks = (metadata.column(index) for index in range(metadata.num_columns))
+        size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names)
         parts = -(-size // _ROW_GROUP_BYTES)
         rows = max(1, metadata.num_rows // max(1, parts))
-        for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=[text_column]):
-            texts = batch.column(0)
-            for index in torch.randperm(len(texts), generator=generator).tolist():
-                yield texts[index].as_py() or ""
-
-
-def _no_column(path: Path, text_column: str, columns: list[str]) -> CalibrationError:
-    return CalibrationError(
-        f"{path} has no column {text_column!r}. Columns: {', '.join(map(str, columns))}; "
-        "choose the one with the text by --text-column"
-    )
+        for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=names):
+            for index in torch.randperm(batch.num_rows, generator=generator).tolist():
+                (record,) = batch.slice(index, 1).to_pylist()
+                yield column.text_of(record, functools.partial("{}, a row of row group {}".format, path, group))
 
 
 def _permutation(length: int, seed: int) -> list[int]:

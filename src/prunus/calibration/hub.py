@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prunus.calibration.columns import Column, TextColumn, no_column
 from prunus.errors import CalibrationError
 
 __all__ = ["HUB_NAMES", "HubText", "hub_documents", "hub_text"]
@@ -23,7 +25,7 @@ class HubText:
         path: id of the data set.
         config: its configuration; None for the only one.
         split: its split.
-        text_column: the column with the text.
+        column: the column with the text, or with conversations.
         joiner: what the rows are joined by when all of them are one running text; None when a row is a document.
         revision: branch to read; None for the main one.
     """
@@ -31,33 +33,33 @@ class HubText:
     path: str
     config: str | None
     split: str
-    text_column: str
+    column: Column
     joiner: str | None = None
     revision: str | None = None
 
 
 HUB_NAMES: Mapping[str, HubText] = {
-    "c4": HubText("allenai/c4", "en", "train", "text"),
+    "c4": HubText("allenai/c4", "en", "train", TextColumn("text")),
     # rows are lines that carry their own line ends
-    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", joiner=""),
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", TextColumn("text"), joiner=""),
     # Rows are sentences. The main branch holds only a loading script, which `datasets` no longer runs.
     "ptb": HubText(
         "ptb-text-only/ptb_text_only",
         "penn_treebank",
         "train",
-        "sentence",
+        TextColumn("sentence"),
         joiner=" ",
         revision="refs/convert/parquet",
     ),
 }
 
 
-def hub_text(source: str, text_column: str) -> HubText:
-    """The data set that a name stands for: a short name, or `owner/name[:config[:split]]`."""
+def hub_text(source: str, column: Column) -> HubText:
+    """The data set that a name stands for: a short name, whose column is known, or `owner/name[:config[:split]]`."""
     if source in HUB_NAMES:
         return HUB_NAMES[source]
     path, config, split, *_ = [*source.split(":"), "", ""]
-    return HubText(path, config or None, split or "train", text_column)
+    return HubText(path, config or None, split or "train", column)
 
 
 def hub_documents(text: HubText, *, seed: int) -> Iterator[str]:
@@ -88,27 +90,24 @@ def hub_documents(text: HubText, *, seed: int) -> Iterator[str]:
         raise _unreachable(text, error) from error
     if first is None:
         return iter(())
-    if text.text_column not in first:
-        raise CalibrationError(
-            f"the data set {text.path!r} has no column {text.text_column!r}. Columns: {', '.join(map(str, first))}; "
-            "choose the one with the text by --text-column"
-        )
-    if not isinstance(first[text.text_column], str | None):
-        raise CalibrationError(
-            f"the data set {text.path!r}: column {text.text_column!r} holds "
-            f"a {type(first[text.text_column]).__name__}, not text. Columns: {', '.join(map(str, first))}; "
-            "choose one of text by --text-column"
-        )
     documents = _documents(itertools.chain([first], rows), text)
     return documents if text.joiner is None else iter([text.joiner.join(documents)])
 
 
 def _documents(rows: Iterator[Mapping[str, Any]], text: HubText) -> Iterator[str]:
-    try:
-        for row in rows:
-            yield row[text.text_column] or ""
-    except Exception as error:
-        raise _unreachable(text, error) from error
+    number = 0
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:
+            raise _unreachable(text, error) from error
+        if row is None:
+            return
+        number += 1
+        where = functools.partial("the data set {!r}, row {} of those read".format, text.path, number)
+        if text.column.name not in row:
+            raise no_column(where(), text.column, list(row))
+        yield text.column.text_of(row, where)
 
 
 def _unreachable(text: HubText, error: Exception) -> CalibrationError:

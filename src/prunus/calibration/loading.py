@@ -13,12 +13,14 @@ from torch import Tensor
 
 from prunus.calibration.batches import Calibration, Provenance, hash_tokens
 from prunus.calibration.begin_token import begin_token_of
+from prunus.calibration.columns import column_of
 from prunus.calibration.embedded import embedded_documents, embedded_name
-from prunus.calibration.files import TEXT_KINDS, json_documents, parquet_documents, text_passages
+from prunus.calibration.files import TEXT_KINDS, json_documents, parquet_documents, text_readings
 from prunus.calibration.hub import HUB_NAMES, hub_documents, hub_text
 from prunus.calibration.packing import Packed, pack_documents, pack_windows
 from prunus.calibration.sampled import sample_from_model
 from prunus.errors import CalibrationError, OptionError
+from prunus.option_values import check_seed, check_utf8, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +31,11 @@ __all__ = ["DEFAULT_SOURCE", "SELF_SOURCE", "calibration_from_texts", "calibrati
 DEFAULT_SOURCE = "default"
 #: text that the model writes, see `prunus.calibration.sampled`
 SELF_SOURCE = "self"
+
+#: more than any text here has, and few enough to be held
+MOST_TOKENS = 2**33
+#: kinds of sources whose records have columns
+RECORD_KINDS = ("jsonl", "parquet", "hub")
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
 
@@ -41,6 +48,7 @@ def load_calibration(
     seq_len: int = 512,
     seed: int = 0,
     text_column: str = "text",
+    chat_column: str | None = None,
     model: PreTrainedModel | None = None,
     begin_token: bool = True,
     fewer: bool = False,
@@ -62,16 +70,22 @@ def load_calibration(
         seq_len: tokens in each.
         seed: of the shuffling, and of the sampling for `self`.
         text_column: column with the text in JSON lines, parquet, and data sets given by owner and name.
+        chat_column: column with conversations in place of text: lists of messages, of ShareGPT's turns, or the
+            instruction of Alpaca's rows. They become text by the tokenizer's chat template, see
+            `prunus.calibration.columns`.
         model: needed only for `self`.
         begin_token: where the tokenizer puts a token before every text (Llama 3, Gemma), begin each sequence with it.
         fewer: do with as many sequences as the source has, where it has fewer than `samples`.
         progress: show a bar on a terminal where it takes long (`self`).
 
     Raises:
-        OptionError: `samples` or `seq_len` is out of range.
-        CalibrationError: the source is missing, unreadable, of an unknown kind, has no such column, or is too short.
+        OptionError: `samples` or `seq_len` is out of range; conversations, and a tokenizer without a chat template.
+        TextTooShortError: the source has fewer tokens than asked for.
+        CalibrationError: the source is missing, unreadable, of an unknown kind, or has no such column.
     """
-    _check_counts(samples, seq_len)
+    check_counts(samples, seq_len)
+    check_seed("seed", seed)
+    check_utf8("the calibration source", source)
     if source is None or source == DEFAULT_SOURCE:
         source, kind = embedded_name(), "embedded"
     elif source == SELF_SOURCE:
@@ -79,39 +93,44 @@ def load_calibration(
     else:
         kind = _kind_of(source)
 
+    column = column_of(text_column, chat_column, tokenizer)
+    if chat_column is not None and kind not in RECORD_KINDS:
+        raise CalibrationError(
+            f"conversations come from .jsonl, .json, .parquet or a data set of the hub, and {source} is neither; leave "
+            "chat_column out, or give one of these"
+        )
     sizes: dict[str, Any] = {"samples": samples, "seq_len": seq_len}
-    begin = begin_token_of(tokenizer) if begin_token else None
+    how: dict[str, Any] = {**sizes, "name": source, "fewer": fewer}
+    how["begin"] = begin = begin_token_of(tokenizer) if begin_token else None
+    if kind == "model":
+        if model is None:
+            raise CalibrationError(f"the source {SELF_SOURCE!r} samples text from the model: pass it as `model`")
+        ids = sample_from_model(model, **sizes, seed=seed, begin=begin, progress=progress)
+        return _calibration(Packed(ids, samples), "sampled from the model", kind, seed)
     path = Path(source).expanduser()
     documents: Iterable[str]
-    each: int | None = None
-    running_text = False
     try:
-        if kind == "model":
-            if model is None:
-                raise CalibrationError(f"the source {SELF_SOURCE!r} samples text from the model: pass it as `model`")
-            ids = sample_from_model(model, **sizes, seed=seed, begin=begin, progress=progress)
-            return _calibration(Packed(ids, samples), "sampled from the model", kind, seed)
-        if kind == "embedded":
-            documents = _shuffled(embedded_documents(), seed)
-        elif kind == "hub":
-            text = hub_text(source, text_column)
-            documents, running_text = hub_documents(text, seed=seed), text.joiner is not None
-        elif kind == "text":
-            documents, each = text_passages(path, **sizes, seed=seed)
-            running_text = True
-        elif kind == "jsonl":
-            documents = json_documents(path, text_column=text_column, seed=seed)
+        if kind == "text":
+            packed = pack_windows(text_readings(path, **sizes, seed=seed), tokenizer, seed=seed, **how)
         else:
-            documents = parquet_documents(path, text_column=text_column, seed=seed)
-        if running_text:
-            packed = pack_windows(
-                documents, tokenizer, **sizes, seed=seed, each=each, name=source, fewer=fewer, begin=begin
-            )
-        else:
-            packed = pack_documents(documents, tokenizer, **sizes, name=source, fewer=fewer, begin=begin)
+            running_text = False
+            if kind == "embedded":
+                documents = _shuffled(embedded_documents(), seed)
+            elif kind == "hub":
+                text = hub_text(source, column)
+                documents, running_text = hub_documents(text, seed=seed), text.joiner is not None
+            elif kind == "jsonl":
+                documents = json_documents(path, column=column, seed=seed)
+            else:
+                documents = parquet_documents(path, column=column, seed=seed)
+            if running_text:
+                packed = pack_windows([(documents, None)], tokenizer, seed=seed, **how)
+            else:
+                packed = pack_documents(documents, tokenizer, **how)
     except OSError as error:
         raise CalibrationError(f"cannot read the calibration text {source}: {error.strerror or error}") from error
-    return _calibration(packed, path.name if kind in TEXT_KINDS.values() else source, kind, seed)
+    source = path.name if kind in TEXT_KINDS.values() else source
+    return _calibration(packed, source, kind if chat_column is None else "chat", seed)
 
 
 def calibration_from_texts(
@@ -141,7 +160,8 @@ def calibration_from_texts(
         OptionError: `samples` or `seq_len` is out of range.
         CalibrationError: the texts are too short, or not texts.
     """
-    _check_counts(samples, seq_len)
+    check_counts(samples, seq_len)
+    check_seed("seed", seed)
     documents = [texts] if isinstance(texts, str) else list(texts)
     for index, document in enumerate(documents):
         if not isinstance(document, str):
@@ -152,7 +172,7 @@ def calibration_from_texts(
     how: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "name": repr(source), "fewer": fewer}
     how["begin"] = begin_token_of(tokenizer) if begin_token else None
     if len(documents) == 1:
-        packed = pack_windows(documents, tokenizer, seed=seed, each=None, **how)
+        packed = pack_windows([(documents, None)], tokenizer, seed=seed, **how)
     else:
         packed = pack_documents(_shuffled(documents, seed), tokenizer, **how)
     return _calibration(packed, source, "texts", seed)
@@ -212,11 +232,19 @@ def _calibration(
     return Calibration(ids, provenance, attention_mask)
 
 
-def _check_counts(samples: int, seq_len: int) -> None:
-    if samples < 1:
-        raise OptionError(f"samples is {samples}: calibration needs at least one sequence")
-    if seq_len < 2:
-        raise OptionError(f"seq_len is {seq_len}: a calibration sequence needs at least 2 tokens to predict one")
+def check_counts(samples: int, seq_len: int) -> None:
+    """Check how many sequences are asked for, and of how many tokens.
+
+    Raises:
+        OptionError: no whole numbers, too few, or more tokens than can be held.
+    """
+    check_whole("samples", samples, why="calibration needs at least one sequence")
+    check_whole("seq_len", seq_len, smallest=2, why="a calibration sequence needs at least 2 tokens to predict one")
+    if samples * seq_len > MOST_TOKENS:
+        raise OptionError(
+            f"samples {samples:,} and seq_len {seq_len:,} make {samples * seq_len:,} tokens; the most is "
+            f"{MOST_TOKENS:,}"
+        )
 
 
 def _kind_of(source: str) -> str:

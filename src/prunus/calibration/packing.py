@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 
 from prunus.calibration.begin_token import begin_with
-from prunus.errors import CalibrationError
+from prunus.errors import TextTooShortError
+from prunus.model.tokens import token_ids
 
 __all__ = ["Packed", "pack_documents", "pack_windows", "too_short"]
 
-#: No text has more characters per token than this over any length; bounds how much of one document is tokenised.
+#: How many documents are tokenised together: about as much text as is needed still, taken at this many characters per
+#: token. What is missing then is taken from the next ones.
 _CHARACTERS_PER_TOKEN = 16
 _DOCUMENTS_AT_A_TIME = 64
+#: So many more passages may be too short for a window than not: one of blanks is no sign of a language.
+_PASSAGES_WITHOUT = 8
 
 
 @dataclass(frozen=True)
@@ -59,37 +63,37 @@ def pack_documents(
         begin: token that each sequence begins with.
 
     Raises:
-        CalibrationError: there are fewer than `samples * seq_len` tokens; with `fewer`, not even one sequence.
+        TextTooShortError: there are fewer than `samples * seq_len` tokens; with `fewer`, not even one sequence.
     """
     length = seq_len - (begin is not None)
     needed = samples * length
-    separator = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    separator = torch.tensor([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)], dtype=torch.int64)
     remaining = (document for document in documents if document.strip())
-    tokens: list[int] = []
-    used = 0
-    while len(tokens) < needed:
-        some = _take(remaining, characters=_CHARACTERS_PER_TOKEN * (needed - len(tokens)))
+    tokens: list[Tensor] = []
+    found = used = 0
+    while found < needed:
+        some = _take(remaining, characters=_CHARACTERS_PER_TOKEN * (needed - found))
         if not some:
-            if fewer and len(tokens) >= length:
-                samples = len(tokens) // length
+            if fewer and found >= length:
+                samples = found // length
                 break
-            raise too_short(name, len(tokens), samples, seq_len)
-        for ids in _tokenise(tokenizer, some):
-            if len(tokens) < needed:
-                tokens += [*(separator if used else []), *ids]
+            raise too_short(name, found, samples, seq_len)
+        for ids in token_ids(tokenizer, some, enough=needed - found):
+            if found < needed:
+                tokens += [separator, ids] if used else [ids]
+                found += len(ids) + len(separator) * bool(used)
                 used += 1
-    cut = torch.tensor(tokens[: samples * length], dtype=torch.int64).view(samples, length)
+    cut = torch.cat(tokens)[: samples * length].view(samples, length)
     return Packed(begin_with(begin, cut), used)
 
 
 def pack_windows(
-    passages: Iterable[str],
+    readings: Iterable[tuple[Iterable[str], int | None]],
     tokenizer: Any,
     *,
     samples: int,
     seq_len: int,
     seed: int,
-    each: int | None,
     name: str,
     fewer: bool = False,
     begin: int | None = None,
@@ -97,61 +101,59 @@ def pack_windows(
     """Cut non-overlapping windows out of passages of one document.
 
     Args:
-        passages: non-overlapping parts of the document, in random order; or the whole of it.
+        readings: non-overlapping parts of the document, in random order, or the whole of it, with the number of windows
+            that are taken of each at most (None: as many as are needed). Where more of them are too short for a window
+            than not, or where they are too few, the next reading is begun, of longer parts.
         tokenizer: a transformers tokenizer; passages are tokenised without special tokens.
         samples: how many windows.
         seq_len: tokens in each.
         seed: decides which windows of a passage are taken, and their order.
-        each: at most this many windows per passage; None for as many as are needed.
         name: of the source, for error messages.
         fewer: do with as many windows as there are.
         begin: token that each window begins with.
 
     Raises:
-        CalibrationError: there are fewer than `samples` windows; with `fewer`, none.
+        TextTooShortError: there are fewer than `samples` windows; with `fewer`, none.
     """
     length = seq_len - (begin is not None)
-    generator = torch.Generator().manual_seed(seed)
     taken: list[Tensor] = []
     found = 0
-    for passage in passages:
-        (ids,) = _tokenise(tokenizer, [passage])
-        found += len(ids)
-        windows = torch.tensor(ids[: len(ids) - len(ids) % length], dtype=torch.int64).view(-1, length)
-        order = torch.randperm(len(windows), generator=generator)
-        taken.extend(windows[order[: min(each or samples, samples - len(taken))]])
-        if len(taken) == samples:
-            return Packed(begin_with(begin, torch.stack(taken)), 1)
+    for passages, each in readings:
+        generator = torch.Generator().manual_seed(seed)
+        taken, found, without = [], 0, 0
+        for passage in passages:
+            (ids,) = token_ids(tokenizer, [passage])
+            found += len(ids)
+            windows = ids[: len(ids) - len(ids) % length].view(-1, length)
+            order = torch.randperm(len(windows), generator=generator)
+            taken.extend(windows[order[: min(each or samples, samples - len(taken))]])
+            if len(taken) == samples:
+                return Packed(begin_with(begin, torch.stack(taken)), 1)
+            without += not len(windows)
+            if each is not None and without > len(taken) + _PASSAGES_WITHOUT:
+                break
     if fewer and taken:
         return Packed(begin_with(begin, torch.stack(taken)), 1)
     raise too_short(name, found, samples, seq_len)
 
 
-def too_short(name: str, tokens: int, samples: int, seq_len: int) -> CalibrationError:
+def too_short(name: str, tokens: int, samples: int, seq_len: int) -> TextTooShortError:
     """The error for a source that holds fewer tokens than asked for."""
     fits = tokens // seq_len
     advice = f"ask for at most --samples {fits}" if fits else f"ask for a --seq-len of at most {tokens}"
     if tokens < 2:
         advice = "check that this is the right file"
-    return CalibrationError(
+    return TextTooShortError(
         f"the calibration text {name} is too short: it holds {tokens:,} tokens, and {samples} samples of {seq_len} "
         f"need {samples * seq_len:,}. Give more text, or {advice}."
     )
 
 
-def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    # Text off the web holds broken characters (lone surrogates) that tokenizers refuse.
-    sound = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-    # verbose=False: documents longer than the model's context are cut right afterwards
-    ids: list[list[int]] = tokenizer(sound, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
 def _take(documents: Iterator[str], characters: int) -> list[str]:
-    """The next few documents, no more characters in all than given: one may be larger than everything still needed."""
+    """The next few documents, no more than the one that fills up so many characters."""
     taken: list[str] = []
     for document in documents:
-        taken.append(document[:characters])
+        taken.append(document)
         characters -= len(taken[-1])
         if characters <= 0 or len(taken) == _DOCUMENTS_AT_A_TIME:
             break

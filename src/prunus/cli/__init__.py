@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 from prunus.cli.apply import apply
 from prunus.cli.bench import bench
 from prunus.cli.compare import compare
 from prunus.cli.evaluate import evaluate
 from prunus.cli.export import export
+from prunus.cli.flags import whole_numbers
 from prunus.cli.inspect import inspect
 from prunus.cli.plan import plan
 from prunus.cli.profile import profile
@@ -23,6 +24,7 @@ from prunus.cli.score import score
 from prunus.cli.terminal import run_command
 from prunus.errors import OptionError
 from prunus.machine.processes import launched
+from prunus.option_values import check_utf8
 from prunus.version import __version__
 
 __all__ = ["app", "main"]
@@ -36,7 +38,14 @@ MODEL is a folder, a Hub id, or `smollm2-135m` for the packaged SmolLM2-135M-Ins
 """
 
 # main() answers Ctrl-C itself.
-app = App(name="prunus", help=HELP, version=__version__, help_format="markdown", suppress_keyboard_interrupt=False)
+app = App(
+    name="prunus",
+    help=HELP,
+    version=__version__,
+    help_format="markdown",
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(converter=whole_numbers),
+)
 for command in (prune, score, plan, apply, recover, export, report, bench, profile, inspect, compare, recipe):
     app.command(command)
 app.command(evaluate, name="eval")
@@ -51,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
 
     def work() -> object:
+        for word in words:
+            check_utf8("an argument", word)  # results say what was typed
         if launched() > 1 and words[:1] not in (["score"], ["recover"]):
             raise OptionError(
                 f"torchrun started {launched()} processes, and only `prunus score` shares its work out (and `prunus "

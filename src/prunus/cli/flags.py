@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Group, Parameter, Token
+from cyclopts import Group, Parameter, Token, convert
 
 from prunus.errors import OptionError
 from prunus.evaluation.evaluate import EvalOptions
@@ -15,6 +15,15 @@ from prunus.evaluation.speed import SpeedOptions
 from prunus.pipeline.inputs import ModelOptions
 from prunus.recovery import RecoveryOptions, TextOptions
 from prunus.sweep import EngineChoice
+
+
+def whole_numbers(type_: Any, tokens: Any) -> Any:
+    """What the command line gives a parameter; cyclopts by itself rounds 2.5 where a whole number is wanted."""
+    if type_ is int or type_ == int | None:
+        for token in tokens:
+            if "." in token.value and not token.value.partition(".")[2].strip("0") == "":
+                raise OptionError(f"{token.keyword or 'the argument'} is {token.value}; give a whole number")
+    return convert(type_, tokens)
 
 
 def split_commas(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:

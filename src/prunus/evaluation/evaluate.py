@@ -9,14 +9,27 @@ from typing import Any
 
 from prunus.calibration.embedded import embedded_documents
 from prunus.calibration.loading import DEFAULT_SOURCE
-from prunus.checkpoint import check_folder, locate
+from prunus.checkpoint import locate, resolve_device
+from prunus.checkpoint.load import read_small_files
 from prunus.errors import OptionError
 from prunus.evaluation.harness import HarnessResult, check_harness, run_harness
-from prunus.evaluation.perplexity import PerplexityResult, perplexity, read_text
-from prunus.evaluation.samples import PROMPTS, Sample, continuations
-from prunus.evaluation.speed import SpeedOptions, SpeedReport, bench
-from prunus.evaluation.zero_shot import Task, ZeroShotResult, load_tasks, zero_shot
-from prunus.pipeline.inputs import ModelOptions, load_or_open, model_name
+from prunus.evaluation.perplexity import (
+    PerplexityResult,
+    TextWindows,
+    cut_text,
+    perplexity_of_text,
+    read_text,
+    warn_of_few_tokens,
+    window_length,
+)
+from prunus.evaluation.samples import NEW_TOKENS, PROMPTS, Sample, check_prompt, continuations
+from prunus.evaluation.speed import SpeedOptions, SpeedReport, bench, check_context
+from prunus.evaluation.zero_shot import EncodedTask, Task, ZeroShotResult, encode_task, load_tasks, zero_shot_of
+from prunus.machine.memory import resident_set
+from prunus.model.tokens import check_tokens
+from prunus.option_values import check_utf8, check_whole
+from prunus.pipeline.inputs import ModelOptions, load_or_open, memory_needed, model_name
+from prunus.sweep.estimate import Workload, parse_bytes, show_bytes
 from prunus.version import __version__
 
 __all__ = ["EvalOptions", "Evaluation", "ModelFigures", "evaluate"]
@@ -29,7 +42,8 @@ class EvalOptions:
     Attributes:
         text: UTF-8 text files for perplexity, each read as one string. Where nothing at all is asked for, perplexity is
             measured on the text that ships with Python.
-        seq_len: tokens per window of a text; windows do not overlap.
+        seq_len: tokens per window of a text; windows do not overlap. By default 2048, or as many as the model has
+            positions for if those are fewer.
         batch_size: windows, or choices of a task, per forward pass.
         max_windows: only the first so many windows of each text.
         begin_token: where the tokenizer puts a token before every text, as for Llama 3 and Gemma, begin each window
@@ -48,7 +62,7 @@ class EvalOptions:
     """
 
     text: tuple[Path, ...] = ()
-    seq_len: int = 2048
+    seq_len: int | None = None
     batch_size: int = 1
     max_windows: int | None = None
     begin_token: bool = True
@@ -66,9 +80,12 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_windows", "items"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name} is {value}; it must be at least 1")
+            if (value := getattr(self, name)) is not None:
+                check_whole(name, value)
+        if self.seq_len is not None:
+            check_whole("seq_len", self.seq_len, smallest=2, why="a window needs at least 2 tokens to predict one")
+        for path in self.text:
+            check_utf8("text", str(path))
         names = [path.name for path in self.text]
         if twice := {name for name in names if names.count(name) > 1}:
             raise OptionError(f"two texts are called {min(twice)}, and results go by the file's name; rename one")
@@ -178,43 +195,82 @@ def evaluate(
         device=model_options.device,
         dtype=model_options.dtype,
     )
-    # Both are looked for before one is measured.
+    # Both are looked for, and everything is tokenised for both, before one is measured.
     compared = [name for name in (dense, model) if name is not None]
-    for name in compared:
-        check_folder(locate(name))
-    figures = {name: _figures(name, texts, tasks, options, model_options, progress) for name in compared}
+    asked = {name: _Asked.of(name, texts, tasks, options, speed if options.speed else None) for name in compared}
+    for text, windows in asked[model].windows.items():
+        warn_of_few_tokens(text, windows.ids.numel() - len(windows.ids))
+    if options.speed and model_options.max_memory is not None:
+        _check_memory_of_speed(compared, speed, model_options)
+    figures = {name: _figures(name, asked[name], options, model_options, progress) for name in compared}
     report = bench(compared, speed, progress=progress) if options.speed else None
     return Evaluation(figures[model], figures[dense] if dense is not None else None, report)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What one model is asked, as its own tokens.
+
+    Attributes:
+        windows: by the name of the text.
+        tasks: zero-shot tasks.
+        longest: tokens of the longest sequence of all.
+    """
+
+    windows: Mapping[str, TextWindows]
+    tasks: Sequence[EncodedTask]
+    longest: int
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        texts: Mapping[str, str],
+        tasks: Sequence[Task],
+        options: EvalOptions,
+        speed: SpeedOptions | None,
+    ) -> _Asked:
+        """Tokenise everything, with all checks that need no weights."""
+        config, tokenizer = read_small_files(locate(name))
+        if speed is not None:
+            check_context(speed, config, model_name(name))
+        length = window_length(config, options.seq_len)
+        windows = {
+            text: cut_text(
+                tokenizer,
+                content,
+                seq_len=length,
+                max_windows=options.max_windows,
+                begin_token=options.begin_token,
+            )
+            for text, content in texts.items()
+        }
+        for each in windows.values():
+            check_tokens(config, each.ids)
+        prompts = [len(check_prompt(config, tokenizer, prompt)) + NEW_TOKENS for prompt in options.prompts]
+        encoded = [encode_task(config, tokenizer, task, limit=options.items) for task in tasks]
+        lengths = [each.ids.shape[1] for each in windows.values()] + prompts
+        lengths += [len(ids) for task in encoded for ids, _ in task.pairs]
+        return cls(windows, encoded, max(lengths, default=0))
+
+
 def _figures(
-    name: str,
-    texts: Mapping[str, str],
-    tasks: Sequence[Task],
-    options: EvalOptions,
-    model_options: ModelOptions,
-    progress: bool,
+    name: str, asked: _Asked, options: EvalOptions, model_options: ModelOptions, progress: bool
 ) -> ModelFigures:
-    live, tokenizer, _ = load_or_open(name, model_options, progress=progress)
     size = options.batch_size
+    window = size * asked.longest
+    tokens = max([windows.ids.numel() for windows in asked.windows.values()] + [window])
+    workload = Workload(evaluation_tokens=tokens, evaluation_window=window)
+    live, tokenizer, _ = load_or_open(name, model_options, workload=workload, progress=progress)
     return ModelFigures(
         model_name(name),
         live.num_parameters(),
         str(live.dtype).removeprefix("torch."),
         {
-            text: perplexity(
-                live,
-                tokenizer,
-                content,
-                seq_len=options.seq_len,
-                batch_size=size,
-                max_windows=options.max_windows,
-                begin_token=options.begin_token,
-                progress=progress,
-            )
-            for text, content in texts.items()
+            text: perplexity_of_text(live, windows, batch_size=size, progress=progress)
+            for text, windows in asked.windows.items()
         },
-        [zero_shot(live, tokenizer, task, limit=options.items, batch_size=size, progress=progress) for task in tasks],
+        [zero_shot_of(live, task, batch_size=size, progress=progress) for task in asked.tasks],
         run_harness(
             live, tokenizer, options.harness, include=options.harness_path, limit=options.items, batch_size=size
         )
@@ -222,3 +278,19 @@ def _figures(
         else [],
         continuations(live, tokenizer, options.prompts, progress=progress),
     )
+
+
+def _check_memory_of_speed(models: Sequence[str], speed: SpeedOptions, options: ModelOptions) -> None:
+    """Raise unless all models fit into `options.max_memory` together, as they are timed in turn."""
+    limit = parse_bytes(str(options.max_memory))
+    tokens = speed.batch_size * speed.prompt_tokens
+    running = Workload(evaluation_tokens=tokens, evaluation_window=tokens)
+    needed = [memory_needed(model, options, running).resident for model in models]
+    # What the process has already is in every estimate.
+    once = resident_set() if resolve_device(options.device).type == "cpu" else 0
+    together = sum(needed) - once * (len(models) - 1)
+    if together > limit:
+        raise OptionError(
+            f"max_memory is {show_bytes(limit)}, and --speed holds {len(models)} models at once, which takes about "
+            f"{show_bytes(together)}: leave --speed out, or use `prunus bench` on a larger machine"
+        )

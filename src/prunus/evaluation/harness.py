@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from prunus.errors import OptionError
+from prunus.errors import OptionError, PrunusError
 from prunus.model.evaluation_mode import evaluation_mode
 
 __all__ = ["HarnessResult", "check_harness", "run_harness"]
@@ -110,6 +110,8 @@ def run_harness(
                 bootstrap_iters=0,
                 task_manager=_manager(tuple(tasks), tuple(include)),
             )
+    except (PrunusError, MemoryError, torch.OutOfMemoryError):
+        raise  # not the harness' own
     except Exception as error:  # its tasks, metrics and data sets raise whatever they like
         raise OptionError(
             f"lm-evaluation-harness could not run {', '.join(tasks)} ({type(error).__name__}: {error}). Without a "

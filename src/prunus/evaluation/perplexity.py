@@ -9,6 +9,7 @@ overlap, print other figures for the same model; the result says which protocol 
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +24,34 @@ from prunus.calibration.begin_token import begin_token_of, begin_with
 from prunus.errors import NonFiniteError, OptionError
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
+from prunus.model.tokens import check_seq_len, check_tokens, longest_context, token_ids
+from prunus.option_values import check_whole
 from prunus.sweep.blocks import last_hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PerplexityResult", "perplexity", "perplexity_of_windows", "read_text"]
+__all__ = [
+    "DEFAULT_SEQ_LEN",
+    "PerplexityResult",
+    "TextWindows",
+    "cut_text",
+    "perplexity",
+    "perplexity_of_text",
+    "perplexity_of_windows",
+    "read_text",
+    "warn_of_few_tokens",
+    "window_length",
+]
+
+logger = logging.getLogger(__name__)
+
+#: tokens of a window, where the model has as many positions
+DEFAULT_SEQ_LEN = 2048
+#: losses of single tokens spread by about so many nats around their mean
+SPREAD_OF_A_LOSS = 2.5
+#: below so many tokens a figure is uncertain by 8 % and more: nobody should rank models by it unawares
+FEW_TOKENS = 1000
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,25 @@ class PerplexityResult:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class TextWindows:
+    """A text as the windows that perplexity is measured on.
+
+    Attributes:
+        ids: int64, (windows, tokens), a begin-of-text token included.
+        tokens: in the whole text.
+        text_len: tokens of the text in each window.
+        source: how the text was tokenised, for the protocol.
+        left_out: what was left out, for the protocol.
+    """
+
+    ids: Tensor
+    tokens: int
+    text_len: int
+    source: str
+    left_out: str
+
+
 def read_text(path: str | Path) -> str:
     """Read a text file as one string, with its line ends as they are.
 
@@ -82,7 +124,7 @@ def perplexity(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     *,
-    seq_len: int = 2048,
+    seq_len: int | None = None,
     batch_size: int = 1,
     max_windows: int | None = None,
     begin_token: bool = True,
@@ -98,7 +140,7 @@ def perplexity(
         model: a transformers causal language model.
         tokenizer: its tokenizer.
         text: the text as one string, e.g. from `read_text`.
-        seq_len: tokens per window.
+        seq_len: tokens per window; None for 2048, or as many as the model has positions for if those are fewer.
         batch_size: windows per forward pass.
         max_windows: only the first so many windows; None for all.
         begin_token: where the tokenizer puts a token before every text (Llama 3, Gemma), begin each window with it.
@@ -110,10 +152,50 @@ def perplexity(
             fewer than two tokens, or the tokenizer's ids do not fit the model.
         NonFiniteError: the loss of a window is NaN or infinite.
     """
-    _check_options(model, seq_len, batch_size, max_windows)
-    ids = _tokenise(tokenizer, text)
-    _check_ids(model, ids)
-    tokens = ids.numel()
+    check_whole("batch_size", batch_size)
+    seq_len = window_length(model.config, seq_len)
+    windows = cut_text(tokenizer, text, seq_len=seq_len, max_windows=max_windows, begin_token=begin_token)
+    return perplexity_of_text(model, windows, batch_size=batch_size, progress=progress)
+
+
+def window_length(config: Any, seq_len: int | None, name: str = "seq_len") -> int:
+    """Tokens of a window: as asked for, else 2048 or what the model has positions for.
+
+    Args:
+        config: of the model.
+        seq_len: what was asked for.
+        name: of the option that says so.
+
+    Raises:
+        OptionError: fewer than two, or more than the model has positions for.
+    """
+    if seq_len is None:
+        return min(DEFAULT_SEQ_LEN, longest_context(config) or DEFAULT_SEQ_LEN)
+    check_whole(name, seq_len, smallest=2, why="a window needs at least 2 tokens to predict one")
+    check_seq_len(config, seq_len, name)
+    return seq_len
+
+
+def cut_text(
+    tokenizer: Any, text: str, *, seq_len: int, max_windows: int | None = None, begin_token: bool = True
+) -> TextWindows:
+    """Tokenise a text and cut it into windows, by the protocol above.
+
+    Args:
+        tokenizer: of the model that will be measured.
+        text: the text as one string.
+        seq_len: tokens per window, from `window_length`.
+        max_windows: only the first so many windows; None for all.
+        begin_token: begin each window with the token that the tokenizer puts before every text.
+
+    Raises:
+        OptionError: the text has fewer than two tokens, or an option is out of range.
+    """
+    if max_windows is not None:
+        check_whole("max_windows", max_windows, why="leave it out for all windows")
+    (ids,) = token_ids(tokenizer, [text])
+    if (tokens := len(ids)) < 2:
+        raise OptionError(f"the text has {tokens} token(s): perplexity needs at least 2")
     begin = begin_token_of(tokenizer) if begin_token else None
     length = min(seq_len - (begin is not None), tokens)
     windows = begin_with(begin, ids[: tokens - tokens % length].view(-1, length))
@@ -121,15 +203,53 @@ def perplexity(
     if max_windows is not None and max_windows < len(windows):
         left_out = f"; only the first {max_windows} of {len(windows)} windows"
         windows = windows[:max_windows]
+    source = "text tokenised once as one raw string (lines not re-joined), "
+    source += "no special tokens" if begin is None else "each window begun with the token that begins a text"
+    return TextWindows(windows, tokens, length, source, left_out)
 
+
+def warn_of_few_tokens(name: str, predicted: int) -> None:
+    """Say what a perplexity on so few predicted tokens is worth, if that is little.
+
+    Args:
+        name: of the text.
+        predicted: tokens whose loss is measured.
+    """
+    if predicted < FEW_TOKENS:
+        logger.warning(
+            "perplexity on %s is the mean over %d tokens only, so that it is uncertain by a factor of about %.2g; give "
+            "more text to compare models by",
+            name,
+            predicted,
+            math.exp(SPREAD_OF_A_LOSS / math.sqrt(predicted)),
+        )
+
+
+@torch.no_grad()
+def perplexity_of_text(
+    model: nn.Module, windows: TextWindows, *, batch_size: int = 1, progress: bool = True
+) -> PerplexityResult:
+    """Measure a model's perplexity on a text that was cut before, see `perplexity`.
+
+    Args:
+        model: a transformers causal language model.
+        windows: from `cut_text`, by the model's own tokenizer.
+        batch_size: windows per forward pass.
+        progress: show a bar on a terminal.
+
+    Raises:
+        OptionError: the windows are longer than the model's context, or hold token ids that it does not embed.
+        NonFiniteError: the loss of a window is NaN or infinite.
+    """
+    check_whole("batch_size", batch_size)
+    check_tokens(model.config, windows.ids)
     return _score(
         model,
-        windows,
-        tokens,
-        "text tokenised once as one raw string (lines not re-joined), "
-        + ("no special tokens" if begin is None else "each window begun with the token that begins a text"),
-        left_out,
-        text_len=length,
+        windows.ids,
+        windows.tokens,
+        windows.source,
+        windows.left_out,
+        text_len=windows.text_len,
         batch_size=batch_size,
         progress=progress,
     )
@@ -158,8 +278,9 @@ def perplexity_of_windows(
         OptionError: the sequences are longer than the model's context, or hold token ids that it does not embed.
         NonFiniteError: the loss of a window is NaN or infinite.
     """
-    _check_options(model, windows.shape[1], batch_size, None)
-    _check_ids(model, windows)
+    check_whole("batch_size", batch_size)
+    check_whole("seq_len", windows.shape[1], smallest=2, why="a window needs at least 2 tokens to predict one")
+    check_tokens(model.config, windows)
     tokens = windows.numel() if attention_mask is None else int(attention_mask.sum())
     return _score(
         model,
@@ -226,35 +347,3 @@ def _score(
             f"model, float32 loss{left_out}"
         ),
     )
-
-
-def _check_options(model: Any, seq_len: int, batch_size: int, max_windows: int | None) -> None:
-    if seq_len < 2:
-        raise OptionError(f"seq_len is {seq_len}: a window needs at least 2 tokens to predict one")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and seq_len > longest:
-        raise OptionError(
-            f"seq_len is {seq_len}, and the model knows only {longest} positions (max_position_embeddings): "
-            f"use a seq_len of at most {longest}"
-        )
-    if batch_size < 1:
-        raise OptionError(f"batch_size is {batch_size}: it must be at least 1")
-    if max_windows is not None and max_windows < 1:
-        raise OptionError(f"max_windows is {max_windows}: it must be at least 1, or None for all windows")
-
-
-def _tokenise(tokenizer: Any, text: str) -> Tensor:
-    # verbose=False: the whole text is longer than the model's context on purpose
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < 2:
-        raise OptionError(f"the text has {len(ids)} token(s): perplexity needs at least 2")
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def _check_ids(model: Any, ids: Tensor) -> None:
-    rows = model.get_input_embeddings().num_embeddings
-    if int(ids.max()) >= rows:
-        raise OptionError(
-            f"the tokenizer makes token id {int(ids.max())}, and the model embeds only {rows}: "
-            "use the tokenizer that belongs to the model"
-        )

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from prunus.errors import OptionError
 from prunus.evaluation.greedy import greedy_run
+from prunus.model.tokens import check_token_ids, longest_context
 
-__all__ = ["NEW_TOKENS", "PROMPTS", "Sample", "continuations", "side_by_side"]
+__all__ = ["NEW_TOKENS", "PROMPTS", "Sample", "check_prompt", "continuations", "side_by_side"]
 
 #: a fact, a story, instructions, code
 PROMPTS = (
@@ -64,14 +65,10 @@ def continuations(
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     samples = []
+    context = longest_context(model.config) or 2**31
     for prompt in tqdm(prompts, desc="samples", unit="prompt", disable=None if progress else True):
-        ids = tokenizer(prompt)["input_ids"]
-        if not _fits(model, ids):
-            raise OptionError(
-                f"the prompt {prompt[:40]!r} has {len(ids)} tokens; it needs at least one, fewer than the "
-                f"{_context(model)} of the model's context, and only tokens that the model embeds"
-            )
-        run = greedy_run(model, torch.tensor([ids], device=model.device), min(new_tokens, _context(model) - len(ids)))
+        ids = check_prompt(model.config, tokenizer, prompt)
+        run = greedy_run(model, torch.tensor([ids], device=model.device), min(new_tokens, context - len(ids)))
         made = run.tokens[0].tolist()
         stop = next((position for position, token in enumerate(made) if token in ends), len(made))
         # What is new is cut off the whole: a token by itself may lose the space before it.
@@ -79,6 +76,28 @@ def continuations(
         start = len(tokenizer.decode(ids, skip_special_tokens=True))
         samples.append(Sample(prompt, whole[start:]))
     return samples
+
+
+def check_prompt(config: Any, tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a prompt, if a model can continue it.
+
+    Args:
+        config: of the model.
+        tokenizer: its tokenizer.
+        prompt: the text.
+
+    Raises:
+        OptionError: it is empty, fills the model's context, or holds tokens that the model does not embed.
+    """
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    context = longest_context(config) or 2**31
+    if not 0 < len(ids) < context:
+        raise OptionError(
+            f"the prompt {prompt[:40]!r} has {len(ids)} tokens; it needs at least one, and fewer than the {context} of "
+            "the model's context"
+        )
+    check_token_ids(config, torch.tensor(ids))
+    return ids
 
 
 def side_by_side(dense: Any, smaller: Any, tokenizer: Any, *, progress: bool = True) -> list[dict[str, str]]:
@@ -95,14 +114,10 @@ def side_by_side(dense: Any, smaller: Any, tokenizer: Any, *, progress: bool = T
     """
     if tokenizer is None:
         return []
-    prompts = [prompt for prompt in PROMPTS if _fits(smaller, tokenizer(prompt)["input_ids"])]
+    prompts = [prompt for prompt in PROMPTS if _fits(smaller.config, tokenizer(prompt)["input_ids"])]
     runs = [continuations(model, tokenizer, prompts, progress=progress) for model in (dense, smaller)]
     return [{"prompt": one.prompt, "dense": one.text, "pruned": other.text} for one, other in zip(*runs, strict=True)]
 
 
-def _context(model: Any) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
-
-
-def _fits(model: Any, ids: Sequence[int]) -> bool:
-    return 0 < len(ids) < _context(model) and max(ids) < model.get_input_embeddings().num_embeddings
+def _fits(config: Any, ids: Sequence[int]) -> bool:
+    return 0 < len(ids) < (longest_context(config) or 2**31) and max(ids) < config.get_text_config().vocab_size

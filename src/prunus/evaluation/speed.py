@@ -23,6 +23,7 @@ from prunus.errors import OptionError
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.kv_cache import kv_cache_bytes
 from prunus.evaluation.memory import PeakMemory, peak_memory
+from prunus.option_values import check_seed, check_whole
 from prunus.pipeline.inputs import model_name
 
 __all__ = ["SpeedOptions", "SpeedReport", "SpeedResult", "Spread", "Timing", "bench", "check_context", "time_in_turn"]
@@ -64,8 +65,8 @@ class SpeedOptions:
             ("repeats", 1, "at least one round is measured"),
             ("warm_up", 0, "use 0 for no warm-up"),
         ):
-            if getattr(self, name) < smallest:
-                raise OptionError(f"{name} is {getattr(self, name)}; the smallest is {smallest}: {why}")
+            check_whole(name, getattr(self, name), smallest=smallest, why=why)
+        check_seed("seed", self.seed)
         resolve_device(self.device)
         resolve_dtype(self.dtype)
 

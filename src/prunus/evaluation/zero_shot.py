@@ -32,8 +32,22 @@ from tqdm import tqdm
 from prunus.errors import NonFiniteError, OptionError
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.loss import head_function
+from prunus.model.tokens import check_token_ids, longest_context
+from prunus.option_values import check_whole
 
-__all__ = ["TASKS", "Item", "Task", "ZeroShotResult", "answers", "load_task", "load_tasks", "zero_shot"]
+__all__ = [
+    "TASKS",
+    "EncodedTask",
+    "Item",
+    "Task",
+    "ZeroShotResult",
+    "answers",
+    "encode_task",
+    "load_task",
+    "load_tasks",
+    "zero_shot",
+    "zero_shot_of",
+]
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,21 @@ class Task:
 
     name: str
     items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task as the tokens of its choices.
+
+    Attributes:
+        task: what was tokenised.
+        items: those of its items that are asked.
+        pairs: for each choice of each item the token ids, and how many of the last ones are scored.
+    """
+
+    task: Task
+    items: Sequence[Item]
+    pairs: Sequence[tuple[list[int], int]]
 
 
 @dataclass(frozen=True)
@@ -188,13 +217,19 @@ def zero_shot(
         OptionError: a limit or batch size below 1, or a choice without a token of its own.
         NonFiniteError: a log-likelihood is NaN.
     """
-    right = answers(model, tokenizer, task, limit=limit, batch_size=batch_size, progress=progress)
+    encoded = encode_task(model.config, tokenizer, task, limit=limit)
+    return zero_shot_of(model, encoded, batch_size=batch_size, progress=progress)
+
+
+def zero_shot_of(model: Any, encoded: EncodedTask, *, batch_size: int = 16, progress: bool = True) -> ZeroShotResult:
+    """Let a model answer a task that was tokenised before, see `zero_shot`."""
+    right = _answers(model, encoded, batch_size, progress)
+    task = encoded.task
     accuracy, accuracy_norm = (sum(verdicts) / len(right) for verdicts in zip(*right, strict=True))
     stderr = (accuracy_norm * (1 - accuracy_norm) / max(1, len(right) - 1)) ** 0.5
     return ZeroShotResult(task.name, len(right), accuracy, accuracy_norm, stderr)
 
 
-@torch.no_grad()
 def answers(
     model: Any, tokenizer: Any, task: Task, *, limit: int | None = None, batch_size: int = 16, progress: bool = True
 ) -> list[tuple[bool, bool]]:
@@ -202,10 +237,25 @@ def answers(
 
     Arguments and errors are those of `zero_shot`.
     """
-    if (limit is not None and limit < 1) or batch_size < 1:
-        raise OptionError(f"limit is {limit}, batch_size {batch_size}; they must be at least 1")
+    return _answers(model, encode_task(model.config, tokenizer, task, limit=limit), batch_size, progress)
+
+
+def encode_task(config: Any, tokenizer: Any, task: Task, *, limit: int | None = None) -> EncodedTask:
+    """Tokenise a task, with all checks that need no weights.
+
+    Args:
+        config: of the model that will answer.
+        tokenizer: its tokenizer.
+        task: see `load_task`.
+        limit: only the first so many items.
+
+    Raises:
+        OptionError: a limit below 1, a choice without a token of its own, or a token that the model does not embed.
+    """
+    if limit is not None:
+        check_whole("limit", limit)
     items = task.items[:limit]
-    longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+    longest = longest_context(config) or 2**31
     pairs = []
     for number, item in enumerate(items):
         for context, continuation in item.choices:
@@ -218,6 +268,14 @@ def answers(
                 )
             # The last token is predicted, and not read.
             pairs.append((ids[-(longest + 1) :], scored))
+    check_token_ids(config, torch.tensor([token for ids, _ in pairs for token in ids]))
+    return EncodedTask(task, items, pairs)
+
+
+@torch.no_grad()
+def _answers(model: Any, encoded: EncodedTask, batch_size: int, progress: bool) -> list[tuple[bool, bool]]:
+    check_whole("batch_size", batch_size)
+    task, items, pairs = encoded.task, encoded.items, encoded.pairs
     likelihoods = torch.empty(len(pairs), dtype=torch.float64)
     # Sequences of like lengths together: little padding.
     order = sorted(range(len(pairs)), key=lambda number: len(pairs[number][0]))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prunus.calibration import Calibration, load_calibration
+from prunus.calibration.loading import check_counts
 from prunus.checkpoint import (
     check_disk,
     check_folder,
@@ -28,14 +29,27 @@ from prunus.checkpoint import (
     resolve_device,
     resolve_dtype,
 )
-from prunus.errors import CalibrationError, OptionError
-from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows, read_text
-from prunus.evaluation.zero_shot import Task, load_tasks, zero_shot
+from prunus.errors import OptionError, TextTooShortError
+from prunus.evaluation.perplexity import (
+    DEFAULT_SEQ_LEN,
+    FEW_TOKENS,
+    PerplexityResult,
+    TextWindows,
+    cut_text,
+    perplexity_of_text,
+    perplexity_of_windows,
+    read_text,
+    warn_of_few_tokens,
+    window_length,
+)
+from prunus.evaluation.zero_shot import EncodedTask, encode_task, load_tasks, zero_shot_of
 from prunus.machine.processes import is_first
 from prunus.model.geometry import Geometry
+from prunus.model.tokens import check_seq_len, check_tokens, longest_context
+from prunus.option_values import check_seed, check_utf8, check_whole
 from prunus.selection.select import check_reachable
 from prunus.sweep import ENGINES, Engine, EngineChoice
-from prunus.sweep.estimate import Workload, available_memory, choose_engine, estimate, parse_bytes, show_bytes
+from prunus.sweep.estimate import Estimate, Workload, available_memory, choose_engine, estimate, parse_bytes, show_bytes
 
 if TYPE_CHECKING:
     from prunus.pipeline.job import Job
@@ -46,13 +60,19 @@ __all__ = [
     "EvaluationOptions",
     "Inputs",
     "ModelOptions",
+    "config_of",
     "draw_calibration",
     "load_or_open",
+    "memory_needed",
     "model_name",
     "open_inputs",
 ]
 
 logger = logging.getLogger(__name__)
+
+
+#: tokens of a calibration sequence, where the model has as many positions
+DEFAULT_CALIBRATION_LEN = 512
 
 
 @dataclass(frozen=True)
@@ -93,25 +113,42 @@ class CalibrationOptions:
         source: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for
             the text that ships with Python; `self` for text that the model writes.
         samples: number of sequences.
-        seq_len: tokens per sequence.
+        seq_len: tokens per sequence; by default 512, or as many as the model has positions for if those are fewer.
         seed: decides which sequences are drawn.
         text_column: column that holds the text in .jsonl and .parquet files.
+        chat_column: column that holds conversations in place of text: lists of {"role": …, "content": …} or of
+            ShareGPT's {"from": …, "value": …}, or the instruction of Alpaca's rows; they become text by the tokenizer's
+            chat template.
         begin_token: where the tokenizer puts a token before every text, as for Llama 3 and Gemma, begin each sequence
             with it.
     """
 
     source: str = "default"
     samples: int = 128
-    seq_len: int = 512
+    seq_len: int | None = None
     seed: int = 0
     text_column: str = "text"
+    chat_column: str | None = None
     begin_token: bool = True
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise OptionError(f"samples is {self.samples}; calibration needs at least one sequence")
-        if self.seq_len < 2:
-            raise OptionError(f"seq_len is {self.seq_len}; a sequence needs at least two tokens")
+        check_counts(self.samples, DEFAULT_CALIBRATION_LEN if self.seq_len is None else self.seq_len)
+        check_seed("seed", self.seed)
+        check_utf8("calibration", self.source)
+
+    def length(self, config: Any) -> int:
+        """Tokens per sequence for a model.
+
+        Args:
+            config: of the model.
+
+        Raises:
+            OptionError: more are asked for than the model has positions for.
+        """
+        if self.seq_len is None:
+            return min(DEFAULT_CALIBRATION_LEN, longest_context(config) or DEFAULT_CALIBRATION_LEN)
+        check_seq_len(config, self.seq_len)
+        return self.seq_len
 
 
 @dataclass(frozen=True)
@@ -121,7 +158,8 @@ class EvaluationOptions:
     Attributes:
         text: a text file to measure perplexity on, before and after; without it, calibration sequences that were
             held out.
-        seq_len: tokens per window of the text.
+        seq_len: tokens per window of the text; by default 2048, or as many as the model has positions for if those
+            are fewer.
         windows: only the first so many windows of the text.
         begin_token: where the tokenizer puts a token before every text, begin each window with it. GPTQ and the
             tools after it do not.
@@ -131,7 +169,7 @@ class EvaluationOptions:
     """
 
     text: str | None = None
-    seq_len: int = 2048
+    seq_len: int | None = None
     windows: int | None = None
     begin_token: bool = True
     held_out: int = 16
@@ -139,16 +177,34 @@ class EvaluationOptions:
     items: int | None = None
 
     def __post_init__(self) -> None:
-        if self.items is not None and self.items < 1:
-            raise OptionError(f"items is {self.items}; it must be at least 1")
-        if self.held_out < 0:
-            raise OptionError(f"held_out is {self.held_out}; it must not be negative")
+        if self.items is not None:
+            check_whole("items", self.items, why="leave it out for all items")
+        check_whole("held_out", self.held_out, smallest=0)
+        if self.seq_len is not None:
+            check_whole("evaluation.seq_len", self.seq_len, smallest=2, why="a window needs 2 tokens to predict one")
+        if self.windows is not None:
+            check_whole("evaluation.windows", self.windows, why="leave it out for all windows")
+        check_utf8("evaluation.text", self.text)
 
     def tokens(self, text: str | None, seq_len: int) -> int:
         """At most how many tokens perplexity is measured on: those of a text, else of held-out sequences."""
         if text is None:
             return self.held_out * seq_len
-        return len(text) if self.windows is None else self.windows * self.seq_len
+        return len(text) if self.windows is None else self.windows * (self.seq_len or DEFAULT_SEQ_LEN)
+
+    def window(self, text: str | None, seq_len: int, config: Any) -> int:
+        """Tokens that go through a model at a time.
+
+        Args:
+            text: what perplexity is measured on; None for held-out sequences.
+            seq_len: tokens of those.
+            config: of the model.
+
+        Raises:
+            OptionError: a window is longer than the model's context.
+        """
+        longest = window_length(config, self.seq_len, "evaluation.seq_len")
+        return min(len(text), longest) if text is not None else seq_len * bool(self.held_out)
 
 
 def draw_calibration(
@@ -160,7 +216,31 @@ def draw_calibration(
     needed: bool,
     progress: bool = True,
 ) -> tuple[Calibration | None, Calibration | None]:
-    """The sequences to calibrate on, and others of the same source that are held out for measuring."""
+    """The sequences to calibrate on, and others of the same source that are held out for measuring.
+
+    Raises:
+        OptionError: the model cannot read them, see `prunus.model.tokens.check_tokens`.
+        CalibrationError: the text is missing, unreadable or too short.
+    """
+    calibration, rest = _draw(model, tokenizer, options, held_out, needed, progress)
+    for part in (calibration, rest):
+        if part is not None:
+            check_tokens(model.config, part.input_ids)
+    if calibration is not None and calibration.provenance.tokens < FEW_TOKENS:
+        logger.warning(
+            "importance is measured on %d tokens only: another text would rank the groups otherwise. Give more samples "
+            "or a longer seq_len; the defaults take %s tokens",
+            calibration.provenance.tokens,
+            f"{CalibrationOptions.samples * DEFAULT_CALIBRATION_LEN:,}",
+        )
+    if rest is not None:
+        warn_of_few_tokens("held-out sequences", rest.provenance.tokens - len(rest))
+    return calibration, rest
+
+
+def _draw(
+    model: Any, tokenizer: Any, options: CalibrationOptions, held_out: int, needed: bool, progress: bool
+) -> tuple[Calibration | None, Calibration | None]:
     samples = options.samples if needed else 0
     if samples + held_out == 0:
         return None, None
@@ -168,9 +248,10 @@ def draw_calibration(
         load_calibration,
         options.source,
         tokenizer,
-        seq_len=options.seq_len,
+        seq_len=options.length(model.config),
         seed=options.seed,
         text_column=options.text_column,
+        chat_column=options.chat_column,
         begin_token=options.begin_token,
         model=model,
         progress=progress,
@@ -179,7 +260,7 @@ def draw_calibration(
         return load(samples=samples), None
     try:
         drawn = load(samples=samples + held_out)
-    except CalibrationError:
+    except TextTooShortError:
         # A text that is just long enough to calibrate on is used for that; one that is not fails here again.
         enough = load(samples=samples) if samples else None
         if enough is None:
@@ -221,13 +302,8 @@ def load_or_open(
     limit = parse_bytes(options.max_memory) if options.max_memory else None
     engine: EngineChoice = options.engine
     if engine == "auto" or limit is not None:
-        device, folder = resolve_device(options.device), locate(source)
-        check_folder(folder)
-        config = read_config(folder)
-        dtype = resolve_dtype(options.dtype)
-        held_in: torch.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
-        needed = estimate(empty_model(config, held_in), held_in, workload or Workload(), device)
-        free = available_memory(device)
+        needed = memory_needed(source, options, workload or Workload())
+        free = available_memory(resolve_device(options.device))
         asked, engine = engine, choose_engine(needed, engine, limit, free)
         if asked == "auto" and progress and is_first():
             bound = f"limit {show_bytes(limit)}" if limit else f"free {show_bytes(free)}" if free else "no limit known"
@@ -239,6 +315,30 @@ def load_or_open(
     if engine == "streamed":
         return *open_model(source, dtype=options.dtype, device=options.device, scratch=scratch), engine
     return *load_model(source, dtype=options.dtype, device=options.device), "resident"
+
+
+def config_of(source: str) -> Any:
+    """The config of a model, whose folder is checked before it is read.
+
+    Raises:
+        PrunusError: see `prunus.checkpoint.check_folder`.
+    """
+    folder = locate(source)
+    check_folder(folder)
+    return read_config(folder)
+
+
+def memory_needed(source: str, options: ModelOptions, workload: Workload) -> Estimate:
+    """Peak memory of a job under each engine, from config and options alone.
+
+    Args:
+        source: a folder, a Hub id or `smollm2-135m`.
+        options: device and dtype.
+        workload: what will be done with the model.
+    """
+    config, dtype = config_of(source), resolve_dtype(options.dtype)
+    held_in: torch.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    return estimate(empty_model(config, held_in), held_in, workload, resolve_device(options.device))
 
 
 @dataclass(frozen=True)
@@ -253,10 +353,9 @@ class Inputs:
         geometry: its shape.
         calibration: sequences to calibrate on; None where nothing needs any.
         held_out: sequences to measure perplexity on; None where there is a text, or nothing is measured.
-        text: the text to measure perplexity on, if one was given.
+        text: the text to measure perplexity on, if one was given, cut into windows.
         text_name: what perplexity is measured on, for a reader.
-        evaluation: how perplexity is measured.
-        tasks: zero-shot tasks.
+        tasks: zero-shot tasks, as token ids.
     """
 
     source: str
@@ -266,10 +365,9 @@ class Inputs:
     geometry: Geometry
     calibration: Calibration | None
     held_out: Calibration | None
-    text: str | None
+    text: TextWindows | None
     text_name: str
-    evaluation: EvaluationOptions
-    tasks: Sequence[Task] = ()
+    tasks: Sequence[EncodedTask] = ()
 
     @property
     def measurable(self) -> bool:
@@ -279,15 +377,7 @@ class Inputs:
     def measure(self, model: Any, *, progress: bool = True) -> PerplexityResult | None:
         """Perplexity of a model, dense or pruned, on the text, else on held-out sequences, else nothing."""
         if self.text is not None:
-            return perplexity(
-                model,
-                self.tokenizer,
-                self.text,
-                seq_len=self.evaluation.seq_len,
-                max_windows=self.evaluation.windows,
-                begin_token=self.evaluation.begin_token,
-                progress=progress,
-            )
+            return perplexity_of_text(model, self.text, progress=progress)
         if self.held_out is not None:
             return perplexity_of_windows(
                 model, self.held_out.input_ids, self.held_out.attention_mask, progress=progress
@@ -296,10 +386,8 @@ class Inputs:
 
     def accuracies(self, model: Any) -> dict[str, float]:
         """Zero-shot accuracy of a model on each task, normalised by length where the task's rules say so."""
-        return {
-            task.name: zero_shot(model, self.tokenizer, task, limit=self.evaluation.items).accuracy_norm
-            for task in self.tasks
-        }
+        results = (zero_shot_of(model, task) for task in self.tasks)
+        return {result.task: result.accuracy_norm for result in results}
 
     def drawn_again(self, calibration: CalibrationOptions, *, progress: bool = True) -> Inputs:
         """The same model and evaluation text with other calibration sequences.
@@ -350,16 +438,22 @@ def open_inputs(
     for recipe, ratio in product(recipes, ratios):
         recipe.check(ratio, sequences=calibration.samples if calibrate else None)
     check_output(out, overwrite, job.model)
+    check_utf8("model", str(job.model))
     text = read_text(evaluation.text) if evaluation.text else None
     tasks = load_tasks(evaluation.tasks) if evaluation.tasks else ()
+    config = config_of(job.model)
+    seq_len = calibration.length(config)
+    window = evaluation.window(text, seq_len, config)
     workload = Workload(
         frozenset[str]().union(*(recipe.scoring.needs for recipe in recipes)),
         sequences=calibration.samples if calibrate else 0,
-        seq_len=calibration.seq_len,
+        seq_len=seq_len,
         batch_size=job.run.batch_size,
         repairs=any(recipe.repair is not None for recipe in recipes),
         writes_text=any(recipe.writes_text for recipe in recipes),
-        evaluation_tokens=evaluation.tokens(text, calibration.seq_len),
+        cuts=True,
+        evaluation_tokens=evaluation.tokens(text, seq_len),
+        evaluation_window=window,
         inputs_on_disk=work is not None,
     )
     dense, tokenizer, engine = load_or_open(job.model, job.run, workload, scratch=work, progress=progress)
@@ -370,6 +464,19 @@ def open_inputs(
         # How many parameters another target leaves is not known before groups are ranked.
         in_parameters = all(recipe.target.name == "params" for recipe in recipes)
         check_disk(out, int(model_bytes(dense) * (1 - min(ratios) if in_parameters else 1)))
+    name, windows = f"held-out calibration sequences ({Path(calibration.source).name})", None
+    if text is not None:
+        name = Path(str(evaluation.text)).name
+        windows = cut_text(
+            tokenizer,
+            text,
+            seq_len=window_length(config, evaluation.seq_len),
+            max_windows=evaluation.windows,
+            begin_token=evaluation.begin_token,
+        )
+        check_tokens(config, windows.ids, "evaluation.seq_len")
+        warn_of_few_tokens(name, windows.ids.numel() - len(windows.ids))
+    encoded = [encode_task(config, tokenizer, task, limit=evaluation.items) for task in tasks]
     sequences, held_out = draw_calibration(
         dense,
         tokenizer,
@@ -378,10 +485,7 @@ def open_inputs(
         needed=calibrate,
         progress=progress,
     )
-    name = f"held-out calibration sequences ({Path(calibration.source).name})"
-    if evaluation.text:
-        name = Path(evaluation.text).name
-    return Inputs(job.model, dense, tokenizer, engine, geometry, sequences, held_out, text, name, evaluation, tasks)
+    return Inputs(job.model, dense, tokenizer, engine, geometry, sequences, held_out, windows, name, encoded)
 
 
 def model_name(model: str) -> str:

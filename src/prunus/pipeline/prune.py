@@ -17,6 +17,7 @@ from prunus.checkpoint import check_output
 from prunus.evaluation.samples import side_by_side
 from prunus.machine.metering import metered
 from prunus.model.geometry import Geometry
+from prunus.model.tokens import check_tokens
 from prunus.pipeline.inputs import (
     CalibrationOptions,
     EvaluationOptions,
@@ -39,6 +40,7 @@ from prunus.selection.select import check_reachable, select
 from prunus.selection.table import with_costs
 from prunus.surgery import apply_plan
 from prunus.sweep import EngineChoice
+from prunus.sweep.estimate import Workload
 from prunus.version import __version__
 
 __all__ = [
@@ -145,6 +147,8 @@ def prune(
     recipe, geometry = recipe or Recipe(), Geometry.of(model)
     recipe.check(ratio, sequences=None if calibration is None else len(calibration))
     check_reachable(geometry, ratio, recipe.selection, recipe.target.costs(geometry))
+    if calibration is not None:
+        check_tokens(model.config, calibration.input_ids)
     passes = Passes(batch_size, engine, progress)
     scored = passes.score(model, calibration, recipe.scoring, _part(work, of_round(1)))
     text = repair_text(model, calibration, recipe, work=_part(work, SELF_TEXT), progress=progress)
@@ -357,7 +361,7 @@ def apply_checkpoint(
     """
     model_options = model_options or ModelOptions()
     check_output(out, overwrite, model)
-    dense, tokenizer, _ = load_or_open(model, model_options)
+    dense, tokenizer, _ = load_or_open(model, model_options, workload=Workload(cuts=True))
     geometry = Geometry.of(dense)
     plan.check_fits(geometry)
     smaller = apply_plan(dense, plan)

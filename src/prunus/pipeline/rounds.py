@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from prunus.errors import OptionError
 from prunus.model.families import AXES
+from prunus.option_values import check_whole
 from prunus.selection.plan import Plan
 from prunus.selection.table import rank_table
 
@@ -58,8 +58,7 @@ def schedule(ratio: float, rounds: int) -> Sequence[Round]:
     Raises:
         OptionError: fewer than one round.
     """
-    if rounds < 1:
-        raise OptionError(f"rounds is {rounds}; it must be at least 1")
+    check_whole("rounds", rounds)
     return [Round(number, ratio * number / rounds, number == rounds) for number in range(1, rounds + 1)]
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from prunus.checkpoint import check_output
 from prunus.machine.processes import is_first
-from prunus.pipeline.inputs import draw_calibration, load_or_open
+from prunus.pipeline.inputs import config_of, draw_calibration, load_or_open
 from prunus.pipeline.job import Job
 from prunus.pipeline.work_folder import WorkFolder
+from prunus.scoring.adaptive import check_enough
 from prunus.scoring.score import Score, score
 from prunus.sweep.estimate import Workload
 
@@ -33,7 +34,10 @@ def score_job(job: Job, out: str | Path, *, overwrite: bool = False, progress: b
     check_output(out, overwrite, job.model)
     folder, scoring = WorkFolder(out, job.output.work), job.recipe.scoring
     sequences = job.calibration.samples if scoring.needs_calibration else 0
-    workload = Workload(scoring.needs, sequences, job.calibration.seq_len, job.run.batch_size)
+    if scoring.method == "adaptive":
+        check_enough(sequences)
+    seq_len = job.calibration.length(config_of(job.model))
+    workload = Workload(scoring.needs, sequences, seq_len, job.run.batch_size)
     model, tokenizer, engine = load_or_open(job.model, job.run, workload, progress=progress)
     calibration, _ = draw_calibration(
         model, tokenizer, job.calibration, held_out=0, needed=scoring.needs_calibration, progress=progress

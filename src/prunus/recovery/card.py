@@ -26,21 +26,25 @@ def card_with_recovery(folder: Path, name: str, facts: Mapping[str, Any], comman
         facts: what goes into prunus/recovery.json.
         command: what the user typed.
     """
-    path = folder / "README.md"
     old = folder.resolve().name
-    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {old}\n"
-    card = updated_card(_without_figures(card), name, [_measured(facts)])
+    card = updated_card(card_without_figures(folder), name, [_measured(facts)])
     card = re.sub(rf"^# {re.escape(old)}$", lambda _: f"# {name}", card, count=1, flags=re.MULTILINE)
     card = card.replace(f"from_pretrained({json.dumps(old)}", f"from_pretrained({json.dumps(name)}")
     return f"{card.rstrip()}\n\n{_section(facts, command)}\n"
 
 
-def _without_figures(text: str) -> str:
-    """A card without what was measured on the model before its recovery."""
+def card_without_figures(folder: Path) -> str:
+    """The card of a pruned model without what was measured on it; a new one where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = folder / "README.md"
     try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.resolve().name}\n"
         card = ModelCard(text)
-    except Exception as error:  # any YAML that somebody wrote by hand
-        raise CheckpointError(f"the front matter of the pruned model's card cannot be read: {error}") from None
+    except Exception as error:  # any YAML that somebody wrote by hand, any bytes
+        raise CheckpointError(f"the card of the pruned model, {path}, cannot be read: {error}") from error
     card.data.eval_results = card.data.model_name = card.data.metrics = None
     return str(card)
 

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from prunus.calibration.loading import check_counts
 from prunus.errors import OptionError
+from prunus.option_values import check_seed, check_utf8, check_whole
 
 __all__ = ["Decay", "Precision", "RecoveryOptions", "TextOptions", "Trained"]
 
@@ -30,8 +32,9 @@ class TextOptions:
         held_out: sequences that are not trained on and choose the best checkpoint.
         seed: decides which sequences are drawn, their order, and how adapters begin.
         text_column: column that holds the text in .jsonl and .parquet files.
-        chat_column: column that holds conversations, lists of {"role": …, "content": …}, in place of text; they become
-            text by the tokenizer's chat template.
+        chat_column: column that holds conversations in place of text: lists of {"role": …, "content": …} or of
+            ShareGPT's {"from": …, "value": …}, or the instruction of Alpaca's rows; they become text by the tokenizer's
+            chat template.
     """
 
     text: str
@@ -43,12 +46,10 @@ class TextOptions:
     chat_column: str | None = None
 
     def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 1:
-            raise OptionError(f"samples is {self.samples}; training needs at least one sequence")
-        if self.seq_len < 2:
-            raise OptionError(f"seq_len is {self.seq_len}; a sequence needs at least two tokens")
-        if self.held_out < 1:
-            raise OptionError(f"held_out is {self.held_out}; without held-out sequences no checkpoint is the best")
+        check_counts(1 if self.samples is None else self.samples, self.seq_len)
+        check_whole("held_out", self.held_out, why="without held-out sequences no checkpoint is the best")
+        check_seed("seed", self.seed)
+        check_utf8("text", self.text)
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,8 @@ class RecoveryOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "lora_rank", "batch_size", "micro_batch", "checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name} is {value}; it must be at least 1")
+            if (value := getattr(self, name)) is not None:
+                check_whole(name, value)
         for name in ("max_minutes", "lora_alpha", "learning_rate", "temperature", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

@@ -34,7 +34,8 @@ from prunus.evaluation.perplexity import PerplexityResult, perplexity_of_windows
 from prunus.files.json_file import read_json_if_whole
 from prunus.machine.processes import is_first, joined, number_of_processes, wait_for_all
 from prunus.model.digest import digest_model
-from prunus.recovery.card import card_with_recovery
+from prunus.model.tokens import check_seq_len, check_token_ids
+from prunus.recovery.card import card_with_recovery, card_without_figures
 from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.options import RecoveryOptions, TextOptions
 from prunus.recovery.pace import Pace
@@ -174,18 +175,21 @@ class _Run:
         micro_batch = _micro_batch(options, place)
         folder = locate(model)
         config, tokenizer = read_small_files(folder)
-        _check_length(config, text.seq_len)
+        check_seq_len(config, text.seq_len)
+        card_without_figures(folder)  # or the result of the training could not be described
         dense: Path | None = None
         layers: tuple[int, ...] = ()
         if options.needs_teacher:
             dense = locate(teacher) if teacher is not None else Path(find_teacher(folder))
             dense_config, dense_tokenizer = read_small_files(dense)
             check_vocabulary(config, tokenizer, dense_config, dense_tokenizer, str(dense))
-            _check_length(dense_config, text.seq_len)
+            check_seq_len(dense_config, text.seq_len)
             if options.hidden_weight:
                 layers = layers_behind(folder, config, dense_config, str(dense))
         needed = options.max_steps * options.batch_size if options.max_steps else None
         train_on, held_out = load_sequences(text, tokenizer, needed, options.batch_size)
+        for part in (train_on, held_out):
+            check_token_ids(config, part.input_ids)
         if len(train_on) == MOST_SAMPLES and text.samples is None and is_first():
             logger.warning("training goes through %d sequences of the text; more with --samples", MOST_SAMPLES)
         steps = options.max_steps
@@ -402,15 +406,6 @@ def _micro_batch(options: RecoveryOptions, device: torch.device) -> int:
         return options.micro_batch
     most = MICRO_BATCHES.get(device.type, MICRO_BATCHES_ELSEWHERE)
     return max(size for size in range(1, own + 1) if own % size == 0 and size <= most)
-
-
-def _check_length(config: Any, seq_len: int) -> None:
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and seq_len > longest:
-        raise OptionError(
-            f"seq_len is {seq_len}, and the model knows only {longest} positions (max_position_embeddings): use a "
-            f"seq_len of at most {longest}"
-        )
 
 
 def _fast_in_bfloat16(device: torch.device, config: Any) -> bool:

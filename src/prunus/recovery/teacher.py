@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from prunus.checkpoint.load import HUB_FILES, check_folder
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
-from prunus.errors import CheckpointError, OptionError, PlanError, PrunusError
+from prunus.errors import CheckpointError, OptionError, PlanError
 from prunus.results.lineage import COMPOSED_PLAN
 from prunus.selection.plan import Plan
 
@@ -48,12 +48,12 @@ def find_teacher(pruned: Path) -> str:
             return str(place)
     try:
         folder = snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True)
-        check_folder(Path(folder))
-    except (LocalEntryNotFoundError, HFValidationError, PrunusError, OSError) as error:
+    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{pruned} was cut from {name!r}, which is neither beside it, nor in the current directory, nor in the "
             f"Hub's cache; {advice}"
         ) from error
+    check_folder(Path(folder))  # one that is here and damaged is not one that is not here
     return folder
 
 

@@ -43,6 +43,7 @@ from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.families import Block
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
+from prunus.model.tokens import check_tokens
 from prunus.repair.block_walk import BlockWalk
 from prunus.repair.least_squares import NormalEquations, TokenSums, solve_ridge
 from prunus.repair.temperature import fit_temperature_
@@ -196,6 +197,7 @@ def repair_together_(
 
     Raises:
         CalibrationError: there are no sequences.
+        OptionError: the model cannot read them, see `prunus.model.tokens.check_tokens`.
         StatisticsError: a `work` folder holds what was made from other inputs.
     """
     if not batches:
@@ -203,6 +205,8 @@ def repair_together_(
     options, geometry = options or RepairOptions(), Geometry.of(dense)
     for cut in cuts:
         cut.plan.check_fits(geometry)
+    for batch in batches:
+        check_tokens(dense.config, batch.input_ids)
     batches = with_noise(batches, options.noise, dense.config.get_text_config().vocab_size)
     masks = [None if batch.attention_mask is None else batch.attention_mask.bool() for batch in batches]
     start = time.perf_counter()

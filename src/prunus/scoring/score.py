@@ -19,6 +19,7 @@ from prunus.machine.metering import Cost, metered
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
+from prunus.model.tokens import check_tokens
 from prunus.scoring.adaptive import AdaptiveOptions, adapt, split_probe
 from prunus.scoring.hybrid import DEFAULT_MIX, Weights, check_weights, mix
 from prunus.scoring.weighing import weigh_attention
@@ -237,6 +238,7 @@ def score(
 
     Raises:
         CalibrationError: the method needs calibration sequences.
+        OptionError: the sequences are longer than the model's context, or hold token ids that it does not embed.
         UnsupportedModelError: the model's family is not described.
         NonFiniteError: NaN or infinity in the loss or the importances.
     """
@@ -270,6 +272,8 @@ def score_together(
     Returns:
         One score for each of `each`. The seconds and the peak memory of a shared pass count for all that need it.
     """
+    if calibration is not None:
+        check_tokens(model.config, calibration.input_ids)
     sharing: dict[tuple[Any, ...], list[int]] = {}
     seed = seed_of(calibration)
     each = [options if options.random_seed is not None else replace(options, random_seed=seed) for options in each]

@@ -16,7 +16,8 @@ layer (streamed), the normal equations of the widest block and what solving them
 wait on disk (streamed), N T w (2 H + Q) for both models' residual streams and the inputs of o_proj. Each further cut
 that is repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H. Text that the model writes for the repair
 (resident) takes P w + 64 (2 t L K w + V (w + 24)): keys and values of 64 pieces of t = min(T, 256) tokens, and the
-chances of the next. Perplexity needs the hidden states of as many tokens as go through the layers at once.
+chances of the next. A smaller model that is cut adds itself, at most P w (streamed: its layer at work). Perplexity
+needs the hidden states of as many tokens as go through the layers at once, with `a` for the tokens of its own batch.
 
 What the process has already (interpreter, libraries) is measured when the estimate is made, and what libraries take at
 their first use is added, with 600 bytes for every group of the table; on CUDA all of that is nothing. The rest is an
@@ -73,7 +74,9 @@ class Workload:
         batch_size: sequences per pass.
         repairs: whether weights are repaired.
         writes_text: whether the model writes text for the repair, which it does where it is resident.
+        cuts: whether a smaller model is made of it, which is in memory beside it.
         evaluation_tokens: tokens that perplexity is measured on; 0 = it is not.
+        evaluation_window: of these, how many go through the model at a time; 0 = as many as of the calibration.
         inputs_on_disk: whether what enters the layers waits on disk in the streamed order.
     """
 
@@ -83,7 +86,9 @@ class Workload:
     batch_size: int = 1
     repairs: bool = False
     writes_text: bool = False
+    cuts: bool = False
     evaluation_tokens: int = 0
+    evaluation_window: int = 0
     inputs_on_disk: bool = True
 
 
@@ -122,7 +127,8 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     gradients = bool(workload.needs & {"gradients", "squares"})
     backward = gradients or "gates" in workload.needs
     tokens = min(workload.batch_size, workload.sequences) * workload.seq_len
-    activations = tokens * (w * (12 * hidden + 4 * query + 4 * key_value + 6 * channels) + 24 * hidden)
+    each_token = w * (12 * hidden + 4 * query + 4 * key_value + 6 * channels) + 24 * hidden
+    activations = tokens * each_token
     vocabulary = int(model.config.vocab_size)
     head = min(512, tokens) * vocabulary * (2 * w + 12) if backward else 0
     products = widest * (w + 8) if gradients else 0
@@ -142,10 +148,14 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
         keys_and_values = min(workload.seq_len, PIECE_LENGTH) * len(sizes) * 2 * key_value * w
         written = PIECES_AT_ONCE * (keys_and_values + vocabulary * (w + 24))
         resident = max(resident, geometry.total_parameters * w + written)
+    copies = 1 + workload.cuts
+    resident = max(resident, copies * geometry.total_parameters * w)
+    streamed = max(streamed, copies * weights)
     evaluation = min(workload.evaluation_tokens, TOKENS_AT_ONCE) * hidden * w + 512 * vocabulary * (w + 8)
+    evaluation += (workload.evaluation_window or tokens) * each_token
     if workload.evaluation_tokens:
-        resident = max(resident, geometry.total_parameters * w + activations + evaluation)
-        streamed = max(streamed, weights + activations + evaluation)
+        resident = max(resident, copies * geometry.total_parameters * w + evaluation)
+        streamed = max(streamed, copies * weights + evaluation)
     process = 0
     if device.type == "cpu":
         groups = sum(widths[axis] for widths in geometry.widths for axis in AXES)
