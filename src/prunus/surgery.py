@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.checkpoint.architecture import empty_model, pruned_config
+from prunus.checkpoint.architecture import config_as_weighted, empty_model, pruned_config
 from prunus.checkpoint.open import attach_layers_
 from prunus.model.families import Block, Projection
 from prunus.model.geometry import SPACE_AXIS, Geometry
@@ -41,7 +41,9 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     geometry = Geometry.of(model)
     plan.check_fits(geometry)
     survivors = plan.surviving_layers
-    config = pruned_config(model.config, [plan.layers[i].widths for i in survivors], layer_indices=survivors)
+    config = pruned_config(
+        config_as_weighted(model), [plan.layers[i].widths for i in survivors], layer_indices=survivors
+    )
     layers = layers_of(model)
     with torch.no_grad():
         smaller = empty_model(config, dtype=model.dtype)
@@ -53,7 +55,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
         }
         smaller.load_state_dict(cut, strict=not layers.stored, assign=True)
         if isinstance(layers, StoredLayers):
-            attach_layers_(smaller, _cut_reader(layers, geometry, plan), layers.device, layers.scratch)
+            attach_layers_(smaller, _cut_reader(layers, geometry, plan), layers.device, layers.scratch, layers.verify)
         smaller.tie_weights()
         if not layers.stored:
             smaller.to(model.device)

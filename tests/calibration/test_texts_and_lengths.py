@@ -132,12 +132,12 @@ def test_the_time_for_one_line_grows_with_its_length(tmp_path, monkeypatch):
         path.write_text(json.dumps({"text": "word " * copies}) + "\n", encoding="utf-8")
         taken = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             assert len(list(calibration_files.json_documents(path, column=TextColumn("text"), seed=0))) == 1
-            taken.append(time.perf_counter() - start)
+            taken.append(time.process_time() - start)
         return min(taken)
 
-    assert seconds(200_000) < 2.8 * seconds(100_000)
+    assert seconds(400_000) < 8 * seconds(100_000)
 
 
 # --- passages ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Reading and writing model folders, and the classes of models whose layers differ in width."""
 
-from prunus.checkpoint.architecture import empty_model, is_ragged, pruned_config, register
+from prunus.checkpoint.architecture import config_as_weighted, empty_model, is_ragged, pruned_config, register
 from prunus.checkpoint.load import check_finite, check_folder, load_model, locate, read_config
 from prunus.checkpoint.open import open_model
 from prunus.checkpoint.save import check_disk, check_output, model_bytes, save_checkpoint
@@ -26,6 +26,7 @@ __all__ = [
     "check_finite",
     "check_folder",
     "check_output",
+    "config_as_weighted",
     "empty_model",
     "is_ragged",
     "license_of",

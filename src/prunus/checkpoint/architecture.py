@@ -6,6 +6,7 @@ widths, or absent blocks, need the classes of `modeling_prunus`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,11 +16,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from prunus.checkpoint import configuration_prunus, modeling_prunus
-from prunus.errors import CheckpointError, PlanError, UnsupportedModelError
+from prunus.errors import CheckpointError, PlanError, PrunusError, UnsupportedModelError
 from prunus.model.families import PRUNED_PREFIX, family_of
-from prunus.model.geometry import LayerWidths
+from prunus.model.geometry import LayerWidths, submodule
 
-__all__ = ["empty_model", "is_ragged", "pruned_config", "register"]
+__all__ = ["config_as_weighted", "empty_model", "is_ragged", "pruned_config", "register"]
 
 #: config fields that hold one value per decoder layer
 PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -41,6 +42,26 @@ def register() -> None:
 def is_ragged(config: Any) -> bool:
     """Whether a config is one of those with widths per layer, which stock transformers does not know."""
     return isinstance(config, configuration_prunus.LayerWidthsMixin)
+
+
+def config_as_weighted(model: Any) -> Any:
+    """The config of a model, saying of head and embeddings what the weights say: one tensor, or two.
+
+    Fine-tuning may give a model a head of its own while its config still ties it to the embeddings, and code may tie
+    them by hand. transformers goes on with the weights, but what is made from the config alone would not.
+
+    Args:
+        model: a causal language model of a described family; it stays as it is.
+
+    Returns:
+        The model's own config, or a copy of it where the two are at odds.
+    """
+    family, config = family_of(model.config), model.config
+    tied = submodule(model, family.head).weight is submodule(model, family.embedding).weight
+    if bool(config.tie_word_embeddings) != tied:
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = tied
+    return config
 
 
 def pruned_config(config: Any, widths: Sequence[LayerWidths], layer_indices: Sequence[int]) -> Any:
@@ -113,10 +134,18 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        _give_values_to_buffers(model)
+    except PrunusError:
+        raise
     except Exception as error:  # what impossible values lead to: an unknown activation, a size of -1
         raise CheckpointError(
             f"the config describes no {config.model_type} model that can be built: {type(error).__name__} {error}"
         ) from error
+    return model.eval()
+
+
+def _give_values_to_buffers(model: Any) -> None:
+    """Put the buffers that no checkpoint holds on the CPU, with their values."""
     for path, module in model.named_modules():
         unsaved = [
             name for name in module._non_persistent_buffers_set if getattr(getattr(module, name), "is_meta", False)
@@ -136,7 +165,6 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
                     f"{type(module).__name__} at {path!r} does not initialise its buffer {name!r}, and checkpoints do "
                     "not hold it: a model rebuilt from weights alone would compute garbage"
                 )
-    return model.eval()
 
 
 def _check_layers(config: Any, widths: Sequence[LayerWidths], layer_indices: Sequence[int]) -> None:

@@ -15,10 +15,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from prunus.checkpoint.agreement import check_no_adapter, check_numbers, check_tensors, has_own_head, warn_of_unused
+from prunus.checkpoint.architecture import config_as_weighted
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
+from prunus.checkpoint.weights import StoredWeights, check_inside
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.files.json_file import read_json
-from prunus.files.tensor_file import TensorFile
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of
 
@@ -26,14 +28,10 @@ __all__ = ["check_finite", "check_folder", "load_model", "locate", "read_config"
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
 #: what a model id of the Hub is fetched for: never a pickle
 HUB_FILES = ["README.md", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "model*.safetensors"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-#: dtypes of safetensors whose weights can be cut
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def load_model(
@@ -59,10 +57,15 @@ def load_model(
     """
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
     folder = locate(source)
-    _, tokenizer = read_small_files(folder)
+    config, tokenizer = read_small_files(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+            folder,
+            config=config,
+            dtype=torch_dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # what a config with impossible values leads to: a division by zero, for one
         raise CheckpointError(f"the model in {folder} cannot be loaded: {error}") from error
@@ -71,10 +74,8 @@ def load_model(
             f"{folder} lacks {len(missing)} tensors that its config.json asks for, first {missing[0]!r}; transformers "
             "would fill them with random numbers. Fetch the model again, or correct config.json"
         )
-    if unexpected := sorted(report["unexpected_keys"]):
-        logger.warning(
-            "%s holds %d tensors that its model does not use, first %r", folder, len(unexpected), unexpected[0]
-        )
+    warn_of_unused(folder, report["unexpected_keys"])
+    model.config = config_as_weighted(model)
     check_finite(model)
     return model.to(torch_device).eval(), tokenizer
 
@@ -86,26 +87,48 @@ def read_small_files(folder: Path) -> tuple[Any, Any]:
         CheckpointError: the folder is incomplete or damaged.
         UnsupportedModelError: see `check_folder`.
     """
-    check_folder(folder)
-    config = read_config(folder)
+    config, _ = check_folder(folder)
+    return config, read_tokenizer(folder)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
-        return config, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer's parser raises
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
 def read_config(folder: Path) -> Any:
-    """The config of a model folder.
+    """The config of a model folder, compared with its weights, of which only headers are read.
+
+    Where the two are at odds about the head, the config says what the weights say; it always has a dtype.
 
     Raises:
-        CheckpointError: it describes no model, or cannot be read.
-        UnsupportedModelError: see `check_config`.
+        CheckpointError: it describes no model, or another one than the weights are of, or cannot be read.
+        UnsupportedModelError: see `check_config`, or the weights cannot be cut.
     """
-    check_config(folder)
+    return _config_and_weights(folder)[0]
+
+
+def _config_and_weights(folder: Path) -> tuple[Any, StoredWeights]:
+    values = check_config(folder)
+    weights = StoredWeights(folder)
+    check_numbers(values, weights)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers' validators raise several kinds
         raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error
+    check_tensors(config, weights)
+    if has_own_head(config, weights):
+        config.tie_word_embeddings = False
+    if config.dtype is None:
+        config.dtype = weights.dtype
+    return config, weights
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
@@ -152,40 +175,25 @@ def locate(source: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> tuple[Any, StoredWeights]:
     """Check that a model folder is complete and undamaged, reading only its config and the headers of its weights.
 
+    Returns:
+        The config, as `read_config` gives it, and the weights that it was compared with.
+
     Raises:
-        CheckpointError: a file is missing, truncated or unreadable.
+        CheckpointError: a file is missing, truncated or unreadable, or config and weights are of different models.
         UnsupportedModelError: the family is not described, or the weights are quantised, GGUF or pickles.
     """
+    check_no_adapter(folder)
     if not (folder / "config.json").is_file():
         if gguf := sorted(folder.glob("*.gguf")):
             raise UnsupportedModelError(_gguf_message(str(gguf[0])))
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
-    layers = check_config(folder).get("num_hidden_layers")
-    tensors = 0
-    for shard, expected in shards_of(folder).items():
-        file = TensorFile(shard)
-        tensors += len(file.entries)
-        if absent := sorted(expected - file.entries.keys()):
-            raise CheckpointError(
-                f"{shard} does not hold {absent[0]!r} ({len(absent)} tensors), which {INDEX} places there; "
-                "fetch the model again"
-            )
-        for name, entry in file.entries.items():
-            if entry["dtype"] not in FLOAT_DTYPES and name.rpartition(".")[0].endswith(("_proj", "lm_head")):
-                raise UnsupportedModelError(
-                    f"{shard}: {name!r} has dtype {entry['dtype']}, so the weights are quantised and cannot be cut; "
-                    "use the bf16, fp16 or fp32 checkpoint"
-                )
-    if isinstance(layers, int) and layers > tensors:  # before a list of them is made, which could fill the memory
-        raise CheckpointError(
-            f"{folder / 'config.json'} describes {layers:,} decoder layers, but the weights are {tensors:,} tensors; "
-            "fetch it again"
-        )
+    config_and_weights = _config_and_weights(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}, …); copy the base model's")
+    return config_and_weights
 
 
 def check_config(folder: Path) -> dict[str, Any]:
@@ -198,6 +206,8 @@ def check_config(folder: Path) -> dict[str, Any]:
         CheckpointError: not valid JSON.
         UnsupportedModelError: unknown family, or quantised.
     """
+    check_no_adapter(folder)
+    check_inside(folder, "config.json")
     config = read_json(folder / "config.json")
     if quantization := config.get("quantization_config") or config.get("compression_config"):
         fields = quantization if isinstance(quantization, dict) else {}
@@ -239,35 +249,3 @@ def _gguf_message(path: str) -> str:
         "convert it: AutoModelForCausalLM.from_pretrained(folder, gguf_file=…), then delete config.quantization_config "
         "and save_pretrained"
     )
-
-
-def shards_of(folder: Path) -> dict[Path, set[str]]:
-    """The weight files of a folder, with the tensors that the index places in each (none named: there is no index).
-
-    Raises:
-        CheckpointError: there are none, or one that the index lists is missing.
-        UnsupportedModelError: the weights are pickles.
-    """
-    if (folder / WEIGHTS).is_file():
-        return {folder / WEIGHTS: set()}
-    if not (folder / INDEX).is_file():
-        if pickles := sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
-            raise UnsupportedModelError(
-                f"{folder} has its weights only as pickles ({pickles[0].name}), which can run any code when opened; "
-                "prunus never does. Convert them to safetensors, or use a revision of the model that has them"
-            )
-        raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; fetch the model again")
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX} has no weight_map; fetch the model again")
-    shards: dict[Path, set[str]] = {}
-    for name, file_name in weight_map.items():
-        if not isinstance(file_name, str):
-            raise CheckpointError(f"{folder / INDEX} places {name!r} in {file_name!r}, which is no file name")
-        shards.setdefault(folder / file_name, set()).add(name)
-    if absent := sorted(shard.name for shard in shards if not shard.is_file()):
-        raise CheckpointError(
-            f"{folder} lacks {len(absent)} of the {len(shards)} weight files that {INDEX} lists, first {absent[0]}; "
-            "fetch them again"
-        )
-    return shards

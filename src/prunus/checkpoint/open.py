@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from prunus.checkpoint.agreement import unused_tensors, warn_of_unused
 from prunus.checkpoint.architecture import empty_model
-from prunus.checkpoint.load import check_finite_tensor, locate, read_small_files, shards_of
+from prunus.checkpoint.load import check_finite_tensor, check_folder, locate, read_tokenizer
+from prunus.checkpoint.weights import check_inside
 from prunus.errors import CheckpointError
-from prunus.files.tensor_file import TensorFile
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of
 from prunus.model.geometry import submodule
@@ -53,31 +54,31 @@ def open_model(
     """
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
     folder = locate(source)
-    config, tokenizer = read_small_files(folder)
-    places = {name: file for shard in shards_of(folder) for file in [TensorFile(shard)] for name in file.entries}
+    config, weights = check_folder(folder)
+    tokenizer = read_tokenizer(folder)
     if torch_dtype == "auto":
-        stored = (file.layout(name).dtype for name, file in places.items())
-        torch_dtype = config.dtype or next(dtype for dtype in stored if dtype.is_floating_point)
+        torch_dtype = config.dtype
     model = empty_model(config, torch_dtype)
     if (folder / "generation_config.json").is_file():
+        check_inside(folder, "generation_config.json")
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except Exception as error:  # as of configs
             raise CheckpointError(f"{folder / 'generation_config.json'} cannot be read: {error}") from error
-    prefix = family_of(config).layers + "."
+    family = family_of(config)
+    prefix = family.layers + "."
+    # Tied weights may be stored under either name.
+    stored_as = {name: name for name in model.state_dict()}
+    if config.tie_word_embeddings and (embedding := f"{family.embedding}.weight") not in weights:
+        stored_as[embedding] = f"{family.head}.weight"
     outside = list(outside_layers(model))
-    in_layers = [name for name in model.state_dict() if name.startswith(prefix)]
-    if missing := [name for name in (*outside, *in_layers) if name not in places]:
+    in_layers = [name for name in stored_as if name.startswith(prefix)]
+    if missing := [name for name in (*outside, *in_layers) if stored_as[name] not in weights]:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} tensors of its model, first {missing[0]!r}. If it loads in transformers, "
             "its tensors have other names there: use --engine resident, or save it again with save_pretrained"
         )
-    for name, tensor in model.state_dict().items():
-        if name in places and places[name].layout(name).shape != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{places[name].path}: {name!r} has shape {places[name].layout(name).shape}, config.json makes it "
-                f"{tuple(tensor.shape)}; fetch the model again, or correct config.json"
-            )
+    warn_of_unused(folder, unused_tensors(model, weights))
 
     def checked(name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.to(torch_dtype) if tensor.is_floating_point() else tensor
@@ -90,19 +91,25 @@ def open_model(
         start = f"{prefix}{layer_idx}."
         names = [name.removeprefix(start) for name in in_layers if name.startswith(start)]
         return Fetched(
-            {name: places[start + name].read(start + name) for name in names},
+            {name: weights.read(start + name) for name in names},
             # Popped: what was read goes as soon as it is converted.
             lambda state: {name: checked(start + name, state.pop(name)) for name in names},
         )
 
     seen: set[str] = set()
-    outer = {name: checked(name, places[name].read(name)) for name in outside}
+    outer = {name: checked(name, weights.read(stored_as[name])) for name in outside}
     model.load_state_dict(outer, strict=False, assign=True)
-    attach_layers_(model, fetch_layer, torch_device, scratch)
+    attach_layers_(model, fetch_layer, torch_device, scratch, weights.verify)
     return model, tokenizer
 
 
-def attach_layers_(model: Any, fetch: Callable[[int], Fetched], device: torch.device, scratch: Path | None) -> None:
+def attach_layers_(
+    model: Any,
+    fetch: Callable[[int], Fetched],
+    device: torch.device,
+    scratch: Path | None,
+    verify: Callable[[], None],
+) -> None:
     """Give a model that has all but its decoder layers a place to read those from.
 
     Args:
@@ -110,6 +117,7 @@ def attach_layers_(model: Any, fetch: Callable[[int], Fetched], device: torch.de
         fetch: see `StoredLayers`.
         device: where it computes.
         scratch: see `StoredLayers`.
+        verify: see `StoredLayers`.
     """
     if device.type == "cuda" and device.index is None:
         # The thread that reads has a current device of its own.
@@ -118,4 +126,4 @@ def attach_layers_(model: Any, fetch: Callable[[int], Fetched], device: torch.de
     model.tie_weights()
     model.requires_grad_(False)
     layers = submodule(model, family_of(model.config).layers)
-    setattr(model, ATTRIBUTE, StoredLayers(layers, fetch, device, scratch))
+    setattr(model, ATTRIBUTE, StoredLayers(layers, fetch, device, scratch, verify))

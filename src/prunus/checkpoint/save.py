@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig
 
+from prunus.checkpoint.architecture import config_as_weighted
 from prunus.checkpoint.configuration_prunus import rope_fields_of_transformers_4
 from prunus.errors import CheckpointError
 from prunus.files.json_file import read_json, read_json_if_whole
@@ -168,6 +169,7 @@ def save_checkpoint(
     try:
         partial.mkdir()
         _write_files(partial, model, tokenizer, card, extras, max_shard_size)
+        layers_of(model).verify()
         _flush(partial)
         _move_into_place(partial, target)
     except BaseException as error:
@@ -254,7 +256,7 @@ def _write_files(
 
 
 def _save_model(folder: Path, model: Any, max_shard_size: int | str) -> None:
-    generation_config = model.generation_config
+    generation_config, config = model.generation_config, model.config
     try:
         generation_config.validate(strict=True)
     except ValueError:
@@ -262,11 +264,12 @@ def _save_model(folder: Path, model: Any, max_shard_size: int | str) -> None:
         # without do_sample). They are the base model's, and no reason to lose the work: written as they are.
         model.generation_config = GenerationConfig()
     stored = layers_of(model).stored
+    model.config = config_as_weighted(model)
     try:
         # Of an opened model only what is not weights: those follow, layer by layer.
         model.save_pretrained(folder, max_shard_size=max_shard_size, **({"state_dict": {}} if stored else {}))
     finally:
-        model.generation_config = generation_config
+        model.generation_config, model.config = generation_config, config
     if stored:
         _stream_weights(folder, model, max_shard_size)
     generation_config.to_json_file(folder / "generation_config.json", use_diff=True)

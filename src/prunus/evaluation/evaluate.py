@@ -26,6 +26,7 @@ from prunus.evaluation.samples import NEW_TOKENS, PROMPTS, Sample, check_prompt,
 from prunus.evaluation.speed import SpeedOptions, SpeedReport, bench, check_context
 from prunus.evaluation.zero_shot import EncodedTask, Task, ZeroShotResult, encode_task, load_tasks, zero_shot_of
 from prunus.machine.memory import resident_set
+from prunus.model.layers import layers_of
 from prunus.model.tokens import check_tokens
 from prunus.option_values import check_utf8, check_whole
 from prunus.pipeline.inputs import ModelOptions, load_or_open, memory_needed, model_name
@@ -262,7 +263,7 @@ def _figures(
     tokens = max([windows.ids.numel() for windows in asked.windows.values()] + [window])
     workload = Workload(evaluation_tokens=tokens, evaluation_window=window)
     live, tokenizer, _ = load_or_open(name, model_options, workload=workload, progress=progress)
-    return ModelFigures(
+    figures = ModelFigures(
         model_name(name),
         live.num_parameters(),
         str(live.dtype).removeprefix("torch."),
@@ -278,6 +279,8 @@ def _figures(
         else [],
         continuations(live, tokenizer, options.prompts, progress=progress),
     )
+    layers_of(live).verify()
+    return figures
 
 
 def _check_memory_of_speed(models: Sequence[str], speed: SpeedOptions, options: ModelOptions) -> None:

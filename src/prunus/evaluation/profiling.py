@@ -62,7 +62,7 @@ def profile(model: str, options: SpeedOptions | None = None, *, progress: bool =
     config = read_config(folder)
     check_context(options, config, folder.name)
     device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
-    held_in: torch.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    held_in: torch.dtype = config.dtype if dtype == "auto" else dtype
     geometry = Geometry.of(empty_model(config, held_in))
     prompts = torch.randint(
         geometry.vocab_size,

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from prunus.checkpoint import check_folder, empty_model, load_model, locate, read_config, resolve_device, resolve_dtype
+from prunus.checkpoint import check_folder, empty_model, load_model, locate, resolve_device, resolve_dtype
 from prunus.errors import OptionError
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.kv_cache import kv_cache_bytes
@@ -246,8 +246,7 @@ def check_context(options: SpeedOptions, config: Any, name: str) -> None:
 
 def _check(folder: Path, options: SpeedOptions) -> int:
     """Check all that needs no weights; returns the size of the vocabulary."""
-    check_folder(folder)
-    config = read_config(folder)
+    config, _ = check_folder(folder)
     kv_cache_bytes(empty_model(config, torch.float32), 1)  # refuses what has no geometry
     check_context(options, config, folder.name)
     return int(config.vocab_size)

@@ -11,6 +11,7 @@ import torch
 from prunus.checkpoint import (
     check_disk,
     check_output,
+    config_as_weighted,
     empty_model,
     is_ragged,
     license_of,
@@ -80,7 +81,7 @@ def fill_model(model: Any) -> Any:
     """
     widths = largest_widths(layer_widths_of(model.config))
     with torch.no_grad():
-        filled = empty_model(fill_config(model.config, widths), model.dtype)
+        filled = empty_model(fill_config(config_as_weighted(model), widths), model.dtype)
         own = {tensor.data_ptr() for tensor in model.state_dict().values()}
         weights = {
             name: tensor.clone() if tensor.data_ptr() in own else tensor for name, tensor in fill_tensors(model, widths)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.checkpoint import empty_model, pruned_config
+from prunus.checkpoint import config_as_weighted, empty_model, pruned_config
 from prunus.model.families import Projection
 from prunus.model.geometry import SPACE_AXIS, Geometry, LayerWidths
 
@@ -42,10 +42,10 @@ def fill_tensors(model: Any, widths: Sequence[LayerWidths]) -> Iterator[tuple[st
         widths: groups per axis of every decoder layer, none smaller than the model's own.
 
     Yields:
-        Names and tensors as in the state dict of a model with `fill_config(model.config, widths)`. A tensor that is
-        not filled is the model's own, not a copy.
+        Names and tensors as in the state dict of a model with the config that `fill_config` makes of the model's. A
+        tensor that is not filled is the model's own, not a copy.
     """
-    filled = empty_model(fill_config(model.config, widths), model.dtype)
+    filled = empty_model(fill_config(config_as_weighted(model), widths), model.dtype)
     before, after = Geometry.of(model), Geometry.of(filled)
     tensors = model.state_dict()
     prefix = before.family.layers + "."

@@ -6,13 +6,16 @@ and writes a file only from tensors that are all in memory. Here a file may be l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -38,6 +41,8 @@ DTYPES: dict[str, torch.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: one system call moves no more than 2 GiB
 MOVED_AT_ONCE = 2**30
+#: as in the safetensors library; the header of a damaged file could claim to be as large as the file
+LARGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,9 @@ class TensorLayout:
 class TensorFile:
     """A safetensors file to read from. It is opened anew for every read, so that threads may share it.
 
+    Every read checks that the file is still the one whose header was read: the same size, time of modification and
+    header.
+
     Args:
         path: the file.
 
@@ -69,35 +77,44 @@ class TensorFile:
         metadata: of the file.
 
     Raises:
-        CheckpointError: the file is not safetensors, or shorter or longer than its header says.
+        CheckpointError: the file cannot be read, is not safetensors, or shorter or longer than its header says.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            first = file.read(8)
-            length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
-            self._start = 8 + length
-            if self._start > size:
-                raise CheckpointError(
-                    f"{path} is truncated or not safetensors: {size} bytes, too few for its header; fetch it again"
-                )
-            try:
-                self.entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
-                self.metadata: dict[str, str] = self.entries.pop("__metadata__", {})
-                for name, entry in self.entries.items():
-                    _check_entry(name, entry)
-                end = 0
-                for start, stop in sorted(entry["data_offsets"] for entry in self.entries.values()):
-                    if start != end:
-                        raise ValueError(f"a tensor starts at {start}, the one before it ends at {end}")
-                    end = stop
-                end += self._start
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise CheckpointError(
-                    f"{path} is not a safetensors file: its header cannot be read ({error})"
-                ) from error
+        try:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                size, self._state = status.st_size, (status.st_size, status.st_mtime_ns)
+                first = file.read(8)
+                length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
+                self._start = 8 + length
+                if self._start > size:
+                    raise CheckpointError(
+                        f"{path} is truncated or not safetensors: {size} bytes, too few for its header; fetch it again"
+                    )
+                if length > LARGEST_HEADER:
+                    raise CheckpointError(
+                        f"{path} is not a safetensors file: it says that its header has {length:,} bytes; fetch it "
+                        "again"
+                    )
+                header = file.read(length)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        self._header = hashlib.sha256(first + header).digest()
+        try:
+            self.entries: dict[str, dict[str, Any]] = json.loads(header)
+            self.metadata: dict[str, str] = self.entries.pop("__metadata__", {})
+            for name, entry in self.entries.items():
+                _check_entry(name, entry)
+            end = 0
+            for start, stop in sorted(entry["data_offsets"] for entry in self.entries.values()):
+                if start != end:
+                    raise ValueError(f"a tensor starts at {start}, the one before it ends at {end}")
+                end = stop
+            end += self._start
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read ({error})") from error
         if size != end:
             raise CheckpointError(
                 f"{path} is {'truncated' if size < end else 'damaged'}: {size} bytes, its header says {end}; fetch it "
@@ -118,20 +135,62 @@ class TensorFile:
         return TensorLayout(DTYPES[entry["dtype"]], tuple(entry["shape"]))
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own, on the CPU."""
+        """Read one tensor into memory of its own, on the CPU.
+
+        Raises:
+            CheckpointError: the file changed since it was opened, or has a dtype that is not read here.
+        """
+        layout = self.layout(name)
         start, end = self.entries[name]["data_offsets"]
+        with self._opened() as file:
+            return self._read(file, name, start, end).view(layout.dtype).view(layout.shape)
+
+    def read_in_pieces(self, name: str, elements: int) -> Iterator[Tensor]:
+        """Read one tensor, flattened, as pieces of so many elements.
+
+        Args:
+            name: of the tensor.
+            elements: of each piece but the last.
+
+        Raises:
+            CheckpointError: see `read`.
+        """
+        dtype = self.layout(name).dtype
+        start, end = self.entries[name]["data_offsets"]
+        with self._opened() as file:
+            for first in range(start, end, elements * dtype.itemsize):
+                yield self._read(file, name, first, min(end, first + elements * dtype.itemsize)).view(dtype)
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """The file, open at its data, if it is still the same."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                header = file.read(self._start)
+                now = (status.st_size, status.st_mtime_ns), hashlib.sha256(header).digest()
+                if now != (self._state, self._header):
+                    raise CheckpointError(
+                        f"{self.path} was replaced or changed while it was in use: its "
+                        f"{'size' if status.st_size != self._state[0] else 'time or header'} is another. Leave the "
+                        "files of a model alone while it is worked on, and start again"
+                    )
+                yield file
+        except OSError as error:
+            raise CheckpointError(f"{self.path} can no longer be read: {error}") from error
+
+    def _read(self, file: BinaryIO, name: str, start: int, end: int) -> Tensor:
+        """Bytes of the data section as a tensor of uint8."""
         tensor = torch.empty(end - start, dtype=torch.uint8)
         memory = tensor.numpy().data
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self._start + start)
-            done = 0
-            while done < len(memory):
-                count = file.readinto(memory[done : done + MOVED_AT_ONCE])
-                if not count:
-                    raise CheckpointError(f"{self.path} ends within {name!r}; fetch it again")
-                done += count
-        layout = self.layout(name)
-        return tensor.view(layout.dtype).view(layout.shape)
+        file.seek(self._start + start)
+        done = 0
+        while done < len(memory):
+            count = file.readinto(memory[done : done + MOVED_AT_ONCE])  # type: ignore[attr-defined]
+            if not count:
+                raise CheckpointError(f"{self.path} ends within {name!r}; fetch it again")
+            done += count
+        return tensor
 
 
 def write_tensors(

@@ -82,6 +82,9 @@ class Layers:
     def keep(self, layer_idx: int) -> None:
         """Make changes to the weights of a held layer last."""
 
+    def verify(self) -> None:
+        """Check that what was read of the model's files is still there."""
+
 
 class StoredLayers(Layers):
     """Decoder layers whose weights come from disk.
@@ -91,16 +94,23 @@ class StoredLayers(Layers):
         fetch: index of a layer → what is on disk of it, on the CPU, in tensors of its own. Called from a thread.
         device: where held layers go.
         scratch: folder in which changed layers are kept until the program ends; None for the system's temporary one.
+        verify: raises CheckpointError if the files have other content than what was read of them.
     """
 
     stored = True
 
     def __init__(
-        self, modules: Any, fetch: Callable[[int], Fetched], device: torch.device, scratch: Path | None = None
+        self,
+        modules: Any,
+        fetch: Callable[[int], Fetched],
+        device: torch.device,
+        scratch: Path | None,
+        verify: Callable[[], None],
     ):
         super().__init__(modules)
         self.scratch = scratch
         self._fetch_original = fetch
+        self._verify = verify
         self.device = device
         self._empty = [layer.state_dict() for layer in modules]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prunus-layers")
@@ -155,6 +165,14 @@ class StoredLayers(Layers):
         state = self.modules[layer_idx].state_dict()
         write_tensors(path, {name: TensorLayout.of(tensor) for name, tensor in state.items()}, iter(state.items()))
         self._changed[layer_idx] = TensorFile(path)
+
+    def verify(self) -> None:
+        """Read again what was read of the model's files, see `StoredWeights.verify`.
+
+        Raises:
+            CheckpointError: it is another content.
+        """
+        self._verify()
 
     def _forward(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """A layer's own forward, held for as long as it takes where nobody holds it."""

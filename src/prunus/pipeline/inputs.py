@@ -25,7 +25,6 @@ from prunus.checkpoint import (
     locate,
     model_bytes,
     open_model,
-    read_config,
     resolve_device,
     resolve_dtype,
 )
@@ -323,9 +322,7 @@ def config_of(source: str) -> Any:
     Raises:
         PrunusError: see `prunus.checkpoint.check_folder`.
     """
-    folder = locate(source)
-    check_folder(folder)
-    return read_config(folder)
+    return check_folder(locate(source))[0]
 
 
 def memory_needed(source: str, options: ModelOptions, workload: Workload) -> Estimate:
@@ -337,7 +334,7 @@ def memory_needed(source: str, options: ModelOptions, workload: Workload) -> Est
         workload: what will be done with the model.
     """
     config, dtype = config_of(source), resolve_dtype(options.dtype)
-    held_in: torch.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    held_in: torch.dtype = config.dtype if dtype == "auto" else dtype
     return estimate(empty_model(config, held_in), held_in, workload, resolve_device(options.device))
 
 

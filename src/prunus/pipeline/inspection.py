@@ -22,7 +22,7 @@ __all__ = ["inspect", "inspect_group"]
 
 
 def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
-    """Describe a model by its config alone.
+    """Describe a model by its config and the headers of its weights.
 
     Args:
         model: a folder, a Hub id, or `smollm2-135m`.
@@ -34,7 +34,7 @@ def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
 
     Raises:
         OptionError: the ratio is none.
-        CheckpointError: there is no such model, or its config cannot be read.
+        CheckpointError: there is no such model, or its config cannot be read, or is not that of its weights.
         UnsupportedModelError: the family is not described.
     """
     if ratio is not None:

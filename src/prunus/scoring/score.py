@@ -271,6 +271,10 @@ def score_together(
 
     Returns:
         One score for each of `each`. The seconds and the peak memory of a shared pass count for all that need it.
+
+    Raises:
+        CheckpointError: the files of an opened model changed meanwhile.
+        PrunusError: see `score`.
     """
     if calibration is not None:
         check_tokens(model.config, calibration.input_ids)
@@ -303,8 +307,8 @@ def score_together(
             )
         for number, options in zip(numbers, group, strict=True):
             scored = _score(model, calibration, options, statistics, cost, progress)
-            scored = _score(model, calibration, options, statistics, cost, progress)
             scores[number] = replace(scored, about={**scored.about, "batch_size": batch_size, "engine": engine})
+    layers_of(model).verify()
     return [scores[number] for number in range(len(each))]
 
 

@@ -1,0 +1,199 @@
+"""The weight files of a model folder: which tensors they hold, and that they stay what they were.
+
+Headers are read at once, tensors when they are asked for. A streamed run reads every tensor several times, hours apart,
+and a file that is replaced meanwhile would give a model made of two. So each read checks that size, modification time
+and header of the file are those of the beginning (`TensorFile`), and that the tensor has the hash it had when it was
+first read; `verify` reads once more what was read, before a result becomes final. (The inode is no part of the check:
+network file systems give a file that is opened again another one.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import torch
+from torch import Tensor
+
+from prunus.errors import CheckpointError, UnsupportedModelError
+from prunus.files.json_file import read_json
+from prunus.files.tensor_file import DTYPES, TensorFile, TensorLayout
+
+__all__ = ["INDEX", "WEIGHTS", "StoredWeights", "check_inside", "shards_of"]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+#: of each tensor, while two are compared
+ELEMENTS_COMPARED_AT_ONCE = 2**20
+
+
+class StoredWeights(Collection[str]):
+    """The tensors of a model folder by name.
+
+    Args:
+        folder: of the model.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, outside the folder, or holds other tensors than the index says.
+        UnsupportedModelError: the weights are pickles.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files: dict[str, TensorFile] = {}
+        self._digests: dict[str, bytes] = {}
+        for shard, expected in shards_of(folder).items():
+            file = TensorFile(shard)
+            if absent := sorted(expected - file.entries.keys()):
+                raise CheckpointError(
+                    f"{shard} does not hold {absent[0]!r} ({len(absent)} tensors), which {INDEX} places there; "
+                    "fetch the model again"
+                )
+            if twice := sorted(self._files.keys() & file.entries.keys()):
+                raise CheckpointError(
+                    f"{twice[0]!r} is stored twice, in {self._files[twice[0]].path.name} and in {shard.name}: which of "
+                    "them counts is left to the reader. Fetch the model again"
+                )
+            self._files |= dict.fromkeys(file.entries, file)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the first tensor whose numbers have one that a model can be held in."""
+        layouts = (self.layout(name) for name in self if self.stored_dtype(name) in DTYPES)
+        return next((layout.dtype for layout in layouts if layout.dtype.is_floating_point), None)
+
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name].path
+
+    def stored_dtype(self, name: str) -> str:
+        """Dtype of a tensor in the words of safetensors, whether it can be read or not."""
+        return str(self._files[name].entries[name]["dtype"])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._files[name].entries[name]["shape"])
+
+    def layout(self, name: str) -> TensorLayout:
+        """Dtype and shape of a tensor.
+
+        Raises:
+            CheckpointError: it has a dtype that is not read here.
+        """
+        return self._files[name].layout(name)
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own, on the CPU.
+
+        Raises:
+            CheckpointError: its file changed since it was opened.
+        """
+        tensor = self._files[name].read(name)
+        digest = hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).digest()
+        if self._digests.setdefault(name, digest) != digest:
+            raise CheckpointError(
+                f"{self.path(name)} changed while the model was in use: {name!r} holds other values than when it was "
+                "first read. Leave the files of a model alone while it is worked on, and start again"
+            )
+        return tensor
+
+    def verify(self) -> None:
+        """Read again what was read so far.
+
+        Raises:
+            CheckpointError: a file changed since a tensor was first read.
+        """
+        for name in list(self._digests):
+            self.read(name)
+
+    def same_values(self, one: str, other: str) -> bool:
+        """Whether two tensors of one shape hold the same values, whatever their dtypes. Stops at the first difference.
+
+        Args:
+            one: name of a tensor.
+            other: name of another one.
+        """
+        ones, others = (self._files[name].read_in_pieces(name, ELEMENTS_COMPARED_AT_ONCE) for name in (one, other))
+        return all(torch.equal(a.double(), b.double()) for a, b in zip(ones, others, strict=True))
+
+
+def shards_of(folder: Path) -> dict[Path, set[str]]:
+    """The weight files of a folder, with the tensors that the index places in each (none named: there is no index).
+
+    Raises:
+        CheckpointError: there are none, or one that the index lists is missing or lies elsewhere.
+        UnsupportedModelError: the weights are pickles.
+    """
+    if (folder / WEIGHTS).is_file():
+        check_inside(folder, WEIGHTS)
+        return {folder / WEIGHTS: set()}
+    if not (folder / INDEX).is_file():
+        if pickles := sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+            raise UnsupportedModelError(
+                f"{folder} has its weights only as pickles ({pickles[0].name}), which can run any code when opened; "
+                "prunus never does. Convert them to safetensors, or use a revision of the model that has them"
+            )
+        raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; fetch the model again")
+    check_inside(folder, INDEX)
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map; fetch the model again")
+    shards: dict[str, set[str]] = {}
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not file_name or "\0" in file_name:
+            raise CheckpointError(f"{folder / INDEX} places {name!r} in {file_name!r}, which is no file name")
+        shards.setdefault(file_name, set()).add(name)
+    for file_name in shards:
+        check_inside(folder, file_name)
+    if absent := sorted(file_name for file_name in shards if not _is_file(folder / file_name)):
+        raise CheckpointError(
+            f"{folder} lacks {len(absent)} of the {len(shards)} weight files that {INDEX} lists, first {absent[0]}; "
+            "fetch them again"
+        )
+    return {folder / file_name: names for file_name, names in shards.items()}
+
+
+def check_inside(folder: Path, file_name: str) -> None:
+    """Check that a file of a model folder lies in it; the Hub's cache keeps files elsewhere, and links to them.
+
+    Args:
+        folder: of the model.
+        file_name: as the folder itself, or its index, names the file. It need not be there.
+
+    Raises:
+        CheckpointError: the name leads elsewhere, or the file is a link to elsewhere.
+    """
+    for path in (PurePosixPath(file_name), PureWindowsPath(file_name)):
+        if path.anchor or ".." in path.parts:
+            raise CheckpointError(
+                f"{folder} names {file_name!r} as one of its files, which is a place outside of the folder; a model's "
+                "files lie in its folder. Fetch the model again from a source that you trust"
+            )
+    try:
+        home, place = folder.resolve(), (folder / file_name).resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise CheckpointError(f"{folder / file_name} cannot be read: {error}") from error
+    # models--owner--name/snapshots/<revision>/file is a link into models--owner--name/blobs/
+    cache = home.parent.parent if home.parent.name == "snapshots" else None
+    if home not in place.parents and not (cache and place.parent == cache / "blobs"):
+        raise CheckpointError(
+            f"{folder / file_name} is a link to {place}, outside of the model's folder. If that is what you want, put "
+            "a copy of the file in place of the link"
+        )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for the file system
+        return False
