@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo picture bench quality recover-bench deploy-check quantised-check transformers4-check clean
+.PHONY: help install test lint format demo picture bench quality recover-bench deploy-check quantised-check kills transformers4-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -98,6 +98,10 @@ transformers4-check: $(VENV)/.installed $(TRANSFORMERS4)/.installed ## pruned fo
 quantised-check: $(VENV)/.installed ## pruned folders loaded with int8 and int4 weights by torchao
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/torchao torchao==0.18.0
 	$(TEST_ENV) PYTHONPATH=build/torchao $(BIN)/python -m pytest tests/integration/test_quantised.py
+
+KILLS ?= 100
+kills: $(VENV)/.installed ## kill -9 at KILLS=100 random moments of the commands that write (minutes)
+	$(TEST_ENV) $(BIN)/python benchmarks/kills.py --kills $(KILLS) --out benchmarks/results/kills.json
 
 clean: ## remove the environment and caches (not the model cache of the user)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

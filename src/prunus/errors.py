@@ -11,11 +11,13 @@ PrunusError
  ├─ StatisticsError        statistics are missing, or were made from other inputs
  ├─ BudgetError            the asked ratio cannot be reached under the given constraints
  ├─ PlanError              a plan, table or profile file is malformed, or does not fit the model
- └─ CheckpointError        a model folder is incomplete, damaged or cannot be written
+ ├─ CheckpointError        a model folder is incomplete, damaged or cannot be written
+ └─ BusyError              another run is writing the same output or work folder
 """
 
 __all__ = [
     "BudgetError",
+    "BusyError",
     "CalibrationError",
     "CheckpointError",
     "NonFiniteError",
@@ -66,3 +68,7 @@ class PlanError(PrunusError):
 
 class CheckpointError(PrunusError):
     """A model folder is incomplete, damaged or cannot be written."""
+
+
+class BusyError(PrunusError):
+    """Another run is writing the same output or work folder."""

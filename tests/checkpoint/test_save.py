@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -17,9 +16,11 @@ from safetensors import safe_open
 from tiny_models import ALL, LAYERS, RAGGED, Kept, cut, dense_model
 
 import prunus
-from prunus.checkpoint import check_disk, check_output, load_model, model_bytes, save_checkpoint
+from prunus.checkpoint import load_model, model_bytes, save_checkpoint
 from prunus.checkpoint import save as save_module
 from prunus.errors import CheckpointError
+from prunus.files import outputs
+from prunus.files.outputs import check_disk, check_output, claimed
 
 SOURCES = str(Path(prunus.__file__).parents[1])
 EXTRAS = {"plan.json": '{"a": 1}', "groups.csv": b"layer_idx\n0\n", "metrics.json": "{}"}
@@ -273,7 +274,7 @@ def test_links_are_followed(model, tokenizer, tmp_path):
 
 def test_full_disk(model, tokenizer, tmp_path, monkeypatch):
     check_disk(tmp_path / "out", 1000)
-    with pytest.raises(CheckpointError, match=r"GB free, the model folder needs about 1000000000000\.00 GB"):
+    with pytest.raises(CheckpointError, match=r"GB free, the output needs about 1000000000000\.\d\d GB"):
         check_disk(tmp_path / "a" / "b", 10**21)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, model_bytes(model)))
     with pytest.raises(CheckpointError, match="free some space"):
@@ -293,7 +294,7 @@ def test_an_exception_leaves_the_old_folder(model, tokenizer, tmp_path, monkeypa
     def fail(*args):
         raise error("stop")
 
-    monkeypatch.setattr(save_module, step, fail)
+    monkeypatch.setattr(save_module if step == "_save_model" else outputs, step, fail)
     with pytest.raises(CheckpointError if error is OSError else error, match="stop"):
         save(model, tokenizer, out, overwrite=True, card="# New\n")
     assert contents(out) == before
@@ -325,7 +326,7 @@ import signal
 import sys
 from pathlib import Path
 from prunus.checkpoint import load_model, save_checkpoint
-from prunus.checkpoint import save as save_module
+from prunus.files import outputs
 
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -339,7 +340,7 @@ for argument in sys.argv[2:]:
             rename = Path.rename
             Path.rename = lambda self, target: die() if ".partial-" in self.name else rename(self, target)
         else:
-            setattr(save_module, step, die)
+            setattr(outputs, step, die)
         save_checkpoint(model, tokenizer, out, card="new", extras={}, overwrite=True)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -362,40 +363,33 @@ def test_killed_runs(model, tokenizer, tmp_path):
     assert child.returncode == 0, child.stderr
 
     for step in ("_flush", "_move_into_place"):
-        (left,) = places[step].iterdir()
+        lock, left = sorted(places[step].iterdir())
+        assert lock.name == ".out.lock"
         assert left.name.startswith(".out.partial-"), "nothing may have the final name"
         assert (left / "model.safetensors").is_file(), "the test is about a run that had got far"
-        check_output(places[step] / "out")
+        with claimed(places[step] / "out"):
+            pass
         assert list(places[step].iterdir()) == []
 
     place = places["between the renames"]
-    assert sorted(path.name.split("-")[0] for path in place.iterdir()) == [".out.partial", ".out.replaced"]
-    with pytest.raises(CheckpointError, match="not empty"):
-        check_output(old)
+    assert sorted(path.name.split("-")[0] for path in place.iterdir()) == [".out.lock", ".out.partial", ".out.replaced"]
+    with claimed(old):
+        pass
     assert os.listdir(place) == ["out"]
     assert contents(old) == before
 
 
 def test_leftovers_of_others_stay(tmp_path):
-    host = platform.node()
-    living = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    try:
-        keep = {
-            f".out.partial-{host}-{living.pid}",  # still being written
-            f".out.partial-elsewhere-{dead.pid}",  # by another machine on this file system
-            f".out2.partial-{host}-{dead.pid}",  # of another folder
-            f".out.partial-{host}",
-            "partial",
-        }
-        for name in (*keep, f".out.partial-{host}-{dead.pid}"):
-            (tmp_path / name).mkdir()
-        check_output(tmp_path / "out")
-        assert set(os.listdir(tmp_path)) == keep
-    finally:
-        living.kill()
-        living.wait()
+    keep = {".out2.partial-0123456789abcdef", ".out.partial-0123456789abcde", "out.partial-0123456789abcdef", "partial"}
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("years of work")
+    for name in (*keep, ".out.partial-0123456789abcdef"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.partial-fedcba9876543210").symlink_to(tmp_path / "precious")
+    with claimed(tmp_path / "out"):
+        assert set(os.listdir(tmp_path)) == {*keep, "precious", ".out.lock"}
+    assert set(os.listdir(tmp_path)) == {*keep, "precious"}
+    assert (tmp_path / "precious" / "file").read_text() == "years of work"
 
 
 def test_a_folder_is_on_disk_before_it_has_its_name(model, tokenizer, tmp_path, monkeypatch):
@@ -411,8 +405,8 @@ def test_a_folder_is_on_disk_before_it_has_its_name(model, tokenizer, tmp_path, 
         pytest.skip("needs /proc")
     monkeypatch.setattr(os, "fsync", fsync)
     moved: list[set[str]] = []
-    move = save_module._move_into_place
-    monkeypatch.setattr(save_module, "_move_into_place", lambda a, b: (moved.append(set(flushed)), move(a, b))[1])
+    move = outputs._move_into_place
+    monkeypatch.setattr(outputs, "_move_into_place", lambda *args: (moved.append(set(flushed)), move(*args))[1])
     out = save(model, tokenizer, tmp_path / "out")
     names = {Path(path).name for path in moved[0]}
     assert {Path(name).name for name in contents(out)} <= names

@@ -260,7 +260,7 @@ def linked_in_a_circle(sharded: Path) -> None:
 def test_weights_outside_of_the_folder_are_refused(change, sharded):
     change(sharded)
     for load in (load_model, open_model):
-        with pytest.raises(CheckpointError, match=r"outside of|cannot be read|lacks 1"):
+        with pytest.raises(CheckpointError, match=r"outside of|leads out of|cannot be read|lacks 1"):
             load(sharded)
 
 

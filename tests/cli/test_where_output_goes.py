@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ from plain import PLAIN, UNMEASURED
 from tiny_folder import SIZES, fails, run
 
 import prunus
-from prunus.checkpoint import check_output, load_model
+from prunus.checkpoint import load_model
 from prunus.cli import main
 from prunus.errors import CheckpointError, OptionError
-from prunus.files.replacing import replacing
+from prunus.files.outputs import check_output, whole_file
 from prunus.pipeline.work_folder import WorkFolder
 
 #: the quickest way to a pruned folder
@@ -208,13 +209,16 @@ def test_a_parent_that_may_only_be_read(tmp_path):
     assert os.listdir(tmp_path / "read-only") == []
 
 
-def test_errors_of_the_system_are_one_line(capsys, tmp_path, scores, monkeypatch):
-    """A plan on a full disk."""
-    out = tmp_path / "plan.json"
-    Path(f"{out}.partial").symlink_to("/dev/full")
-    message = fails(capsys, "plan", scores, "--ratio", "0.1", "--out", out)
+def test_errors_of_the_system_are_one_line(capsys, tmp_path, scores):
+    """A plan on a full disk: the system refuses to write beyond a size, as `ulimit -f` does."""
+    out, (_, hard) = tmp_path / "plan.json", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        message = fails(capsys, "plan", scores, "--ratio", "0.1", "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert message.count("\n") == 1
-    assert "No space left on device" in message
+    assert "File too large" in message
     assert os.listdir(tmp_path) == []
 
 
@@ -247,12 +251,12 @@ def test_a_reader_that_has_enough(tmp_path, folder, more):
 
 def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path):
     path = tmp_path / "file"
-    with replacing(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text("first")
         assert not path.exists()
 
     def interrupted():
-        with replacing(path) as partial:
+        with whole_file(path) as partial:
             partial.write_text("second")
             raise KeyboardInterrupt
 

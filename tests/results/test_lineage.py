@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import prunus
 from prunus.cli import main
+from prunus.errors import CheckpointError
 from prunus.model.geometry import Geometry
 from prunus.results.lineage import COMPOSED_PLAN, lineage_of
 from prunus.selection.plan import Plan
@@ -170,15 +171,19 @@ def test_the_class_may_change_on_the_way(saved, tmp_path):
     ("name", "text"),
     [("metrics.json", "{}"), ("metrics.json", "not JSON"), ("metrics.json", "[1]"), ("plan.json", "{}")],
 )
-def test_records_that_cannot_be_read_do_not_stop_a_cut(name, text, saved, tmp_path, caplog):
+def test_records_that_cannot_be_read_are_refused_before_long_work(name, text, saved, tmp_path, monkeypatch):
+    """What the new cut is relative to would not be known, and the result's card would name the wrong model."""
     dense, once, twice = saved(make_model("llama")), tmp_path / "once", tmp_path / "twice"
     prune(dense, once, 0.1)
+    plan = prunus.Plan.load(once / "prunus" / "plan.json")
     (once / "prunus" / name).write_text(text)
-    metrics = prune(once, twice, 0.1)
-    assert "its records cannot be read" in caplog.text
-    assert "original" not in metrics
-    assert plan_in(twice, "plan.json").widths == Geometry.of(prunus.load_model(once)[0]).widths
-    assert not (twice / "prunus" / COMPOSED_PLAN).exists()
+    monkeypatch.setattr("prunus.pipeline.inputs.load_or_open", None)
+    monkeypatch.setattr("prunus.pipeline.prune.load_or_open", None)
+    with pytest.raises(CheckpointError, match=r"its records cannot be read .* remove that folder"):
+        prune(once, twice, 0.1)
+    with pytest.raises(CheckpointError, match="its records cannot be read"):
+        prunus.apply_checkpoint(str(once), plan, twice)
+    assert not twice.exists()
 
 
 def test_a_plan_that_leads_elsewhere_is_not_composed(saved, tmp_path, caplog):

@@ -3,7 +3,7 @@
 from prunus.checkpoint.architecture import config_as_weighted, empty_model, is_ragged, pruned_config, register
 from prunus.checkpoint.load import check_finite, check_folder, load_model, locate, read_config
 from prunus.checkpoint.open import open_model
-from prunus.checkpoint.save import check_disk, check_output, model_bytes, save_checkpoint
+from prunus.checkpoint.save import model_bytes, save_checkpoint
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.results.card import (
     CalibrationFacts,
@@ -22,10 +22,8 @@ __all__ = [
     "CardFacts",
     "MeasuredFacts",
     "OriginalFacts",
-    "check_disk",
     "check_finite",
     "check_folder",
-    "check_output",
     "config_as_weighted",
     "empty_model",
     "is_ragged",

@@ -21,6 +21,7 @@ from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
 from prunus.checkpoint.weights import StoredWeights, check_inside
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.files.json_file import read_json
+from prunus.files.links import check_links
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of
 
@@ -149,6 +150,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
         return smollm2_135m()
     path = Path(name).expanduser()
     if path.is_dir():
+        check_links(path)
         return path
     if path.is_file() and path.suffix == ".gguf":
         raise UnsupportedModelError(_gguf_message(name))

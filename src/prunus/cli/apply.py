@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prunus.cli.flags import Flag, ModelFlags, ModelName, Where
 from prunus.cli.printing import print_json, print_rows, typed_command
+from prunus.files.outputs import check_inputs
 from prunus.pipeline.prune import apply_checkpoint
 from prunus.selection.plan import Plan
 
@@ -31,6 +32,7 @@ def apply(
         overwrite: replace an earlier result in the folder.
         json: print the metrics as JSON.
     """
+    check_inputs(out, plan)
     metrics = apply_checkpoint(
         model, Plan.load(plan), out, model_options=where, overwrite=overwrite, command=typed_command()
     )

@@ -11,9 +11,9 @@ from prunus.cli.flags import EvalFlags, EvalSettings, Flag, ModelFlags, ModelNam
 from prunus.cli.printing import print_json, print_rows, typed_command
 from prunus.evaluation.evaluate import Evaluation
 from prunus.evaluation.evaluate import evaluate as evaluate_model
-from prunus.report import write_report
+from prunus.report import try_report
 from prunus.report.page import FILE_NAME
-from prunus.results.result_folder import add_evaluation, read_result
+from prunus.results.result_folder import add_evaluation, check_updatable
 
 __all__ = ["evaluate"]
 
@@ -37,13 +37,19 @@ def evaluate(
         json: print the result as JSON.
     """
     if update_card:
-        read_result(model)  # refuses a folder that is not ours before long work
+        check_updatable(model)
     result = evaluate_model(model, evaluation, dense=compare, model_options=where)
+    try:
+        if update_card:
+            add_evaluation(model, result.to_dict(), typed_command())
+            if (Path(model).expanduser() / FILE_NAME).is_file():
+                try_report(model)
+    finally:  # what was measured is shown, also where it could not be kept
+        _show(result, json)
+
+
+def _show(result: Evaluation, json: bool) -> None:
     facts = result.to_dict()
-    if update_card:
-        add_evaluation(model, facts, typed_command())
-        if (Path(model) / FILE_NAME).is_file():
-            write_report(model)
     if json:
         # Fields of the first text stand at the top as well, for programs that read one figure.
         print_json({**(facts["perplexities"][0] if facts["perplexities"] else {}), **facts})

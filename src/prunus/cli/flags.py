@@ -81,11 +81,3 @@ EvalFlags = Annotated[EvalSettings, Parameter(name="*", group=Group("Evaluation"
 TextFlags = Annotated[TextOptions, Parameter(name="*", group=Group("Text", sort_key=9))]
 RecoveryFlags = Annotated[RecoveryOptions, Parameter(name="*", group=Group("Training", sort_key=10))]
 Flag = Annotated[bool, Parameter(negative="")]
-
-
-def check_output_file(out: Path, what: str, overwrite: bool) -> None:
-    """Raise unless a plan or profile can be written to this file."""
-    if out.exists() and not overwrite:
-        raise OptionError(f"{out} exists; choose another --out or add --overwrite")
-    if out.is_dir():
-        raise OptionError(f"{out} is a folder; --out is the {what} file to write, e.g. {out / f'{what}.json'}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.cli.flags import Flag, check_output_file
+from prunus.cli.flags import Flag
 from prunus.cli.job_flags import NO_RECIPE, RecipeFlags, given
 from prunus.cli.printing import print_json, print_rows
+from prunus.files.outputs import check_output_file, output_file
 from prunus.model.families import AXES
 from prunus.pipeline.job import Job
 from prunus.pipeline.job_file import read_job
 from prunus.pipeline.recipe import Recipe
 from prunus.scoring.score import Score
+from prunus.selection.plan import MARK
 from prunus.selection.select import select
 from prunus.selection.table import Normalization
 
@@ -40,7 +42,7 @@ def plan(
         overwrite: replace an existing file.
         json: print a summary as JSON.
     """
-    check_output_file(out, "plan", overwrite)
+    check_output_file(out, "plan.json", MARK, overwrite)
     result = Score.load(table)
     # Another target has a context and a phase of its own.
     base = Job("", recipe=Recipe(target=result.target) if recipe.target is None else Recipe())
@@ -49,8 +51,8 @@ def plan(
     if normalize is not None:
         result = result.ranked(normalize)
     chosen = select(result.table, result.geometry, ratio, chosen_recipe.selection, costs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.save(out)
+    with output_file(out, "plan.json", MARK, overwrite=overwrite) as partial:
+        partial.write_text(chosen.to_json(), encoding="utf-8")
     left = result.geometry.parameters_left(chosen.kept_widths)
     facts = {
         "parameters_before": result.geometry.total_parameters,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.cli.flags import Flag, ModelName, ProfileFlags, ProfileRuns, check_output_file
-from prunus.cli.printing import print_json, print_rows
+from prunus.cli.flags import Flag, ModelName, ProfileFlags, ProfileRuns
+from prunus.cli.printing import print_json, print_rows, typed_command
 from prunus.evaluation.profiling import profile as profile_model
+from prunus.files.outputs import check_output_file, claimed, output_file
 from prunus.model.families import AXES
-from prunus.selection.latency_profile import PHASES
+from prunus.selection.latency_profile import MARK, PHASES, LatencyProfile
 
 __all__ = ["profile"]
 
@@ -33,10 +34,14 @@ def profile(
         overwrite: replace an existing file.
         json: print the profile as JSON.
     """
-    check_output_file(out, "profile", overwrite)
-    measured = profile_model(model, speed)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    measured.save(out)
+    with claimed(out, is_file=True, run=("profile", model, speed, overwrite), command=typed_command()) as claim:
+        if claim.finished:
+            measured = LatencyProfile.load(claim.path)
+        else:
+            check_output_file(out, "profile.json", MARK, overwrite)
+            measured = profile_model(model, speed)
+            with output_file(out, "profile.json", MARK, overwrite=overwrite) as partial:
+                partial.write_text(measured.to_json(), encoding="utf-8")
     if json:
         print_json(measured.to_dict())
         return

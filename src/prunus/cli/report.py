@@ -11,15 +11,16 @@ from prunus.report import write_report
 __all__ = ["report"]
 
 
-def report(folder: Path, /, *, out: Path | None = None, json: Flag = False) -> None:
+def report(folder: Path, /, *, out: Path | None = None, overwrite: Flag = False, json: Flag = False) -> None:
     """Write one self-contained HTML page about a result of `prune`, `apply` or `compare`.
 
     Args:
         folder: what prunus wrote.
         out: the file to write; by default report.html in the folder.
+        overwrite: replace an earlier report.
         json: print where it is as JSON.
     """
-    path = write_report(folder, out)
+    path = write_report(folder, out, overwrite=overwrite)
     if json:
         print_json({"report": str(path), "bytes": path.stat().st_size})
     else:

@@ -37,14 +37,14 @@ def score(
         overwrite: replace an earlier result in the folder.
         json: print what was done as JSON.
     """
-    from prunus.cli.printing import print_json, print_rows, short
+    from prunus.cli.printing import print_json, print_rows, short, typed_command
     from prunus.machine.processes import is_first, joined
     from prunus.pipeline.job_file import read_job
     from prunus.pipeline.score import score_job
 
     job = read_job(recipe.recipe, recipe.set, {"model": model, **given(recipe, calibration, device)})
     with joined():
-        result = score_job(job, out, overwrite=overwrite)
+        result = score_job(job, out, overwrite=overwrite, command=typed_command())
         first = is_first()
     if not first:
         return

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from prunus.checkpoint import (
-    check_disk,
-    check_output,
     config_as_weighted,
     empty_model,
     is_ragged,
@@ -21,9 +19,13 @@ from prunus.checkpoint import (
 )
 from prunus.errors import OptionError
 from prunus.export.fill import fill_config, fill_tensors, largest_widths
+from prunus.files.json_file import read_json
+from prunus.files.outputs import check_disk, check_output, claimed
 from prunus.model.geometry import layer_widths_of
 
 __all__ = ["export_dense", "fill_model"]
+
+FACTS = "export.json"
 
 
 def export_dense(source: str, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -44,29 +46,32 @@ def export_dense(source: str, out: str | Path, *, overwrite: bool = False) -> di
         OptionError: the layers have equal widths already, so that the folder is of a stock class as it is.
         CheckpointError: `source` cannot be read, or `out` cannot be written.
     """
-    check_output(out, overwrite, source)
-    folder = locate(source)
-    model, tokenizer = load_model(folder)
-    if not is_ragged(model.config):
-        raise OptionError(
-            f"the layers of {source} have equal widths already: it is a {model.config.model_type!r} model that loads "
-            "anywhere as it is"
+    with claimed(out, run=("dense", source, overwrite)) as claim:
+        if claim.finished:
+            return read_json(claim.path / "prunus" / FACTS)
+        check_output(out, overwrite, source)
+        folder = locate(source)
+        model, tokenizer = load_model(folder)
+        if not is_ragged(model.config):
+            raise OptionError(
+                f"the layers of {source} have equal widths already: it is a {model.config.model_type!r} model that "
+                "loads anywhere as it is"
+            )
+        filled = fill_model(model)
+        facts = {
+            "source": Path(source).name,
+            "parameters_before": model.num_parameters(),
+            "parameters_after": filled.num_parameters(),
+            "num_attention_heads": filled.config.num_attention_heads,
+            "num_key_value_heads": filled.config.num_key_value_heads,
+            "intermediate_size": filled.config.intermediate_size,
+        }
+        del model
+        check_disk(out, sum(parameter.numel() * parameter.element_size() for parameter in filled.parameters()))
+        extras = {FACTS: json.dumps(facts, indent=1) + "\n"}
+        save_checkpoint(
+            filled, tokenizer, out, card=_card(Path(out).name, facts, folder), extras=extras, overwrite=overwrite
         )
-    filled = fill_model(model)
-    facts = {
-        "source": Path(source).name,
-        "parameters_before": model.num_parameters(),
-        "parameters_after": filled.num_parameters(),
-        "num_attention_heads": filled.config.num_attention_heads,
-        "num_key_value_heads": filled.config.num_key_value_heads,
-        "intermediate_size": filled.config.intermediate_size,
-    }
-    del model
-    check_disk(out, sum(parameter.numel() * parameter.element_size() for parameter in filled.parameters()))
-    extras = {"export.json": json.dumps(facts, indent=1) + "\n"}
-    save_checkpoint(
-        filled, tokenizer, out, card=_card(Path(out).name, facts, folder), extras=extras, overwrite=overwrite
-    )
     return facts
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prunus.checkpoint import check_disk, load_model, locate, read_config
+from prunus.checkpoint import load_model, locate, read_config
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.export.fill import fill_tensors
 from prunus.export.gguf_rope import Rope, rope_of
 from prunus.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from prunus.export.llama_cpp import Architecture, candidates, choose_architecture, widths_to_write
+from prunus.files.outputs import check_disk, check_output_file, claimed, output_file
 from prunus.model.families import family_of
 from prunus.model.geometry import Geometry, LayerWidths
 
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
+#: a GGUF file begins with this
+MARK = b"GGUF"
 #: values per block of q8_0
 _BLOCK = 32
 
@@ -82,47 +84,49 @@ def export_gguf(
         NonFiniteError: a weight is too large for f16.
     """
     out = Path(out).expanduser()
-    _check_options(out, type, mlp_multiple, overwrite)
-    gguf = _gguf_package()
-    folder = locate(source)
-    candidates(read_config(folder))  # before the weights are read
-    model, tokenizer = load_model(folder)
-    config = model.config
-    geometry = Geometry.of(model)
-    rope = rope_of(config, geometry.head_dim)
-    _check_activation(config)
-    vocabulary = gguf_tokenizer(tokenizer, config.vocab_size, _end_tokens(model))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, len(geometry.widths))  # has every kind of tensor we have
-    architecture = choose_architecture(config, geometry, _biases(model, names), rope.factors is not None)
-    if type == "q8_0":
-        mlp_multiple = -(-mlp_multiple // _BLOCK) * _BLOCK
-    widths = widths_to_write(architecture, geometry.widths, mlp_multiple)
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    check_disk(out, int(model.num_parameters() * _bytes_per_weight(type)))
-    writer = gguf.GGUFWriter(partial, architecture.name)
-    try:
-        _add_metadata(writer, gguf, config, geometry, architecture, widths, rope, type, Path(source).name)
-        _add_tokenizer(writer, vocabulary)
-        with torch.no_grad():
-            written = _write_tensors(writer, gguf, model, names, architecture, widths, rope, type, progress)
-        writer.close()
-        partial.replace(out)
-    except OSError as error:
-        raise CheckpointError(f"could not write {out}: {error}") from error
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
-    return {
-        "architecture": architecture.name,
-        "type": type,
-        "bytes": out.stat().st_size,
-        **written,
-        "head_count": [layer.num_key_value_heads * geometry.num_key_value_groups for layer in widths],
-        "head_count_kv": [layer.num_key_value_heads for layer in widths],
-        "feed_forward_length": [layer.intermediate_size for layer in widths],
-    }
+    _check_options(type, mlp_multiple)
+    with claimed(out, is_file=True, run=("gguf", source, type, mlp_multiple, overwrite)) as claim:
+        if claim.finished:
+            return dict(claim.facts)
+        check_output_file(out, "model.gguf", MARK, overwrite)
+        gguf = _gguf_package()
+        folder = locate(source)
+        candidates(read_config(folder))  # before the weights are read
+        model, tokenizer = load_model(folder)
+        config = model.config
+        geometry = Geometry.of(model)
+        rope = rope_of(config, geometry.head_dim)
+        _check_activation(config)
+        vocabulary = gguf_tokenizer(tokenizer, config.vocab_size, _end_tokens(model))
+        # This one's map has every kind of tensor we have.
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, len(geometry.widths))
+        architecture = choose_architecture(config, geometry, _biases(model, names), rope.factors is not None)
+        if type == "q8_0":
+            mlp_multiple = -(-mlp_multiple // _BLOCK) * _BLOCK
+        widths = widths_to_write(architecture, geometry.widths, mlp_multiple)
+        check_disk(out, int(model.num_parameters() * _bytes_per_weight(type)))
+        try:
+            with output_file(out, "model.gguf", MARK, overwrite=overwrite) as partial:
+                writer = gguf.GGUFWriter(partial, architecture.name)
+                try:
+                    _add_metadata(writer, gguf, config, geometry, architecture, widths, rope, type, Path(source).name)
+                    _add_tokenizer(writer, vocabulary)
+                    with torch.no_grad():
+                        written = _write_tensors(writer, gguf, model, names, architecture, widths, rope, type, progress)
+                finally:
+                    writer.close()
+                claim.facts = {
+                    "architecture": architecture.name,
+                    "type": type,
+                    "bytes": partial.stat().st_size,
+                    **written,
+                    "head_count": [layer.num_key_value_heads * geometry.num_key_value_groups for layer in widths],
+                    "head_count_kv": [layer.num_key_value_heads for layer in widths],
+                    "feed_forward_length": [layer.intermediate_size for layer in widths],
+                }
+        except OSError as error:
+            raise CheckpointError(f"could not write {out}: {error}") from error
+    return dict(claim.facts)
 
 
 def interleave(rows: Tensor, heads: int) -> Tensor:
@@ -138,15 +142,11 @@ def interleave(rows: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def _check_options(out: Path, type: str, mlp_multiple: int, overwrite: bool) -> None:
+def _check_options(type: str, mlp_multiple: int) -> None:
     if type not in GGUF_TYPES:
         raise OptionError(f"type {type!r} is unknown; choose one of {', '.join(GGUF_TYPES)}")
     if mlp_multiple < 1:
         raise OptionError(f"mlp_multiple is {mlp_multiple}; it must be at least 1")
-    if out.is_dir():
-        raise OptionError(f"{out} is a folder; --out is the file to write, e.g. {out / 'model.gguf'}")
-    if out.exists() and not overwrite:
-        raise OptionError(f"{out} exists; choose another --out or add --overwrite")
 
 
 def _gguf_package() -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from prunus.errors import CheckpointError, StatisticsError
-from prunus.files.replacing import replacing
+from prunus.files.outputs import whole_file
 from prunus.files.tensor_file import TensorFile, TensorLayout, write_tensors
 
 __all__ = ["Records"]
@@ -83,7 +83,7 @@ class Records:
         if not path.is_file():
             if self._folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as partial:
+                with whole_file(path) as partial:
                     partial.write_text(json.dumps(made_from, indent=1) + "\n", encoding="utf-8")
             return
         try:

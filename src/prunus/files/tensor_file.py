@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prunus.errors import CheckpointError
-from prunus.files.replacing import replacing
+from prunus.files.outputs import whole_file
 
 __all__ = ["TensorFile", "TensorLayout", "write_tensors"]
 
@@ -215,7 +215,7 @@ def write_tensors(
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     expected = iter(layouts.items())
-    with replacing(path) as partial, partial.open("wb", buffering=0) as file:
+    with whole_file(path) as partial, partial.open("wb", buffering=0) as file:
         _write_all(file, memoryview(struct.pack("<Q", len(header)) + header))
         for name, tensor in tensors:
             if next(expected, None) != (name, TensorLayout.of(tensor)):

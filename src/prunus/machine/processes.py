@@ -17,7 +17,17 @@ from torch import distributed as dist
 
 from prunus.errors import OptionError
 
-__all__ = ["add_up_", "is_first", "joined", "launched", "number_of_processes", "rank", "share", "wait_for_all"]
+__all__ = [
+    "add_up_",
+    "agreed",
+    "is_first",
+    "joined",
+    "launched",
+    "number_of_processes",
+    "rank",
+    "share",
+    "wait_for_all",
+]
 
 T = TypeVar("T")
 
@@ -90,3 +100,10 @@ def wait_for_all() -> None:
     """Go on when all processes have come this far."""
     if number_of_processes() > 1:
         dist.barrier()
+
+
+def agreed(value: bool) -> bool:
+    """Whether any of the processes says so: all have the same answer, though only one may know."""
+    answer = torch.tensor([float(value)])
+    add_up_([(answer, "max")])
+    return bool(answer)

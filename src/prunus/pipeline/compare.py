@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -13,7 +15,7 @@ import pandas as pd
 
 from prunus.calibration import Calibration
 from prunus.errors import CalibrationError, OptionError
-from prunus.files.replacing import replacing
+from prunus.files.outputs import claimed, output_folder, whole_file
 from prunus.machine.metering import Cost, metered
 from prunus.model.geometry import Geometry
 from prunus.pipeline.inputs import Inputs, model_name, open_inputs
@@ -21,7 +23,7 @@ from prunus.pipeline.job import Job
 from prunus.pipeline.prune import Passes, Prepared, cut, repair_text
 from prunus.pipeline.recipe import Recipe
 from prunus.repair.block_repair import Cut, repair_together_
-from prunus.report import write_report
+from prunus.report import try_report
 from prunus.results.comparison import DENSE, plan_name
 from prunus.scoring.score import Score, score_together
 from prunus.selection.plan import Plan
@@ -31,6 +33,8 @@ from prunus.sweep.estimate import bytes_of_a_cut, free_memory, parse_bytes
 from prunus.version import __version__
 
 __all__ = ["compare", "cuts_at_once"]
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("recipe", "ratio", "seed", "parameters", "perplexity", "relative", "seconds", "peak_bytes")
 
@@ -50,7 +54,8 @@ def compare(
 
     Recipes whose methods need the same kind of pass share it: one with a backward pass, one without. Results with the
     same plan are made and measured once, and repairs of recipes in one round run together: as many as fit into half of
-    the free memory, see `cuts_at_once`. Rows are on disk after each measurement.
+    the free memory, see `cuts_at_once`. The folder appears when all is measured; if something fails before, the rows
+    that were done are shown.
 
     Args:
         job: the model, its texts, and where it runs; its recipe and ratio are not read.
@@ -77,26 +82,42 @@ def compare(
         raise OptionError("compare measures perplexity: give an evaluation text, or hold out calibration sequences")
     seeds = list(dict.fromkeys(seeds or [job.calibration.seed]))
     job = replace(job, calibration=replace(job.calibration, seed=seeds[0]))
-    inputs = open_inputs(
-        job, ratios, list(recipes.values()), out, save_model=False, overwrite=overwrite, progress=progress
-    )
-    if not inputs.measurable:
-        raise CalibrationError("there is no text left to measure perplexity on; give an evaluation text")
-    about = {
-        "prunus": __version__,
-        "model": model_name(job.model),
-        "command": command,
-        "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
-        "recipes": {name: _plain(recipe) for name, recipe in recipes.items()},
-    }
-    record = _Record(Path(out), about, [DENSE, *recipes], progress)
-    for seed in seeds:
-        if seed != seeds[0]:
-            inputs = inputs.drawn_again(replace(job.calibration, seed=seed), progress=progress)
-        _compare_with(inputs, job, recipes, ratios, record, seed)
-    if job.output.report:
-        write_report(out)
-    return record.frame
+    asked = "compare", job, recipes, tuple(ratios), tuple(seeds), overwrite
+    with claimed(out, run=asked, command=command) as claim:
+        if not claim.finished:
+            inputs = open_inputs(
+                job, ratios, list(recipes.values()), out, save_model=False, overwrite=overwrite, progress=progress
+            )
+            if not inputs.measurable:
+                raise CalibrationError("there is no text left to measure perplexity on; give an evaluation text")
+            about = {
+                "prunus": __version__,
+                "model": model_name(job.model),
+                "command": command,
+                "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
+                "recipes": {name: _plain(recipe) for name, recipe in recipes.items()},
+            }
+            with output_folder(out, overwrite=overwrite) as place:
+                record = _Record(place, about, [DENSE, *recipes], progress)
+                with _shown_if_lost(record):
+                    for seed in seeds:
+                        if seed != seeds[0]:
+                            inputs = inputs.drawn_again(replace(job.calibration, seed=seed), progress=progress)
+                        _compare_with(inputs, job, recipes, ratios, record, seed)
+        if job.output.report:
+            try_report(out)
+    return pd.read_csv(claim.path / "comparison.csv", float_precision="round_trip")
+
+
+@contextmanager
+def _shown_if_lost(record: _Record) -> Iterator[None]:
+    """What was measured is worth something though the rest of a comparison fails."""
+    try:
+        yield
+    except BaseException:
+        if len(record):
+            logger.warning("the comparison stopped; it had measured\n%s", record.frame.to_csv(index=False).rstrip())
+        raise
 
 
 def _compare_with(
@@ -262,6 +283,9 @@ class _Record:
         self._about = dict(about)
         self._rows: list[dict[str, Any]] = []
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def keep_plan(self, plan: Plan, row: _Row) -> None:
         """Write the plan of a row."""
         (self.folder / "plans").mkdir(parents=True, exist_ok=True)
@@ -278,10 +302,10 @@ class _Record:
             measured = {"parameters": model.num_parameters(), "perplexity": result.perplexity, **accuracies}
             self._rows.append({**asdict(row), "seconds": seconds, **measured})
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / "comparison.csv") as partial:
+        with whole_file(self.folder / "comparison.csv") as partial:
             self.frame.to_csv(partial, index=False)
         records = json.loads(self.frame.to_json(orient="records"))
-        with replacing(self.folder / "comparison.json") as partial:
+        with whole_file(self.folder / "comparison.json") as partial:
             partial.write_text(json.dumps({**self._about, "rows": records}, indent=1) + "\n", encoding="utf-8")
 
     @property

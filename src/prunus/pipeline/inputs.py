@@ -17,9 +17,7 @@ import torch
 from prunus.calibration import Calibration, load_calibration
 from prunus.calibration.loading import check_counts
 from prunus.checkpoint import (
-    check_disk,
     check_folder,
-    check_output,
     empty_model,
     load_model,
     locate,
@@ -42,10 +40,12 @@ from prunus.evaluation.perplexity import (
     window_length,
 )
 from prunus.evaluation.zero_shot import EncodedTask, encode_task, load_tasks, zero_shot_of
+from prunus.files.outputs import check_disk, check_output
 from prunus.machine.processes import is_first
 from prunus.model.geometry import Geometry
 from prunus.model.tokens import check_seq_len, check_tokens, longest_context
 from prunus.option_values import check_seed, check_utf8, check_whole
+from prunus.results.lineage import lineage_of
 from prunus.selection.select import check_reachable
 from prunus.sweep import ENGINES, Engine, EngineChoice
 from prunus.sweep.estimate import Estimate, Workload, available_memory, choose_engine, estimate, parse_bytes, show_bytes
@@ -434,8 +434,10 @@ def open_inputs(
     calibrate = any(recipe.needs_calibration for recipe in recipes)
     for recipe, ratio in product(recipes, ratios):
         recipe.check(ratio, sequences=calibration.samples if calibrate else None)
-    check_output(out, overwrite, job.model)
     check_utf8("model", str(job.model))
+    check_output(out, overwrite, job.model, job.calibration.source, job.evaluation.text)
+    if save_model:
+        lineage_of(locate(job.model))  # damaged records are refused before the weights are read
     text = read_text(evaluation.text) if evaluation.text else None
     tasks = load_tasks(evaluation.tasks) if evaluation.tasks else ()
     config = config_of(job.model)

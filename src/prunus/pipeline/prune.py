@@ -13,8 +13,9 @@ import transformers
 
 from prunus.calibration import Calibration
 from prunus.calibration.self_text import text_for_repair
-from prunus.checkpoint import check_output
+from prunus.checkpoint import locate
 from prunus.evaluation.samples import side_by_side
+from prunus.files.outputs import check_output, claimed
 from prunus.machine.metering import metered
 from prunus.model.geometry import Geometry
 from prunus.model.tokens import check_tokens
@@ -32,8 +33,9 @@ from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.rounds import carry_over
 from prunus.pipeline.work_folder import SELF_TEXT, WorkFolder, of_round
 from prunus.repair.block_repair import Repair, repair_
-from prunus.report import write_report
-from prunus.results.result_folder import save_result
+from prunus.report import try_report
+from prunus.results.lineage import lineage_of
+from prunus.results.result_folder import read_metrics, save_result
 from prunus.scoring.score import Score, ScoringOptions, score, seed_of
 from prunus.selection.plan import Plan
 from prunus.selection.select import check_reachable, select
@@ -275,57 +277,70 @@ def prune_job(
         PrunusError: whatever is wrong with options, model, text or folder, as far as possible before any long work.
     """
     folder = WorkFolder(out, job.output.work)
-    inputs = open_inputs(
-        job, [job.ratio], [job.recipe], out, work=folder.path, save_model=True, overwrite=overwrite, progress=progress
-    )
-    with metered(inputs.model.device) as cost:
-        result = prune(
-            inputs.model,
-            job.ratio,
-            inputs.calibration,
-            job.recipe,
-            batch_size=job.run.batch_size,
-            engine=inputs.engine,
-            work=folder.used_by(inputs.engine),
-            progress=progress,
-        )
-    before = inputs.measure(inputs.model, progress=progress)
-    after = inputs.measure(result.model, progress=progress)
-    metrics = {
-        "prunus": __version__,
-        "base_model": model_name(job.model),
-        "command": command or _command(job, out),
-        "ratio": job.ratio,
-        "parameters_before": inputs.geometry.total_parameters,
-        "parameters_after": result.model.num_parameters(),
-        "perplexity_before": before.perplexity if before else None,
-        "perplexity_after": after.perplexity if after else None,
-        "perplexity_text": inputs.text_name if after else None,
-        "perplexity_protocol": after.protocol if after else None,
-        "plan": result.plan.fingerprint,
-        "repair": asdict(job.recipe.repair) if job.recipe.repair else None,
-        "seconds_to_prune": round(cost.seconds, 1),
-        "peak_bytes": cost.peak_bytes,
-        **{key: value for key, value in result.score.about.items() if key not in ("seconds", "peak_bytes")},
-    }
-    # A streamed model would be read from the disk once for every token.
-    shown = job.output.report and inputs.engine == "resident"
-    samples = side_by_side(inputs.model, result.model, inputs.tokenizer, progress=progress) if shown else []
-    metrics = save_result(
-        result.model,
-        inputs.tokenizer,
-        out,
-        result.plan,
-        result.score,
-        metrics,
-        samples,
-        inputs.source,
-        overwrite,
-        recipe=job_text(replace(job, run=replace(job.run, engine=inputs.engine)), _made_by(result, inputs.calibration)),
-    )
-    if job.output.report:
-        write_report(out)
-    folder.remove()
+    with claimed(out, folder.path, run=("prune", job, overwrite), command=command) as claim:
+        if claim.finished:
+            metrics = read_metrics(claim.path)
+        else:
+            inputs = open_inputs(
+                job,
+                [job.ratio],
+                [job.recipe],
+                out,
+                work=folder.path,
+                save_model=True,
+                overwrite=overwrite,
+                progress=progress,
+            )
+            with metered(inputs.model.device) as cost:
+                result = prune(
+                    inputs.model,
+                    job.ratio,
+                    inputs.calibration,
+                    job.recipe,
+                    batch_size=job.run.batch_size,
+                    engine=inputs.engine,
+                    work=folder.used_by(inputs.engine),
+                    progress=progress,
+                )
+            before = inputs.measure(inputs.model, progress=progress)
+            after = inputs.measure(result.model, progress=progress)
+            metrics = {
+                "prunus": __version__,
+                "base_model": model_name(job.model),
+                "command": command or _command(job, out),
+                "ratio": job.ratio,
+                "parameters_before": inputs.geometry.total_parameters,
+                "parameters_after": result.model.num_parameters(),
+                "perplexity_before": before.perplexity if before else None,
+                "perplexity_after": after.perplexity if after else None,
+                "perplexity_text": inputs.text_name if after else None,
+                "perplexity_protocol": after.protocol if after else None,
+                "plan": result.plan.fingerprint,
+                "repair": asdict(job.recipe.repair) if job.recipe.repair else None,
+                "seconds_to_prune": round(cost.seconds, 1),
+                "peak_bytes": cost.peak_bytes,
+                **{key: value for key, value in result.score.about.items() if key not in ("seconds", "peak_bytes")},
+            }
+            # A streamed model would be read from the disk once for every token.
+            shown = job.output.report and inputs.engine == "resident"
+            samples = side_by_side(inputs.model, result.model, inputs.tokenizer, progress=progress) if shown else []
+            metrics = save_result(
+                result.model,
+                inputs.tokenizer,
+                out,
+                result.plan,
+                result.score,
+                metrics,
+                samples,
+                inputs.source,
+                overwrite,
+                recipe=job_text(
+                    replace(job, run=replace(job.run, engine=inputs.engine)), _made_by(result, inputs.calibration)
+                ),
+            )
+        if job.output.report:
+            try_report(out)
+        folder.remove()
     return metrics
 
 
@@ -360,32 +375,39 @@ def apply_checkpoint(
         The metrics, as they are written to prunus/metrics.json.
     """
     model_options = model_options or ModelOptions()
-    check_output(out, overwrite, model)
-    dense, tokenizer, _ = load_or_open(model, model_options, workload=Workload(cuts=True))
-    geometry = Geometry.of(dense)
-    plan.check_fits(geometry)
-    smaller = apply_plan(dense, plan)
-    del dense
-    metrics = {
-        "prunus": __version__,
-        "base_model": model_name(model),
-        "command": command or f"prunus apply {shlex.quote(model)} plan.json --out {shlex.quote(str(out))}",
-        "ratio": 1 - smaller.num_parameters() / geometry.total_parameters,
-        "parameters_before": geometry.total_parameters,
-        "parameters_after": smaller.num_parameters(),
-        "plan": plan.fingerprint,
-    }
-    return save_result(
-        smaller,
-        tokenizer,
-        out,
-        plan,
-        None,
-        metrics,
-        (),
-        model,
-        overwrite,
-    )
+    asked = "apply", model, plan.fingerprint, model_options, overwrite
+    with claimed(out, run=asked, command=command) as claim:
+        if claim.finished:
+            metrics = read_metrics(claim.path)
+        else:
+            check_output(out, overwrite, model)
+            lineage_of(locate(model))  # damaged records are refused before the weights are read
+            dense, tokenizer, _ = load_or_open(model, model_options, workload=Workload(cuts=True))
+            geometry = Geometry.of(dense)
+            plan.check_fits(geometry)
+            smaller = apply_plan(dense, plan)
+            del dense
+            metrics = {
+                "prunus": __version__,
+                "base_model": model_name(model),
+                "command": command or f"prunus apply {shlex.quote(model)} plan.json --out {shlex.quote(str(out))}",
+                "ratio": 1 - smaller.num_parameters() / geometry.total_parameters,
+                "parameters_before": geometry.total_parameters,
+                "parameters_after": smaller.num_parameters(),
+                "plan": plan.fingerprint,
+            }
+            metrics = save_result(
+                smaller,
+                tokenizer,
+                out,
+                plan,
+                None,
+                metrics,
+                (),
+                model,
+                overwrite,
+            )
+    return metrics
 
 
 def _command(job: Job, out: str | Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 
 from prunus.errors import OptionError
@@ -40,15 +39,15 @@ class WorkFolder:
             out = Path(out).expanduser()
             self.path = out.with_name(out.name + ".work") if asked is None else Path(asked).expanduser()
             is_file = self.path.exists() and not self.path.is_dir()
-            names = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+            found = sorted(self.path.iterdir()) if self.path.is_dir() else []
         except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, no name
             raise OptionError(f"a work folder for {str(asked or out)!r} cannot be created: {error}") from error
         if is_file:
             raise OptionError(f"work folder {self.path} is a file; remove it, or name a folder with --work")
-        if foreign := [name for name in names if not any(fnmatch(name, pattern) for pattern in CONTENTS)]:
+        if foreign := [entry for entry in found if entry.is_symlink() or not any(map(entry.match, CONTENTS))]:
             raise OptionError(
-                f"work folder {self.path} holds {foreign[0]}, which prunus did not put there; name a new folder with "
-                "--work"
+                f"work folder {self.path} holds {foreign[0].name}, which prunus did not put there; name a new folder "
+                "with --work"
             )
 
     def used_by(self, engine: Engine) -> Path | None:

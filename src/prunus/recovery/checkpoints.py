@@ -17,7 +17,7 @@ from typing import Any
 
 from prunus.errors import OptionError
 from prunus.files.json_file import read_json_if_whole
-from prunus.files.replacing import replacing
+from prunus.files.outputs import whole_file
 
 __all__ = ["WEIGHTS_FILE", "Checkpoints"]
 
@@ -78,7 +78,7 @@ class Checkpoints:
         if not resume:
             self.remove()
             self.path.mkdir(parents=True, exist_ok=True)
-            with replacing(self._inputs_path) as partial:
+            with whole_file(self._inputs_path) as partial:
                 partial.write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
             return
         before = read_json_if_whole(self.path / INPUTS_FILE) or {}
@@ -103,7 +103,7 @@ class Checkpoints:
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write down that training is over."""
-        with replacing(self.path / TRAINED_FILE) as partial:
+        with whole_file(self.path / TRAINED_FILE) as partial:
             partial.write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
     def finished(self) -> dict[str, Any] | None:
@@ -116,6 +116,8 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
         for name in (INPUTS_FILE, TRAINED_FILE):
             (self.path / name).unlink(missing_ok=True)
+            for half in self.path.glob(f".{name}.partial-*"):
+                half.unlink()
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
 

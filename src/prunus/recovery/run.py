@@ -21,8 +21,6 @@ from safetensors.torch import load_file
 
 from prunus.calibration import Calibration
 from prunus.checkpoint import (
-    check_disk,
-    check_output,
     load_model,
     locate,
     resolve_device,
@@ -31,8 +29,9 @@ from prunus.checkpoint import (
 from prunus.checkpoint.load import read_small_files
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity_of_windows
-from prunus.files.json_file import read_json_if_whole
-from prunus.machine.processes import is_first, joined, number_of_processes, wait_for_all
+from prunus.files.json_file import read_json, read_json_if_whole
+from prunus.files.outputs import check_disk, check_output, claimed
+from prunus.machine.processes import agreed, is_first, joined, number_of_processes, wait_for_all
 from prunus.model.digest import digest_model
 from prunus.model.tokens import check_seq_len, check_token_ids
 from prunus.recovery.card import card_with_recovery, card_without_figures
@@ -98,38 +97,44 @@ def recover_checkpoint(
         PrunusError: whatever is wrong with options, models, text or folders; a loss that is not finite.
         KeyboardInterrupt: somebody pressed Ctrl-C; `resume` goes on from there.
     """
+    asked = {name: value for name, value in locals().items() if name not in ("out", "command", "progress", "resume")}
     options = options or RecoveryOptions()
     _require_packages()
-    check_output(out, overwrite, model)
     checkpoints = Checkpoints(out, work)
-    checkpoints.check(resume, overwrite)
-    with joined():
-        run = _Run.prepared(model, text, options, teacher, device)
-        if run.teacher is not None:
-            check_output(out, overwrite, run.teacher)
-        check_disk(out, run.expected_bytes)
-        try:
-            trained = run.train(checkpoints, resume, progress=progress)
-        except KeyboardInterrupt:
-            if is_first() and (last := checkpoints.last()) is not None:
-                logger.warning(
-                    "interrupted; %s is saved in %s, and the same command with --resume goes on from there",
-                    last.name,
-                    last.parent,
-                )
-            raise
-        if not is_first():
-            wait_for_all()
-            return {}
-        result = run.result(checkpoints, trained["best_step"])
-        after = perplexity_of_windows(result, run.held_out.input_ids, progress=progress)
-        facts = run.facts(trained, after)
-        command = command or f"prunus recover {shlex.quote(model)} --out {shlex.quote(str(out))} --text {text.text}"
-        facts["command"] = command
-        card = card_with_recovery(run.folder, Path(out).name, facts, command)
-        extras = {**_extras(run.folder, facts), RECORD: json.dumps(facts, indent=1) + "\n"}
-        save_checkpoint(result.cpu(), run.tokenizer, out, card=card, extras=extras, overwrite=overwrite)
-        checkpoints.remove()
+    with joined(), claimed(out, checkpoints.path, run=("recover", asked), command=command) as claim:
+        if agreed(claim.finished):
+            facts = read_json(claim.path / "prunus" / RECORD) if is_first() else {}
+        else:
+            check_output(out, overwrite, model, text.text)
+            checkpoints.check(resume, overwrite)
+            wait_for_all()  # before the first process changes what the others check
+            run = _Run.prepared(model, text, options, teacher, device)
+            if run.teacher is not None:
+                check_output(out, overwrite, run.teacher)
+            check_disk(out, run.expected_bytes)
+            try:
+                trained = run.train(checkpoints, resume, progress=progress)
+            except KeyboardInterrupt:
+                if is_first() and (last := checkpoints.last()) is not None:
+                    logger.warning(
+                        "interrupted; %s is saved in %s, and the same command with --resume goes on from there",
+                        last.name,
+                        last.parent,
+                    )
+                raise
+            if not is_first():
+                wait_for_all()
+                return {}
+            result = run.result(checkpoints, trained["best_step"])
+            after = perplexity_of_windows(result, run.held_out.input_ids, progress=progress)
+            facts = run.facts(trained, after)
+            command = command or f"prunus recover {shlex.quote(model)} --out {shlex.quote(str(out))} --text {text.text}"
+            facts["command"] = command
+            card = card_with_recovery(run.folder, Path(out).name, facts, command)
+            extras = {**_extras(run.folder, facts), RECORD: json.dumps(facts, indent=1) + "\n"}
+            save_checkpoint(result.cpu(), run.tokenizer, out, card=card, extras=extras, overwrite=overwrite)
+        if is_first():
+            checkpoints.remove()
         wait_for_all()
     return facts
 

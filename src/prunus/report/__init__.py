@@ -6,6 +6,6 @@ page.py       contents → HTML; the library that draws is put into the page
 page.html.jinja, page.css, page.js
 """
 
-from prunus.report.page import write_report
+from prunus.report.page import try_report, write_report
 
-__all__ = ["write_report"]
+__all__ = ["try_report", "write_report"]

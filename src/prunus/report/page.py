@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
+import subprocess
+import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,38 +20,62 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from prunus.files.replacing import replacing
+from prunus.files.outputs import check_output_file, claimed, output_file, whole_file
 from prunus.report.contents import Contents, contents_of
 from prunus.version import __version__
 
-__all__ = ["FILE_NAME", "page", "write_report"]
+__all__ = ["FILE_NAME", "page", "try_report", "write_report"]
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "report.html"
+#: in the head of every report
+MARK = b'<meta name="generator" content="prunus'
+#: by its types, but not in fact, the function needs an argument
+BUNDLE = "import sys, vl_convert; sys.stdout.buffer.write(vl_convert.javascript_bundle().encode())"
 #: what HTML forbids in text: control characters, halves of characters, code points that are none
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
-def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
+def write_report(folder: str | Path, out: str | Path | None = None, *, overwrite: bool = True) -> Path:
     """Write a page about a folder of `prunus prune`, `apply` or `compare`.
 
     Args:
         folder: what prunus wrote.
         out: the file to write; by default report.html in the folder.
+        overwrite: replace an earlier report.
 
     Returns:
         The file.
 
     Raises:
+        BusyError: another process works on the folder, or on `out`.
         CheckpointError: prunus did not write the folder, or a file in it is damaged.
+        OptionError: `out` is there already, or with `overwrite` is no report.
         PlanError: a plan or table in it is malformed.
     """
-    text = page(contents_of(folder))
-    path = Path(out) if out is not None else Path(folder).expanduser() / FILE_NAME
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    path = Path(out).expanduser() if out is not None else Path(folder).expanduser() / FILE_NAME
+    with claimed(folder) if out is None else claimed(path, is_file=True):
+        check_output_file(path, FILE_NAME, MARK, overwrite)
+        text = page(contents_of(folder))
+        writing = whole_file(path) if out is None else output_file(path, FILE_NAME, MARK, overwrite=overwrite)
+        with writing as partial:
+            partial.write_text(text, encoding="utf-8")
     return path
+
+
+def try_report(folder: str | Path) -> None:
+    """Write the page into a folder whose result is complete; where that fails, say so and how to make it later."""
+    try:
+        write_report(folder)
+    except Exception as error:  # a picture of the result must not take the result with it
+        logger.warning(
+            "%s is complete, but its report could not be made (%s: %s); `prunus report %s --overwrite` makes it",
+            folder,
+            type(error).__name__,
+            error,
+            shlex.quote(str(folder)),
+        )
 
 
 def page(contents: Contents) -> str:
@@ -63,8 +90,6 @@ def page(contents: Contents) -> str:
     )
     drawn = any(section.charts for section in contents.sections)
     library = drawing_library() if drawn else None
-    if drawn and library is None:
-        logger.warning("the report shows tables in the place of charts; for charts: pip install 'prunus[report]'")
     own = Path(__file__).parent
     return environment.get_template("page.html.jinja").render(
         contents=contents,
@@ -82,12 +107,22 @@ def _printable(value: Any) -> Any:
 
 @cache
 def drawing_library() -> str | None:
-    """Vega, Vega-Lite and Vega-Embed as one script, safe inside a script element; None if it is not installed."""
-    if find_spec("vl_convert") is None:
-        return None
-    import vl_convert
+    """Vega, Vega-Lite and Vega-Embed as one script, safe inside a script element; None if it cannot be had.
 
-    make: Any = vl_convert.javascript_bundle  # by its types, but not in fact, it needs an argument
-    bundle: str = make()
+    The package runs a JavaScript engine, which takes its process with it where it gets no memory (`ulimit -v`): it has
+    one of its own.
+    """
+    if find_spec("vl_convert") is None:
+        logger.warning("the report shows tables in the place of charts; for charts: pip install 'prunus[report]'")
+        return None
+    made = subprocess.run([sys.executable, "-c", BUNDLE], capture_output=True, check=False)
+    bundle = made.stdout.decode("utf-8", "replace")
+    if made.returncode or not bundle:
+        logger.warning(
+            "the report shows tables in the place of charts: the library that draws them ended with status %d, maybe "
+            "for want of memory; `prunus report FOLDER --overwrite` makes the report again",
+            made.returncode,
+        )
+        return None
     # In a script's strings and patterns a backslash before the slash changes nothing; markup it would end is no more.
     return re.sub(r"<(?=/script|!--)", r"\\x3c", bundle, flags=re.IGNORECASE)

@@ -8,17 +8,14 @@ model that was never cut, and `metrics.json` names that model.
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunus.errors import PlanError
+from prunus.errors import CheckpointError, PlanError
 from prunus.selection.plan import Plan
 
 __all__ = ["COMPOSED_PLAN", "Lineage", "lineage_of", "plan_from_original"]
-
-logger = logging.getLogger(__name__)
 
 #: in the folder prunus/ of a model that was pruned more than once
 COMPOSED_PLAN = "plan_from_original.json"
@@ -66,24 +63,34 @@ def lineage_of(folder: Path) -> Lineage | None:
         folder: a model folder, pruned or not.
 
     Returns:
-        None for a folder without a plan, and, with a warning, for one whose records cannot be read: a model can be cut
-        without knowing where it comes from.
+        None for a folder without a plan.
+
+    Raises:
+        CheckpointError: there is a plan, but the records with it cannot be read.
     """
     path = plan_from_original(folder)
     if path is None:
         return None
+    metrics_path = path.with_name("metrics.json")
     try:
-        metrics = json.loads((folder / "prunus" / "metrics.json").read_text(encoding="utf-8"))
+        metrics = json.loads(metrics_path.read_text(encoding="utf-8"))
         original = metrics.get("original") or {
             "model": metrics["base_model"],
             "parameters": metrics["parameters_before"],
         }
         return Lineage(str(original["model"]), int(original["parameters"]), Plan.load(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, PlanError) as error:
-        logger.warning(
-            "%s was pruned before, but its records cannot be read (%s: %s): the new plan is kept relative to it alone",
-            folder,
-            type(error).__name__,
-            error,
-        )
-        return None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        PlanError,
+    ) as error:
+        raise CheckpointError(
+            f"{folder} was pruned before, but its records cannot be read ({type(error).__name__}: {error}): bring "
+            f"{metrics_path.name} and {path.name} in {path.parent} back, or remove that folder to cut the model as if "
+            "it had never been cut"
+        ) from error

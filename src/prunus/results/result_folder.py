@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +36,26 @@ from prunus.checkpoint import (
 )
 from prunus.errors import CheckpointError, PlanError
 from prunus.files.json_file import read_json
-from prunus.files.replacing import replacing
+from prunus.files.links import check_links
+from prunus.files.outputs import claimed, whole_file
 from prunus.results.lineage import COMPOSED_PLAN, Lineage, lineage_of
 from prunus.scoring.score import Score
 from prunus.selection.plan import Plan
 from prunus.selection.table import load_table
 from prunus.version import __version__
 
-__all__ = ["Result", "add_evaluation", "measured_facts", "read_result", "save_result", "speed_notes"]
+__all__ = [
+    "Result",
+    "add_evaluation",
+    "check_updatable",
+    "measured_facts",
+    "read_metrics",
+    "read_result",
+    "save_result",
+    "speed_notes",
+]
 
-FOLDER = "prunus"
+FOLDER, CARD = "prunus", "README.md"
 #: the Hub's ids of the data sets that the zero-shot tasks are made from
 TASK_DATASETS = {"arc_easy": "allenai/ai2_arc", "piqa": "ybisk/piqa", "winogrande": "allenai/winogrande"}
 #: lists of an evaluation, and the field that tells their entries apart
@@ -148,6 +159,7 @@ def read_result(folder: str | Path) -> Result:
         PlanError: its plan or table is malformed.
     """
     folder = Path(folder).expanduser()
+    check_links(folder)
     own = folder / FOLDER
     if not (own / "metrics.json").is_file() or not (own / "plan.json").is_file():
         raise CheckpointError(
@@ -167,6 +179,30 @@ def read_result(folder: str | Path) -> Result:
     )
 
 
+def read_metrics(folder: str | Path) -> dict[str, Any]:
+    """What was done and measured, of a folder that prunus wrote.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    metrics: dict[str, Any] = read_json(Path(folder).expanduser() / FOLDER / "metrics.json")
+    return metrics
+
+
+def check_updatable(folder: str | Path) -> None:
+    """Refuse a folder whose card could not be updated, before any long work.
+
+    Raises:
+        CheckpointError: prunus did not write the folder, a file in it or its card cannot be read, or no permission.
+        PlanError: its plan or table is malformed.
+    """
+    result = read_result(folder)
+    _updated(result, result.evaluation)
+    for place in (result.folder, result.folder / FOLDER):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise CheckpointError(f"the card in {folder} cannot be updated: no permission to write in {place}")
+
+
 def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any], command: str) -> None:
     """Keep figures in a result folder and its model card; figures of the same text or task are replaced.
 
@@ -178,17 +214,26 @@ def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any], command: s
     Raises:
         CheckpointError: prunus did not write the folder, or its card's front matter cannot be read.
     """
-    result = read_result(folder)
-    card = result.folder / "README.md"
-    merged = _merged(result.evaluation, evaluation)
-    merged["commands"] = list(dict.fromkeys([*result.evaluation.get("commands", []), command]))
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    measured, notes = measured_facts(result.metrics, merged), speed_notes(merged.get("speed"))
-    text = updated_card(text, result.folder.resolve().name, measured, notes)
-    with replacing(result.folder / FOLDER / "evaluation.json") as partial:
-        partial.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    with replacing(card) as partial:
-        partial.write_text(text, encoding="utf-8")
+    with claimed(folder):
+        result = read_result(folder)
+        merged = _merged(result.evaluation, evaluation)
+        merged["commands"] = list(dict.fromkeys([*result.evaluation.get("commands", []), command]))
+        text = _updated(result, merged)
+        with whole_file(result.folder / FOLDER / "evaluation.json") as partial:
+            partial.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with whole_file(result.folder / CARD) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def _updated(result: Result, evaluation: Mapping[str, Any]) -> str:
+    """The card of a result with these figures."""
+    card = result.folder / CARD
+    try:
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    except (OSError, UnicodeError) as error:
+        raise CheckpointError(f"{card} cannot be read, so it stays as it is: {error}") from error
+    measured, notes = measured_facts(result.metrics, evaluation), speed_notes(evaluation.get("speed"))
+    return updated_card(text, result.folder.resolve().name, measured, notes)
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

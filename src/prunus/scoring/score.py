@@ -12,7 +12,7 @@ import pandas as pd
 from prunus.calibration import Calibration
 from prunus.calibration.noise import check_noise, with_noise
 from prunus.errors import CalibrationError, OptionError, PlanError
-from prunus.files.replacing import replacing
+from prunus.files.outputs import output_folder
 from prunus.importance import COMPOSITES, MethodOptions, get_method, score_groups
 from prunus.importance.registry import statistics_for
 from prunus.machine.metering import Cost, metered
@@ -165,15 +165,21 @@ class Score:
         about = {**target.to_dict(), "quantity": costs.quantity, "before": before, "after": after}
         return replace(self, table=with_costs(self.table, costs), about={**self.about, "target": about})
 
-    def save(self, folder: str | Path) -> None:
-        """Write groups.csv, score.json and, if there are any, statistics.safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.statistics is not None:
-            self.statistics.save(folder / STATISTICS_FILE)
-        save_table(self.table, folder / TABLE_FILE)
-        with replacing(folder / ABOUT_FILE) as partial:
-            partial.write_text(self.to_json(), encoding="utf-8")
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write a folder with groups.csv, score.json and, if there are any, statistics.safetensors.
+
+        Args:
+            folder: complete or not there at all.
+            overwrite: replace an earlier result as a whole.
+
+        Raises:
+            CheckpointError: `folder` may not be written, see `prunus.files.outputs.check_output`.
+        """
+        with output_folder(folder, overwrite=overwrite) as place:
+            if self.statistics is not None:
+                self.statistics.save(place / STATISTICS_FILE)
+            save_table(self.table, place / TABLE_FILE)
+            (place / ABOUT_FILE).write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
         """What score.json holds: the model's geometry, and what the table was made from."""

@@ -25,7 +25,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from prunus.errors import PlanError
-from prunus.files.replacing import replacing
+from prunus.files.outputs import whole_file
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry
 from prunus.selection.costs import Costs
@@ -36,6 +36,8 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 _FORMAT = "prunus-profile"
+#: near the beginning of every profile
+MARK = b'"prunus-profile"'
 _VERSION = 1
 
 
@@ -209,8 +211,12 @@ class LatencyProfile:
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON; a reader never sees a half-written file."""
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        with whole_file(path) as partial:
+            partial.write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """What `save` writes."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from prunus.errors import PlanError
-from prunus.files.replacing import replacing
+from prunus.files.outputs import whole_file
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry, LayerWidths
 
 __all__ = ["KeptGroups", "Plan"]
 
 _FORMAT = "prunus-plan"
+#: near the beginning of every plan file
+MARK = b'"prunus-plan"'
 _VERSION = 1
 _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*", re.ASCII)
 #: far more groups than any layer has; a damaged file must not make us allocate the numbers it names
@@ -223,7 +225,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; a reader never sees a half-written file."""
-        with replacing(path) as partial:
+        with whole_file(path) as partial:
             partial.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod

@@ -16,7 +16,7 @@ import pandas as pd
 from torch import Tensor
 
 from prunus.errors import NonFiniteError, OptionError, PlanError
-from prunus.files.replacing import replacing
+from prunus.files.outputs import whole_file
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry
 from prunus.selection.costs import Costs
@@ -162,7 +162,7 @@ def normalize(groups: pd.DataFrame, normalization: Normalization) -> pd.Series:
 
 def save_table(table: pd.DataFrame, path: str | Path) -> None:
     """Write a table as CSV; numbers keep every digit."""
-    with replacing(path) as partial:
+    with whole_file(path) as partial:
         table.to_csv(partial, index=False)
 
 

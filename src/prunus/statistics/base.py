@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunus.errors import StatisticsError
-from prunus.files.replacing import replacing
+from prunus.files.outputs import whole_file
 from prunus.model.families import Block, Projection
 from prunus.model.geometry import Geometry
 
@@ -162,7 +162,7 @@ class Statistics:
             "loss": self.loss,
             "provenance": dict(self.provenance),
         }
-        with replacing(path) as partial:
+        with whole_file(path) as partial:
             save_file(tensors, partial, metadata={"prunus_statistics": json.dumps(about)})
 
     @classmethod
