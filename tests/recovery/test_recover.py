@@ -241,7 +241,9 @@ def test_conversations(recover, pruned, tmp_path):
     assert (facts["text"]["source"], facts["text"]["kind"]) == ("chat.jsonl", "chat")
     tokenizer = AutoTokenizer.from_pretrained(pruned)
     texts = [f"[user] What is {n} + {n}?\n[assistant] {2 * n}\n" for n in range(200)]
-    expected = prunus.calibration_from_texts(texts, tokenizer, samples=56, seq_len=32).split(16)[0]
+    written = tmp_path / "written.jsonl"
+    written.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    expected = prunus.load_calibration(str(written), tokenizer, samples=56, seq_len=32, seed=0).split(16)[0]
     assert facts["text"]["sha256"] == expected.provenance.sha256
 
 
