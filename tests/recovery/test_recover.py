@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -240,11 +241,12 @@ def test_conversations(recover, pruned, tmp_path):
     facts = recover(pruned, "--out", tmp_path / "out", *words, "--chat-column", "messages", "--max-steps", 10)
     assert (facts["text"]["source"], facts["text"]["kind"]) == ("chat.jsonl", "chat")
     tokenizer = AutoTokenizer.from_pretrained(pruned)
-    texts = [f"[user] What is {n} + {n}?\n[assistant] {2 * n}\n" for n in range(200)]
-    written = tmp_path / "written.jsonl"
-    written.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
-    expected = prunus.load_calibration(str(written), tokenizer, samples=56, seq_len=32, seed=0).split(16)[0]
-    assert facts["text"]["sha256"] == expected.provenance.sha256
+    drawn = prunus.load_calibration(str(path), tokenizer, samples=56, seq_len=32, seed=0, chat_column="messages")
+    assert facts["text"]["sha256"] == drawn.split(16)[0].provenance.sha256
+    whole = {f"[user] What is {n} + {n}?\n[assistant] {2 * n}" for n in range(200)}
+    found = re.findall(r"\[user\][^\[]*\[assistant\] \d+(?=\n)", tokenizer.decode(drawn.input_ids.flatten()))
+    assert len(found) > 20
+    assert set(found) <= whole
 
 
 def test_two_processes(recover, pruned, tmp_path):
