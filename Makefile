@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo picture bench quality recover-bench deploy-check quantised-check kills transformers4-check clean
+.PHONY: help install test mutations lint format demo picture bench quality recover-bench deploy-check quantised-check kills transformers4-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -21,6 +21,9 @@ install: $(VENV)/.installed ## build the environment in .venv
 
 test: $(VENV)/.installed ## run the test suite
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+mutations: $(VENV)/.installed ## faults made on purpose, and whether the tests notice (minutes)
+	$(TEST_ENV) $(BIN)/python tests/mutations.py
 
 lint: $(VENV)/.installed ## ruff and mypy
 	$(BIN)/ruff check .

@@ -50,8 +50,13 @@ def test_the_factor_is_the_best_of_a_fine_grid_and_stands_in_the_norm(case):
 def test_only_so_many_tokens_are_looked_at():
     model, ids = make_model("llama", "gqa"), random_tokens(batch=8, seq_len=16)
     batches = [Batch(part, None) for part in ids.split(1)]
-    few, some = copy.deepcopy(model), copy.deepcopy(model)
-    assert fit_temperature_(few, batches, tokens=64) == fit_temperature_(some, batches[::2])
+    expected = fit_temperature_(copy.deepcopy(model), batches[::2])
+    assert fit_temperature_(copy.deepcopy(model), batches, tokens=64) == expected
+    for size in (2, 3, 8):
+        parts = [Batch(part, None) for part in ids.split(size)]
+        assert fit_temperature_(copy.deepcopy(model), parts, tokens=64) == pytest.approx(expected, rel=1e-3)
+        among = fit_temperature_(copy.deepcopy(model), parts, among=range(0, 8, 2))
+        assert among == pytest.approx(expected, rel=1e-3)
 
 
 def test_padding_and_single_tokens_do_not_count():

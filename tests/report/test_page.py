@@ -7,14 +7,24 @@ import json
 import shutil
 
 import html5lib
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hostile import HOSTILE
+from plain import plain_recipe
+from tiny_families import make_model, random_tokens
 
+import prunus
+from prunus.calibration import calibration_from_tokens
 from prunus.cli import main
 from prunus.errors import CheckpointError
+from prunus.model.families import AXES
+from prunus.model.geometry import Geometry
 from prunus.report import write_report
+from prunus.report.charts import score_charts
 from prunus.selection.plan import Plan
+from prunus.selection.table import build_table
 
 draws = importlib.util.find_spec("vl_convert") is not None
 needs_library = pytest.mark.skipif(not draws, reason="vl-convert-python is not installed")
@@ -122,26 +132,84 @@ def test_charts_hold_the_figures_of_the_files(pruned):
         for axis, title in (("attention", "attention groups"), ("mlp", "MLP channels"))
     }
     table = pd.read_csv(pruned / "prunus" / "groups.csv")
-    bins = pd.DataFrame(specs["spec-spread"]["data"]["values"])
+    check_histogram(specs["spec-spread"], table, plan)
+
+
+def check_histogram(spec, table, plan) -> None:
+    """Every group stands in one bar of each quantity, by its state, between the edges of the bar."""
+    bins = pd.DataFrame(spec["data"]["values"])
+    assert bins["groups"].sum() == 2 * len(table)
     for axis, title in (("attention", "attention groups"), ("mlp", "MLP channels")):
+        of_axis = table[table["group_type"] == axis]
+        stays = [
+            group in plan.layers[layer][axis]
+            for layer, group in zip(of_axis["layer_idx"], of_axis["group_idx"], strict=True)
+        ]
         for measure in ("score", "importance"):
             part = bins[(bins["axis"] == title) & (bins["measure"] == measure)]
-            of_axis = table[table["group_type"] == axis]
-            assert part["groups"].sum() == (of_axis[measure] > 0).sum()
-            left = sum(len(kept[axis]) for kept in plan.layers)
-            assert part.loc[part["state"] == "kept", "groups"].sum() == left - _kept_zeros(of_axis, plan, axis, measure)
+            for state, of_state in (("kept", of_axis[stays]), ("removed", of_axis[[not stay for stay in stays]])):
+                bars = part[part["state"] == state]
+                assert bars["groups"].sum() == len(of_state)
+                assert bars.loc[bars["low"].isna(), "groups"].sum() == (of_state[measure] <= 0).sum()
+                # The edges in the page are rounded.
+                for bar in bars[bars["low"].notna()].itertuples():
+                    between = [
+                        of_state[measure].between(bar.low * (1 + e), bar.high * (1 - e)).sum() for e in (1e-3, -1e-3)
+                    ]
+                    assert between[0] <= bar.groups <= between[1]
             assert (part["top"] - part["bottom"] == part["groups"]).all()
-            # Each rectangle holds the groups between its edges, but for those on the rounded edges themselves.
-            tall = part.groupby(["low", "high"])["groups"].sum()
-            inside = [of_axis[measure].between(low * 0.999, high * 1.001).sum() for low, high in tall.index]
-            assert (tall.to_numpy() <= inside).all()
+            assert part.loc[part["state"] == "kept", "place"].is_unique
 
 
-def _kept_zeros(of_axis, plan, axis, measure) -> int:
-    zero = of_axis[of_axis[measure] <= 0]
-    return sum(
-        group in plan.layers[layer][axis] for layer, group in zip(zero["layer_idx"], zero["group_idx"], strict=True)
+def a_cut(scores_of_layer_0):
+    """A table of two layers in which the first has these scores, and a plan that removes its three lowest channels."""
+    geometry = Geometry.of(make_model("llama", "gqa"))
+    table = build_table(geometry, [{axis: torch.ones(widths[axis]) for axis in AXES} for widths in geometry.widths])
+    here = (table["layer_idx"] == 0) & (table["group_type"] == "mlp")
+    table.loc[here, "score"] = scores_of_layer_0
+    plan = Plan.from_kept(
+        geometry, [{"attention": range(3), "mlp": range(3, 20)}, {"attention": [0], "mlp": range(20)}]
     )
+    return table, plan
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [-2.0, -1.0, 0.0, *range(1, 18)],  # as after several rounds
+        [-1.0] * 20,
+        [0.0] * 20,
+        [1e-300] * 19 + [1e300],
+        [1 + n * 1e-9 for n in range(20)],  # bars closer than the digits that are shown
+    ],
+)
+def test_all_groups_have_a_place_in_the_charts(scores):
+    table, plan = a_cut(scores)
+    spread, by_layer = score_charts(table, plan)
+    check_histogram(spread.spec, table, plan)
+    layers = pd.DataFrame(by_layer.spec["data"]["values"])
+    found = layers[(layers.layer == 0) & (layers.axis == "MLP channels") & (layers.measure == "score")].iloc[0]
+    for name, quantile in (("q5", 0.05), ("q25", 0.25), ("q50", 0.5), ("q75", 0.75), ("q95", 0.95)):
+        expected = float(np.quantile(scores, quantile))
+        assert found[name] == pytest.approx(expected, rel=1e-3)
+        assert found[f"y{name}"] > 0, "a logarithmic scale can draw it"
+        assert expected <= 0 or found[f"y{name}"] == found[name]
+    lowest = min(score for score in layers[[f"q{q}" for q in (5, 25, 50, 75, 95)]].to_numpy().flatten() if score > 0)
+    assert all(found[f"y{name}"] < lowest for name in ("q5", "q25") if found[name] <= 0)
+    if draws:
+        import vl_convert
+
+        for chart in (spread, by_layer):
+            assert "<svg" in vl_convert.vegalite_to_svg({**chart.spec, "width": 400})
+
+
+def test_two_rounds_in_the_charts():
+    """The groups of the first round stand below all scores, and are counted."""
+    model, calibration = make_model("llama", "gqa"), calibration_from_tokens(random_tokens(4, 12))
+    result = prunus.prune(model, 0.3, calibration, plain_recipe(rounds=2), progress=False)
+    spread, _ = score_charts(result.score.table, result.plan)
+    assert (result.score.table["score"] <= 0).any()
+    check_histogram(spread.spec, result.score.table, result.plan)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import geometries, profiles, seconds
-from tiny_families import ONE_EACH, case_id, make_model
+from tiny_families import ONE_EACH, case_id, logits, make_model, random_tokens
 
 from prunus.errors import OptionError, PlanError
-from prunus.evaluation.profiling import profile, widths_to_measure
+from prunus.evaluation.profiling import _marked, profile, widths_to_measure
 from prunus.evaluation.speed import SpeedOptions
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
-from prunus.selection.latency_profile import LatencyProfile, never_falling
+from prunus.selection.latency_profile import PHASES, LatencyProfile, PhaseTimes, never_falling
 
 
 @given(values=st.lists(seconds, min_size=1, max_size=9))
@@ -89,15 +90,38 @@ def test_wide_blocks_are_measured_to_take_longer(table):
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
-def test_blocks_of_every_family_can_be_profiled(case, tmp_path):
-    model = make_model(*case)
-    model.save_pretrained(tmp_path)
-    table = profile(str(tmp_path), SpeedOptions(prompt_tokens=8, new_tokens=2, repeats=1, warm_up=0), progress=False)
-    geometry = Geometry.of(model)
-    for phase in ("prefill", "decode"):
+def test_each_block_gets_its_own_time(case, tmp_path):
+    """A wide MLP beside a narrow attention, in every family: the time is the MLP's, and no part is lost."""
+    make_model(*case, intermediate_size=16384, num_hidden_layers=1).save_pretrained(tmp_path / "wide")
+    runs = SpeedOptions(prompt_tokens=32, new_tokens=3, repeats=2, warm_up=1)
+    table = profile(str(tmp_path / "wide"), runs, progress=False)
+    geometry = Geometry.of(make_model(*case, intermediate_size=16384, num_hidden_layers=1))
+    for phase, times in (("prefill", 3), ("decode", 1.2)):
         costs = table.costs(geometry, phase)
         assert costs.fixed > 0
-        assert all(layer[axis][-1] > 0 for layer in costs.blocks for axis in AXES)
+        attention, mlp = (float(costs.blocks[0][axis][-1]) for axis in AXES)
+        # 32 tokens through 16384 channels of 48 are 75 million multiplications, attention's are a million at most.
+        assert mlp > times * attention > 0, (phase, mlp, attention)
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+def test_the_marks_stand_where_the_blocks_begin(case):
+    """The order of a pass, noted by hooks of the test's own on the blocks: one mark between attention and MLP."""
+    model, passed = make_model(*case), []
+    family = Geometry.of(model).family
+    with _marked(model, lambda *_: passed.append("mark")):
+        for layer in model.model.layers:
+            for block in family.blocks:
+                for projection in block.projections:
+                    module = layer.get_submodule(projection.path)
+                    module.register_forward_hook(lambda *_, axis=block.axis: passed.append(axis))
+                # A norm belongs to the block that it serves.
+                for norm in block.norms:
+                    layer.get_submodule(norm).register_forward_hook(lambda *_, axis=block.axis: passed.append(axis))
+        logits(model, random_tokens(1, 4))
+    without_repeats = [a for a, b in zip(passed, [None, *passed], strict=False) if a != b or a == "mark"]
+    layers = ["mark", "attention", "mark", "mlp"] * 2
+    assert without_repeats == ["mark", *layers, "mark", "mark"]
 
 
 def test_widths_that_are_measured():
@@ -123,14 +147,57 @@ def test_profiles_of_other_models_are_refused(table):
     assert table.costs(deeper, "decode").total > 0
 
 
+#: of a malformed profile
+SHAPE = {"model_type": "llama", "head_dim": 8, "num_key_value_groups": 2, "vocab_size": 96}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("axis", AXES)
+def test_every_phase_reaches_up_to_the_width_of_the_model(table, phase, axis):
+    """A table that ends below would be read on at its last height: cutting down to there would save nothing."""
+    geometry = Geometry.of(make_model("llama", "gqa", hidden_size=96, intermediate_size=8192))
+    times = table.times(phase)
+    for fewer in (times.points(axis)[:-1], ()):
+        short = replace(table, **{phase: replace(times, **{axis: fewer})})
+        widest = max((width for width, _ in fewer), default=0)
+        for asked in PHASES:
+            with pytest.raises(PlanError, match=f"has {phase} times of wide with at most {widest} {axis} groups"):
+                short.costs(geometry, asked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fixed": -1.0}, "a time is -1.0"),
+        ({"fixed": float("nan")}, "a time is nan"),
+        ({"mlp": ((10.9, 1.0),)}, "widths of mlp are"),
+        ({"mlp": ((2, 1.0), (2, 1.0))}, r"widths of mlp are \[2, 2\]"),
+        ({"attention": ((1, float("inf")),)}, "a time is inf"),
+    ],
+)
+def test_times_that_a_caller_makes_up(changes, message):
+    with pytest.raises(PlanError, match=message):
+        PhaseTimes(**{"fixed": 1.0, "attention": ((1, 0.1),), "mlp": ((1, 1.0),), **changes})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"format": "prunus-plan"}, "the field 'format' must be 'prunus-profile'"),
         ({"version": 2}, "profile version 2 is not 1"),
-        ({"shape": {}}, "KeyError 'hidden_size'"),
-        ({"decode": {"fixed": 1.0, "attention": [[1, 0.1]], "mlp": []}}, r"widths of mlp are \[\]"),
-        ({"decode": {"fixed": 1.0, "attention": [[2, 0.1], [1, 0.1]], "mlp": [[1, 1.0]]}}, r"\[2, 1\], which must"),
+        ({"shape": {}}, "KeyError 'model_type'"),
+        ({"decode": {"fixed": 1.0, "attention": [[2, 0.1], [1, 0.1]], "mlp": [[1, 1.0]]}}, r"\[2, 1\]; they must"),
+        ({"decode": {"fixed": 1.0, "attention": [[1, 0.1]], "mlp": [[10.9, 1.0]]}}, r"widths of mlp are \[10.9\]"),
+        ({"decode": {"fixed": 1.0, "attention": [[1, 0.1]], "mlp": [[True, 1.0]]}}, r"widths of mlp are \[True\]"),
+        ({"decode": {"fixed": 1.0, "attention": [[0, 0.1]], "mlp": [[1, 1.0]]}}, r"widths of attention are \[0\]"),
+        ({"decode": {"fixed": 1.0, "attention": [[1, 0.1]], "mlp": [[10**400, 1.0]]}}, "widths of mlp are"),
+        ({"decode": {"fixed": 1.0, "attention": [[1, "0.1"]], "mlp": [[1, 1.0]]}}, "a time is '0.1'"),
+        ({"decode": {"fixed": float("inf"), "attention": [[1, 0.1]], "mlp": [[1, 1.0]]}}, "a time is inf"),
+        ({"decode": {"fixed": 10**400, "attention": [[1, 0.1]], "mlp": [[1, 1.0]]}}, "a time is 1000"),
+        ({"decode": {"fixed": 0, "attention": [[1, 0]], "mlp": [[1, 0.0]]}}, "all times are 0"),
+        ({"threads": 1.5}, "threads is 1.5"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"shape": {**SHAPE, "hidden_size": 96.5}}, "hidden_size is 96.5"),
         ({"decode": {"fixed": 1.0, "attention": [[1, -0.1]], "mlp": [[1, 1.0]]}}, "finite and not negative"),
         ({"decode": {"fixed": float("nan"), "attention": [[1, 0.1]], "mlp": [[1, 1.0]]}}, "finite and not negative"),
         ({"decode": [1]}, "malformed latency profile: TypeError"),

@@ -20,6 +20,7 @@ from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.selection.constraints import Constraints
 from prunus.selection.latency_profile import LatencyProfile, PhaseTimes, ProfiledShape
+from prunus.selection.nearness import NEAR
 from prunus.selection.plan import Plan
 from prunus.selection.select import check_reachable, reachable, select
 from prunus.selection.table import build_table, load_table, normalised_importance, with_costs
@@ -92,20 +93,22 @@ def test_whole_layers_go_by_worth_over_cost(job):
             rows = table[(table.layer_idx == layer_idx) & table.group_type.isin(axes)]
             units.append((sum(r.score * r.cost for r in rows.itertuples()) / price_of, layer_idx, axes))
     kept = [{axis: range(widths[axis]) for axis in AXES} for widths in geometry.widths]
-    saved = 0.0
+    saved, target = 0.0, ratio * costs.total
     for _, layer_idx, axes in sorted(units):
-        if saved >= ratio * costs.total:
+        cost = sum(costs.saved(layer_idx, axis, geometry.widths[layer_idx][axis], 0) for axis in axes)
+        over = saved + cost - target
+        if saved >= target or (over > NEAR * costs.total and over > target - saved):
             break
         for axis in axes:
             kept[layer_idx][axis] = range(0)
-            saved += costs.saved(layer_idx, axis, geometry.widths[layer_idx][axis], 0)
-    assert select(table, geometry, ratio, constraints, costs) == Plan.from_kept(geometry, kept)
+        saved += cost
+    assert select(table, geometry, ratio, constraints, costs, last=False) == Plan.from_kept(geometry, kept)
 
 
 @given(job=jobs("uniform"))
 def test_equal_widths_lose_the_least_that_the_share_allows(job):
     geometry, table, costs, constraints, ratio = job
-    plan = select(table, geometry, ratio, constraints, costs)
+    plan = select(table, geometry, ratio, constraints, costs, last=False)
     assert len(set(plan.kept_widths)) == 1
     narrowest = {axis: min(layer[axis] for layer in geometry.widths) for axis in AXES}
 
@@ -117,13 +120,23 @@ def test_equal_widths_lose_the_least_that_the_share_allows(job):
                 total += sum(sums_of[: len(sums_of) - keep])
         return total
 
+    def saved(widths) -> float:
+        return costs.total - costs.left([type(geometry.widths[0])(*widths)] * len(geometry.widths))
+
+    target, every = ratio * costs.total, []
     best: dict[int, int] = {}  # for each number of attention groups the most channels that do
     for widths in product(range(1, narrowest["attention"] + 1), range(1, narrowest["mlp"] + 1)):
-        same = [type(geometry.widths[0])(*widths)] * len(geometry.widths)
-        if costs.total - costs.left(same) >= ratio * costs.total * (1 - 1e-12):
+        if "mlp" in constraints.axes or widths[1] == narrowest["mlp"]:
+            every.append(widths)
+        if saved(widths) >= target * (1 - 1e-12):
             best[widths[0]] = widths[1]
     allowed = [pair for pair in best.items() if "mlp" in constraints.axes or pair[1] == narrowest["mlp"]]
+    allowed = [pair for pair in allowed if saved(pair) - target <= NEAR * costs.total * (1 + 1e-9)]
     chosen = plan.kept_widths[0]
+    if not allowed:  # all would be far too much: the nearest
+        off = abs(saved((chosen.num_key_value_heads, chosen.intermediate_size)) - target)
+        assert off <= min(abs(saved(widths) - target) for widths in every) * (1 + 1e-9)
+        return
     assert lost((chosen.num_key_value_heads, chosen.intermediate_size)) <= min(map(lost, allowed)) * (1 + 1e-9)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prunus.errors import CalibrationError, OptionError
+from prunus.option_values import check_whole
 
 __all__ = ["Batch", "Calibration", "Provenance", "hash_tokens"]
 
@@ -104,8 +105,7 @@ class Calibration:
         Raises:
             OptionError: `batch_size` is below 1.
         """
-        if batch_size < 1:
-            raise OptionError(f"batch_size is {batch_size}: it must be at least 1")
+        check_whole("batch_size", batch_size)
         masks = self.attention_mask.split(batch_size) if self.attention_mask is not None else None
         # Checked here, not in a generator: the error must come with the call, not with the first batch.
         return (

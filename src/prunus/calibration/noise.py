@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from prunus.calibration import Batch
-from prunus.calibration.begin_token import shared_begin_token
-from prunus.errors import OptionError
+from prunus.option_values import check_share
 
-__all__ = ["check_noise", "clean_batches", "with_noise"]
+__all__ = ["check_noise", "clean_sequences", "with_noise"]
 
 
 def check_noise(name: str, share: float) -> None:
@@ -28,51 +28,52 @@ def check_noise(name: str, share: float) -> None:
     Raises:
         OptionError: it is not in [0, 1].
     """
-    if not 0 <= share <= 1:
-        raise OptionError(f"{name} is {share}; it is a share of the tokens and must lie in [0, 1]")
+    check_share(name, share, "it is a share of the tokens")
 
 
 def with_noise(batches: Sequence[Batch], share: float, vocabulary: int, seed: int = 0) -> list[Batch]:
-    """Replace a share of the tokens in every second batch by tokens drawn uniformly from the vocabulary.
+    """Replace a share of the tokens in every second sequence by tokens drawn uniformly from the vocabulary.
 
-    A token that all sequences begin with stays: it stands before other text as well.
+    Sequences are counted over all batches, and each draws for itself, in their order: how they are batched changes
+    nothing. A token that all sequences begin with stays: it stands before other text as well.
 
     Args:
-        batches: calibration sequences; a single batch of several sequences is parted first.
-        share: of the tokens of a noised batch, in [0, 1]; 0 changes nothing.
+        batches: calibration sequences.
+        share: of the tokens of a noised sequence, in [0, 1]; 0 changes nothing.
         vocabulary: number of token ids to draw from.
         seed: of the draws.
 
     Returns:
-        As many sequences, in the order they had; the batches in `clean_batches` are those without noise.
+        The same batches; the sequences in `clean_sequences` are as they were.
     """
     if not share:
         return list(batches)
-    batches = _parted(batches)
-    begun = shared_begin_token(torch.cat([batch.input_ids[:, :1] for batch in batches])) is not None
-    generator = torch.Generator().manual_seed(seed)
-    clean, noised = clean_batches(len(batches), share), []
-    for number, batch in enumerate(batches):
-        if number in clean:
-            noised.append(batch)
-            continue
-        ids = batch.input_ids
-        wrong = torch.randint(vocabulary, ids.shape, generator=generator, dtype=ids.dtype).to(ids.device)
-        replaced = (torch.rand(ids.shape, generator=generator) < share).to(ids.device)
-        replaced[:, : int(begun)] = False
-        noised.append(Batch(torch.where(replaced, wrong, ids), batch.attention_mask))
+    begins = [_begins(batch) for batch in batches]
+    tokens = torch.cat([batch.input_ids.cpu()[begin] for batch, begin in zip(batches, begins, strict=True)])
+    begun = len(tokens) > 1 and bool((tokens == tokens[0]).all())
+    generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger ones
+    clean, noised, number = clean_sequences(len(tokens), share), [], 0
+    for batch, begin in zip(batches, begins, strict=True):
+        ids = batch.input_ids.cpu().clone()
+        for row, keep in zip(ids, begin, strict=True):
+            if number not in clean:
+                wrong = torch.randint(vocabulary, row.shape, generator=generator, dtype=row.dtype)
+                replaced = torch.rand(row.shape, generator=generator) < share
+                if begun:
+                    replaced &= ~keep
+                row[replaced] = wrong[replaced]
+            number += 1
+        noised.append(Batch(ids.to(batch.input_ids.device), batch.attention_mask))
     return noised
 
 
-def clean_batches(count: int, share: float) -> range:
-    """Numbers of the batches, of so many, that `with_noise` leaves as they are."""
+def clean_sequences(count: int, share: float) -> range:
+    """Numbers of the sequences, of so many, that `with_noise` leaves as they are."""
     return range(0, count, 2 if share else 1)
 
 
-def _parted(batches: Sequence[Batch]) -> Sequence[Batch]:
-    if len(batches) > 1 or len(batches[0].input_ids) < 2:
-        return batches
-    ids, mask = batches[0].input_ids, batches[0].attention_mask
-    half = -(-len(ids) // 2)
-    masks = (None, None) if mask is None else mask.split(half)
-    return [Batch(part, its) for part, its in zip(ids.split(half), masks, strict=True)]
+def _begins(batch: Batch) -> Tensor:
+    """True at the first token of each sequence that is not padding, bool (batch, seq_len)."""
+    ids, mask = batch.input_ids, batch.attention_mask
+    first = torch.zeros(len(ids), dtype=torch.int64) if mask is None else mask.cpu().int().argmax(dim=1)
+    return torch.arange(ids.shape[1]) == first[:, None]

@@ -58,6 +58,8 @@ def plan(
         "parameters_before": result.geometry.total_parameters,
         "parameters_after": left,
         "removed": 1 - left / result.geometry.total_parameters,
+        "ratio": ratio,
+        "achieved_ratio": 1 - costs.left(chosen.kept_widths) / (costs.total or 1),
         "quantity": costs.quantity,
         "quantity_before": costs.total,
         "quantity_after": costs.left(chosen.kept_widths),
@@ -71,5 +73,5 @@ def plan(
         (str(layer_idx), *(f"{len(kept[axis])} of {before[axis]}" for axis in AXES))
         for layer_idx, (before, kept) in enumerate(zip(chosen.widths, chosen.layers, strict=True))
     ]
-    removed = 1 - facts["quantity_after"] / (facts["quantity_before"] or 1)
-    print_rows(f"{removed:.2%} of all {costs.quantity} go → {out}", ("layer", *AXES), rows)
+    title = f"{facts['achieved_ratio']:.2%} of all {costs.quantity} go ({ratio:.2%} asked) → {out}"
+    print_rows(title, ("layer", *AXES), rows)

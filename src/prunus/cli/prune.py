@@ -64,6 +64,7 @@ def prune(
         [
             ("parameters", f"{metrics['parameters_before']:,}", f"{metrics['parameters_after']:,}"),
             *_target_row(metrics["target"]),
+            ("removed", f"{metrics['ratio']:.1%} asked", f"{metrics['achieved_ratio']:.1%}"),
             *_perplexity_row(metrics),
         ],
     )

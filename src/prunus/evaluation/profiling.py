@@ -198,8 +198,8 @@ def _marked(model: Any, mark: Callable[..., None]) -> Iterator[None]:
     for layer, widths in zip(layers, geometry.widths, strict=True):
         handles.append(layer.register_forward_pre_hook(mark))
         if widths["attention"] and widths["mlp"]:
-            norm = submodule(layer, geometry.family.block("mlp").norms[0])
-            handles.append(norm.register_forward_pre_hook(mark))
+            begins = submodule(layer, geometry.family.block("mlp").begins)
+            handles.append(begins.register_forward_pre_hook(mark))
     handles.append(layers[-1].register_forward_hook(mark))
     handles.append(model.register_forward_hook(mark))
     try:

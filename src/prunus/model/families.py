@@ -79,6 +79,11 @@ class Block:
         return next(p for p in self.projections if p.outputs == ("residual",))
 
     @property
+    def begins(self) -> str:
+        """Path of the module that reads the residual stream: the norm in front of the block, or the block itself."""
+        return next((norm for norm in self.norms if norm != self.post_norm), self.module)
+
+    @property
     def adds(self) -> str:
         """Path of the module whose output the decoder layer adds to the residual stream."""
         return self.post_norm or self.output.path

@@ -20,7 +20,7 @@ from prunus.machine.metering import Cost, metered
 from prunus.model.geometry import Geometry
 from prunus.pipeline.inputs import Inputs, model_name, open_inputs
 from prunus.pipeline.job import Job
-from prunus.pipeline.prune import Passes, Prepared, cut, repair_text
+from prunus.pipeline.prune import Passes, Prepared, cut, repair_seed, repair_text
 from prunus.pipeline.recipe import Recipe
 from prunus.repair.block_repair import Cut, repair_together_
 from prunus.report import try_report
@@ -231,7 +231,8 @@ def _cut_together(
         if repair is not None and text is not None:
             batches = list(text.batches(job.run.batch_size))
             with metered(dense.device) as shared:
-                repaired = repair_together_(cuts, dense, batches, repair, progress=record.progress)
+                draws = repair_seed(inputs.calibration, alike[0].recipe)
+                repaired = repair_together_(cuts, dense, batches, repair, seed=draws, progress=record.progress)
             for done, cost, found in zip(cuts, costs, repaired, strict=True):
                 add(done, cost.seconds + found.seconds, shared.peak_bytes)
 

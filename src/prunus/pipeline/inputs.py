@@ -100,8 +100,7 @@ class ModelOptions:
             parse_bytes(self.max_memory)
         if self.engine not in ("auto", *ENGINES):
             raise OptionError(f"engine {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
-        if self.batch_size < 1:
-            raise OptionError(f"batch size is {self.batch_size}; it must be at least 1")
+        check_whole("batch size", self.batch_size)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "prune_job",
+    "repair_seed",
     "repair_text",
 ]
 
@@ -75,6 +76,12 @@ class PruneResult:
     score: Score
     repairs: Sequence[Repair] = ()
 
+    @property
+    def achieved_ratio(self) -> float:
+        """Share that was removed, of all parameters or of what the target said."""
+        target = self.score.about["target"]
+        return float(1 - target["after"] / target["before"]) if target["before"] else 0.0
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -90,7 +97,14 @@ class Passes:
     engine: EngineChoice = "auto"
     progress: bool = True
 
-    def score(self, model: Any, calibration: Calibration | None, options: ScoringOptions, work: Path | None) -> Score:
+    def score(
+        self,
+        model: Any,
+        calibration: Calibration | None,
+        options: ScoringOptions,
+        work: Path | None,
+        again: bool = False,
+    ) -> Score:
         """Score a model, see `prunus.score`."""
         return score(
             model,
@@ -100,6 +114,7 @@ class Passes:
             engine=self.engine,
             work=work,
             progress=self.progress,
+            again=again,
         )
 
 
@@ -163,9 +178,14 @@ def repair_text(
     """The sequences that the repairs of a recipe are made on, see `prunus.text_for_repair`; None without a repair."""
     if recipe.repair is None or calibration is None:
         return None
-    seed = recipe.scoring.random_seed
-    seed = seed_of(calibration) if seed is None else seed
+    seed = repair_seed(calibration, recipe)
     return text_for_repair(model, calibration, recipe.repair, seed=seed, work=work, progress=progress)
+
+
+def repair_seed(calibration: Calibration | None, recipe: Recipe) -> int:
+    """The seed of all that a repair draws: that of the recipe, or the one that the sequences were drawn with."""
+    seed = recipe.scoring.random_seed
+    return seed_of(calibration) if seed is None else seed
 
 
 def cut(
@@ -193,20 +213,23 @@ def cut(
     costs = recipe.target.costs(geometry)
     pruned, plan_so_far, table = model, Plan.keep_all(geometry), with_costs(scored.table, costs)
     repairs: Sequence[Repair] = ()
-    steps = recipe.steps(ratio)
+    steps, seed = recipe.steps(ratio), repair_seed(calibration, recipe)
     for step in steps:
         folder = _part(work, of_round(step.number))
         if step.number > 1:
-            rescored = passes.score(pruned, _first(calibration, step.scored_on), recipe.scoring, folder)
+            part = _first(calibration, step.scored_on)
+            rescored = passes.score(pruned, part, recipe.scoring, folder, again=True)
             later = with_costs(rescored.table, costs.of_layers(plan_so_far.surviving_layers))
             table = carry_over(table, plan_so_far, later)
-        plan = select(table, geometry, step.share, recipe.selection, costs)
+        plan = select(table, geometry, step.share, recipe.selection, costs, last=step.last)
         pruned = apply_plan(pruned, plan.after(plan_so_far, Geometry.of(pruned)))
         sequences = _first(text, step.repaired_on)
         if recipe.repair is not None and sequences is not None:
             batches = list(sequences.batches(passes.batch_size))
             resumed = _part(folder, "repair")
-            repairs = repair_(pruned, model, plan, batches, recipe.repair, work=resumed, progress=passes.progress)
+            repairs = repair_(
+                pruned, model, plan, batches, recipe.repair, seed=seed, work=resumed, progress=passes.progress
+            )
         plan_so_far = plan
     findings: dict[str, Any] = {"rounds": len(steps)}
     if text is not None:
@@ -309,6 +332,7 @@ def prune_job(
                 "base_model": model_name(job.model),
                 "command": command or _command(job, out),
                 "ratio": job.ratio,
+                "achieved_ratio": result.achieved_ratio,
                 "parameters_before": inputs.geometry.total_parameters,
                 "parameters_after": result.model.num_parameters(),
                 "perplexity_before": before.perplexity if before else None,

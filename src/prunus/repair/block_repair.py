@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunus.calibration import Batch
-from prunus.calibration.noise import check_noise, clean_batches, with_noise
-from prunus.errors import CalibrationError, OptionError
+from prunus.calibration.noise import check_noise, clean_sequences, with_noise
+from prunus.errors import CalibrationError
 from prunus.files.records import Records
 from prunus.model.digest import digest_batches, digest_model
 from prunus.model.evaluation_mode import evaluation_mode
@@ -44,6 +44,7 @@ from prunus.model.families import Block
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.model.tokens import check_tokens
+from prunus.option_values import check_positive, check_share
 from prunus.repair.block_walk import BlockWalk
 from prunus.repair.least_squares import NormalEquations, TokenSums, solve_ridge
 from prunus.repair.temperature import fit_temperature_
@@ -77,13 +78,10 @@ class RepairOptions:
     fit_logits: bool = True
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise OptionError(f"damping is {self.damping}; it must be positive, or the solution may not exist")
-        if not 0 <= self.residual <= 1:
-            raise OptionError(f"residual is {self.residual}; it must lie in [0, 1]")
+        check_positive("damping", self.damping)  # without it, the solution may not exist
+        check_share("residual", self.residual, "it is a share of the error of earlier blocks")
         check_noise("noise", self.noise)
-        if not 0 <= self.self_text <= 1:
-            raise OptionError(f"self_text is {self.self_text}; it is a share of the sequences and must lie in [0, 1]")
+        check_share("self_text", self.self_text, "it is a share of the sequences")
 
 
 @dataclass(frozen=True)
@@ -143,6 +141,7 @@ def repair_(
     batches: Sequence[Batch],
     options: RepairOptions | None = None,
     *,
+    seed: int = 0,
     work: Path | None = None,
     progress: bool = True,
 ) -> list[Repair]:
@@ -154,6 +153,7 @@ def repair_(
         plan: the cut.
         batches: calibration sequences.
         options: ridge and target.
+        seed: of the random tokens of `repair_noise`.
         work: folder from which a killed run goes on, see `Cut`.
         progress: show a progress bar on a terminal.
 
@@ -165,7 +165,7 @@ def repair_(
         StatisticsError: `work` holds what was made from other inputs.
     """
     cut = Cut(pruned, plan, work=work)
-    return repair_together_([cut], dense, batches, options, progress=progress)[0].repairs
+    return repair_together_([cut], dense, batches, options, seed=seed, progress=progress)[0].repairs
 
 
 @torch.no_grad()
@@ -175,6 +175,7 @@ def repair_together_(
     batches: Sequence[Batch],
     options: RepairOptions | None = None,
     *,
+    seed: int = 0,
     progress: bool = True,
 ) -> list[Repaired]:
     """Repair several cuts of one model in place; the dense model goes through the calibration sequences once for all.
@@ -190,6 +191,7 @@ def repair_together_(
         dense: the model before the cuts; it stays as it is.
         batches: calibration sequences.
         options: ridge and target.
+        seed: of the random tokens of `repair_noise`.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -207,7 +209,7 @@ def repair_together_(
         cut.plan.check_fits(geometry)
     for batch in batches:
         check_tokens(dense.config, batch.input_ids)
-    batches = with_noise(batches, options.noise, dense.config.get_text_config().vocab_size)
+    batches = with_noise(batches, options.noise, dense.config.get_text_config().vocab_size, seed)
     masks = [None if batch.attention_mask is None else batch.attention_mask.bool() for batch in batches]
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -349,7 +351,7 @@ class _Repairing:
         start = time.perf_counter()
         plan = self._cut.plan
         if self._options.fit_logits and plan.kept_widths != plan.widths:
-            clean = clean_batches(len(batches), self._options.noise)
+            clean = clean_sequences(sum(len(batch.input_ids) for batch in batches), self._options.noise)
             self.temperature = fit_temperature_(self._cut.pruned, batches, among=clean, residual=self._walk.hidden)
         self.seconds += time.perf_counter() - start
 

@@ -39,7 +39,7 @@ def fit_temperature_(
     model: Any,
     batches: Sequence[Batch],
     *,
-    among: range | None = None,
+    among: Sequence[int] | None = None,
     residual: Slots | None = None,
     tokens: int = TOKENS,
 ) -> float:
@@ -48,7 +48,7 @@ def fit_temperature_(
     Args:
         model: in memory or opened; the weight of its last norm is changed.
         batches: calibration sequences, of which evenly spaced ones are used.
-        among: numbers of the batches that may be used; None = all.
+        among: numbers of the sequences, counted over all batches, that may be used; None = all.
         residual: the residual stream after the last layer for every batch, if somebody has it.
         tokens: about how many tokens to measure on.
 
@@ -57,12 +57,16 @@ def fit_temperature_(
     """
     family = family_of(model.config)
     norm, head = submodule(model, family.final_norm), head_function(model)
-    usable = range(len(batches)) if among is None else among
-    numbers = usable[:: max(1, sum(batches[number].input_ids.numel() for number in usable) // tokens)]
-    chosen = [batches[number] for number in numbers]
+    places = [(number, row) for number, batch in enumerate(batches) for row in range(len(batch.input_ids))]
+    usable = places if among is None else [places[sequence] for sequence in among]
+    step = max(1, sum(batches[number].input_ids.shape[1] for number, _ in usable) // tokens)
+    rows: dict[int, list[int]] = {}
+    for number, row in usable[::step]:
+        rows.setdefault(number, []).append(row)
+    chosen = [_part(batches[number], which) for number, which in rows.items()]
     with evaluation_mode(model):
         hidden = (
-            [norm(residual[number]) for number in numbers]
+            [norm(residual[number][which]) for number, which in rows.items()]
             if residual is not None
             else list(last_hidden_states(model, chosen))
         )
@@ -82,6 +86,11 @@ def fit_temperature_(
         factor = _lowest(loss)
     norm.weight.copy_(factor * (norm.weight.float() + family.norm_offset) - family.norm_offset)
     return factor
+
+
+def _part(batch: Batch, rows: list[int]) -> Batch:
+    """Some sequences of a batch."""
+    return Batch(batch.input_ids[rows], None if batch.attention_mask is None else batch.attention_mask[rows])
 
 
 def _lowest(loss: Callable[[float], float]) -> float:

@@ -8,9 +8,10 @@ Source: https://vega.github.io/vega-lite/docs/
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ __all__ = ["Chart", "Rows", "accuracy_chart", "comparison_chart", "keep_chart", 
 #: axis → how a reader calls it
 TITLES = {"attention": "attention groups", "mlp": "MLP channels"}
 BINS = 50
+#: the place of what a logarithmic scale has none for
+AT_MOST_ZERO = "zero or less"
+MEASURES = ("score", "importance")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -115,7 +119,8 @@ def keep_chart(plans: Mapping[str, Plan]) -> Chart:
 def score_charts(table: pd.DataFrame, plan: Plan) -> list[Chart]:
     """How importances and scores are spread over all groups, kept and removed, and over the layers.
 
-    Scales are logarithmic; groups of zero or less have no place there and are only counted.
+    Scales are logarithmic; groups of zero or less have a place of their own, before all others. After several rounds
+    those of earlier ones stand there, see `prunus.rounds.carry_over`.
 
     Args:
         table: one row per group, see `prunus.selection.table`.
@@ -132,10 +137,8 @@ def _histogram(table: pd.DataFrame) -> Chart:
     rows = []
     for axis in AXES:
         of_axis = table[table["group_type"] == axis]
-        for measure in ("score", "importance"):
-            positive = of_axis[of_axis[measure] > 0]
-            if len(positive):
-                values += _bins(axis, measure, positive)
+        for measure in MEASURES:
+            values += _bins(axis, measure, of_axis)
             for state, part in of_axis.groupby("state"):
                 lowest, *_, highest = quantiles = [f"{part[measure].quantile(q):.3g}" for q in (0, 0.25, 0.5, 0.75, 1)]
                 zero = int((part[measure] <= 0).sum())
@@ -151,16 +154,21 @@ def _histogram(table: pd.DataFrame) -> Chart:
             _choice("spread_measure", "quantity", ["score", "importance"]),
         ],
         "transform": [{"filter": "datum.axis == spread_axis && datum.measure == spread_measure"}],
-        "mark": {"type": "rect"},
+        "mark": {"type": "bar"},
         "encoding": {
             "x": {
-                "field": "low",
-                "type": "quantitative",
-                "scale": {"type": "log", "nice": False},
-                "title": "score or importance, logarithmic",
-                "axis": {"format": ".0e", "labelOverlap": True, "tickCount": 5},
+                "field": "place",
+                "type": "ordinal",
+                "sort": None,
+                "scale": {"padding": 0},
+                "title": "score or importance from here on, in equal ratios",
+                "axis": {
+                    "labelExpr": f"datum.label == '{AT_MOST_ZERO}' ? '≤ 0' : format(+datum.label, '.1e')",
+                    "labelOverlap": True,
+                    "labelAngle": 0,
+                    "ticks": False,
+                },
             },
-            "x2": {"field": "high"},
             "y": {"field": "bottom", "type": "quantitative", "title": "groups"},
             "y2": {"field": "top"},
             "color": _colour("state", ["kept", "removed"]),
@@ -178,20 +186,33 @@ def _histogram(table: pd.DataFrame) -> Chart:
 
 
 def _bins(axis: str, measure: str, groups: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rectangles of a histogram over a logarithmic scale: those that stay below, those removed on top of them."""
-    edges = _log_edges(groups[measure].to_numpy(float))
-    counts = {
-        state: np.histogram(groups.loc[groups["state"] == state, measure], edges)[0] for state in ("kept", "removed")
-    }
-    rectangles = []
-    for number, (low, high) in enumerate(pairwise(edges)):
+    """Bars of a histogram, those that stay below, those removed on top of them; their groups add up to all.
+
+    What is zero or less comes first, by itself; the rest in steps of equal ratio, those without groups too.
+    """
+    numbers = groups[measure].to_numpy(float)
+    states = {state: numbers[(groups["state"] == state).to_numpy()] for state in ("kept", "removed")}
+    bars: list[tuple[str, float | None, float | None, dict[str, int]]] = []
+    if (numbers <= 0).any():
+        bars.append((AT_MOST_ZERO, None, None, {state: int((of <= 0).sum()) for state, of in states.items()}))
+    if (numbers > 0).any():
+        edges = _log_edges(numbers[numbers > 0])
+        counts = {state: np.histogram(of[of > 0], edges)[0] for state, of in states.items()}
+        for number, (low, high) in enumerate(pairwise(edges.tolist())):
+            bars.append((repr(low), low, high, {state: int(of[number]) for state, of in counts.items()}))
+    values = []
+    for place, low, high, of_states in bars:
         top = 0
-        for state, of_state in counts.items():
-            if count := int(of_state[number]):
-                place = {"low": float(f"{low:.4g}"), "high": float(f"{high:.4g}"), "bottom": top, "top": top + count}
-                rectangles.append({"axis": TITLES[axis], "measure": measure, "state": state, "groups": count, **place})
+        for state, count in of_states.items():
+            if count or state == "kept":
+                span = {"place": place, "low": _rounded(low), "high": _rounded(high), "bottom": top, "top": top + count}
+                values.append({"axis": TITLES[axis], "measure": measure, "state": state, "groups": count, **span})
                 top += count
-    return rectangles
+    return values
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else float(f"{number:.4g}")
 
 
 def _log_edges(numbers: np.ndarray) -> np.ndarray:
@@ -203,29 +224,31 @@ def _log_edges(numbers: np.ndarray) -> np.ndarray:
 
 
 def _by_layer(table: pd.DataFrame) -> Chart:
-    values, rows = [], []
-    for (layer_idx, axis), part in table.groupby(["layer_idx", "group_type"]):
-        for measure in ("score", "importance"):
-            numbers = part.loc[part[measure] > 0, measure]
-            if numbers.empty:
-                continue
-            quantiles = [float(f"{numbers.quantile(q):.4g}") for q in QUANTILES]
-            names = ("q5", "q25", "q50", "q75", "q95")
-            values.append(
-                {
-                    "layer": int(layer_idx),
-                    "axis": TITLES[str(axis)],
-                    "measure": measure,
-                    **dict(zip(names, quantiles, strict=True)),
-                }
-            )
+    names = ("q5", "q25", "q50", "q75", "q95")
+    values, rows, floors = [], [], {}
+    for (axis, measure), of_axis in ((key, table[table["group_type"] == key[0]]) for key in product(AXES, MEASURES)):
+        quantiles = {
+            int(layer): [float(f"{part[measure].quantile(q):.4g}") for q in QUANTILES]
+            for layer, part in of_axis.groupby("layer_idx")
+        }
+        positive = [value for of_layer in quantiles.values() for value in of_layer if value > 0]
+        floor = 10.0 ** (np.floor(np.log10(min(positive, default=1.0))) - 1)
+        if any(value <= 0 for of_layer in quantiles.values() for value in of_layer):
+            floors[TITLES[axis] + measure] = floor
+        for layer, of_layer in quantiles.items():
+            exact = dict(zip(names, of_layer, strict=True))
+            drawn = {f"y{name}": value if value > 0 else floor for name, value in exact.items()}
+            values.append({"layer": layer, "axis": TITLES[axis], "measure": measure, **exact, **drawn})
             if measure == "score":
-                rows.append([str(layer_idx), TITLES[str(axis)], *(f"{quantile:.3g}" for quantile in quantiles)])
+                rows.append([str(layer), TITLES[axis], *(f"{quantile:.3g}" for quantile in of_layer)])
+    rows.sort(key=lambda row: int(row[0]))
     x = {"field": "layer", "type": "ordinal", "title": "decoder layer", "axis": _LAYERS}
 
     def y(field: str) -> dict[str, Any]:
-        axis = {"format": ".0e", "tickCount": 5}
-        return {"field": field, "type": "quantitative", "scale": {"type": "log"}, "title": "", "axis": axis}
+        at_floor = f"datum.value <= ({json.dumps(floors)}[layer_axis + layer_measure] || 0)"
+        label = f"{at_floor} ? '≤ 0' : format(datum.value, '.0e')"
+        axis = {"labelExpr": label, "tickCount": 5}
+        return {"field": f"y{field}", "type": "quantitative", "scale": {"type": "log"}, "title": "", "axis": axis}
 
     tooltip = [
         {"field": "layer"},
@@ -241,16 +264,19 @@ def _by_layer(table: pd.DataFrame) -> Chart:
         "transform": [{"filter": "datum.axis == layer_axis && datum.measure == layer_measure"}],
         "encoding": {"x": x, "tooltip": tooltip},
         "layer": [
-            {"mark": {"type": "rule"}, "encoding": {"y": y("q5"), "y2": {"field": "q95"}}},
+            {"mark": {"type": "rule"}, "encoding": {"y": y("q5"), "y2": {"field": "yq95"}}},
             {
                 "mark": {"type": "bar", "width": {"band": 0.6}},
-                "encoding": {"y": y("q25"), "y2": {"field": "q75"}},
+                "encoding": {"y": y("q25"), "y2": {"field": "yq75"}},
             },
             {"mark": {"type": "tick", "width": {"band": 0.8}, "thickness": 2}, "encoding": {"y": y("q50")}},
         ],
     }
     columns = ["layer", "groups of", *(f"{q:.0%} of scores below" for q in QUANTILES)]
-    what = "For every decoder layer the middle half of its groups as a bar, with the median, and nine tenths as a line."
+    what = (
+        "For every decoder layer the middle half of its groups as a bar, with the median, and nine tenths as a line; "
+        "what is zero or less is drawn on the lower edge."
+    )
     return Chart("layers", "Importance and score by layer", what, spec, Rows(columns, rows))
 
 

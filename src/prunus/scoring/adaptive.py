@@ -116,7 +116,7 @@ def adapt(
         axis_cost = sum(widths[axis] for widths in geometry.widths) * geometry.group_parameters[axis]
 
         def rise(name: str, share: float, constraints: Constraints = constraints, cost: int = axis_cost) -> float:
-            plan = select(tables[name], geometry, share * cost / geometry.total_parameters, constraints)
+            plan = select(tables[name], geometry, share * cost / geometry.total_parameters, constraints, last=False)
             return loss(apply_plan(model, plan)) - dense
 
         rises = {name: rise(name, PROBE_SHARE) for name in options.candidates}

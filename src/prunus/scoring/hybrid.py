@@ -8,6 +8,7 @@ import pandas as pd
 
 from prunus.errors import OptionError
 from prunus.importance.registry import get_method
+from prunus.option_values import check_positive
 from prunus.selection.table import normalize, rank_table
 
 __all__ = ["DEFAULT_MIX", "Weights", "check_weights", "mix"]
@@ -31,8 +32,7 @@ def check_weights(weights: Weights) -> None:
             f"hybrid names the methods {', '.join(names) or 'none'}; name each once, e.g. taylor=0.5,wanda=0.5"
         )
     for name, weight in weights:
-        if not 0 < weight < float("inf"):
-            raise OptionError(f"hybrid gives {name} the weight {weight:g}; weights must be positive")
+        check_positive(f"the weight of {name} in hybrid", weight)
 
 
 def mix(tables: Mapping[str, pd.DataFrame], weights: Weights) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.model.tokens import check_tokens
+from prunus.option_values import check_positive, check_whole
 from prunus.scoring.adaptive import AdaptiveOptions, adapt, split_probe
 from prunus.scoring.hybrid import DEFAULT_MIX, Weights, check_weights, mix
 from prunus.scoring.weighing import weigh_attention
@@ -81,8 +82,7 @@ class ScoringOptions(MethodOptions):
             get_method(name)
         if self.normalize not in NORMALIZATIONS:
             raise OptionError(f"normalization {self.normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
-        if not 0 < self.attention_weight < float("inf"):
-            raise OptionError(f"attention weight is {self.attention_weight}; it must be positive and finite")
+        check_positive("attention weight", self.attention_weight)
         check_noise("noise", self.noise)
 
     @property
@@ -152,7 +152,7 @@ class Score:
         parameters = self.table["group_type"].map(dict(self.geometry.group_parameters))
         table = rank_table(self.table.assign(cost=parameters), normalization)
         try:
-            attention_weight = float(self.about["scoring"].get("attention_weight", 1.0))
+            attention_weight = self.about["scoring"].get("attention_weight", 1.0)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"malformed scores: how they were weighed ({type(error).__name__} {error})") from error
         table = weigh_attention(table, attention_weight)
@@ -201,7 +201,9 @@ class Score:
         try:
             about = json.loads(about_path.read_text(encoding="utf-8"))
             geometry = Geometry.from_dict(about.pop("geometry"))
-        except PlanError as error:
+            check_positive("attention weight", about.get("scoring", {}).get("attention_weight", 1.0))
+            check_whole("rounds", about.get("rounds", 1))
+        except (PlanError, OptionError) as error:
             raise PlanError(f"{about_path}: {error}") from error
         except OSError as error:
             raise PlanError(
@@ -228,6 +230,7 @@ def score(
     engine: EngineChoice = "auto",
     work: Path | None = None,
     progress: bool = True,
+    again: bool = False,
 ) -> Score:
     """Score every attention group and MLP channel of a model.
 
@@ -241,6 +244,7 @@ def score(
             only; auto is resident for a model that is in memory.
         work: folder from which a killed run of the streamed engine goes on, see `prunus.sweep.sweep`.
         progress: show progress bars on a terminal.
+        again: a later round of the same recipe: warnings about the recipe are not repeated.
 
     Raises:
         CalibrationError: the method needs calibration sequences.
@@ -249,9 +253,8 @@ def score(
         NonFiniteError: NaN or infinity in the loss or the importances.
     """
     ways = [options or ScoringOptions()]
-    return score_together(model, calibration, ways, batch_size=batch_size, engine=engine, work=work, progress=progress)[
-        0
-    ]
+    passes: dict[str, Any] = {"batch_size": batch_size, "engine": engine, "work": work, "progress": progress}
+    return score_together(model, calibration, ways, again=again, **passes)[0]
 
 
 def score_together(
@@ -263,6 +266,7 @@ def score_together(
     engine: EngineChoice = "auto",
     work: Path | None = None,
     progress: bool = True,
+    again: bool = False,
 ) -> list[Score]:
     """Score a model in several ways; those that need the same kind of pass share it.
 
@@ -274,6 +278,7 @@ def score_together(
         engine: see `score`.
         work: folder from which a killed run of the streamed engine goes on.
         progress: show progress bars on a terminal.
+        again: see `score`.
 
     Returns:
         One score for each of `each`. The seconds and the peak memory of a shared pass count for all that need it.
@@ -284,6 +289,8 @@ def score_together(
     """
     if calibration is not None:
         check_tokens(model.config, calibration.input_ids)
+    for options in each if not again else ():
+        _warn_of_scales(options)
     sharing: dict[tuple[Any, ...], list[int]] = {}
     seed = seed_of(calibration)
     each = [options if options.random_seed is not None else replace(options, random_seed=seed) for options in each]
@@ -316,6 +323,16 @@ def score_together(
             scores[number] = replace(scored, about={**scored.about, "batch_size": batch_size, "engine": engine})
     layers_of(model).verify()
     return [scores[number] for number in range(len(each))]
+
+
+def _warn_of_scales(options: ScoringOptions) -> None:
+    """Say, before anything takes time, that raw scores of a method do not compare."""
+    if options.method not in COMPOSITES and options.normalize == "none" and not get_method(options.method).comparable:
+        logger.warning(
+            "raw %s scores of different layers are not on one scale, and a global ranking of them cuts whole layers "
+            "blindly; --normalize layer_sum makes them comparable",
+            options.method,
+        )
 
 
 def seed_of(calibration: Calibration | None) -> int:
@@ -375,12 +392,6 @@ def _table_of(model: Any, name: str, statistics: Statistics | None, options: Sco
     normalization = options.normalize
     if options.method in COMPOSITES:
         normalization = "none" if method.comparable else "layer_sum"
-    elif not method.comparable and normalization == "none":
-        logger.warning(
-            "raw %s scores of different layers are not on one scale, and a global ranking of them cuts whole layers "
-            "blindly; --normalize layer_sum makes them comparable",
-            name,
-        )
     importance = score_groups(model, method, statistics, options)
     return build_table(Geometry.of(model), importance, normalization)
 
@@ -409,6 +420,7 @@ def take_statistics(
             list(calibration.batches(batch_size)),
             options.noise,
             model.config.get_text_config().vocab_size,
+            options.random_seed or 0,
         ),
         wanted,
         engine=engine,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from prunus.errors import OptionError
+from prunus.option_values import check_positive
 from prunus.selection.table import rank_table
 
 __all__ = ["weigh_attention"]
@@ -21,8 +22,10 @@ def weigh_attention(table: pd.DataFrame, factor: float) -> pd.DataFrame:
         The table, ranked again.
 
     Raises:
-        OptionError: a score is negative, so that a factor would reverse the order.
+        OptionError: the factor is not positive and finite; or a score is negative, so that a factor would reverse the
+            order.
     """
+    check_positive("attention weight", factor)
     if factor == 1:
         return table
     if (table["score"] < 0).any():

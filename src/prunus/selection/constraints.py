@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from prunus.errors import OptionError
 from prunus.model.families import AXES, Axis, Block
+from prunus.option_values import check_whole
 
 __all__ = ["ALIGNMENTS", "SHAPES", "Constraints", "Shape"]
 
@@ -46,10 +47,10 @@ class Constraints:
         if not self.axes or set(self.axes) - set(AXES):
             raise OptionError(f"axes {','.join(self.axes)!r}: choose from {', '.join(AXES)}")
         for name in ("layer_start", "min_keep_attention", "min_keep_mlp"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if self.align < 1:
-            raise OptionError(f"align is {self.align}; it must be at least 1")
+            check_whole(name, getattr(self, name), smallest=0)
+        if self.layer_end is not None:
+            check_whole("layer_end", self.layer_end, smallest=0)
+        check_whole("align", self.align)
         if self.shape not in SHAPES:
             raise OptionError(f"shape {self.shape!r} is unknown; choose one of {', '.join(SHAPES)}")
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -39,6 +40,10 @@ _FORMAT = "prunus-profile"
 #: near the beginning of every profile
 MARK = b'"prunus-profile"'
 _VERSION = 1
+#: more groups than any block has
+WIDEST = 10**9
+#: more seconds than anybody measures; sums of them in microseconds are finite
+LONGEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class ProfiledShape:
     head_dim: int
     num_key_value_groups: int
     vocab_size: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "model_type" and (type(value) is not int or value < 1):
+                raise PlanError(f"{name} is {value!r}, which must be a whole number from 1 on")
 
     @classmethod
     def of(cls, geometry: Geometry) -> Self:
@@ -84,6 +94,18 @@ class PhaseTimes:
     fixed: float
     attention: tuple[tuple[int, float], ...]
     mlp: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            widths = [width for width, _ in self.points(axis)]
+            if not all(type(width) is int and 0 < width <= WIDEST for width in widths) or sorted(set(widths)) != widths:
+                raise PlanError(f"widths of {axis} are {widths}; they must be whole numbers from 1 on that ascend")
+        seconds = [self.fixed, *(number for axis in AXES for _, number in self.points(axis))]
+        for number in seconds:
+            if type(number) not in (int, float) or not 0 <= number <= LONGEST:
+                raise PlanError(f"a time is {number!r}; times are seconds, finite and not negative")
+        if not any(seconds):
+            raise PlanError("all times are 0: nothing could be saved of them")
 
     def points(self, axis: Axis) -> tuple[tuple[int, float], ...]:
         """The measured points of one axis."""
@@ -132,6 +154,11 @@ class LatencyProfile:
     prefill: PhaseTimes
     decode: PhaseTimes
 
+    def __post_init__(self) -> None:
+        for name in ("threads", "prompt_tokens", "new_tokens", "batch_size", "repeats"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise PlanError(f"{name} is {getattr(self, name)!r}, which must be a whole number from 1 on")
+
     def times(self, phase: Phase) -> PhaseTimes:
         """The times of one phase."""
         return self.prefill if phase == "prefill" else self.decode
@@ -149,13 +176,13 @@ class LatencyProfile:
                 f"the latency profile was made on {self.model} with {name} {expected[name]}, the model has "
                 f"{found[name]}: run `prunus profile` on this model"
             )
-        for axis in AXES:
-            widest = max((groups for groups, _ in self.prefill.points(axis)), default=0)
+        for phase, axis in product(PHASES, AXES):
+            widest = max((groups for groups, _ in self.times(phase).points(axis)), default=0)
             for layer_idx, widths in enumerate(geometry.widths):
                 if widths[axis] > widest:
                     raise PlanError(
-                        f"the latency profile was made on {self.model} with at most {widest} {axis} groups, layer "
-                        f"{layer_idx} of the model has {widths[axis]}: run `prunus profile` on this model"
+                        f"the latency profile has {phase} times of {self.model} with at most {widest} {axis} groups, "
+                        f"layer {layer_idx} of the model has {widths[axis]}: run `prunus profile` on this model"
                     )
 
     def costs(self, geometry: Geometry, phase: Phase) -> Costs:
@@ -199,13 +226,15 @@ class LatencyProfile:
                 name: kind(values[name])
                 for kind, names in (
                     (str, ("model", "device", "machine", "dtype", "torch", "transformers")),
-                    (int, ("threads", "prompt_tokens", "new_tokens", "batch_size", "repeats")),
+                    (_as_it_is, ("threads", "prompt_tokens", "new_tokens", "batch_size", "repeats")),
                     (_times_from, PHASES),
                     (_shape_from, ("shape",)),
                 )
                 for name in names
             }
             return cls(**fields)
+        except PlanError as error:
+            raise PlanError(f"malformed latency profile: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"malformed latency profile: {type(error).__name__} {error}") from error
 
@@ -234,21 +263,18 @@ class LatencyProfile:
         return cls.from_dict(values)
 
 
+def _as_it_is(value: Any) -> Any:
+    """For numbers, which the classes check themselves: int() would round them."""
+    return value
+
+
 def _shape_from(values: Mapping[str, Any]) -> ProfiledShape:
-    numbers = {name: int(values[name]) for name in ProfiledShape.__dataclass_fields__ if name != "model_type"}
-    return ProfiledShape(model_type=str(values["model_type"]), **numbers)
+    return ProfiledShape(**{name: values[name] for name in ProfiledShape.__dataclass_fields__})
 
 
 def _times_from(values: Mapping[str, Any]) -> PhaseTimes:
-    points = {axis: tuple((int(groups), float(seconds)) for groups, seconds in values[axis]) for axis in AXES}
-    for axis, measured in points.items():
-        groups = [count for count, _ in measured]
-        if not measured or groups[0] < 1 or sorted(set(groups)) != groups:
-            raise ValueError(f"widths of {axis} are {groups}, which must be positive and ascend")
-    numbers = [float(values["fixed"]), *(seconds for measured in points.values() for _, seconds in measured)]
-    if not np.isfinite(numbers).all() or min(numbers) < 0 or not any(numbers):
-        raise ValueError("times must be finite and not negative")
-    return PhaseTimes(numbers[0], points["attention"], points["mlp"])
+    points = {axis: tuple((groups, seconds) for groups, seconds in values[axis]) for axis in AXES}
+    return PhaseTimes(values["fixed"], points["attention"], points["mlp"])
 
 
 def never_falling(values: Sequence[float]) -> np.ndarray:

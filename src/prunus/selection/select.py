@@ -11,10 +11,20 @@ import pandas as pd
 from prunus.errors import BudgetError, OptionError, PlanError
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry
+from prunus.option_values import is_number
 from prunus.selection.constraints import ALIGNMENTS, Constraints
 from prunus.selection.costs import Costs, parameter_costs
+from prunus.selection.nearness import check_least, check_near, units_to_cut
 from prunus.selection.plan import Plan
-from prunus.selection.shapes import Cut, cut_depth, cut_uniform, reachable_depth, reachable_uniform
+from prunus.selection.shapes import (
+    Cut,
+    cut_depth,
+    cut_uniform,
+    least_depth,
+    least_uniform,
+    reachable_depth,
+    reachable_uniform,
+)
 from prunus.selection.table import check_table, with_costs
 
 __all__ = [
@@ -35,12 +45,15 @@ def select(
     ratio: float,
     constraints: Constraints | None = None,
     costs: Costs | None = None,
+    *,
+    last: bool = True,
 ) -> Plan:
     """Cut the cheapest groups of the whole model until `ratio` of all its parameters, or of another quantity, is gone.
 
     With `align` 1 the unit of cutting is a group, and the budget is passed by less than one group (and the norm of a
     block that empties with it). With a larger `align`, channels of a layer go in bundles, ranked by their mean score;
-    the groups of an indivisible block are one bundle.
+    the groups of an indivisible block are one bundle. Where bundles, or a shape, would pass the budget by far, the cut
+    may stay below it, and says so, see `prunus.selection.nearness`.
 
     Args:
         table: the global table, see `prunus.selection.table`; at whatever costs, as groups are ranked at `costs`.
@@ -48,33 +61,43 @@ def select(
         ratio: share of the quantity to remove, in [0, 1).
         constraints: what may be cut.
         costs: the quantity; parameters by default.
+        last: False for a cut that others follow; how far off it is, is not said.
 
     Returns:
         The plan.
 
     Raises:
         OptionError: ratio outside [0, 1), or constraints that do not fit the model or the quantity.
-        BudgetError: the constraints leave too little to cut; the reachable ratio is named.
+        BudgetError: the constraints leave too little to cut, or nothing that is near; what can be had is named.
         PlanError: the table is malformed or was made for a model of another shape.
     """
     constraints, costs = constraints or Constraints(), costs or parameter_costs(geometry)
-    check_reachable(geometry, ratio, constraints, costs)
+    _check_enough(geometry, ratio, constraints, costs)
     _check_same_shape(check_table(table), geometry)
     table, target = with_costs(table, costs), ratio * costs.total
-    if constraints.shape != "ragged":
-        cut = cut_uniform if constraints.shape == "uniform" else cut_depth
-        return _without(cut(table, geometry, constraints, costs, target), geometry)
-    return _cheapest(cut_candidates(table, geometry, constraints, costs), geometry, target)
+    shapes = {"ragged": _cut_ragged, "uniform": cut_uniform, "depth": cut_depth}
+    cut, possible = shapes[constraints.shape](table, geometry, constraints, costs, target)
+    plan = _without(cut, geometry)
+    if last:
+        check_near(costs.total - costs.left(plan.kept_widths), possible, ratio, constraints, costs)
+    return plan
 
 
-def _cheapest(candidates: pd.DataFrame, geometry: Geometry, target: float) -> Plan:
-    """Cut candidates from the top until they save `target`."""
-    removed = candidates["cost"].cumsum().to_numpy()
-    count = int(np.searchsorted(removed, target)) + 1 if target > 0 else 0
+def _cut_ragged(
+    table: pd.DataFrame, geometry: Geometry, constraints: Constraints, costs: Costs, target: float
+) -> tuple[Cut, list[float]]:
+    """Cut candidates from the top until they save `target`, or nearly.
+
+    Returns:
+        The groups that go, and what the first candidate saves, the first two, and so on.
+    """
+    candidates = cut_candidates(table, geometry, constraints, costs)
+    saved = candidates["cost"].cumsum().to_numpy()
+    single = [len(groups) == 1 for groups in candidates["groups"]]
     cut: dict[tuple[int, Axis], set[int]] = {}
-    for row in candidates.iloc[:count].itertuples():
+    for row in candidates.iloc[: units_to_cut(saved, target, costs.total, single)].itertuples():
         cut.setdefault((row.layer_idx, row.group_type), set()).update(row.groups)
-    return _without(cut, geometry)
+    return cut, saved.tolist()
 
 
 def _without(cut: Cut, geometry: Geometry) -> Plan:
@@ -96,7 +119,7 @@ def check_ratio(ratio: float, quantity: str = "parameters") -> None:
     Raises:
         OptionError: it is not in [0, 1).
     """
-    if not 0 <= ratio < 1:
+    if not is_number(ratio) or not 0 <= ratio < 1:
         raise OptionError(f"ratio is {ratio}; it is a share of all {quantity} and must lie in [0, 1)")
 
 
@@ -113,9 +136,15 @@ def check_reachable(
 
     Raises:
         OptionError: ratio outside [0, 1), or constraints that do not fit the model or the quantity.
-        BudgetError: the constraints leave too little to cut; the reachable ratio is named.
+        BudgetError: the constraints leave too little to cut, or nothing that is near; what can be had is named.
     """
     constraints, costs = constraints or Constraints(), costs or parameter_costs(geometry)
+    _check_enough(geometry, ratio, constraints, costs)
+    check_least(_least(geometry, constraints, costs), ratio, constraints, costs)
+
+
+def _check_enough(geometry: Geometry, ratio: float, constraints: Constraints, costs: Costs) -> None:
+    """Raise if less than a ratio can go under the constraints."""
     check_ratio(ratio, costs.quantity)
     most, total = reachable(geometry, constraints, costs), costs.total
     if ratio and not total:
@@ -162,6 +191,23 @@ def reachable(geometry: Geometry, constraints: Constraints, costs: Costs) -> flo
     # Where nothing is protected, a model without any block is none: the last bundle of some block, which for all we
     # know is the dearest, has to stay.
     return most if spared else most - dearest
+
+
+def _least(geometry: Geometry, constraints: Constraints, costs: Costs) -> float:
+    """The least that any cut saves; 0 where single groups can go, or nothing."""
+    if constraints.shape != "ragged":
+        least = least_uniform if constraints.shape == "uniform" else least_depth
+        return least(geometry, constraints, costs)
+    first = []
+    for layer_idx in constraints.layers(len(geometry.widths)):
+        for axis in constraints.axes:
+            width = geometry.widths[layer_idx][axis]
+            bundle = constraints.bundle(geometry.family.block(axis), width)
+            bounds = _bundle_bounds(width, constraints.min_keep(axis), bundle)
+            if bounds and costs.group[layer_idx][axis]:
+                cut = bounds[0][1]
+                first.append(costs.saved(layer_idx, axis, width, width - cut) if cut > 1 else 0.0)
+    return min(first, default=0.0)
 
 
 def cut_candidates(

@@ -12,13 +12,14 @@ What a set of groups is worth is Σ score · cost over it, see `prunus.selection
 normalisation that the table was ranked with. `uniform` tries every number of attention groups, cuts channels down to
 the budget, and keeps the plan that loses the least. `depth` ranks layers by their worth over the costs of their groups,
 the mean importance per parameter (or FLOP, …) of what they hold. Groups that save nothing go with the layer that they
-stand in.
+stand in. Where the budget would be passed by far, the nearest plan is taken, see `prunus.selection.nearness`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import pandas as pd
@@ -28,12 +29,15 @@ from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry
 from prunus.selection.constraints import Constraints
 from prunus.selection.costs import Costs
+from prunus.selection.nearness import NEAR, units_to_cut
 from prunus.selection.table import normalised_importance
 
 __all__ = [
     "Cut",
     "cut_depth",
     "cut_uniform",
+    "least_depth",
+    "least_uniform",
     "reachable_depth",
     "reachable_uniform",
     "uniform_widths",
@@ -133,7 +137,26 @@ def _equal_widths(geometry: Geometry, constraints: Constraints) -> dict[Axis, li
     return allowed
 
 
-def cut_uniform(table: pd.DataFrame, geometry: Geometry, constraints: Constraints, costs: Costs, target: float) -> Cut:
+def least_uniform(geometry: Geometry, constraints: Constraints, costs: Costs) -> float:
+    """The least that equal widths save which cut anything at all."""
+    savings = _uniform_savings(geometry, constraints, costs).values()
+    return min((saved for saved in savings if saved > 0), default=0.0)
+
+
+def _uniform_savings(geometry: Geometry, constraints: Constraints, costs: Costs) -> dict[tuple[int, int], float]:
+    """What each pair of equal widths saves, by `(attention groups, channels)`."""
+    allowed = _equal_widths(geometry, constraints)
+    saved = {axis: {width: _saved(costs, axis, width) for width in allowed[axis]} for axis in AXES}
+    return {
+        (attention, channels): saved["attention"][attention] + saved["mlp"][channels]
+        for attention in allowed["attention"]
+        for channels in allowed["mlp"]
+    }
+
+
+def cut_uniform(
+    table: pd.DataFrame, geometry: Geometry, constraints: Constraints, costs: Costs, target: float
+) -> tuple[Cut, list[float]]:
     """Cut every layer to the same widths, its least important groups first.
 
     Args:
@@ -141,10 +164,11 @@ def cut_uniform(table: pd.DataFrame, geometry: Geometry, constraints: Constraint
         geometry: shape of the model.
         constraints: what may be cut.
         costs: the quantity.
-        target: how much of it is to be saved at least, at most `reachable_uniform`.
+        target: how much of it is to be saved, at most `reachable_uniform`.
 
     Returns:
-        The groups that go: of the widths in `uniform_widths`, those that lose the least importance.
+        The groups that go: of the widths in `uniform_widths` that do not save too much, those that lose the least
+        importance; where all do, the nearest. And what each pair of equal widths saves.
     """
     ranked: dict[tuple[int, Axis], pd.DataFrame] = {
         (int(layer_idx), axis): rows.sort_values(["score", "group_idx"], kind="stable")
@@ -159,12 +183,19 @@ def cut_uniform(table: pd.DataFrame, geometry: Geometry, constraints: Constraint
         keep = dict(zip(AXES, widths, strict=True))
         return float(sum(sums[len(sums) - 1 - keep[axis]] for (_, axis), sums in sums_of.items()))
 
-    best = min(uniform_widths(geometry, constraints, costs, target), key=lost)
+    savings = _uniform_savings(geometry, constraints, costs)
+    near = [
+        widths
+        for widths in uniform_widths(geometry, constraints, costs, target)
+        if savings[widths] - target <= NEAR * costs.total
+    ]
+    best = min(near, key=lost) if near else min(savings, key=lambda w: (abs(savings[w] - target), lost(w)))
     keep = dict(zip(AXES, best, strict=True))
-    return {
+    cut = {
         (layer_idx, axis): rows["group_idx"].to_numpy()[: len(rows) - keep[axis]].tolist()
         for (layer_idx, axis), rows in ranked.items()
     }
+    return cut, list(savings.values())
 
 
 def reachable_depth(geometry: Geometry, constraints: Constraints, costs: Costs) -> float:
@@ -174,6 +205,11 @@ def reachable_depth(geometry: Geometry, constraints: Constraints, costs: Costs) 
     everything = sum(len(unit.axes) for unit in units) == blocks
     # For all we know, the layer that has to stay is the dearest.
     return sum(unit.cost for unit in units) - (max(unit.cost for unit in units) if everything else 0)
+
+
+def least_depth(geometry: Geometry, constraints: Constraints, costs: Costs) -> float:
+    """The least that a whole layer or block saves; 0 where none can go."""
+    return min((unit.cost for unit in _units(geometry, constraints, costs)), default=0.0)
 
 
 def _units(geometry: Geometry, constraints: Constraints, costs: Costs) -> list[Unit]:
@@ -193,7 +229,9 @@ def _units(geometry: Geometry, constraints: Constraints, costs: Costs) -> list[U
     return units
 
 
-def cut_depth(table: pd.DataFrame, geometry: Geometry, constraints: Constraints, costs: Costs, target: float) -> Cut:
+def cut_depth(
+    table: pd.DataFrame, geometry: Geometry, constraints: Constraints, costs: Costs, target: float
+) -> tuple[Cut, list[float]]:
     """Remove whole layers (or blocks), the least important for what they cost first, until the target is met.
 
     Args:
@@ -201,10 +239,10 @@ def cut_depth(table: pd.DataFrame, geometry: Geometry, constraints: Constraints,
         geometry: shape of the model.
         constraints: what may be cut.
         costs: the quantity.
-        target: how much of it is to be saved at least, at most `reachable_depth`.
+        target: how much of it is to be saved, at most `reachable_depth`.
 
     Returns:
-        All groups of the blocks that go.
+        All groups of the blocks that go, and what the first block that could go saves, the first two, and so on.
     """
     sums_of = normalised_importance(table).groupby([table["layer_idx"], table["group_type"]]).sum()
     prices = table["cost"].groupby([table["layer_idx"], table["group_type"]]).sum()
@@ -213,14 +251,14 @@ def cut_depth(table: pd.DataFrame, geometry: Geometry, constraints: Constraints,
         keys = [(unit.layer_idx, axis) for axis in unit.axes]
         return float(sum(sums_of[key] for key in keys) / sum(prices[key] for key in keys))
 
-    cut: dict[tuple[int, Axis], Iterable[int]] = {}
-    removed: float = 0
-    for unit in sorted(_units(geometry, constraints, costs), key=lambda unit: (score(unit), unit.layer_idx)):
-        if removed >= target:
-            break
-        removed += unit.cost
-        cut |= {(unit.layer_idx, axis): range(geometry.widths[unit.layer_idx][axis]) for axis in unit.axes}
-    return cut
+    units = sorted(_units(geometry, constraints, costs), key=lambda unit: (score(unit), unit.layer_idx))
+    saved = list(accumulate(unit.cost for unit in units))
+    cut = {
+        (unit.layer_idx, axis): range(geometry.widths[unit.layer_idx][axis])
+        for unit in units[: units_to_cut(saved, target, costs.total)]
+        for axis in unit.axes
+    }
+    return cut, saved
 
 
 def _saved(costs: Costs, axis: Axis, width: int) -> float:

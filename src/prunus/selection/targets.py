@@ -6,6 +6,7 @@ from typing import Any, Literal, Self, get_args
 
 from prunus.errors import OptionError, PlanError
 from prunus.model.geometry import Geometry
+from prunus.option_values import check_whole
 from prunus.selection.costs import Costs, flop_costs, kv_cache_costs, parameter_costs
 from prunus.selection.latency_profile import PHASES, LatencyProfile, Phase
 
@@ -49,8 +50,7 @@ class TargetOptions:
             raise OptionError(f"target {self.name!r} is unknown; choose one of {', '.join(TARGETS)}")
         if self.phase not in PHASES:
             raise OptionError(f"phase {self.phase!r} is unknown; choose one of {', '.join(PHASES)}")
-        if not 1 <= self.context <= MOST_TOKENS:
-            raise OptionError(f"context is {self.context}; it is a number of tokens, from 1 to {MOST_TOKENS:,}")
+        check_whole("context", self.context, largest=MOST_TOKENS)
         if self.name == "latency" and self.profile is None:
             raise OptionError(
                 "target latency needs measured times: make them with `prunus profile MODEL --out profile.json`, and "

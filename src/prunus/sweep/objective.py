@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def losses_and_gradient(
     hidden: Tensor,
     head_fn: Callable[[Tensor], Tensor],
     labels: Tensor,
-    sampling_seed: int | None = None,
+    sampling_seeds: Sequence[int] | None = None,
     chunk: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """Token losses summed per sequence, and the gradient of their total by the hidden states.
@@ -28,7 +28,8 @@ def losses_and_gradient(
         hidden: hidden states after the final norm, (batch, seq_len, hidden_size).
         head_fn: hidden states → logits, see `prunus.model.loss.head_function`.
         labels: int64, (batch, seq_len), see `prunus.model.loss.next_token_labels`.
-        sampling_seed: where there is a label, take a token drawn from the model's prediction instead; None = as it is.
+        sampling_seeds: where there is a label, take a token drawn from the model's prediction instead, with a seed of
+            its own for each sequence; None = as it is.
         chunk: positions, over the whole batch, that have logits at a time.
 
     Returns:
@@ -38,13 +39,15 @@ def losses_and_gradient(
     step = max(1, chunk // batch)
     losses = torch.zeros(batch, dtype=torch.float32, device=hidden.device)
     gradient = torch.empty_like(hidden)
-    generator = None if sampling_seed is None else torch.Generator(hidden.device).manual_seed(sampling_seed)
+    thresholds = None if sampling_seeds is None else _thresholds(sampling_seeds, seq_len).to(hidden.device)
     for start in range(0, seq_len, step):
         part = slice(start, start + step)
         leaf = hidden[:, part].detach().requires_grad_()
         with torch.enable_grad():
             logits = head_fn(leaf)
-        wanted = labels[:, part] if generator is None else _draw(logits.detach(), labels[:, part], generator)
+        wanted = labels[:, part]
+        if thresholds is not None:
+            wanted = _draw(logits.detach(), wanted, thresholds[:, part])
         part_losses, by_logits = _cross_entropy(logits.detach(), wanted.to(logits.device))
         (gradient[:, part],) = torch.autograd.grad(logits, leaf, by_logits.to(logits.dtype))
         losses += part_losses.to(hidden.device)
@@ -67,8 +70,21 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return losses.sum(dim=1), gradient
 
 
-def _draw(logits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Tokens from the predicted distribution: logits (batch, positions, vocab_size) → int64 (batch, positions)."""
-    probabilities = logits.float().softmax(dim=-1).flatten(0, 1).to(generator.device)
-    drawn = torch.multinomial(probabilities, 1, generator=generator).view(labels.shape)
-    return torch.where(labels == IGNORE_INDEX, labels, drawn)
+def _thresholds(seeds: Sequence[int], seq_len: int) -> Tensor:
+    """A draw from [0, 1) for each position, float32 (batch, seq_len), whatever the batch and the chunks."""
+    return torch.stack([torch.rand(seq_len, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def _draw(logits: Tensor, labels: Tensor, thresholds: Tensor) -> Tensor:
+    """Tokens from the predicted distribution, by inverting its distribution function.
+
+    Args:
+        logits: (batch, positions, vocab_size).
+        labels: int64, (batch, positions); those that are not counted stay.
+        thresholds: from [0, 1), (batch, positions).
+    """
+    below = logits.float().softmax(dim=-1).cumsum(dim=-1)
+    # The first token that the distribution function exceeds the threshold at: never one of probability 0.
+    drawn = torch.searchsorted(below, thresholds[..., None].to(below.device) * below[..., -1:], right=True)
+    drawn = drawn.squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    return torch.where(labels == IGNORE_INDEX, labels, drawn.to(labels.device))

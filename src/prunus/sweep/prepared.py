@@ -24,15 +24,15 @@ class PreparedBatch:
         first: number of its first sequence among all calibration sequences.
         labels: int64, (batch, seq_len), see `prunus.model.loss.next_token_labels`.
         targets: int64, (batch,): tokens of each sequence that have a loss.
-        sampling_seed: predict tokens drawn with this seed from the model's own predictions, instead of the text's; None
-            = the text's.
+        sampling_seeds: predict tokens drawn from the model's own predictions instead of the text's, with this seed for
+            each sequence; None = the text's.
     """
 
     batch: Batch
     first: int
     labels: Tensor
     targets: Tensor
-    sampling_seed: int | None = None
+    sampling_seeds: tuple[int, ...] | None = None
 
     def on(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
         """Token ids and mask (or None) on a device."""
@@ -45,7 +45,7 @@ def prepare(batches: Sequence[Batch], sampling_seed: int | None = None) -> list[
 
     Args:
         batches: the tokens.
-        sampling_seed: draw what has to be predicted from the model, with a seed of its own for every batch.
+        sampling_seed: draw what has to be predicted from the model, with a seed of its own for every sequence.
 
     Raises:
         CalibrationError: there are none, or a sequence has no token to predict.
@@ -61,9 +61,11 @@ def prepare(batches: Sequence[Batch], sampling_seed: int | None = None) -> list[
                 f"calibration sequence {first + int((targets == 0).nonzero()[0])} has no token to predict; "
                 "every sequence needs at least two tokens"
             )
-        seed = None if sampling_seed is None else (sampling_seed * 1_000_003 + first) % 2**63
-        prepared.append(PreparedBatch(batch, first, labels, targets, seed))
-        first += len(batch.input_ids)
+        last, seeds = first + len(batch.input_ids), None
+        if sampling_seed is not None:
+            seeds = tuple((sampling_seed * 1_000_003 + sequence) % 2**63 for sequence in range(first, last))
+        prepared.append(PreparedBatch(batch, first, labels, targets, seeds))
+        first = last
     return prepared
 
 

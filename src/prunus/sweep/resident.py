@@ -69,7 +69,7 @@ def _run_batch(model: Any, geometry: Geometry, taps: Taps, batch: PreparedBatch)
     with torch.enable_grad():
         hidden = decoder(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
         losses, gradient = losses_and_gradient(
-            hidden, head_function(model), batch.labels.to(model.device), batch.sampling_seed
+            hidden, head_function(model), batch.labels.to(model.device), batch.sampling_seeds
         )
         hidden.backward(gradient)
     return losses

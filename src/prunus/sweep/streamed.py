@@ -145,7 +145,7 @@ class _Sweep:
             if layer_idx == self.last:
                 output = self._norm(output)
                 labels = batch.labels.to(self._device)
-                each, gradient = losses_and_gradient(output, self._head, labels, batch.sampling_seed)
+                each, gradient = losses_and_gradient(output, self._head, labels, batch.sampling_seeds)
                 check_losses(each, batch, partial(self._first_non_finite, number, output))
                 losses.append(float(each.sum()))
             else:

@@ -1,0 +1,459 @@
+"""Mutation testing by hand: faults that somebody could make, and the tests that have to notice.
+
+Each of `MUTATIONS` changes one place of a temporary copy of the package and runs the named tests on it. Mutations that
+they let pass are listed at the end, and the exit status is 1. Old text that is not there exactly once, a file or test
+that does not exist, and tests that fail without any mutation are errors. Files and tests are found by name, wherever
+they are. `make mutations`, or `python tests/mutations.py WORD…` for those with one of the words.
+
+Tests run in forked processes, so that torch and transformers are imported once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault.
+
+    Attributes:
+        file: name of a module of the package, wherever it is.
+        old: text that one file of this name has, exactly once.
+        new: what stands in its place.
+        tests: names of test files, or `file::test`.
+        fault: what it does.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    fault: str
+
+
+NUMBERS, STATISTICS, NOISE = "test_scales_of_numbers.py", "test_statistics.py", "test_noise.py"
+MUTATIONS = (
+    # importance and statistics
+    Mutation(
+        "gates.py",
+        "(flow.x.float() * flow.gradient.float())",
+        "(flow.x * flow.gradient)",
+        (f"{NUMBERS}::test_gates_of_a_model_in_half_precision_are_summed_exactly",),
+        "gate products in bf16",
+    ),
+    Mutation(
+        "gates.py",
+        "squares = gates.square().sum(dim=0)",
+        "squares = gates.sum(dim=0).square()",
+        (f"{STATISTICS}::test_gate_gradients",),
+        "squared sum instead of sum of squares over the sequences of a batch",
+    ),
+    Mutation(
+        "gates.py",
+        "total / rms(square) / groups**0.5",
+        "total / rms(square)",
+        ("test_oracles.py",),
+        "groups that go together get the whole square each",
+    ),
+    Mutation(
+        "taylor_2nd.py",
+        "0.5 * layer",
+        "1.0 * layer",
+        (f"{NUMBERS}::test_second_order_taylor_takes_half_of_the_second_order",),
+        "taylor_2nd without its ½",
+    ),
+    Mutation(
+        "random.py",
+        "uniform * layer.geometry.group_parameters[axis]",
+        "uniform",
+        (f"{NUMBERS}::test_chance_is_uniform_per_parameter",),
+        "the random control without its cost factor",
+    ),
+    Mutation(
+        "gradients.py",
+        "reduced = scale**2 *",
+        "reduced = scale *",
+        (f"{STATISTICS}::test_weight_gradients",),
+        "squares scaled as if they were gradients",
+    ),
+    Mutation(
+        "gradients.py",
+        "delta = delta / targets.to(delta.dtype).clamp(min=1)[:, None, None]",
+        "delta = delta / targets.to(delta.dtype).max()",
+        (f"{STATISTICS}::test_weight_gradients",),
+        "sequences of unequal length divided by the longest",
+    ),
+    Mutation(
+        "gradients.py",
+        ".abs_().div_(sequences)",
+        ".div_(sequences)",
+        (f"{STATISTICS}::test_weight_gradients",),
+        "first order without the absolute value",
+    ),
+    Mutation(
+        "activations.py",
+        "x = flow.tokens(flow.x).float()",
+        "x = flow.x.flatten(0, 1).float()",
+        (f"{STATISTICS}::test_moments",),
+        "padding counted in the activations",
+    ),
+    Mutation(
+        "prepared.py",
+        "targets = (labels != IGNORE_INDEX).sum(dim=1)",
+        "targets = torch.full((len(labels),), labels.shape[1] - 1)",
+        (f"{NUMBERS}::test_padding_is_in_no_fisher",),
+        "padding counted in the mean loss of a Fisher",
+    ),
+    Mutation(
+        "loss.py",
+        "~(real[:, :-1] & real[:, 1:])",
+        "~real[:, :-1]",
+        (f"{NUMBERS}::test_padding_is_in_no_fisher",),
+        "padding as a token to predict, in every Fisher",
+    ),
+    Mutation(
+        "loss.py",
+        "labels[:, :-1] = input_ids[:, 1:]",
+        "labels[:, :-1] = input_ids[:, :-1]",
+        (f"{STATISTICS}::test_weight_gradients",),
+        "each token predicts itself",
+    ),
+    Mutation(
+        "objective.py",
+        "gradient.masked_fill_(~counted[..., None], 0.0)",
+        "pass",
+        (f"{NUMBERS}::test_padding_is_in_no_fisher", f"{STATISTICS}::test_weight_gradients"),
+        "gradients where nothing is predicted",
+    ),
+    Mutation(
+        "objective.py",
+        "thresholds[..., None].to(below.device) * below[..., -1:]",
+        "thresholds[:1, :, None].to(below.device) * below[..., -1:]",
+        ("test_batch_size.py::test_scores_of_every_method",),
+        "all sequences of a batch share their draws",
+    ),
+    Mutation(
+        "hybrid.py",
+        'values = part["importance"] / (mean or 1.0)',
+        'values = part["importance"]',
+        ("test_hybrid.py",),
+        "parts of a mixture on scales of their own",
+    ),
+    # noise and batches
+    Mutation(
+        "noise.py",
+        "if number not in clean:",
+        "if number in clean:",
+        (NOISE,),
+        "the other half of the sequences is noised",
+    ),
+    Mutation("noise.py", "number += 1", "pass", (NOISE,), "sequences are not counted"),
+    Mutation("noise.py", "manual_seed(seed % 2**63)", "manual_seed(0)", (NOISE,), "noise with a fixed seed"),
+    Mutation(
+        "noise.py",
+        "replaced &= ~keep",
+        "pass",
+        (f"{NOISE}::test_a_token_that_all_sequences_begin_with_stays",),
+        "noise over the begin token",
+    ),
+    Mutation(
+        "score.py",
+        "            options.random_seed or 0,\n        ),",
+        "        ),",
+        (f"{NOISE}::test_the_seed_of_the_run_is_that_of_the_noise",),
+        "score noise without the seed of the run",
+    ),
+    Mutation(
+        "prune.py",
+        "recipe.repair, seed=seed, work=resumed",
+        "recipe.repair, work=resumed",
+        (f"{NOISE}::test_a_whole_run_hands_its_seed_on_to_the_repair",),
+        "repair noise without the seed of the run",
+    ),
+    Mutation(
+        "compare.py",
+        "batches, repair, seed=draws, progress",
+        "batches, repair, progress",
+        ("test_comparison.py::test_recipes_of_several_rounds_repairs_and_seeds",),
+        "compare repairs with another seed than prune",
+    ),
+    # repair
+    Mutation(
+        "block_repair.py",
+        "batches, among=clean, residual=self._walk.hidden",
+        "batches, residual=self._walk.hidden",
+        (f"{NUMBERS}::test_the_temperature_is_fitted_on_text_without_noise",),
+        "the temperature is fitted on noised sequences, too",
+    ),
+    Mutation(
+        "block_repair.py",
+        "not after < before:",
+        "False:",
+        (f"{NUMBERS}::test_where_least_squares_cannot_help_the_weights_stay_bit_for_bit",),
+        "a solution that does not lower the error is taken",
+    ),
+    Mutation(
+        "block_repair.py",
+        "        solution = sliced\n    after",
+        "        pass\n    after",
+        (f"{NUMBERS}::test_where_least_squares_cannot_help_the_weights_stay_bit_for_bit",),
+        "no fallback where the equations cannot be solved",
+    ),
+    Mutation(
+        "block_repair.py",
+        "self._options.residual / self._scale",
+        "self._options.residual",
+        ("test_block_repair.py::test_every_block_gets_the_solution_that_a_walk_by_hand_finds",),
+        "the residual is not divided by what the model multiplies it with",
+    ),
+    Mutation(
+        "block_repair.py",
+        "x, target = x[mask.to(x.device)], target[mask.to(x.device)]",
+        "pass",
+        ("test_block_repair.py::test_padding_does_not_count",),
+        "padding counted in the repair",
+    ),
+    Mutation(
+        "least_squares.py",
+        "cross.double() + ridge * prior.T",
+        "cross.double()",
+        ("test_block_repair.py::test_solve_ridge_is_the_least_squares_solution_of_the_augmented_system",),
+        "a ridge towards zero instead of the old weights",
+    ),
+    Mutation(
+        "temperature.py",
+        "factor * (norm.weight.float() + family.norm_offset) - family.norm_offset",
+        "factor * norm.weight.float()",
+        ("test_temperature.py",),
+        "Gemma's norms add one to their weights",
+    ),
+    Mutation(
+        "block_walk.py",
+        "self.hidden[number] + self._scale * output",
+        "self.hidden[number] + output",
+        ("test_block_repair.py::test_every_block_gets_the_solution_that_a_walk_by_hand_finds",),
+        "the residual multiplier is forgotten",
+    ),
+    # selection, plans, costs
+    Mutation(
+        "prune.py",
+        "costs.of_layers(plan_so_far.surviving_layers)",
+        "costs",
+        (f"{NUMBERS}::test_later_rounds_are_at_the_costs_of_the_layers_that_are_left",),
+        "the costs of surviving layers dropped in later rounds",
+    ),
+    Mutation(
+        "plan.py",
+        "if block.indivisible and 0 < kept < found[block.axis]:",
+        "if False:",
+        (f"{NUMBERS}::test_a_part_of_an_indivisible_block_is_no_plan",),
+        "the indivisible check of Plan.check_fits removed",
+    ),
+    Mutation(
+        "plan.py",
+        "layers[layer_idx] = KeptGroups(*(tuple(before[axis][group] for group in kept[axis]) for axis in AXES))",
+        "layers[layer_idx] = kept",
+        ("test_rounds.py::test_a_plan_after_another",),
+        "composed plans in the numbering of the later one",
+    ),
+    Mutation(
+        "costs.py",
+        "(groups > 0) * geometry.block_parameters[axis]",
+        "0 * groups",
+        ("test_costs.py::test_parameters_are_those_of_the_model",),
+        "the norms of a block stay when it goes",
+    ),
+    Mutation(
+        "costs.py",
+        "min(context, window - 1)",
+        "min(context, window)",
+        ("test_costs.py::test_cache_bytes_are_those_of_a_real_cache",),
+        "a sliding window's cache holds one token less than the window",
+    ),
+    Mutation(
+        "select.py",
+        "means = np.maximum.accumulate(",
+        "means = np.asarray(",
+        ("test_selection.py::test_bundles_of_equal_groups_keep_their_order",),
+        "a bundle may overtake the one before",
+    ),
+    Mutation(
+        "nearness.py",
+        "above - target > max(NEAR * total, target - below)",
+        "False",
+        ("test_nearness.py::test_whole_layers_come_as_near_as_they_can",),
+        "shapes and bundles pass the ratio by far",
+    ),
+    Mutation(
+        "table.py",
+        'return table["score"] * table["cost"].where(table["cost"] > 0, 1)',
+        'return table["score"] * table["cost"]',
+        ("test_targets.py::test_prices_come_and_go_and_worth_stays",),
+        "what costs nothing is worth nothing",
+    ),
+    Mutation(
+        "rounds.py",
+        'spread = max(float(gone["score"].max() - gone["score"].min()), abs(float(left["score"].min())), 1e-300)',
+        "spread = 0.0",
+        ("test_rounds.py",),
+        "groups that are gone tie with those that are left",
+    ),
+    # surgery, latency
+    Mutation(
+        "surgery.py",
+        'if parameter == "weight" and projection.inputs in SPACE_AXIS:',
+        'if parameter == "weight" and projection.inputs == "channel":',
+        ("test_surgery.py",),
+        "o_proj keeps its columns",
+    ),
+    Mutation(
+        "geometry.py",
+        "return self.num_key_value_groups * self.head_dim",
+        "return self.head_dim",
+        ("test_groups.py",),
+        "an attention group is one query head",
+    ),
+    Mutation(
+        "profiling.py",
+        'geometry.family.block("mlp").begins',
+        'geometry.family.block("mlp").norms[0]',
+        ("test_latency.py::test_the_marks_stand_where_the_blocks_begin",),
+        "all time of OLMo 2 is attention's",
+    ),
+    Mutation(
+        "latency_profile.py",
+        "for phase, axis in product(PHASES, AXES):\n            widest",
+        'for phase, axis in product(("prefill",), AXES):\n            widest',
+        ("test_latency.py::test_every_phase_reaches_up_to_the_width_of_the_model",),
+        "a decode table that ends below the model's width",
+    ),
+    Mutation(
+        "charts.py",
+        "if (numbers <= 0).any():",
+        "if False:",
+        ("test_page.py::test_all_groups_have_a_place_in_the_charts",),
+        "the histogram keeps only scores above zero",
+    ),
+)
+
+
+def find_one(folder: Path, name: str, text: str) -> Path:
+    """The one file of this name below a folder that holds a text exactly once.
+
+    Raises:
+        LookupError: there is none, or more than one.
+    """
+    named = [path for path in folder.rglob(Path(name).name) if path.as_posix().endswith("/" + name)]
+    counts = {path: path.read_text(encoding="utf-8").count(text) for path in named}
+    found = [path for path, count in counts.items() if count == 1]
+    if len(found) != 1:
+        times = ", ".join(f"{path.relative_to(folder)} {count} times" for path, count in counts.items())
+        raise LookupError(
+            f"{text!r} must be in one file {name}, once; it is in {times or 'none, as there is no such file'}"
+        )
+    return found[0]
+
+
+def find_test(folder: Path, test: str) -> str:
+    """A test, given by the name of its file alone, as pytest takes it.
+
+    Raises:
+        LookupError: there is no such test, or more than one.
+    """
+    name, mark, function = test.partition("::")
+    return f"{find_one(folder, name, f'def {function}(' if function else 'from __future__')}{mark}{function}"
+
+
+def check(mutations: Sequence[Mutation]) -> None:
+    """Raise SystemExit with all that is not where a mutation says it is."""
+    wrong = []
+    for mutation in mutations:
+        try:
+            find_one(ROOT / "src", mutation.file, mutation.old)
+            for test in mutation.tests:
+                find_test(ROOT / "tests", test)
+        except LookupError as error:
+            wrong.append(f"{mutation.fault}: {error}")
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+def run_tests(copy: Path, tests: Sequence[str], *options: str) -> int:
+    """Run tests of the copy in a process of their own: pytest's exit status."""
+    child = os.fork()
+    if not child:
+        os.chdir(copy)
+        with open(copy / "output.txt", "w", encoding="utf-8") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        import pytest
+
+        places = [find_test(copy / "tests", test) for test in tests]
+        status = pytest.main(
+            [*options, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(copy), *places]
+        )
+        sys.stdout.flush()
+        os._exit(int(status))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(words: Sequence[str]) -> int:
+    """Apply and test the mutations, and print which are caught.
+
+    Args:
+        words: only mutations that have one of them; all if there are none.
+    """
+    chosen = [m for m in MUTATIONS if not words or any(word in f"{m.file} {m.old} {m.fault}" for word in words)]
+    check(chosen)
+    # What the tests need and no mutation touches is imported once. Prunus itself is not.
+    import hypothesis  # noqa: F401
+    import pandas  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    torch.set_num_threads(1)
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="mutations-") as temporary:
+        copy = Path(temporary) / "prunus"
+        for name in ("src", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        start = time.perf_counter()
+        if run_tests(copy, list(dict.fromkeys(test for m in chosen for test in m.tests))):
+            print((copy / "output.txt").read_text(encoding="utf-8"))
+            raise SystemExit("the tests fail without any mutation")
+        print(f"{len(chosen)} mutations; without one, all their tests pass ({time.perf_counter() - start:.0f} s)")
+        for number, mutation in enumerate(chosen, 1):
+            start = time.perf_counter()
+            file = find_one(copy / "src", mutation.file, mutation.old)
+            whole = file.read_text(encoding="utf-8")
+            file.write_text(whole.replace(mutation.old, mutation.new), encoding="utf-8")
+            status = run_tests(copy, mutation.tests, "-x")
+            file.write_text(whole, encoding="utf-8")
+            # 1: a test failed. Others say that pytest itself had no chance, which catches nothing.
+            result = {0: "SURVIVES", 1: "caught"}.get(status, f"ERROR {status}")
+            if status != 1:
+                survivors.append(mutation)
+            seconds = time.perf_counter() - start
+            print(f"{number:3} {result:9} {mutation.file:20} {mutation.fault} ({seconds:.0f} s)", flush=True)
+            if status > 1:
+                print((copy / "output.txt").read_text(encoding="utf-8")[-2000:])
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations are caught")
+    for mutation in survivors:
+        print(f"not caught: {mutation.file}: {mutation.fault}: {mutation.old!r} → {mutation.new!r}")
+    return int(bool(survivors))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
