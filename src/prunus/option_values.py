@@ -1,4 +1,4 @@
-"""Values that an option takes: whole numbers (2.5, True and 10**30 are refused, not rounded), factors, shares, names."""
+"""Values that an option takes: whole numbers (2.5, True and 10**30 are refused), factors, shares, names."""
 
 from __future__ import annotations
 

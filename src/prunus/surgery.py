@@ -17,6 +17,7 @@ from prunus.checkpoint.open import attach_layers_
 from prunus.model.families import Block, Projection
 from prunus.model.geometry import SPACE_AXIS, Geometry
 from prunus.model.layers import Fetched, LayerState, StoredLayers, layers_of, outside_layers
+from prunus.model.live import live_model
 from prunus.selection.plan import KeptGroups, Plan
 
 __all__ = ["apply_plan", "cut_tensors"]
@@ -36,8 +37,9 @@ def apply_plan(model: Any, plan: Plan) -> Any:
 
     Raises:
         PlanError: the plan was made for a model of another shape.
-        UnsupportedModelError: see `Geometry.of`.
+        UnsupportedModelError: see `live_model` and `Geometry.of`.
     """
+    model = live_model(model)
     geometry = Geometry.of(model)
     plan.check_fits(geometry)
     survivors = plan.surviving_layers

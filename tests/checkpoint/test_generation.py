@@ -106,3 +106,25 @@ def test_positions_continue_from_the_cache(family):
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(whole[:, -1], reversed_order[:, 0], atol=1e-2), "order must matter for this to be a test"
     assert out[name].get_seq_length() == input_ids.shape[1]
+
+
+PROMPTS = [[5, 6, 7], [8, 9]]
+#: channels by layer, all key/value heads in each: what a paged cache has room for
+UNEQUAL_MLPS = tuple(Kept((0, 1), ALL[:channels]) for channels in (3, 0, 9, 24))
+ONE_HEAD_EACH = tuple(Kept((1,), ALL[:channels]) for channels in (3, 5, 9, 24))
+
+
+def test_continuous_batching_gives_the_same_tokens(family):
+    model = cut(dense_model(family), UNEQUAL_MLPS)
+    model.generation_config.do_sample = False
+    answers = model.generate_batch(PROMPTS, max_new_tokens=4)
+    for prompt_ids, answer in zip(PROMPTS, answers.values(), strict=True):
+        expected = model.generate(torch.tensor([prompt_ids]), max_new_tokens=4)[0, len(prompt_ids) :]
+        assert answer.generated_tokens == expected.tolist()
+
+
+@pytest.mark.parametrize("kept", [RAGGED, FIRST_TWO_ABSENT, NO_ATTENTION, ONE_HEAD_EACH])
+def test_continuous_batching_is_refused_where_heads_are_unequal(family, kept):
+    model = cut(dense_model(family), kept)
+    with pytest.raises(ValueError, match=r"continuous batching needs the 2 of the dense model.*generate"):
+        model.generate_batch(PROMPTS, max_new_tokens=4)

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import RAGGED, cut, dense_model
 from transformers import AutoModelForCausalLM
 
-from prunus.checkpoint import check_finite, load, load_model, locate, resolve_device, resolve_dtype, save_checkpoint
+from prunus.checkpoint import check_finite, load_model, locate, resolve_device, resolve_dtype, save_checkpoint
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 
 WEIGHTS = "model.safetensors"
@@ -120,39 +119,9 @@ def test_a_folder_below_the_home_folder(monkeypatch, folder):
     assert locate(f"~/{folder.name}") == folder
 
 
-@pytest.mark.parametrize("spec", ["gpt2", "meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-0.5B", "a_b/c.d-e"])
-def test_hub_that_cannot_be_reached(spec, tmp_path, monkeypatch, no_weights_read):
-    def unreachable(*args, **kwargs):
-        raise LocalEntryNotFoundError("cannot find the requested files in the local cache\nmore lines")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(load, "snapshot_download", unreachable)
-    with pytest.raises(CheckpointError, match=rf"'{spec}' is neither a folder here nor .*requested files"):
-        load_model(spec)
-
-
-def test_hub_models_are_fetched_without_pickles_and_checked_first(monkeypatch, folder):
-    asked = []
-
-    def fetch(name, allow_patterns):
-        asked.append(allow_patterns)
-        return str(folder)
-
-    monkeypatch.setattr(load, "snapshot_download", fetch)
-    assert type(load_model("someone/model")[0]).__name__ == "Qwen2ForCausalLM"
-    assert asked[0] == ["config.json"]
-    assert "model*.safetensors" in asked[1]
-    assert not any("bin" in pattern or pattern == "*" for pattern in asked[1])
-    edit(folder / "config.json", model_type="gpt2")
-    asked.clear()
-    with pytest.raises(UnsupportedModelError, match="gpt2"):
-        load_model("someone/model")
-    assert len(asked) == 1, "the weights of a model that cannot be cut must not be fetched"
-
-
 def test_unknown_family(folder, no_weights_read):
     edit(folder / "config.json", model_type="qwen22")
-    with pytest.raises(UnsupportedModelError, match=r"qwen22.*'qwen2'"):
+    with pytest.raises(UnsupportedModelError, match=r"'qwen22' is not supported.*does not know"):
         load_model(folder)
 
 

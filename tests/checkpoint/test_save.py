@@ -103,6 +103,8 @@ def test_folder(model, tokenizer, tmp_path):
         "AutoConfig": "configuration_prunus.PrunusLlamaConfig",
         "AutoModel": "modeling_prunus.PrunusLlamaModel",
         "AutoModelForCausalLM": "modeling_prunus.PrunusLlamaForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_prunus.PrunusLlamaForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_prunus.PrunusLlamaForTokenClassification",
     }
     assert config["architectures"] == ["PrunusLlamaForCausalLM"]
     assert config["dtype"] == "float32"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import ALL, FAMILIES, LAYERS, RAGGED, Kept, cut, dense_model
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from prunus.checkpoint import configuration_prunus, modeling_prunus, save_checkpoint
 
@@ -20,7 +21,8 @@ import sys
 sys.modules["prunus"] = None  # importing it raises, wherever it may be installed
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForTokenClassification
 
 folder, results, *names = sys.argv[1:]
 logits = {}
@@ -38,11 +40,21 @@ for name in names:
         logits[f"{name}.logits"] = model(input_ids).logits
         logits[f"{name}.again"] = reloaded(input_ids).logits
         logits[f"{name}.decoder"] = decoder(input_ids).last_hidden_state @ model.lm_head.weight.T
+    if remote:
+        for kind, auto_class in {
+            "sequences": AutoModelForSequenceClassification, "tokens": AutoModelForTokenClassification
+        }.items():
+            classifier = auto_class.from_pretrained(source, trust_remote_code=True, dtype="auto", num_labels=3)
+            classifier.save_pretrained(f"{folder}/{name}-{kind}")
+            with torch.no_grad():
+                logits[f"{name}.classes-of-{kind}"] = classifier.eval()(input_ids).logits
     logits[f"{name}.tokens"] = model.generate(input_ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     assert type(model).__module__.startswith("transformers_modules." if remote else "transformers.models."), type(model)
 assert not any(module.split(".")[0] == "prunus" for module in sys.modules if sys.modules[module] is not None)
 save_file(logits, results)
 """
+
+CLASSIFIERS = {"sequences": AutoModelForSequenceClassification, "tokens": AutoModelForTokenClassification}
 
 
 def test_without_prunus(tokenizer, tmp_path):
@@ -68,6 +80,15 @@ def test_without_prunus(tokenizer, tmp_path):
             torch.testing.assert_close(actual[f"{name}.{kind}"], expected, msg=f"{name} {kind}")
         tokens = model.generate(input_ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
         assert torch.equal(actual[f"{name}.tokens"], tokens)
+        if name.startswith("ragged"):
+            with torch.no_grad():
+                hidden = model.model(input_ids).last_hidden_state
+                for kind, auto_class in CLASSIFIERS.items():
+                    # What was saved there, read here by the classes of the package.
+                    classifier = auto_class.from_pretrained(tmp_path / f"{name}-{kind}", dtype="auto").eval()
+                    expected = classifier.score(hidden[:, -1] if kind == "sequences" else hidden)
+                    torch.testing.assert_close(classifier(input_ids).logits, expected, msg=f"{name} {kind}")
+                    torch.testing.assert_close(actual[f"{name}.classes-of-{kind}"], expected, msg=f"{name} {kind}")
 
 
 @pytest.mark.parametrize("module", [configuration_prunus, modeling_prunus])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -246,14 +247,17 @@ def test_another_family():
         Geometry.of(AutoModelForCausalLM.from_config(config))
 
 
-def test_a_family_with_a_similar_name():
-    class Config:
-        model_type = "qwen25"
+def refusal(config) -> str:
+    with pytest.raises(UnsupportedModelError) as caught:
+        family_of(config)
+    return str(caught.value)
 
-    with pytest.raises(UnsupportedModelError, match=r"'qwen25' is not supported.*closest described family is 'qwen2'"):
-        family_of(Config())
-    with pytest.raises(UnsupportedModelError, match="model type '' is not supported"):
-        family_of(object())
+
+def test_no_family_is_guessed_from_a_name():
+    message = refusal(SimpleNamespace(model_type="qwen25"))
+    assert "'qwen25' is not supported: it is one that this version of transformers does not know" in message
+    assert "model type '' is not supported" in refusal(object())
+    assert "closest" not in refusal(AutoConfig.for_model("mamba"))
 
 
 @pytest.mark.parametrize(
@@ -263,10 +267,42 @@ def test_a_family_with_a_similar_name():
 def test_mixtures_of_experts_are_told_why(model_type):
     """Of whatever name: their configs count experts, at the top or in a part."""
     config = AutoConfig.for_model(model_type)
-    with pytest.raises(UnsupportedModelError, match=rf"'{model_type}' is a mixture of experts.*router.*Supported"):
-        family_of(config)
-    with pytest.raises(UnsupportedModelError, match="'unheard_of' is a mixture of experts"):
-        family_of(SimpleNamespace(**{**config.to_dict(), "model_type": "unheard_of"}))  # as read from config.json
+    pattern = rf"'{model_type}' is not supported: it is .*a mixture of experts\. A router.*Supported"
+    assert re.search(pattern, refusal(config))
+    read_from_json = SimpleNamespace(**{**config.to_dict(), "model_type": "unheard_of"})
+    assert re.search(pattern.replace(model_type, "unheard_of"), refusal(read_from_json))
+
+
+STATE = "a state-space or recurrent model, or a hybrid"
+DENSE_GRANITE_4 = {"layer_types": ["attention"] * 4, "num_local_experts": 0, "num_experts_per_tok": 0}
+DENSE = "a dense model of a type made for mixtures of experts"
+
+
+@pytest.mark.parametrize(
+    ("fields", "known"),
+    [
+        ({"model_type": "mamba"}, STATE),
+        ({"model_type": "falcon_mamba"}, STATE),
+        ({"model_type": "rwkv"}, STATE),
+        ({"model_type": "recurrent_gemma", "block_types": ["recurrent", "attention"]}, STATE),
+        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, STATE),
+        ({"model_type": "bamba"}, STATE),
+        ({"model_type": "t5"}, "an encoder-decoder model"),
+        ({"model_type": "unheard_of", "is_encoder_decoder": True}, "an encoder-decoder model"),
+        ({"model_type": "bert"}, "an encoder"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "'gemma3_text'. That part can be cut"),
+        ({"model_type": "gemma3"}, "text part (text_config) is of type 'gemma3_text'"),
+        ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "'llama'. That part can be cut"),
+        ({"model_type": "qwen2_5_vl"}, "text part (text_config) is of type 'qwen2_5_vl_text'"),
+        ({"model_type": "granitemoehybrid", **DENSE_GRANITE_4}, DENSE),
+        ({"model_type": "granitemoehybrid", **DENSE_GRANITE_4, "layer_types": ["mamba", "attention"]}, STATE),
+        ({"model_type": "granitemoehybrid", **DENSE_GRANITE_4, "num_local_experts": 8}, "a mixture of experts"),
+    ],
+)
+def test_what_is_known_of_a_type_is_said(fields, known):
+    message = refusal(SimpleNamespace(**fields))
+    assert known in message
+    assert "mixture of experts" in known or ". A router" not in message
 
 
 class LoraLike(nn.Module):
@@ -325,7 +361,7 @@ def test_missing_modules_are_named(llama, path):
 
 def test_a_decoder_without_its_head_is_refused(llama):
     """`AutoModel` instead of `AutoModelForCausalLM`."""
-    with pytest.raises(UnsupportedModelError, match=r"LlamaModel has no 'model\.layers'.*causal language model"):
+    with pytest.raises(UnsupportedModelError, match=r"a LlamaModel, a decoder without an output head.*causal language"):
         Geometry.of(LlamaModel(llama.config))
 
 

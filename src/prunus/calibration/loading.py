@@ -20,6 +20,7 @@ from prunus.calibration.hub import HUB_NAMES, hub_documents, hub_text
 from prunus.calibration.packing import Packed, pack_documents, pack_windows
 from prunus.calibration.sampled import sample_from_model
 from prunus.errors import CalibrationError, OptionError
+from prunus.model.live import live_model
 from prunus.option_values import check_seed, check_utf8, check_whole
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def load_calibration(
     if kind == "model":
         if model is None:
             raise CalibrationError(f"the source {SELF_SOURCE!r} samples text from the model: pass it as `model`")
-        ids = sample_from_model(model, **sizes, seed=seed, begin=begin, progress=progress)
+        ids = sample_from_model(live_model(model), **sizes, seed=seed, begin=begin, progress=progress)
         return _calibration(Packed(ids, samples), "sampled from the model", kind, seed)
     path = Path(source).expanduser()
     documents: Iterable[str]

@@ -23,6 +23,7 @@ from prunus.calibration.sampled import sample_from_model
 from prunus.files.records import Records
 from prunus.model.digest import digest_model
 from prunus.model.layers import layers_of
+from prunus.model.live import live_model
 from prunus.repair.block_repair import RepairOptions
 
 __all__ = ["text_for_repair"]
@@ -57,6 +58,7 @@ def text_for_repair(
         NonFiniteError: the model's logits are NaN or infinite.
         StatisticsError: `work` holds what was made from other inputs.
     """
+    model = live_model(model)
     number = int(options.self_text * len(calibration))
     if number and layers_of(model).stored:
         logger.info("the model writes no text for its repair, as its layers are read from disk: the given text is used")

@@ -12,8 +12,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunus.checkpoint import configuration_prunus, modeling_prunus
 from prunus.errors import CheckpointError, PlanError, PrunusError, UnsupportedModelError
@@ -35,8 +36,7 @@ def register() -> None:
     for name in modeling_prunus.__all__:
         model_class = getattr(modeling_prunus, name)
         AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
-        auto_class = AutoModelForCausalLM if model_class.can_generate() else AutoModel
-        auto_class.register(model_class.config_class, model_class, exist_ok=True)
+        getattr(transformers, model_class._auto_class).register(model_class.config_class, model_class, exist_ok=True)
 
 
 def is_ragged(config: Any) -> bool:

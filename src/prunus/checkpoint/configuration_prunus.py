@@ -110,6 +110,8 @@ class LayerWidthsMixin:
             "AutoConfig": f"configuration_prunus.{stem}Config",
             "AutoModel": f"modeling_prunus.{stem}Model",
             "AutoModelForCausalLM": f"modeling_prunus.{stem}ForCausalLM",
+            "AutoModelForSequenceClassification": f"modeling_prunus.{stem}ForSequenceClassification",
+            "AutoModelForTokenClassification": f"modeling_prunus.{stem}ForTokenClassification",
         }
         self.validate_architecture()
 

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunus.checkpoint.agreement import check_no_adapter, check_numbers, check_tensors, has_own_head, warn_of_unused
 from prunus.checkpoint.architecture import config_as_weighted
+from prunus.checkpoint.hub import HUB_FILES, check_repository, hub_id
+from prunus.checkpoint.kind import check_kind
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
 from prunus.checkpoint.weights import StoredWeights, check_inside
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
@@ -29,10 +31,9 @@ __all__ = ["check_finite", "check_folder", "load_model", "locate", "read_config"
 
 logger = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
-#: what a model id of the Hub is fetched for: never a pickle
-HUB_FILES = ["README.md", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "model*.safetensors"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+#: ways to compute attention that are part of PyTorch
+ATTENTIONS = ("eager", "sdpa")
 
 
 def load_model(
@@ -101,7 +102,9 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer's parser raises
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        # What transformers tries last is another format, and its advice would be to install a package for that.
+        reason = "tokenizer.model is no SentencePiece model, or damaged" if "tiktoken" in str(error).lower() else error
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
 
 
 def read_config(folder: Path) -> Any:
@@ -122,6 +125,9 @@ def _config_and_weights(folder: Path) -> tuple[Any, StoredWeights]:
     check_numbers(values, weights)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        # Others (FlashAttention, a kernel of the Hub) were there where the model was trained, and need not be here.
+        if config._attn_implementation not in ATTENTIONS:
+            config._attn_implementation = None
     except Exception as error:  # transformers' validators raise several kinds
         raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error
     check_tensors(config, weights)
@@ -135,13 +141,15 @@ def _config_and_weights(folder: Path) -> tuple[Any, StoredWeights]:
 def locate(source: str | os.PathLike[str]) -> Path:
     """The folder of a model; a Hub id is fetched into the Hub's cache (weights as safetensors only).
 
-    `smollm2-135m` is the packaged model, unpacked on first use.
+    `owner/name@revision` is a model at a branch, tag or commit; `smollm2-135m` is the packaged model, unpacked on first
+    use.
 
     Raises:
         OptionError: `source` is empty.
         CheckpointError: no such folder, the Hub does not have it or cannot be reached, or the packaged model cannot be
             unpacked, see `smollm2_135m`.
-        UnsupportedModelError: a GGUF file instead of a folder, or a Hub model that fails `check_config`.
+        UnsupportedModelError: a GGUF file instead of a folder, or a Hub model that fails `check_repository` or
+            `check_config`.
     """
     name = os.fspath(source)
     if not name:
@@ -158,17 +166,19 @@ def locate(source: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f"{name!r} is a file, not a model folder. Give the folder that holds config.json and the safetensors."
         )
-    if not _HUB_ID.fullmatch(name):
+    if (on_hub := hub_id(name)) is None:
         raise CheckpointError(
-            f"there is no model folder {name!r}. Check the path; a hub id looks like 'owner/name', and "
-            f"{PACKAGED_MODEL!r} stands for the packaged SmolLM2-135M-Instruct."
+            f"there is no model folder {name!r}. Check the path; a hub id looks like 'owner/name' or "
+            f"'owner/name@revision', and {PACKAGED_MODEL!r} stands for the packaged SmolLM2-135M-Instruct."
         )
+    repository, revision = on_hub
+    check_repository(repository, revision)
     try:
         # Small files first: most of what can be wrong shows in them, and weights may be many gigabytes.
-        small = Path(snapshot_download(name, allow_patterns=["config.json"]))
+        small = Path(snapshot_download(repository, revision=revision, allow_patterns=["config.json"]))
         if (small / "config.json").is_file():
             check_config(small)
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{name!r} is neither a folder here nor a model that could be fetched from the Hugging Face Hub "
@@ -199,14 +209,14 @@ def check_folder(folder: Path) -> tuple[Any, StoredWeights]:
 
 
 def check_config(folder: Path) -> dict[str, Any]:
-    """Check config.json of a model folder: readable, of a described family, and not of a quantised model.
+    """Check config.json of a model folder: readable, of a causal language model of a described family, not quantised.
 
     Returns:
         Its content.
 
     Raises:
         CheckpointError: not valid JSON.
-        UnsupportedModelError: unknown family, or quantised.
+        UnsupportedModelError: unknown family, another kind of model (see `check_kind`), or quantised.
     """
     check_no_adapter(folder)
     check_inside(folder, "config.json")
@@ -219,6 +229,7 @@ def check_config(folder: Path) -> dict[str, Any]:
             "fp16 or fp32 checkpoint that it was made from, and quantise the result"
         )
     family_of(SimpleNamespace(**config))
+    check_kind(folder, config)
     return config
 
 

@@ -21,6 +21,7 @@ from prunus.files.outputs import check_disk, output_folder, place_of
 from prunus.files.tensor_file import TensorLayout, write_tensors
 from prunus.model.families import family_of
 from prunus.model.layers import layers_of, outside_layers
+from prunus.model.live import live_model
 
 __all__ = ["model_bytes", "save_checkpoint"]
 
@@ -62,7 +63,9 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: `out` may not be written (see `check_output`), the disk is too full, or writing failed.
+        UnsupportedModelError: see `live_model`.
     """
+    model = live_model(model)
     try:
         with output_folder(out, overwrite=overwrite) as folder:
             check_disk(out, model_bytes(model) + sum(map(len, extras.values())))

@@ -22,8 +22,8 @@ KEYS = {
     "seed": "calibration.seed",
     "eval_text": "evaluation.text",
     "device": "run.device",
-    "dtype": "run.dtype",
     "max_memory": "run.max_memory",
+    "revision": "run.revision",
 }
 
 
@@ -88,14 +88,14 @@ class _Device:
 
     Attributes:
         device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
-        dtype: auto keeps the checkpoint's own; else float32, bfloat16 or float16. The result is saved in it.
         max_memory: memory that may be used, e.g. 8GB. Jobs estimated to exceed it are rejected, naming the smallest
             sufficient limit.
+        revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
     """
 
     device: str | None = None
-    dtype: str | None = None
     max_memory: str | None = None
+    revision: str | None = None
 
 
 RecipeFlags = Annotated[_Recipe, Parameter(name="*", group=Group("Recipe", sort_key=1))]

@@ -182,6 +182,7 @@ def evaluate(
         PrunusError: whatever is wrong with options, files or models, as far as possible before any long work.
     """
     options, model_options = options or EvalOptions(), model_options or ModelOptions()
+    model = model_options.named(model)
     texts = {path.name: read_text(path) for path in options.text}
     if options.measures_text_of_python:
         texts = {DEFAULT_SOURCE: "\n\n".join(embedded_documents())}

@@ -23,6 +23,7 @@ from prunus.calibration.batches import Batch
 from prunus.calibration.begin_token import begin_token_of, begin_with
 from prunus.errors import NonFiniteError, OptionError
 from prunus.model.evaluation_mode import evaluation_mode
+from prunus.model.live import live_model
 from prunus.model.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
 from prunus.model.tokens import check_seq_len, check_tokens, longest_context, token_ids
 from prunus.option_values import check_whole
@@ -152,6 +153,7 @@ def perplexity(
             fewer than two tokens, or the tokenizer's ids do not fit the model.
         NonFiniteError: the loss of a window is NaN or infinite.
     """
+    model = live_model(model)
     check_whole("batch_size", batch_size)
     seq_len = window_length(model.config, seq_len)
     windows = cut_text(tokenizer, text, seq_len=seq_len, max_windows=max_windows, begin_token=begin_token)
@@ -278,6 +280,7 @@ def perplexity_of_windows(
         OptionError: the sequences are longer than the model's context, or hold token ids that it does not embed.
         NonFiniteError: the loss of a window is NaN or infinite.
     """
+    model = live_model(model)
     check_whole("batch_size", batch_size)
     check_whole("seq_len", windows.shape[1], smallest=2, why="a window needs at least 2 tokens to predict one")
     check_tokens(model.config, windows)

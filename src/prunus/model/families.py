@@ -13,11 +13,11 @@ Spaces:
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from prunus.errors import UnsupportedModelError
+from prunus.model.known_types import what_is_known
 
 __all__ = ["AXES", "FAMILIES", "PRUNED_PREFIX", "Axis", "Block", "Family", "Projection", "Space", "family_of"]
 
@@ -220,9 +220,6 @@ _FUSED = (
 )
 
 
-#: config fields that say how many experts a layer has; set only in mixtures of experts
-EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
-
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -247,29 +244,27 @@ def family_of(config: Any) -> Family:
         config: a transformers `PreTrainedConfig`.
 
     Raises:
-        UnsupportedModelError: the model type is not described in `FAMILIES`; a mixture of experts is told why.
+        UnsupportedModelError: the model type is not described in `FAMILIES`; what is known of it is said.
     """
     model_type = str(getattr(config, "model_type", ""))
     family = FAMILIES.get(model_type.removeprefix(PRUNED_PREFIX))
     if family is not None:
         return family
-    # Not getattr: configs of some mixtures refuse to name fields whose values differ by layer.
-    fields = getattr(config, "__dict__", {})
-    parts = [
-        fields,
-        *(value if isinstance(value, dict) else getattr(value, "__dict__", {}) for value in fields.values()),
-    ]
-    if "moe" in model_type or any(part.get(name) for part in parts for name in EXPERT_FIELDS):
+    known, supported = what_is_known(config), ", ".join(sorted(FAMILIES))
+    if not known:
         raise UnsupportedModelError(
-            f"model type {model_type!r} is a mixture of experts, which prunus does not cut: a router sends each token "
-            "to some of the experts only, so that neither importance nor cost of their channels compares with that of "
-            f"a dense model's. Supported, all dense: {', '.join(sorted(FAMILIES))}."
+            f"model type {model_type!r} is not supported: no entry in prunus.model.families.FAMILIES says which "
+            f"projections carry its attention groups and MLP channels. Supported: {supported}. To add it, describe its "
+            "decoder layer in src/prunus/model/families.py (about 15 lines)."
         )
-    hint = ""
-    if close := difflib.get_close_matches(model_type, FAMILIES, n=1):
-        hint = f" The closest described family is {close[0]!r}, but a cut is never made by guessing."
+    advice = ""
+    if known.endswith("mixture of experts"):
+        advice = (
+            " A router sends each token to some of the experts only, so that neither importance nor cost of their "
+            "channels compares with that of a dense model's."
+        )
+    elif any(known.endswith(f"is of type {name!r}") for name in FAMILIES):
+        advice = " That part can be cut: save it as a language model of its own, and give that folder."
     raise UnsupportedModelError(
-        f"model type {model_type!r} is not supported: no entry in prunus.model.families.FAMILIES says which "
-        f"projections carry its attention groups and MLP channels.{hint} Supported: {', '.join(sorted(FAMILIES))}. "
-        "To add it, describe its decoder layer in src/prunus/model/families.py (about 15 lines)."
+        f"model type {model_type!r} is not supported: it is {known}.{advice} Supported: {supported}."
     )

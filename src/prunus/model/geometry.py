@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from prunus.errors import PlanError, UnsupportedModelError
 from prunus.model.families import AXES, FAMILIES, Axis, Family, Projection, Space, family_of
+from prunus.model.kind import causal_language_model
 
 __all__ = ["SPACE_AXIS", "Geometry", "LayerWidths", "layer_widths_of", "submodule"]
 
@@ -64,16 +65,18 @@ class Geometry:
     block_parameters: Mapping[Axis, int] = field(hash=False)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Geometry:
+    def of(cls, model: Any) -> Geometry:
         """Read the geometry off a model (its weights may be on the meta device) and check it against its family.
 
         Args:
             model: a transformers causal language model.
 
         Raises:
-            UnsupportedModelError: the family is unknown, a described module is missing or has an unexpected type or
-                shape, or a decoder layer holds a linear module that the family does not describe.
+            UnsupportedModelError: the model is of another kind, see `causal_language_model`; a described module is
+                missing or has an unexpected type or shape, or a decoder layer holds a linear module that the family
+                does not describe.
         """
+        model = causal_language_model(model)
         config: Any = model.config
         family = family_of(config)
         widths = layer_widths_of(config)

@@ -26,6 +26,7 @@ from prunus.checkpoint import (
     resolve_device,
     resolve_dtype,
 )
+from prunus.checkpoint.hub import at_revision
 from prunus.errors import OptionError, TextTooShortError
 from prunus.evaluation.perplexity import (
     DEFAULT_SEQ_LEN,
@@ -87,6 +88,7 @@ class ModelOptions:
             time, which takes longer, reads weights from disk when they are needed and holds the gradients of one layer
             only; auto is resident if that fits into memory.
         batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
+        revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
     """
 
     device: str = "auto"
@@ -94,6 +96,7 @@ class ModelOptions:
     max_memory: str | None = None
     engine: EngineChoice = "auto"
     batch_size: int = 1
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_memory is not None:
@@ -101,6 +104,14 @@ class ModelOptions:
         if self.engine not in ("auto", *ENGINES):
             raise OptionError(f"engine {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
         check_whole("batch size", self.batch_size)
+
+    def named(self, model: str) -> str:
+        """The model's name, with the revision if one is asked for.
+
+        Raises:
+            OptionError: only a model of the Hub has revisions.
+        """
+        return at_revision(model, self.revision)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
 from prunus.pipeline.recipe import Recipe
@@ -54,3 +54,7 @@ class Job:
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio, self.recipe.target.quantity)
+        if self.run.revision is not None:
+            # One way to say it from here on, as part of the name.
+            object.__setattr__(self, "model", self.run.named(self.model))
+            object.__setattr__(self, "run", replace(self.run, revision=None))

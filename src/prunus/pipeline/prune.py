@@ -18,6 +18,7 @@ from prunus.evaluation.samples import side_by_side
 from prunus.files.outputs import check_output, claimed
 from prunus.machine.metering import metered
 from prunus.model.geometry import Geometry
+from prunus.model.live import live_model
 from prunus.model.tokens import check_tokens
 from prunus.pipeline.inputs import (
     CalibrationOptions,
@@ -159,8 +160,9 @@ def prune(
         OptionError: the recipe cannot work; like the next two before any pass over the model.
         CalibrationError: the recipe needs calibration sequences.
         BudgetError: the ratio cannot be reached under the constraints.
-        UnsupportedModelError: the model's family is not described.
+        UnsupportedModelError: the model is of another kind, or not in memory, see `prunus.model.live`.
     """
+    model = live_model(model)
     recipe, geometry = recipe or Recipe(), Geometry.of(model)
     recipe.check(ratio, sequences=None if calibration is None else len(calibration))
     check_reachable(geometry, ratio, recipe.selection, recipe.target.costs(geometry))
@@ -399,6 +401,7 @@ def apply_checkpoint(
         The metrics, as they are written to prunus/metrics.json.
     """
     model_options = model_options or ModelOptions()
+    model = model_options.named(model)
     asked = "apply", model, plan.fingerprint, model_options, overwrite
     with claimed(out, run=asked, command=command) as claim:
         if claim.finished:

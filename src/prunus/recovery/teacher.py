@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from prunus.checkpoint.load import HUB_FILES, check_folder
+from prunus.checkpoint.hub import HUB_FILES, hub_id
+from prunus.checkpoint.load import check_folder
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
 from prunus.errors import CheckpointError, OptionError, PlanError
 from prunus.results.lineage import COMPOSED_PLAN
@@ -47,7 +48,8 @@ def find_teacher(pruned: Path) -> str:
         if (place / "config.json").is_file():
             return str(place)
     try:
-        folder = snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True)
+        repository, revision = hub_id(name) or (name, None)
+        folder = snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{pruned} was cut from {name!r}, which is neither beside it, nor in the current directory, nor in the "

@@ -26,7 +26,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.families import Block
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
+from prunus.model.live import live_model
 from prunus.model.tokens import check_tokens
 from prunus.option_values import check_positive, check_share
 from prunus.repair.block_walk import BlockWalk
@@ -204,6 +205,7 @@ def repair_together_(
     """
     if not batches:
         raise CalibrationError("there are no calibration batches; repair needs at least one sequence")
+    dense, cuts = live_model(dense), [replace(cut, pruned=live_model(cut.pruned)) for cut in cuts]
     options, geometry = options or RepairOptions(), Geometry.of(dense)
     for cut in cuts:
         cut.plan.check_fits(geometry)

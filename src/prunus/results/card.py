@@ -237,7 +237,8 @@ def _is_same_figure(old: EvalResult, new: EvalResult) -> bool:
 
 def _front_matter(facts: CardFacts) -> str:
     base, on_hub = (facts.original.model, facts.original.on_hub) if facts.original else (facts.base_model, facts.on_hub)
-    fields: dict[str, Any] = {"base_model": base} if on_hub else {}
+    # The Hub knows repositories; at which revision stands in the text.
+    fields: dict[str, Any] = {"base_model": base.partition("@")[0]} if on_hub else {}
     if on_hub and facts.repaired:
         # The Hub knows adapter, merge, quantized and finetune. Weights that were only cut are none of them.
         fields["base_model_relation"] = "finetune"
@@ -256,7 +257,8 @@ def _front_matter(facts: CardFacts) -> str:
 
 def _link(model: str, on_hub: bool) -> str:
     if on_hub:
-        return f"[{_text(model)}](https://huggingface.co/{model})"
+        repository, _, revision = model.partition("@")
+        return f"[{_text(model)}](https://huggingface.co/{repository}{'/tree/' if revision else ''}{revision})"
     return _text(PurePath(model).name or model)
 
 

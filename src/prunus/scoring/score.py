@@ -19,6 +19,7 @@ from prunus.machine.metering import Cost, metered
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
+from prunus.model.live import live_model
 from prunus.model.tokens import check_tokens
 from prunus.option_values import check_positive, check_whole
 from prunus.scoring.adaptive import AdaptiveOptions, adapt, split_probe
@@ -249,7 +250,7 @@ def score(
     Raises:
         CalibrationError: the method needs calibration sequences.
         OptionError: the sequences are longer than the model's context, or hold token ids that it does not embed.
-        UnsupportedModelError: the model's family is not described.
+        UnsupportedModelError: the model is of another kind, or not in memory, see `prunus.model.live`.
         NonFiniteError: NaN or infinity in the loss or the importances.
     """
     ways = [options or ScoringOptions()]
@@ -287,6 +288,7 @@ def score_together(
         CheckpointError: the files of an opened model changed meanwhile.
         PrunusError: see `score`.
     """
+    model = live_model(model)
     if calibration is not None:
         check_tokens(model.config, calibration.input_ids)
     for options in each if not again else ():

@@ -19,6 +19,7 @@ from prunus.model.digest import digest_batches, digest_model
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
+from prunus.model.live import live_model
 from prunus.statistics.base import Statistic, Statistics
 from prunus.sweep.prepared import PreparedBatch, prepare
 from prunus.sweep.resident import run_resident
@@ -71,10 +72,11 @@ def sweep(
         StatisticsError: `work` holds what was made from other inputs.
         CalibrationError: no batches, or a sequence without any token to predict.
         NonFiniteError: the loss is NaN or infinite; the first layer with such an output is named.
-        UnsupportedModelError: see `Geometry.of`.
+        UnsupportedModelError: see `live_model` and `Geometry.of`.
     """
     if engine not in ENGINES:
         raise OptionError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
+    model = live_model(model)
     if engine == "resident" and layers_of(model).stored:
         raise OptionError("the resident engine needs the whole model in memory: use load_model, or the streamed engine")
     geometry = Geometry.of(model)
