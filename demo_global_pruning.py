@@ -23,7 +23,7 @@ from prunus.calibration import load_calibration
 from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.checkpoint import load_model
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL
-from prunus.cli.terminal import run_command
+from prunus.cli.terminal import quiet_transformers, run_command, say
 from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.importance import get_method
 from prunus.model.families import AXES
@@ -35,6 +35,14 @@ from prunus.surgery import apply_plan
 
 __all__ = ["main"]
 
+#: option of the package → flag of this command, for messages
+FLAGS = {
+    "model": "--base_model",
+    "method": "--importance_method",
+    "ratio": "--pruning_ratio",
+    "samples": "--num_samples",
+    "calibration": "--dataset",
+} | {name: f"--{name}" for name in ("seq_len", "seed", "device", "dtype")}
 #: sequences that perplexity is measured on, kept out of calibration
 HELD_OUT = 8
 
@@ -46,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 success, 1 an error that the message explains, 130 interrupted. Wrong flags exit with 2.
     """
     options = _parser().parse_args(argv)
-    return run_command(lambda: demonstrate(options))
+    quiet_transformers()
+    return run_command(lambda: demonstrate(options), lambda: FLAGS)
 
 
 def demonstrate(options: argparse.Namespace) -> None:
@@ -59,12 +68,12 @@ def demonstrate(options: argparse.Namespace) -> None:
     model, tokenizer = load_model(options.base_model, dtype=options.dtype, device=options.device)
     geometry = Geometry.of(model)
     check_reachable(geometry, options.pruning_ratio)
-    print(f"{geometry.family.title}: {geometry.total_parameters:,} parameters in {len(geometry.widths)} decoder layers")
-    print(
+    say(f"{geometry.family.title}: {geometry.total_parameters:,} parameters in {len(geometry.widths)} decoder layers")
+    say(
         f"an attention group is a key/value head with the {geometry.num_key_value_groups} query head(s) that read it: "
         f"{geometry.group_parameters['attention']:,} parameters"
     )
-    print(f"an MLP group is one channel: {geometry.group_parameters['mlp']:,} parameters")
+    say(f"an MLP group is one channel: {geometry.group_parameters['mlp']:,} parameters")
 
     _step(2, "Draw calibration text")
     drawn = load_calibration(
@@ -76,27 +85,27 @@ def demonstrate(options: argparse.Namespace) -> None:
         model=model,
     )
     calibration, held_out = drawn.split(HELD_OUT)
-    print(f"{len(calibration)} sequences of {options.seq_len} tokens from {calibration.provenance.source}")
+    say(f"{len(calibration)} sequences of {options.seq_len} tokens from {calibration.provenance.source}")
 
     method = get_method(options.importance_method)
     _step(3, f"Score every group: {method.name}")
-    print(method.summary)
+    say(method.summary)
     normalize = "none" if method.comparable else "layer_sum"
     if not method.comparable:
-        print("Its raw scores are not on one scale over layers, so each is divided by its layer's sum (layer_sum).")
+        say("Its raw scores are not on one scale over layers, so each is divided by its layer's sum (layer_sum).")
     table = score(model, calibration, replace(Recipe.original(method.name).scoring, normalize=normalize)).table
 
     _step(4, f"Rank all {len(table):,} groups by score = importance / cost")
-    print("cut first:")
-    print(_rows(table.head(options.rows)))
-    print("kept longest:")
-    print(_rows(table.tail(options.rows)))
+    say("cut first:")
+    say(_rows(table.head(options.rows)))
+    say("kept longest:")
+    say(_rows(table.tail(options.rows)))
 
     _step(5, f"Take the lowest scores until {options.pruning_ratio:.0%} of all parameters is reached")
     chosen = select_groups_to_prune(table, options.pruning_ratio, geometry.total_parameters)
-    print(_cut_per_layer(chosen, geometry).to_string())
+    say(_cut_per_layer(chosen, geometry).to_string())
     removed = int(chosen["cost"].sum())
-    print(
+    say(
         f"in total {len(chosen):,} of {len(table):,} groups with {removed:,} of {geometry.total_parameters:,} "
         f"parameters: {removed / geometry.total_parameters:.2%}"
     )
@@ -104,9 +113,9 @@ def demonstrate(options: argparse.Namespace) -> None:
     _step(6, "Cut a copy in memory, and compare on text that was held out")
     smaller = apply_plan(model, select(table, geometry, options.pruning_ratio))
     before, after = (perplexity_of_windows(m, held_out.input_ids).perplexity for m in (model, smaller))
-    print(f"parameters: {model.num_parameters():,} → {smaller.num_parameters():,}")
-    print(f"perplexity: {before:,.2f} → {after:,.2f}")
-    print("\nNothing was saved. llama3_global_pruning.py and `prunus prune` save a model that loads and generates.")
+    say(f"parameters: {model.num_parameters():,} → {smaller.num_parameters():,}")
+    say(f"perplexity: {before:,.2f} → {after:,.2f}")
+    say("\nNothing was saved. llama3_global_pruning.py and `prunus prune` save a model that loads and generates.")
 
 
 def _rows(table: pd.DataFrame) -> str:
@@ -127,7 +136,7 @@ def _cut_per_layer(chosen: pd.DataFrame, geometry: Geometry) -> pd.DataFrame:
 
 
 def _step(number: int, title: str) -> None:
-    print(f"\n{number}. {title}")
+    say(f"\n{number}. {title}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ from torch import Tensor
 import core  # noqa: F401 (makes prunus importable from a checkout)
 from prunus.calibration import Batch, calibration_from_tokens
 from prunus.calibration.loading import DEFAULT_SOURCE
-from prunus.cli.terminal import quoted_command, run_command
+from prunus.cli.terminal import quiet_transformers, quoted_command, run_command, say
 from prunus.errors import CalibrationError
 from prunus.model.geometry import Geometry
 from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
@@ -37,6 +37,22 @@ from prunus.statistics.activations import ActivationStatistic, read_activations
 from prunus.sweep import sweep
 
 __all__ = ["collect_layer_activations", "main"]
+
+#: option of the package → flag of this command, for messages
+FLAGS = {
+    "model": "--base_model",
+    "method": "--importance_method",
+    "ratio": "--pruning_ratio",
+    "samples": "--num_samples",
+    "out": "--output_dir",
+    "calibration": "--dataset",
+} | {
+    name: f"--{name}"
+    for name in (
+        *("overwrite", "normalize", "layer_start", "layer_end", "seq_len", "batch_size", "seed", "eval_text"),
+        *("device", "dtype"),
+    )
+}
 
 
 def collect_layer_activations(
@@ -92,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
-    return run_command(lambda: _prune(options, quoted_command(f"python {Path(__file__).name}", words)))
+    quiet_transformers()
+    return run_command(lambda: _prune(options, quoted_command(f"python {Path(__file__).name}", words)), lambda: FLAGS)
 
 
 def _prune(options: argparse.Namespace, command: str) -> None:
@@ -114,13 +131,13 @@ def _prune(options: argparse.Namespace, command: str) -> None:
     )
     metrics = prune_job(job, out, overwrite=options.overwrite, command=command)
     before, after = metrics["parameters_before"], metrics["parameters_after"]
-    print(f"parameters: {before:,} → {after:,} ({1 - after / before:.2%} removed)")
+    say(f"parameters: {before:,} → {after:,} ({1 - after / before:.2%} removed)")
     if metrics["perplexity_after"] is not None:
-        print(
+        say(
             f"perplexity: {metrics['perplexity_before']:,.2f} → {metrics['perplexity_after']:,.2f} "
             f"({metrics['perplexity_text']})"
         )
-    print(f"saved to {out}")
+    say(f"saved to {out}")
 
 
 def default_output(model: str, method: str, ratio: float) -> Path:

@@ -1,6 +1,7 @@
 """Everything prunus raises on purpose.
 
-Every message says what was wrong, with which value, and what to do about it.
+Every message says what was wrong, with which value, and what to do about it. Options stand in backticks, by their names
+in Python (`seq_len`); the command line shows their flags instead (--seq-len).
 
 PrunusError
  ├─ OptionError            an option or argument has a value that cannot work

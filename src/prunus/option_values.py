@@ -29,9 +29,9 @@ def check_whole(name: str, value: Any, *, smallest: int = 1, largest: int = LARG
     """
     _check_kind(name, value)
     if value < smallest:
-        raise OptionError(f"{name} is {value}; the smallest is {smallest}{f': {why}' if why else ''}")
+        raise OptionError(f"`{name}` is {value}; the smallest is {smallest}{f': {why}' if why else ''}")
     if value > largest:
-        raise OptionError(f"{name} is {value}; the largest is {largest:,}")
+        raise OptionError(f"`{name}` is {value}; the largest is {largest:,}")
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -72,7 +72,7 @@ def check_seed(name: str, value: Any) -> None:
     """
     _check_kind(name, value)
     if not -(2**63) <= value < 2**63:
-        raise OptionError(f"{name} is {value}; a seed has at most 63 bits and a sign")
+        raise OptionError(f"`{name}` is {value}; a seed has at most 63 bits and a sign")
 
 
 def check_utf8(name: str, value: str | None) -> None:

@@ -364,12 +364,12 @@ def test_split_parts_the_sequences():
 
 @pytest.mark.parametrize("held_out", [0, 10, -1])
 def test_split_needs_two_parts(held_out):
-    with pytest.raises(OptionError, match=f"hold out {held_out} of 10"):
+    with pytest.raises(OptionError, match=f"`held_out` is {held_out}, and there are 10"):
         calibration_from_tokens(torch.arange(40).view(10, 4)).split(held_out)
 
 
 def test_batch_size_is_checked_at_once():
-    with pytest.raises(OptionError, match="batch_size is 0"):
+    with pytest.raises(OptionError, match="`batch_size` is 0"):
         calibration_from_tokens(torch.arange(8).view(2, 4)).batches(0)
 
 
@@ -532,7 +532,7 @@ def test_a_data_set_without_the_column_lists_its_columns(monkeypatch, tokenizer)
 
 def test_no_datasets_package(monkeypatch, tokenizer):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CalibrationError, match=r"pip install \"prunus\[hub-data\]\""):
+    with pytest.raises(CalibrationError, match=r"pip install 'datasets>=3'"):
         load_calibration("c4", tokenizer)
 
 
@@ -541,7 +541,7 @@ def test_no_network(monkeypatch, tokenizer):
         raise ConnectionError("cannot reach the hub")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(CalibrationError, match=r"allenai/c4:en:train.*cannot reach the hub.*--calibration default"):
+    with pytest.raises(CalibrationError, match=r"allenai/c4:en:train.*cannot reach the hub.*`calibration` default"):
         load_calibration("c4", tokenizer)
 
 
@@ -552,10 +552,10 @@ def test_too_short_says_how_many_tokens_there_are_and_are_needed(tmp_path, token
     path = tmp_path / "short.txt"
     path.write_text("x" * 1000)
     with pytest.raises(
-        CalibrationError, match=r"short.txt.*holds 1,000 tokens.*16 samples of 128 need 2,048.*samples 7"
+        CalibrationError, match=r"short.txt.*holds 1,000 tokens.*16 samples of 128 need 2,048.*at most 7 `samples`"
     ):
         load_calibration(str(path), tokenizer, samples=16, seq_len=128)
-    with pytest.raises(CalibrationError, match=r"holds 1,000 tokens.*--seq-len of at most 1000"):
+    with pytest.raises(CalibrationError, match=r"holds 1,000 tokens.*`seq_len` of at most 1000"):
         load_calibration(str(path), tokenizer, samples=16, seq_len=1024)
     lines = write_lines(tmp_path / "short.jsonl", ["x" * 99] * 10)
     with pytest.raises(CalibrationError, match="holds 999 tokens"):
@@ -632,7 +632,9 @@ def test_a_file_that_is_not_parquet(tmp_path, tokenizer):
         load_calibration(str(path), tokenizer)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"samples": 0}, "samples is 0"), ({"seq_len": 1}, "seq_len is 1")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"samples": 0}, "`samples` is 0"), ({"seq_len": 1}, "`seq_len` is 1")]
+)
 def test_counts_out_of_range(tokenizer, options, message):
     with pytest.raises(OptionError, match=message):
         load_calibration(None, tokenizer, **options)

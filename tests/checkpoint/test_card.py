@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
+from hostile_text import UNSEEN, hostile_text
 from huggingface_hub import EvalResult, ModelCard, metadata_load
+from hypothesis import given, settings
+from markdown_it import MarkdownIt
 
 from prunus.checkpoint import (
     CalibrationFacts,
@@ -17,6 +21,7 @@ from prunus.checkpoint import (
     updated_card,
 )
 from prunus.errors import CheckpointError
+from prunus.escaping import printable
 from prunus.model.geometry import LayerWidths
 
 DENSE = LayerWidths(3, 100)
@@ -207,14 +212,13 @@ def test_methods_without_calibration():
     assert "## Evaluation" not in text
 
 
-@pytest.mark.parametrize(
-    "text", ['"', "'", ": #", "a|b", "`x`", "````", "---", "é 你好", "\\", "<b>", "{x}", "[a](b)", "a\nb"]
-)
+@settings(deadline=None, max_examples=60)
+@given(hostile_text)
 def test_any_string_leaves_the_card_whole(text):
     metadata = ModelCard(card(license={"license": text, "license_link": text})).data.to_dict()
-    assert metadata["license"] == text
-    assert metadata["license_link"] == text
-    plain = card(original=OriginalFacts("a", 2_000_000, False))
+    assert metadata["license"] == printable(text)
+    assert metadata["license_link"] == printable(text)
+    plain = card(original=OriginalFacts("a", 2_000_000, False), on_hub=False)
     facts = {
         "original": OriginalFacts(text, 2_000_000, False),
         "name": text,
@@ -228,15 +232,47 @@ def test_any_string_leaves_the_card_whole(text):
         "details": {text: text},
     }
     changed = card(**facts)
+    changed.encode("utf-8")
+    assert UNSEEN.search(changed) is None
     data = ModelCard(changed).data
     assert data.tags == ["prunus", "pruned"]
-    assert (data.model_name, data.eval_results[0].dataset_name) == (text, text)
-    assert ModelCard(updated_card(changed, text, facts["measured"], [text])).data.eval_results == data.eval_results
-    # The same tables with the same number of cells, and the same headings.
-    bars = [line.replace("\\|", "").count("|") for line in changed.splitlines() if line.startswith("| ")]
-    assert bars == [line.count("|") for line in plain.splitlines() if line.startswith("| ")]
-    headings = [line for line in changed.splitlines() if line.startswith("## ")]
-    assert headings == [line for line in plain.splitlines() if line.startswith("## ")]
+    # The name alone is one that the Hub's library shows; an empty one it leaves out.
+    assert (data.model_name or "", data.eval_results[0].dataset_name) == (printable(text), printable(text))
+    again = updated_card(changed, text, facts["measured"], [text if text.split() else "x"])
+    assert ModelCard(again).data.eval_results == data.eval_results
+    assert structure(again) == structure(updated_card(plain, "name", FACTS.measured, ["x"]))
+    assert structure(changed) == structure(plain)
+
+
+def structure(card: str) -> list[str]:
+    """Everything that a renderer makes of a card but text and inline code, in its order."""
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(ModelCard(card).text)
+    kinds = [each.type for token in tokens for each in (token, *(token.children or ()))]
+    return [kind for kind in kinds if kind not in ("text", "text_special", "code_inline", "inline")]
+
+
+@given(hostile_text, hostile_text)
+def test_only_what_can_be_a_model_of_the_hub_is_linked(one, other):
+    name = f"{one}/{other}"
+    text = card(base_model=name, original=OriginalFacts(name, 2_000_000, True))
+    links = [
+        child.attrs["href"]
+        for token in MarkdownIt("commonmark").enable("table").parse(ModelCard(text).text)
+        for child in token.children or ()
+        if child.type == "link_open"
+    ]
+    linked = "base_model" in ModelCard(text).data.to_dict()
+    assert linked == bool(links)
+    assert set(links) <= {f"https://huggingface.co/{name}"}
+    assert not linked or re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)
+
+
+def test_the_marks_of_an_evaluation_are_lines_of_their_own():
+    """A file name may hold the mark; the section is then still found where it is."""
+    text = card(command="prunus eval --text '<!-- evaluation by prunus -->'")
+    before, after = (each.split("## Widths")[0] for each in (text, updated_card(text, "name", MORE)))
+    assert "--text '<!-- evaluation by prunus -->'\n```" in after
+    assert after.count("## Evaluation") == before.count("## Evaluation") == 1
 
 
 def test_license_is_read_off_the_base_models_card(tmp_path):

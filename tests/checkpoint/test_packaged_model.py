@@ -125,7 +125,7 @@ def test_a_package_without_the_model(package):
 def test_no_reader(package, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
-    with pytest.raises(CheckpointError, match=r'needs gguf, not installed here. Run: pip install "gguf'):
+    with pytest.raises(CheckpointError, match=r"needs gguf, not installed here. Run: pip install .gguf>=0.10.$"):
         smollm2_135m(package.cache)
 
 

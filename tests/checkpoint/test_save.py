@@ -195,7 +195,7 @@ def test_extras_stay_in_their_folder(model, tokenizer, tmp_path, name):
 
 def test_output_must_be_empty(model, tokenizer, tmp_path):
     out = save(model, tokenizer, tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"not empty.*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"not empty.*`overwrite`"):
         check_output(out)
     with pytest.raises(CheckpointError, match="not empty"):
         save(model, tokenizer, out)

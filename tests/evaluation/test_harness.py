@@ -47,5 +47,5 @@ def test_unknown_tasks_and_folders(tmp_path):
 
 @pytest.mark.skipif(installed, reason="lm-evaluation-harness is installed")
 def test_without_the_harness():
-    with pytest.raises(OptionError, match=r"pip install 'prunus\[eval\]'"):
+    with pytest.raises(OptionError, match=r"pip install 'lm-eval\[hf\]>=0\.4\.9'"):
         check_harness(["piqa"])

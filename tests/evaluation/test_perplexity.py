@@ -170,10 +170,10 @@ def test_every_mode_is_put_back(model, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 1}, "seq_len is 1"),
-        ({"seq_len": 65}, r"seq_len is 65.*only 64 positions"),
-        ({"seq_len": 8, "batch_size": 0}, "batch_size is 0"),
-        ({"seq_len": 8, "max_windows": 0}, "max_windows is 0"),
+        ({"seq_len": 1}, "`seq_len` is 1"),
+        ({"seq_len": 65}, r"`seq_len` is 65.*only 64 positions"),
+        ({"seq_len": 8, "batch_size": 0}, "`batch_size` is 0"),
+        ({"seq_len": 8, "max_windows": 0}, "`max_windows` is 0"),
     ],
 )
 def test_options_out_of_range(model, tokenizer, options, message):

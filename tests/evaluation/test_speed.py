@@ -154,7 +154,7 @@ def test_spread():
     ("field", "value"), [("prompt_tokens", 0), ("new_tokens", 1), ("batch_size", 0), ("repeats", 0), ("warm_up", -1)]
 )
 def test_bad_options(field, value):
-    with pytest.raises(OptionError, match=f"{field} is {value}"):
+    with pytest.raises(OptionError, match=f"`{field}` is {value}"):
         SpeedOptions(**{field: value})
 
 

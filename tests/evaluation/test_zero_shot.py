@@ -177,7 +177,7 @@ def test_tasks_of_a_folder(tmp_path):
 def test_limit(model, tmp_path):
     task = load_task(write(tmp_path, "arc_easy"))
     assert zero_shot(model, LetterTokenizer(), task, limit=2).items == 2
-    with pytest.raises(OptionError, match="limit is 0"):
+    with pytest.raises(OptionError, match="`limit` is 0"):
         zero_shot(model, LetterTokenizer(), task, limit=0)
 
 

@@ -31,7 +31,7 @@ def test_equal_parts():
     assert [step.scored_on(10) for step in rounds] == [10, 5, 5, 5]
     assert [step.repaired_on(10) for step in rounds] == [2, 2, 2, 10]
     assert [(step.share, step.scored_on(1), step.repaired_on(1)) for step in schedule(0.3, 1)] == [(0.3, 1, 1)]
-    with pytest.raises(OptionError, match="rounds is 0"):
+    with pytest.raises(OptionError, match="`rounds` is 0"):
         schedule(0.3, 0)
 
 

@@ -234,9 +234,9 @@ def test_without_sequences_there_is_nothing_to_repair_on():
 
 
 def test_options_are_checked():
-    with pytest.raises(OptionError, match="damping is 0"):
+    with pytest.raises(OptionError, match="`damping` is 0"):
         RepairOptions(damping=0)
-    with pytest.raises(OptionError, match="residual is 2"):
+    with pytest.raises(OptionError, match="`residual` is 2"):
         RepairOptions(residual=2)
-    with pytest.raises(OptionError, match=r"noise is 1\.5"):
+    with pytest.raises(OptionError, match=r"`noise` is 1\.5"):
         RepairOptions(noise=1.5)

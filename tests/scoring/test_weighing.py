@@ -36,7 +36,7 @@ def test_the_option_is_such_a_factor(llama, table):
 
 def test_what_cannot_be(table):
     for weight in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(OptionError, match="attention weight is"):
+        with pytest.raises(OptionError, match="`attention_weight` is"):
             ScoringOptions(attention_weight=weight)
     with pytest.raises(OptionError, match="some are negative"):
         weigh_attention(table.assign(score=table["score"] - 1e9), 2.0)

@@ -104,7 +104,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "8 gigs", "-1GB", "0GB", "GB", "1e9x"])
 def test_what_is_no_size(text):
-    with pytest.raises(OptionError, match="max_memory is"):
+    with pytest.raises(OptionError, match="`max_memory` is"):
         parse_bytes(text)
 
 
@@ -116,9 +116,9 @@ def test_the_choice():
     assert choose_engine(needed, "auto", 7 * 10**9, 99 * 10**9) == "streamed"
     assert choose_engine(needed, "streamed", 10**9, None) == "streamed"
     assert choose_engine(needed, "resident", None, 1) == "resident", "without a limit, what is asked for is done"
-    with pytest.raises(OptionError, match=r"smallest --max-memory that would do is 1\.00GB"):
+    with pytest.raises(OptionError, match=r"smallest `max_memory` that would do is 1\.00GB"):
         choose_engine(needed, "auto", 10**9 - 1, None)
-    with pytest.raises(OptionError, match=r"resident engine needs about 8\.00GB.*--engine streamed needs 1\.00GB"):
+    with pytest.raises(OptionError, match=r"resident engine needs about 8\.00GB.*`engine` streamed needs 1\.00GB"):
         choose_engine(needed, "resident", 7 * 10**9, None)
 
 

@@ -268,7 +268,7 @@ def test_sequences_of_one_token(model, engine):
 
 
 def test_unknown_engine(model, batches):
-    with pytest.raises(OptionError, match="engine 'warp' is unknown; choose one of resident, streamed"):
+    with pytest.raises(OptionError, match="`engine` 'warp' is unknown; choose one of resident, streamed"):
         sweep(model, batches, [WeightGradients()], engine="warp")  # type: ignore[arg-type]
 
 

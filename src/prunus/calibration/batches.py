@@ -124,7 +124,7 @@ class Calibration:
         """
         if not 0 < held_out < len(self):
             raise OptionError(
-                f"cannot hold out {held_out} of {len(self)} calibration sequences: both parts need at least one"
+                f"`held_out` is {held_out}, of {len(self)} calibration sequences: both parts need at least one"
             )
         cut = len(self) - held_out
         return self._part(slice(None, cut), "fitted"), self._part(slice(cut, None), "held_out")

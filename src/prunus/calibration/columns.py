@@ -100,8 +100,8 @@ class ChatColumn:
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
             raise OptionError(
-                f"chat_column is {self.name!r}, and the model's tokenizer has no chat template to write conversations "
-                "with; give a text column instead"
+                f"`chat_column` is {self.name!r}, and the model's tokenizer has no chat template to write "
+                "conversations with; give a text column instead"
             )
 
     def needed(self, names: Sequence[str]) -> list[str]:

@@ -105,7 +105,9 @@ def load_calibration(
     how["begin"] = begin = begin_token_of(tokenizer) if begin_token else None
     if kind == "model":
         if model is None:
-            raise CalibrationError(f"the source {SELF_SOURCE!r} samples text from the model: pass it as `model`")
+            raise CalibrationError(
+                f"the source {SELF_SOURCE!r} samples text from the model: give it as the argument `model`"
+            )
         ids = sample_from_model(live_model(model), **sizes, seed=seed, begin=begin, progress=progress)
         return _calibration(Packed(ids, samples), "sampled from the model", kind, seed)
     path = Path(source).expanduser()

@@ -140,7 +140,7 @@ def pack_windows(
 def too_short(name: str, tokens: int, samples: int, seq_len: int) -> TextTooShortError:
     """The error for a source that holds fewer tokens than asked for."""
     fits = tokens // seq_len
-    advice = f"ask for at most --samples {fits}" if fits else f"ask for a --seq-len of at most {tokens}"
+    advice = f"ask for at most {fits} `samples`" if fits else f"ask for a `seq_len` of at most {tokens}"
     if tokens < 2:
         advice = "check that this is the right file"
     return TextTooShortError(

@@ -76,7 +76,7 @@ def open_model(
     if missing := [name for name in (*outside, *in_layers) if stored_as[name] not in weights]:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} tensors of its model, first {missing[0]!r}. If it loads in transformers, "
-            "its tensors have other names there: use --engine resident, or save it again with save_pretrained"
+            "its tensors have other names there: use `engine` resident, or save it again with save_pretrained"
         )
     warn_of_unused(folder, unused_tensors(model, weights))
 

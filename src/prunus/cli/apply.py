@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.cli.flags import Flag, ModelFlags, ModelName, Where
+from prunus.cli.flags import Flag, ModelName
+from prunus.cli.option_flags import ModelFlags, Where
 from prunus.cli.printing import print_json, print_rows, typed_command
 from prunus.files.outputs import check_inputs
 from prunus.pipeline.prune import apply_checkpoint

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from prunus.cli.flags import Flag, ModelName, SpeedFlags
+from prunus.cli.flags import Flag, ModelName
+from prunus.cli.option_flags import SpeedFlags
 from prunus.cli.printing import print_json, print_rows
 from prunus.evaluation.speed import SpeedOptions, SpeedReport, SpeedResult, Spread
 from prunus.evaluation.speed import bench as bench_models

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.markup import escape
-
 from prunus.cli.bench import speed_rows
-from prunus.cli.flags import EvalFlags, EvalSettings, Flag, ModelFlags, ModelName, Where
+from prunus.cli.flags import Flag, ModelName
+from prunus.cli.option_flags import EvalFlags, EvalSettings, ModelFlags, Where
 from prunus.cli.printing import print_json, print_rows, typed_command
 from prunus.evaluation.evaluate import Evaluation
 from prunus.evaluation.evaluate import evaluate as evaluate_model
@@ -77,5 +76,5 @@ def _rows(result: Evaluation) -> list[tuple[str, ...]]:
             label = f"lm_eval {harness.task} {metric}, {harness.items} items"
             rows.append((label, *(f"{figure:,.4f}" for figure in figures)))
     for number, sample in enumerate(result.model.samples):
-        rows.append(tuple(map(escape, (sample.prompt, *(one.samples[number].text for one in models)))))
+        rows.append((sample.prompt, *(one.samples[number].text for one in models)))
     return rows

@@ -29,7 +29,7 @@ def export(
 ) -> None:
     """Write a pruned model in a form that other programs load.
 
-    `gguf` is one file for llama.cpp, Ollama, LM Studio and others; needs `pip install 'prunus[gguf]'`. `dense` is a
+    `gguf` is one file for llama.cpp, Ollama, LM Studio and others; needs the package gguf. `dense` is a
     model folder of a stock class, its layers filled up with zeros to the width of the widest, for loaders that need
     equal layers.
 

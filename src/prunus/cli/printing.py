@@ -9,8 +9,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prunus.cli.terminal import quoted_command
+from prunus.escaping import terminal_text
 
 __all__ = ["print_json", "print_rows", "short", "typed_command"]
 
@@ -24,17 +26,23 @@ def typed_command() -> str:
 
 def print_json(values: Any) -> None:
     """Values as JSON on stdout."""
-    print(jsonlib.dumps(values, indent=1))
+    # JSON escapes all control characters but this one.
+    print(jsonlib.dumps(values, indent=1).replace("\x7f", "\\u007f"))
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout, numbers to the right."""
-    table = Table(title=title, title_justify="left", show_header=any(columns))
+    table = Table(title=_text(title), title_justify="left", show_header=any(columns))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(_text(column), justify="left" if number == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(_text(cell) for cell in row))
     out_console.print(table)
+
+
+def _text(value: str) -> Text:
+    # Of a string, rich would take "[red]" for markup; a cell with a tab it makes too narrow.
+    return Text(terminal_text(value).expandtabs(4))
 
 
 def short(value: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.cli.flags import Flag, ModelName, ProfileFlags, ProfileRuns
+from prunus.cli.flags import Flag, ModelName
+from prunus.cli.option_flags import ProfileFlags, ProfileRuns
 from prunus.cli.printing import print_json, print_rows, typed_command
 from prunus.evaluation.profiling import profile as profile_model
 from prunus.files.outputs import check_output_file, claimed, output_file

@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import exp
 from pathlib import Path
 
-from prunus.cli.flags import Flag, ModelName, RecoveryFlags, TextFlags
+from prunus.cli.flags import Flag, ModelName
+from prunus.cli.option_flags import RecoveryFlags, TextFlags
 from prunus.cli.printing import print_json, print_rows, short, typed_command
 from prunus.recovery import RecoveryOptions, recover_checkpoint
 
@@ -26,7 +27,7 @@ def recover(
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
-    """Train a pruned model a little, so that it wins back part of what it lost; needs `pip install 'prunus[recover]'`.
+    """Train a pruned model a little, so that it wins back part of what it lost; needs the packages peft and accelerate.
 
     By default it learns the dense model's next-token distribution (distillation), with adapters that are merged at the
     end. The result is a folder of the same kind, with the weights that had the lowest loss on held-out text. It runs on

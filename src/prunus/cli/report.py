@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prunus.cli.flags import Flag
 from prunus.cli.printing import print_json
+from prunus.cli.terminal import say
 from prunus.report import write_report
 
 __all__ = ["report"]
@@ -24,4 +25,4 @@ def report(folder: Path, /, *, out: Path | None = None, overwrite: Flag = False,
     if json:
         print_json({"report": str(path), "bytes": path.stat().st_size})
     else:
-        print(path)
+        say(path)

@@ -51,7 +51,7 @@ class EvalOptions:
             with it. GPTQ and the tools after it do not.
         tasks: zero-shot tasks: JSON-lines files named after arc_easy, piqa or winogrande, or folders of them.
         items: only the first so many items of each task, also of the harness' tasks.
-        harness: tasks by lm-evaluation-harness itself; needs `pip install 'prunus[eval]'`.
+        harness: tasks by lm-evaluation-harness itself; needs the package lm-eval.
         harness_path: folders of task files (YAML) for the harness, besides its own.
         samples: continue a few prompts greedily.
         prompt: prompts to continue instead.
@@ -295,6 +295,6 @@ def _check_memory_of_speed(models: Sequence[str], speed: SpeedOptions, options: 
     together = sum(needed) - once * (len(models) - 1)
     if together > limit:
         raise OptionError(
-            f"max_memory is {show_bytes(limit)}, and --speed holds {len(models)} models at once, which takes about "
+            f"`max_memory` is {show_bytes(limit)}, and --speed holds {len(models)} models at once, which takes about "
             f"{show_bytes(together)}: leave --speed out, or use `prunus bench` on a larger machine"
         )

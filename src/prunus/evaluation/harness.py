@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from prunus.errors import OptionError, PrunusError
+from prunus.installing import install_command
 from prunus.model.evaluation_mode import evaluation_mode
 
 __all__ = ["HarnessResult", "check_harness", "run_harness"]
@@ -59,7 +60,9 @@ def check_harness(tasks: Sequence[str], include: Sequence[Path] = ()) -> None:
         OptionError: lm-evaluation-harness is not installed, a folder is missing, or a task is unknown.
     """
     if find_spec("lm_eval") is None:
-        raise OptionError("tasks of lm-evaluation-harness need it: pip install 'prunus[eval]'")
+        raise OptionError(
+            f"tasks of lm-evaluation-harness need it, not installed here. Run: {install_command('lm-eval')}"
+        )
     for folder in include:
         if not folder.is_dir():
             raise OptionError(f"{folder} is no folder of task files")
@@ -67,7 +70,7 @@ def check_harness(tasks: Sequence[str], include: Sequence[Path] = ()) -> None:
     if unknown := [task for task in tasks if task not in known]:
         raise OptionError(
             f"lm-evaluation-harness knows no task {unknown[0]!r}; `lm_eval ls tasks` lists its own, and a folder of "
-            "further task files is named by --harness-path"
+            "further task files is named by `harness_path`"
         )
 
 

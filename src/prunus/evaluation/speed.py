@@ -239,7 +239,7 @@ def check_context(options: SpeedOptions, config: Any, name: str) -> None:
     needed, context = options.prompt_tokens + options.new_tokens, int(config.max_position_embeddings)
     if needed > context:
         raise OptionError(
-            f"prompt_tokens {options.prompt_tokens} and new_tokens {options.new_tokens} make {needed} tokens, more "
+            f"`prompt_tokens` {options.prompt_tokens} and `new_tokens` {options.new_tokens} make {needed} tokens, more "
             f"than the context of {name}, {context}; take fewer"
         )
 

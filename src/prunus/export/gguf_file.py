@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from prunus.checkpoint import load_model, locate, read_config
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
+from prunus.escaping import printable
 from prunus.export.fill import fill_tensors
 from prunus.export.gguf_rope import Rope, rope_of
 from prunus.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from prunus.export.llama_cpp import Architecture, candidates, choose_architecture, widths_to_write
 from prunus.files.outputs import check_disk, check_output_file, claimed, output_file
+from prunus.installing import install_command
 from prunus.model.families import family_of
 from prunus.model.geometry import Geometry, LayerWidths
 
@@ -144,15 +146,15 @@ def interleave(rows: Tensor, heads: int) -> Tensor:
 
 def _check_options(type: str, mlp_multiple: int) -> None:
     if type not in GGUF_TYPES:
-        raise OptionError(f"type {type!r} is unknown; choose one of {', '.join(GGUF_TYPES)}")
+        raise OptionError(f"`type` {type!r} is unknown; choose one of {', '.join(GGUF_TYPES)}")
     if mlp_multiple < 1:
-        raise OptionError(f"mlp_multiple is {mlp_multiple}; it must be at least 1")
+        raise OptionError(f"`mlp_multiple` is {mlp_multiple}; it must be at least 1")
 
 
 def _gguf_package() -> Any:
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(
-            "writing GGUF needs the package gguf, which is not installed. Run: pip install 'prunus[gguf]'"
+            f"writing GGUF needs the package gguf, which is not installed. Run: {install_command('gguf')}"
         )
     import gguf
 
@@ -204,7 +206,7 @@ def _add_metadata(
     channels = [layer.intermediate_size for layer in widths]
     one = not architecture.per_layer
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(printable(name))
     writer.add_file_type(
         {
             "f32": gguf.LlamaFileType.ALL_F32,
@@ -309,7 +311,7 @@ def _write_tensors(
         values = entry.tensor.to(device="cpu", dtype=torch.float32).contiguous().numpy()
         if kind.name == "F16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
             raise NonFiniteError(
-                f"{entry.name} holds {np.abs(values).max():g}, beyond the largest number of f16; use --type bf16"
+                f"{entry.name} holds {np.abs(values).max():g}, beyond the largest number of f16; use `type` bf16"
             )
         writer.write_tensor_data(gguf.quants.quantize(values, kind))
     return {"tensors": count, "parameters": parameters}

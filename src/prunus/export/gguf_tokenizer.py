@@ -192,7 +192,7 @@ def _pre(state: Mapping[str, Any]) -> str:
         raise UnsupportedModelError(
             f"the tokenizer splits text by {_short(pre_tokenizer)}, for which prunus knows no name of llama.cpp "
             f"(tokenizer.ggml.pre); known: {', '.join(PRE_TOKENIZERS.values())}. A wrong name would split text in "
-            "another way than in training. If llama.cpp has it, add it to prunus.export.gguf_tokenizer.PRE_TOKENIZERS"
+            "another way than in training. If llama.cpp has it, prunus can learn it: open an issue"
         )
     return name
 

@@ -130,7 +130,7 @@ def candidates(config: Any) -> tuple[str, ...]:
             stock = STOCK_CUTS[family.model_type]
             remedy = (
                 f". llama.cpp's own convert_hf_to_gguf.py takes the folder of a model cut with {stock.flags}, or a "
-                f"ragged one filled up by prunus export --to dense {stock.filled}: {stock.reason}"
+                f"ragged one filled up by `prunus export --to dense` {stock.filled}: {stock.reason}"
             )
         raise UnsupportedModelError(
             f"{family.title} ({family.model_type!r}) cannot be written as GGUF: it is not checked which of llama.cpp's "
@@ -160,7 +160,7 @@ def choose_architecture(config: Any, geometry: Geometry, biases: frozenset[str],
         reasons.append(f"{name}: {reason}")
     raise UnsupportedModelError(
         f"llama.cpp has no architecture for this model. {'; '.join(reasons)}. A model of equal layers has more to "
-        "choose from: prune with --shape uniform, or fill the layers up first (prunus export --to dense)"
+        "choose from: prune with `prunus prune --shape uniform`, or fill the layers up (``prunus export --to dense``)"
     )
 
 

@@ -267,15 +267,15 @@ def check_output(out: str | os.PathLike[str], overwrite: bool = False, *inputs: 
     entries = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
     if entries and not overwrite:
         raise CheckpointError(
-            f"output folder {out} is not empty (it holds {_some(entries)}); choose another, or pass --overwrite "
-            "(overwrite=True) to replace it"
+            f"output folder {out} is not empty (it holds {_some(entries)}); choose another, or replace "
+            "it with `overwrite`"
         )
     if entries:
         foreign = [name for name in entries if not any(fnmatch.fnmatch(name, known) for known in OUTPUT_FILES)]
         if foreign or not any(name in OUTPUT_MARKERS for name in entries):
             raise CheckpointError(
                 f"output folder {out} does not look like an earlier output: it holds {_some(foreign or entries)}. "
-                "--overwrite replaces nothing but model folders; remove it yourself, or choose another"
+                "`overwrite` replaces nothing but model folders; remove it yourself, or choose another"
             )
     _check_parent(target, f"output folder {out}")
 
@@ -310,17 +310,17 @@ def check_output_file(out: str | os.PathLike[str], what: str, mark: bytes, overw
     """
     path = Path(out).expanduser()
     if path.is_dir():
-        raise OptionError(f"{out} is a folder; --out is the file to write, e.g. {path / what}")
+        raise OptionError(f"{out} is a folder; `out` is the file to write, e.g. {path / what}")
     if not os.path.lexists(path):
         return
     if not overwrite:
-        raise OptionError(f"{out} exists; choose another --out or add --overwrite")
+        raise OptionError(f"{out} exists; choose another `out`, or replace it with `overwrite`")
     if not path.is_file():
         return  # a link that leads nowhere, which is replaced
     with path.open("rb") as file:
         start = file.read(MARKED_BYTES)
     if start and mark not in start:
-        raise OptionError(f"{out} is no earlier {what}, and --overwrite replaces nothing else; choose another --out")
+        raise OptionError(f"{out} is no earlier {what}, and `overwrite` replaces nothing else; choose another --out")
 
 
 def check_disk(out: str | os.PathLike[str], expected_bytes: int) -> None:

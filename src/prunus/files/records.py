@@ -100,7 +100,7 @@ class Records:
             ]
             raise StatisticsError(
                 f"{folder} holds what an unfinished run made from other inputs: {'; '.join(differing)}. Give the "
-                "inputs of that run to go on with it; else remove the folder, or name another with --work"
+                "inputs of that run to go on with it; else remove the folder, or name another with `work`"
             )
         for record in sorted(folder.glob("layer-*.safetensors")):
             try:

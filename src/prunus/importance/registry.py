@@ -54,10 +54,10 @@ class MethodOptions:
 
     def __post_init__(self) -> None:
         if self.hessian not in HESSIANS:
-            raise OptionError(f"Hessian estimate {self.hessian!r} is unknown; choose one of {', '.join(HESSIANS)}")
+            raise OptionError(f"`hessian` {self.hessian!r} is unknown; choose one of {', '.join(HESSIANS)}")
         if self.activation not in ACTIVATION_STATISTICS:
             raise OptionError(
-                f"activation statistic {self.activation!r} is unknown; choose one of {', '.join(ACTIVATION_STATISTICS)}"
+                f"`activation` {self.activation!r} is unknown; choose one of {', '.join(ACTIVATION_STATISTICS)}"
             )
         if self.random_seed is not None and type(self.random_seed) is not int:
             raise OptionError(f"random seed is {self.random_seed!r}; it must be a whole number")
@@ -150,7 +150,7 @@ def get_method(name: str) -> Method:
     known = [*METHODS, *COMPOSITES]
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    raise OptionError(f"method {name!r} is unknown.{hint} Choose one of {', '.join(known)}.")
+    raise OptionError(f"`method` {name!r} is unknown.{hint} Choose one of {', '.join(known)}.")
 
 
 def statistics_for(methods: Iterable[Method], options: MethodOptions) -> list[Statistic]:

@@ -26,16 +26,16 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise OptionError(f"device {device!r} is not known to torch; use auto, cpu, cuda, cuda:1 or mps") from error
+        raise OptionError(f"`device` {device!r} is not known to torch; use auto, cpu, cuda, cuda:1 or mps") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"device {device!r} was asked for, but torch sees no CUDA GPU here; use --device cpu or auto")
+        raise OptionError(f"`device` {device!r} was asked for, but torch sees no CUDA GPU; use `device` cpu or auto")
     if resolved.type == "cuda" and resolved.index is not None and resolved.index >= torch.cuda.device_count():
         raise OptionError(
-            f"device {device!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA GPUs, "
+            f"`device` {device!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA GPUs, "
             "counted from cuda:0"
         )
     if resolved.type == "mps" and not torch.backends.mps.is_available():
-        raise OptionError(f"device {device!r} was asked for, but torch cannot use MPS here; use --device cpu or auto")
+        raise OptionError(f"`device` {device!r} was asked for, but torch cannot use MPS here; use `device` cpu or auto")
     return resolved
 
 
@@ -52,4 +52,4 @@ def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | Literal["a
         return "auto"
     elif dtype in DTYPES:
         return DTYPES[dtype]
-    raise OptionError(f"dtype {dtype!r} cannot be used; choose one of auto, {', '.join(DTYPES)}")
+    raise OptionError(f"`dtype` {dtype!r} cannot be used; choose one of auto, {', '.join(DTYPES)}")

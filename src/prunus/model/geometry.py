@@ -271,7 +271,7 @@ class Geometry:
                 raise UnsupportedModelError(
                     f"layer {layer_idx} holds {path!r} ({type(module).__name__}), which the family "
                     f"{self.family.model_type!r} does not describe; cutting around it could break the model. "
-                    "Merge adapters first, or describe the module in src/prunus/model/families.py."
+                    "Merge adapters first, or describe the module, as docs/extending.md shows."
                 )
         for block in self.family.blocks:
             if self.widths[layer_idx][block.axis] == 0:

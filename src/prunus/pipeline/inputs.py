@@ -102,8 +102,8 @@ class ModelOptions:
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
         if self.engine not in ("auto", *ENGINES):
-            raise OptionError(f"engine {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
-        check_whole("batch size", self.batch_size)
+            raise OptionError(f"`engine` {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
+        check_whole("batch_size", self.batch_size)
 
     def named(self, model: str) -> str:
         """The model's name, with the revision if one is asked for.
@@ -317,7 +317,7 @@ def load_or_open(
         if asked == "auto" and progress and is_first():
             bound = f"limit {show_bytes(limit)}" if limit else f"free {show_bytes(free)}" if free else "no limit known"
             print(
-                f"engine {engine}: about {show_bytes(needed.of(engine))} of memory (resident "
+                f"`engine` {engine}: about {show_bytes(needed.of(engine))} of memory (resident "
                 f"{show_bytes(needed.resident)}, streamed {show_bytes(needed.streamed)}, {bound})",
                 file=sys.stderr,
             )

@@ -43,11 +43,11 @@ class WorkFolder:
         except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, no name
             raise OptionError(f"a work folder for {str(asked or out)!r} cannot be created: {error}") from error
         if is_file:
-            raise OptionError(f"work folder {self.path} is a file; remove it, or name a folder with --work")
+            raise OptionError(f"work folder {self.path} is a file; remove it, or name a folder with `work`")
         if foreign := [entry for entry in found if entry.is_symlink() or not any(map(entry.match, CONTENTS))]:
             raise OptionError(
                 f"work folder {self.path} holds {foreign[0].name}, which prunus did not put there; name a new folder "
-                "with --work"
+                "with `work`"
             )
 
     def used_by(self, engine: Engine) -> Path | None:

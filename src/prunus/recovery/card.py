@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from prunus.errors import CheckpointError
-from prunus.results.card import MeasuredFacts, updated_card
+from prunus.escaping import markdown_block, markdown_text
+from prunus.results.card import MeasuredFacts, text_of_card, updated_card
 
 __all__ = ["card_with_recovery"]
 
@@ -26,27 +27,32 @@ def card_with_recovery(folder: Path, name: str, facts: Mapping[str, Any], comman
         facts: what goes into prunus/recovery.json.
         command: what the user typed.
     """
-    old = folder.resolve().name
-    card = updated_card(card_without_figures(folder), name, [_measured(facts)])
-    card = re.sub(rf"^# {re.escape(old)}$", lambda _: f"# {name}", card, count=1, flags=re.MULTILINE)
-    card = card.replace(f"from_pretrained({json.dumps(old)}", f"from_pretrained({json.dumps(name)}")
+    folder_name = folder.resolve().name
+    text, name_in_card = card_without_figures(folder)
+    card = updated_card(text, name, [_measured(facts)])
+    # The folder may have been renamed since it was pruned. A title is as prunus writes it, or as somebody typed it.
+    for old in {folder_name, name_in_card or folder_name}:
+        titles = "|".join(map(re.escape, (markdown_text(old), old)))
+        card = re.sub(rf"^# (?:{titles})$", lambda _: f"# {markdown_text(name)}", card, count=1, flags=re.MULTILINE)
+        card = card.replace(f"from_pretrained({json.dumps(old)}", f"from_pretrained({json.dumps(name)}")
     return f"{card.rstrip()}\n\n{_section(facts, command)}\n"
 
 
-def card_without_figures(folder: Path) -> str:
-    """The card of a pruned model without what was measured on it; a new one where there is none.
+def card_without_figures(folder: Path) -> tuple[str, str | None]:
+    """The card of a pruned model without what was measured on it (a new one where there is none), and its model's name.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     path = folder / "README.md"
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.resolve().name}\n"
+        text = path.read_text(encoding="utf-8") if path.is_file() else f"# {markdown_text(folder.resolve().name)}\n"
         card = ModelCard(text)
     except Exception as error:  # any YAML that somebody wrote by hand, any bytes
         raise CheckpointError(f"the card of the pruned model, {path}, cannot be read: {error}") from error
+    name = card.data.model_name
     card.data.eval_results = card.data.model_name = card.data.metrics = None
-    return str(card)
+    return text_of_card(card), name if isinstance(name, str) else None
 
 
 def _measured(facts: Mapping[str, Any]) -> MeasuredFacts:
@@ -65,22 +71,17 @@ def _section(facts: Mapping[str, Any], command: str) -> str:
         "loss": shares,
         "teacher": facts["teacher"] or "none",
         "text": f"{text['source']}, {text['samples']} sequences of {text['seq_len']} tokens, seed {text['seed']}",
-        "tokens of the text, SHA-256": f"`{text['sha256']}`",
+        "tokens of the text, SHA-256": text["sha256"],
         "steps": f"{facts['best_step']} of {facts['steps']} (lowest held-out loss), {options['batch_size']} sequences",
         "peak learning rate": f"{options['learning_rate']:g}",
         "seconds": f"{facts['seconds']:.0f}",
         "prunus": facts["prunus"],
     }
-    table = "\n".join(["| | |", "|---|---|", *(f"| {row} | {_cell(value)} |" for row, value in rows.items())])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {row} | {markdown_text(value)} |" for row, value in rows.items())])
     dense = "" if loss["dense"] is None else f" (dense model: {math.exp(loss['dense']):.2f})"
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
     return (
         "## Recovery\n\nAfter pruning the model was trained. Perplexity on held-out sequences of the training text: "
         f"{math.exp(loss['before']):.2f} before, {math.exp(loss['after']):.2f} after{dense}.\n\n"
-        f"{table}\n\n{fence}sh\n{command}\n{fence}\n\n"
+        f"{table}\n\n{markdown_block(command, 'sh')}\n\n"
         "`prunus/recovery.json` has all options and losses."
     )
-
-
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", " ")

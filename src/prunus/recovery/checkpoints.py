@@ -50,20 +50,20 @@ class Checkpoints:
         there = self._inputs_path.is_file()
         if resume and not there:
             raise OptionError(
-                f"--resume, but {self.path} holds no checkpoints of an earlier run; leave --resume out, or name its "
-                "folder with --work"
+                f"`resume` goes on with an earlier run, and {self.path} holds no checkpoints of one; leave it out, or "
+                "name their folder with `work`"
             )
         if there and not resume and not overwrite:
             raise OptionError(
-                f"{self.path} holds the checkpoints of a run that did not finish: go on with --resume, or begin anew "
-                "with --overwrite"
+                f"{self.path} holds the checkpoints of a run that did not finish: go on with `resume`, or begin anew "
+                "with `overwrite`"
             )
         if self._found() and not there:
             raise OptionError(
-                f"{self.path} holds checkpoints that are not of a recovery run; name another folder with --work"
+                f"{self.path} holds checkpoints that are not of a recovery run; name another folder with `work`"
             )
         if self.path.exists() and not self.path.is_dir():
-            raise OptionError(f"{self.path} is a file; checkpoints need a folder of that name, or --work another one")
+            raise OptionError(f"{self.path} is a file; checkpoints need a folder of that name, or `work` another one")
 
     def begin(self, inputs: Mapping[str, Any], resume: bool) -> None:
         """Make the folder ready: empty, or without half-written checkpoints. For one process.
@@ -85,8 +85,8 @@ class Checkpoints:
         for name in [*inputs, *before]:
             if before.get(name) != inputs.get(name):
                 raise OptionError(
-                    f"{self.path} was begun with {name} {before.get(name)}, now it is {inputs.get(name)}: a run goes "
-                    "on with what it was begun with. Give the same options, or begin anew with --overwrite"
+                    f"{self.path} was begun with `{name}` {before.get(name)}, now it is {inputs.get(name)}: a run goes "
+                    "on with what it was begun with. Give the same options, or begin anew with `overwrite`"
                 )
         for path in self._found().values():
             if not self._is_whole(path):

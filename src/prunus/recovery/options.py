@@ -110,19 +110,19 @@ class RecoveryOptions:
         for name in ("max_minutes", "lora_alpha", "learning_rate", "temperature", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise OptionError(f"{name} is {value}; it must be a number above 0")
+                raise OptionError(f"`{name}` is {value}; it must be a number above 0")
         for name in ("kl_weight", "ce_weight", "hidden_weight", "weight_decay"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
-                raise OptionError(f"{name} is {value}; it must be a number of at least 0")
+                raise OptionError(f"`{name}` is {value}; it must be a number of at least 0")
         if not self.kl_weight + self.ce_weight + self.hidden_weight:
-            raise OptionError("kl_weight, ce_weight and hidden_weight are all 0: there is nothing to learn from")
+            raise OptionError("`kl_weight`, `ce_weight` and `hidden_weight` are all 0: there is nothing to learn from")
         if not 0 <= self.warmup < 1:
-            raise OptionError(f"warmup is {self.warmup}; it is a share of the run, from 0 to below 1")
+            raise OptionError(f"`warmup` is {self.warmup}; it is a share of the run, from 0 to below 1")
         if self.train == "full" and self.lora_alpha is not None:
-            raise OptionError("lora_alpha goes with train lora, and train is full")
+            raise OptionError("`lora_alpha` goes with `train` lora, and `train` is full; leave it out")
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
-            raise OptionError(f"micro_batch is {self.micro_batch}; it must divide batch_size, {self.batch_size}")
+            raise OptionError(f"`micro_batch` is {self.micro_batch}; it must divide `batch_size`, {self.batch_size}")
 
     @property
     def needs_teacher(self) -> bool:

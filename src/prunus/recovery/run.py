@@ -31,6 +31,7 @@ from prunus.errors import OptionError
 from prunus.evaluation.perplexity import PerplexityResult, perplexity_of_windows
 from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import check_disk, check_output, claimed
+from prunus.installing import install_command
 from prunus.machine.processes import agreed, is_first, joined, number_of_processes, wait_for_all
 from prunus.model.digest import digest_model
 from prunus.model.tokens import check_seq_len, check_token_ids
@@ -117,7 +118,7 @@ def recover_checkpoint(
             except KeyboardInterrupt:
                 if is_first() and (last := checkpoints.last()) is not None:
                     logger.warning(
-                        "interrupted; %s is saved in %s, and the same command with --resume goes on from there",
+                        "interrupted; %s is saved in %s, and the same command with `resume` goes on from there",
                         last.name,
                         last.parent,
                     )
@@ -196,7 +197,7 @@ class _Run:
         for part in (train_on, held_out):
             check_token_ids(config, part.input_ids)
         if len(train_on) == MOST_SAMPLES and text.samples is None and is_first():
-            logger.warning("training goes through %d sequences of the text; more with --samples", MOST_SAMPLES)
+            logger.warning("training goes through %d sequences of the text; more with `samples`", MOST_SAMPLES)
         steps = options.max_steps
         if steps is None and options.max_minutes is None:
             steps = len(train_on) // options.batch_size
@@ -295,7 +296,7 @@ class _Run:
         if not best_step and is_first():
             logger.warning(
                 "no checkpoint has a lower held-out loss than the model had before (%.4f, best afterwards %.4f): the "
-                "result is the model as it was. Try a lower --learning-rate, more steps, or more text",
+                "result is the model as it was. Try a lower `learning_rate`, more steps, or more text",
                 before,
                 best_loss,
             )
@@ -383,7 +384,7 @@ def _require_packages() -> None:
     missing = [name for name in ("accelerate", "peft") if importlib.util.find_spec(name) is None]
     if missing:
         raise OptionError(
-            f"recovery needs {' and '.join(missing)}, not installed here. Run: pip install 'prunus[recover]'"
+            f"recovery needs {' and '.join(missing)}, not installed here. Run: {install_command(*missing)}"
         )
 
 
@@ -391,8 +392,8 @@ def _place(device: str) -> torch.device:
     place = resolve_device(device)
     if place.index is not None:
         raise OptionError(
-            f"device {device!r}: recovery takes a kind of device. Choose one by CUDA_VISIBLE_DEVICES={place.index} and "
-            "--device cuda"
+            f"`device` {device!r}: recovery takes a kind of device. Choose one by CUDA_VISIBLE_DEVICES={place.index} "
+            "and `device` cuda"
         )
     # Of several processes each has been given its own.
     return torch.device("cuda", torch.cuda.current_device()) if place.type == "cuda" else place
@@ -402,11 +403,11 @@ def _micro_batch(options: RecoveryOptions, device: torch.device) -> int:
     processes = number_of_processes()
     own, left = divmod(options.batch_size, processes)
     if left:
-        raise OptionError(f"batch_size is {options.batch_size}; it must be a multiple of the {processes} processes")
+        raise OptionError(f"`batch_size` is {options.batch_size}; it must be a multiple of the {processes} processes")
     if options.micro_batch is not None:
         if own % options.micro_batch:
             raise OptionError(
-                f"micro_batch is {options.micro_batch}; it must divide the {own} sequences per step of each process"
+                f"`micro_batch` is {options.micro_batch}; it must divide the {own} sequences per step of each process"
             )
         return options.micro_batch
     most = MICRO_BATCHES.get(device.type, MICRO_BATCHES_ELSEWHERE)

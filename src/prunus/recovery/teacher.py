@@ -35,7 +35,7 @@ def find_teacher(pruned: Path) -> str:
         CheckpointError: none is named, or it is not here.
     """
     record = pruned / "prunus" / "metrics.json"
-    advice = "name the dense model with --teacher, or train without one: --kl-weight 0 --ce-weight 1"
+    advice = "name the dense model with `teacher`, or train without one: `kl_weight` 0, `ce_weight` 1"
     try:
         name = str(json.loads(record.read_text(encoding="utf-8"))["base_model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -96,15 +96,15 @@ def layers_behind(pruned: Path, config: Any, teacher_config: Any, teacher: str) 
         if layers == dense_layers and config.hidden_size == teacher_config.hidden_size:
             return tuple(range(layers))
         raise OptionError(
-            f"hidden_weight needs to know which layers of the teacher belong to which of {pruned}, and its plan cannot "
-            f"be read ({error}); leave hidden_weight out"
+            f"`hidden_weight` needs to know which layers of the teacher belong to which of {pruned}, and its plan "
+            f"cannot be read ({error}); leave `hidden_weight` out"
         ) from error
     survivors = plan.surviving_layers
     if len(plan.layers) != dense_layers or len(survivors) != layers or config.hidden_size != teacher_config.hidden_size:
         raise OptionError(
-            f"hidden_weight compares hidden states, and {teacher} (hidden size {teacher_config.hidden_size}, "
+            f"`hidden_weight` compares hidden states, and {teacher} (hidden size {teacher_config.hidden_size}, "
             f"{dense_layers} layers) is not what {pruned} was cut from (hidden size {config.hidden_size}, "
-            f"{len(plan.layers)} layers of which {len(survivors)} are left); name that model with --teacher, or leave "
+            f"{len(plan.layers)} layers of which {len(survivors)} are left); name that model with `teacher`, or leave "
             "hidden_weight out"
         )
     return survivors

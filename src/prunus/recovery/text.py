@@ -48,6 +48,6 @@ def load_sequences(
         raise CalibrationError(
             f"the text {options.text} holds {len(drawn)} sequences of {options.seq_len} tokens, and {options.held_out} "
             f"held out with one step of {batch_size} need {options.held_out + batch_size}. Give more text, or smaller "
-            "--seq-len, --held-out or --batch-size"
+            "`seq_len`, `held_out` or `batch_size`"
         )
     return drawn.split(options.held_out)

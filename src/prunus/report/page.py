@@ -2,11 +2,12 @@
 
 Jinja escapes every string, and its `tojson` what goes into a script; model names and generated text are never markup.
 The page's own security policy forbids it to load anything. Charts are drawn by Vega, whose bundle for browsers comes
-with the package vl-convert-python (extra `prunus[report]`); without it, charts are tables.
+with the package vl-convert-python; without it, charts are tables.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shlex
@@ -20,7 +21,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from prunus.escaping import printable, printable_values
 from prunus.files.outputs import check_output_file, claimed, output_file, whole_file
+from prunus.installing import install_command
 from prunus.report.contents import Contents, contents_of
 from prunus.version import __version__
 
@@ -33,8 +36,6 @@ FILE_NAME = "report.html"
 MARK = b'<meta name="generator" content="prunus'
 #: by its types, but not in fact, the function needs an argument
 BUNDLE = "import sys, vl_convert; sys.stdout.buffer.write(vl_convert.javascript_bundle().encode())"
-#: what HTML forbids in text: control characters, halves of characters, code points that are none
-FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 def write_report(folder: str | Path, out: str | Path | None = None, *, overwrite: bool = True) -> Path:
@@ -88,6 +89,7 @@ def page(contents: Contents) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_function"] = _printable_json
     drawn = any(section.charts for section in contents.sections)
     library = drawing_library() if drawn else None
     own = Path(__file__).parent
@@ -102,7 +104,11 @@ def page(contents: Contents) -> str:
 
 def _printable(value: Any) -> Any:
     """Any string as one that may stand in a page: a model can write every character."""
-    return FORBIDDEN.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _printable_json(values: Any, **options: Any) -> str:
+    return json.dumps(printable_values(values), **options)
 
 
 @cache
@@ -113,7 +119,9 @@ def drawing_library() -> str | None:
     one of its own.
     """
     if find_spec("vl_convert") is None:
-        logger.warning("the report shows tables in the place of charts; for charts: pip install 'prunus[report]'")
+        logger.warning(
+            "the report shows tables in the place of charts; for charts: %s", install_command("vl-convert-python")
+        )
         return None
     made = subprocess.run([sys.executable, "-c", BUNDLE], capture_output=True, check=False)
     bundle = made.stdout.decode("utf-8", "replace")

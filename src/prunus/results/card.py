@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
 from prunus.errors import CheckpointError
+from prunus.escaping import markdown_block, markdown_code, markdown_text, printable_values, yaml_block
 from prunus.model.geometry import LayerWidths
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "OriginalFacts",
     "license_of",
     "model_card",
+    "text_of_card",
     "updated_card",
 ]
 
@@ -33,6 +35,9 @@ LICENSE_FIELDS = ("license", "license_name", "license_link")
 FORMATS = {"perplexity": "{:.2f}", "accuracy": "{:.1%}"}
 #: what stands between these is written anew by every evaluation
 EVALUATION_START, EVALUATION_END = "<!-- evaluation by prunus -->", "<!-- end of evaluation by prunus -->"
+_EVALUATION = re.compile(f"^{EVALUATION_START}$.*?^{EVALUATION_END}$", re.MULTILINE | re.DOTALL)
+#: what can be a model of the Hub; anything else is shown without a link
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def model_card(facts: CardFacts) -> str:
     """README.md of a pruned model: YAML front matter for the Hub, then what was done and how to load it."""
     sections = [
         _front_matter(facts),
-        f"# {_text(facts.name)}",
+        f"# {markdown_text(facts.name)}",
         _summary(facts),
         "## How to load",
         _loading(facts),
@@ -201,13 +206,17 @@ def updated_card(text: str, name: str, measured: Sequence[MeasuredFacts], notes:
         card.data.model_name = card.data.model_name or name
         card.data.metrics = sorted({*(card.data.metrics or ()), *(result.metric_type for result in new)})
     section = _evaluation(measured, notes)
-    body, start, rest = card.text.partition(EVALUATION_START)
-    _, end, after = rest.partition(EVALUATION_END)
-    if start and end:
-        card.text = f"{body}{section}{after}"
+    earlier = _EVALUATION.search(card.text)
+    if earlier:
+        card.text = f"{card.text[: earlier.start()]}{section}{card.text[earlier.end() :]}"
     else:
         card.text = f"{card.text.rstrip()}\n\n{section}\n"
-    return str(card)
+    return text_of_card(card)
+
+
+def text_of_card(card: ModelCard) -> str:
+    """A card with its front matter, as README.md holds it."""
+    return f"---\n{yaml_block(card.data.to_dict())}---\n{card.text}"
 
 
 def _results(measured: Sequence[MeasuredFacts]) -> list[EvalResult]:
@@ -232,13 +241,17 @@ def _results(measured: Sequence[MeasuredFacts]) -> list[EvalResult]:
 
 
 def _is_same_figure(old: EvalResult, new: EvalResult) -> bool:
-    return (old.dataset_type, old.metric_type, old.metric_name) == (new.dataset_type, new.metric_type, new.metric_name)
+    figures = ((each.dataset_type, each.metric_type, each.metric_name) for each in (old, new))
+    first, second = (printable_values(figure) for figure in figures)  # as a card holds them
+    return first == second
 
 
 def _front_matter(facts: CardFacts) -> str:
     base, on_hub = (facts.original.model, facts.original.on_hub) if facts.original else (facts.base_model, facts.on_hub)
     # The Hub knows repositories; at which revision stands in the text.
-    fields: dict[str, Any] = {"base_model": base.partition("@")[0]} if on_hub else {}
+    repository = base.partition("@")[0]
+    on_hub = on_hub and _HUB_ID.fullmatch(repository) is not None
+    fields: dict[str, Any] = {"base_model": repository} if on_hub else {}
     if on_hub and facts.repaired:
         # The Hub knows adapter, merge, quantized and finetune. Weights that were only cut are none of them.
         fields["base_model_relation"] = "finetune"
@@ -252,14 +265,15 @@ def _front_matter(facts: CardFacts) -> str:
         **{name: facts.license[name] for name in LICENSE_FIELDS if name in facts.license},
         **fields,
     )
-    return f"---\n{data.to_yaml()}\n---"
+    return f"---\n{yaml_block(data.to_dict())}---"
 
 
 def _link(model: str, on_hub: bool) -> str:
-    if on_hub:
-        repository, _, revision = model.partition("@")
-        return f"[{_text(model)}](https://huggingface.co/{repository}{'/tree/' if revision else ''}{revision})"
-    return _text(PurePath(model).name or model)
+    repository, _, revision = model.partition("@")
+    if on_hub and _HUB_ID.fullmatch(repository) and re.fullmatch(r"[\w./-]*", revision):
+        place = f"{repository}{'/tree/' if revision else ''}{revision}"
+        return f"[{markdown_text(model)}](https://huggingface.co/{place})"
+    return markdown_text(PurePath(model).name or model)
 
 
 def _base(facts: CardFacts) -> str:
@@ -294,14 +308,15 @@ def _loading(facts: CardFacts) -> str:
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
     if not facts.ragged:
         return (
-            f"All layers have equal widths, so it is an ordinary `{facts.model_type}` model and loads anywhere:\n\n"
-            f"{_block(imports + model + tokenizer, 'python')}"
+            f"All layers have equal widths, so it is an ordinary {markdown_code(facts.model_type)} model and loads "
+            f"anywhere:\n\n"
+            f"{markdown_block(imports + model + tokenizer, 'python')}"
         )
     return (
         "Its layers differ in width, which the stock classes of transformers cannot express. With the package prunus "
-        f"installed:\n\n{_block(with_prunus + model + tokenizer, 'python')}\n\n"
+        f"installed:\n\n{markdown_block(with_prunus + model + tokenizer, 'python')}\n\n"
         "Without it, the two files `configuration_prunus.py` and `modeling_prunus.py` beside the weights define the "
-        f"model:\n\n{_block(imports + remote + tokenizer, 'python')}"
+        f"model:\n\n{markdown_block(imports + remote + tokenizer, 'python')}"
     )
 
 
@@ -309,17 +324,17 @@ def _making(facts: CardFacts) -> str:
     rows = {"base model": _base(facts)}
     if facts.original:
         rows["original model"] = _link(facts.original.model, facts.original.on_hub)
-    rows |= {"method": _code(facts.method), "ratio": f"{facts.ratio:g} of all {facts.quantity}"}
+    rows |= {"method": markdown_code(facts.method), "ratio": f"{facts.ratio:g} of all {markdown_text(facts.quantity)}"}
     if calibration := facts.calibration:
-        rows["calibration text"] = _text(calibration.source)
+        rows["calibration text"] = markdown_text(calibration.source)
         rows["calibration size"] = (
             f"{calibration.samples} sequences of {calibration.seq_len} tokens, seed {calibration.seed}"
         )
-        rows["calibration tokens, SHA-256"] = _code(calibration.sha256)
+        rows["calibration tokens, SHA-256"] = markdown_code(calibration.sha256)
     else:
         rows["calibration text"] = "none: the method needs no text"
-    rows |= {_text(name): _text(value) for name, value in facts.details.items()}
-    rows["prunus"] = _text(facts.version)
+    rows |= {markdown_text(name): markdown_text(value) for name, value in facts.details.items()}
+    rows["prunus"] = markdown_text(facts.version)
     composed = (
         f" `prunus/plan_from_original.json` holds all steps as one plan, for {_link(facts.original.model, False)}."
         if facts.original
@@ -327,7 +342,7 @@ def _making(facts: CardFacts) -> str:
     )
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
     return (
-        f"{table}\n\nThe command was\n\n{_block(facts.command, 'sh')}\n\n"
+        f"{table}\n\nThe command was\n\n{markdown_block(facts.command, 'sh')}\n\n"
         "and the folder `prunus/` holds the plan and the scores: `prunus apply BASE prunus/plan.json --out DIR` cuts "
         "the base model again without measuring anything; the repair of the remaining weights is not part of a "
         f"plan.{composed}"
@@ -338,9 +353,11 @@ def _evaluation(measured: Sequence[MeasuredFacts], notes: Sequence[str]) -> str:
     rows = ["| data | metric | base | this model | protocol |", "|---|---|---:|---:|---|"]
     for facts in measured:
         figures = (facts.show(facts.before), facts.show(facts.after))
-        cells = (_text(facts.dataset), _text(facts.metric_name), *figures, _text(facts.protocol))
-        rows.append(f"| {' | '.join(cells)} |")
-    parts = [EVALUATION_START, "## Evaluation", *(["\n".join(rows)] if measured else []), *map(_text, notes)]
+        rows.append(
+            f"| {markdown_text(facts.dataset)} | {markdown_text(facts.metric_name)} | {' | '.join(figures)} | "
+            f"{markdown_text(facts.protocol)} |"
+        )
+    parts = [EVALUATION_START, "## Evaluation", *(["\n".join(rows)] if measured else []), *map(markdown_text, notes)]
     return "\n\n".join([*parts, EVALUATION_END])
 
 
@@ -365,27 +382,3 @@ def _is_left(widths: LayerWidths) -> bool:
 
 def _of(after: int, before: int) -> str:
     return f"{after}" if after == before else f"{after} of {before}"
-
-
-def _text(value: str) -> str:
-    """Any string as text of a paragraph or a table cell."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&$!])", r"\\\1", " ".join(value.split()))
-
-
-def _code(value: str) -> str:
-    """Any string as inline code of a table cell."""
-    value = " ".join(value.split()).replace("|", "\\|")
-    fence = _fence(value, "`")
-    padding = " " if "`" in value else ""
-    return f"{fence}{padding}{value}{padding}{fence}"
-
-
-def _block(value: str, language: str) -> str:
-    fence = _fence(value, "```")
-    return f"{fence}{language}\n{value}\n{fence}"
-
-
-def _fence(value: str, shortest: str) -> str:
-    """A run of backticks longer than any in `value`."""
-    longest = max(map(len, re.findall("`+", value)), default=0)
-    return "`" * max(len(shortest), longest + 1)

@@ -111,7 +111,7 @@ def save_result(
         extras["groups.csv"] = scored.table.to_csv(index=False)
         extras["score.json"] = scored.to_json()
     if samples:
-        extras["samples.json"] = json.dumps(samples, indent=1, ensure_ascii=False) + "\n"
+        extras["samples.json"] = json.dumps(samples, indent=1) + "\n"
     card = model_card(_card_facts(smaller, Path(out).name, plan, origin, metrics, source))
     save_checkpoint(smaller, tokenizer, out, card=card, extras=extras, overwrite=overwrite)
     return metrics
@@ -220,7 +220,7 @@ def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any], command: s
         merged["commands"] = list(dict.fromkeys([*result.evaluation.get("commands", []), command]))
         text = _updated(result, merged)
         with whole_file(result.folder / FOLDER / "evaluation.json") as partial:
-            partial.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
         with whole_file(result.folder / CARD) as partial:
             partial.write_text(text, encoding="utf-8")
 

@@ -53,7 +53,7 @@ class AdaptiveOptions:
 
     def __post_init__(self) -> None:
         if not self.candidates or len(set(self.candidates)) < len(self.candidates):
-            raise OptionError(f"candidates are {', '.join(self.candidates) or 'none'}; name each method once")
+            raise OptionError(f"`candidates` are {', '.join(self.candidates) or 'none'}; name each method once")
 
 
 def check_enough(sequences: int, where: str = "") -> None:

@@ -29,7 +29,7 @@ def check_weights(weights: Weights) -> None:
         get_method(name)
     if not names or len(set(names)) < len(names):
         raise OptionError(
-            f"hybrid names the methods {', '.join(names) or 'none'}; name each once, e.g. taylor=0.5,wanda=0.5"
+            f"`hybrid` names the methods {', '.join(names) or 'none'}; name each once, e.g. taylor=0.5,wanda=0.5"
         )
     for name, weight in weights:
         check_positive(f"the weight of {name} in hybrid", weight)

@@ -82,8 +82,8 @@ class ScoringOptions(MethodOptions):
         for name in self.adaptive.candidates:
             get_method(name)
         if self.normalize not in NORMALIZATIONS:
-            raise OptionError(f"normalization {self.normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
-        check_positive("attention weight", self.attention_weight)
+            raise OptionError(f"`normalize` {self.normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
+        check_positive("attention_weight", self.attention_weight)
         check_noise("noise", self.noise)
 
     @property
@@ -202,7 +202,7 @@ class Score:
         try:
             about = json.loads(about_path.read_text(encoding="utf-8"))
             geometry = Geometry.from_dict(about.pop("geometry"))
-            check_positive("attention weight", about.get("scoring", {}).get("attention_weight", 1.0))
+            check_positive("attention_weight", about.get("scoring", {}).get("attention_weight", 1.0))
             check_whole("rounds", about.get("rounds", 1))
         except (PlanError, OptionError) as error:
             raise PlanError(f"{about_path}: {error}") from error
@@ -332,7 +332,7 @@ def _warn_of_scales(options: ScoringOptions) -> None:
     if options.method not in COMPOSITES and options.normalize == "none" and not get_method(options.method).comparable:
         logger.warning(
             "raw %s scores of different layers are not on one scale, and a global ranking of them cuts whole layers "
-            "blindly; --normalize layer_sum makes them comparable",
+            "blindly; `normalize` layer_sum makes them comparable",
             options.method,
         )
 

@@ -25,7 +25,7 @@ def weigh_attention(table: pd.DataFrame, factor: float) -> pd.DataFrame:
         OptionError: the factor is not positive and finite; or a score is negative, so that a factor would reverse the
             order.
     """
-    check_positive("attention weight", factor)
+    check_positive("attention_weight", factor)
     if factor == 1:
         return table
     if (table["score"] < 0).any():

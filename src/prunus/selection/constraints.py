@@ -45,14 +45,14 @@ class Constraints:
 
     def __post_init__(self) -> None:
         if not self.axes or set(self.axes) - set(AXES):
-            raise OptionError(f"axes {','.join(self.axes)!r}: choose from {', '.join(AXES)}")
+            raise OptionError(f"`axes` is {','.join(self.axes)!r}: choose from {', '.join(AXES)}")
         for name in ("layer_start", "min_keep_attention", "min_keep_mlp"):
             check_whole(name, getattr(self, name), smallest=0)
         if self.layer_end is not None:
             check_whole("layer_end", self.layer_end, smallest=0)
         check_whole("align", self.align)
         if self.shape not in SHAPES:
-            raise OptionError(f"shape {self.shape!r} is unknown; choose one of {', '.join(SHAPES)}")
+            raise OptionError(f"`shape` {self.shape!r} is unknown; choose one of {', '.join(SHAPES)}")
 
     def min_keep(self, axis: Axis) -> int:
         """Groups of an axis that every layer keeps at least."""
@@ -73,6 +73,6 @@ class Constraints:
         end = num_layers if self.layer_end is None else self.layer_end
         if not 0 <= self.layer_start < end <= num_layers:
             raise OptionError(
-                f"layers {self.layer_start}..{end} are not a range within the model's {num_layers} layers"
+                f"`layer_start` {self.layer_start} and `layer_end` {end} are no range of the {num_layers} layers"
             )
         return range(self.layer_start, end)

@@ -120,7 +120,7 @@ def check_ratio(ratio: float, quantity: str = "parameters") -> None:
         OptionError: it is not in [0, 1).
     """
     if not is_number(ratio) or not 0 <= ratio < 1:
-        raise OptionError(f"ratio is {ratio}; it is a share of all {quantity} and must lie in [0, 1)")
+        raise OptionError(f"`ratio` is {ratio}; it is a share of all {quantity} and must lie in [0, 1)")
 
 
 def check_reachable(
@@ -151,7 +151,7 @@ def _check_enough(geometry: Geometry, ratio: float, constraints: Constraints, co
         raise BudgetError(f"the model takes no {costs.quantity}, of which nothing can be saved; choose another target")
     if ratio * total > most:
         raise BudgetError(
-            f"ratio {ratio:g} means removing {ratio * total:,.0f} of {total:,.0f} {costs.quantity}, but only "
+            f"`ratio` {ratio:g} means removing {ratio * total:,.0f} of {total:,.0f} {costs.quantity}, but only "
             f"{most:,.0f} can go under these constraints: the largest reachable ratio is "
             f"{math.floor(most / total * 1e4) / 1e4:g}. Lower the ratio, or relax layer range, min-keep, "
             "axes or shape."

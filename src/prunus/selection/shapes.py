@@ -105,7 +105,7 @@ def _equal_widths(geometry: Geometry, constraints: Constraints) -> dict[Axis, li
     layers = len(geometry.widths)
     if constraints.layers(layers) != range(layers):
         raise OptionError(
-            "shape uniform cuts every layer alike, which a layer range excludes; leave out "
+            "`shape` uniform cuts every layer alike, which a layer range excludes; leave out "
             "layer-start and layer-end, or choose another shape"
         )
     allowed: dict[Axis, list[int]] = {}
@@ -115,7 +115,7 @@ def _equal_widths(geometry: Geometry, constraints: Constraints) -> dict[Axis, li
             block, narrowest = geometry.family.block(axis), min(widths)
             if block.indivisible and narrowest < max(widths):
                 raise OptionError(
-                    f"shape uniform: the layers have {narrowest} to {max(widths)} {axis} groups, which in "
+                    f"`shape` uniform: the layers have {narrowest} to {max(widths)} {axis} groups, which in "
                     f"{geometry.family.title} stay or go together; choose another shape"
                 )
             bundle = constraints.bundle(block, narrowest)
@@ -124,14 +124,14 @@ def _equal_widths(geometry: Geometry, constraints: Constraints) -> dict[Axis, li
             allowed[axis] = [n for n in dict.fromkeys([*whole, *below]) if n]
             if not allowed[axis]:
                 raise OptionError(
-                    f"shape uniform: the narrowest layer has {narrowest} {axis} groups, of which no number from "
+                    f"`shape` uniform: the narrowest layer has {narrowest} {axis} groups, of which no number from "
                     f"{max(1, constraints.min_keep(axis))} on is a multiple of {bundle}; choose another shape"
                 )
         elif min(widths) == max(widths):
             allowed[axis] = [widths[0]]
         else:
             raise OptionError(
-                f"shape uniform: the layers have {min(widths)} to {max(widths)} {axis} groups, and axes leaves out "
+                f"`shape` uniform: the layers have {min(widths)} to {max(widths)} {axis} groups, and axes leaves out "
                 f"{axis}; add it, or choose another shape"
             )
     return allowed

@@ -149,7 +149,7 @@ def normalize(groups: pd.DataFrame, normalization: Normalization) -> pd.Series:
         OptionError: unknown normalisation.
     """
     if normalization not in NORMALIZATIONS:
-        raise OptionError(f"normalization {normalization!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
+        raise OptionError(f"`normalize` {normalization!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
     importance, cost = groups["importance"].astype(float), groups["cost"]
     if normalization == "none":
         return importance

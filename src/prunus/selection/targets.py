@@ -49,12 +49,12 @@ class TargetOptions:
         if self.name not in TARGETS:
             raise OptionError(f"target {self.name!r} is unknown; choose one of {', '.join(TARGETS)}")
         if self.phase not in PHASES:
-            raise OptionError(f"phase {self.phase!r} is unknown; choose one of {', '.join(PHASES)}")
+            raise OptionError(f"`phase` {self.phase!r} is unknown; choose one of {', '.join(PHASES)}")
         check_whole("context", self.context, largest=MOST_TOKENS)
         if self.name == "latency" and self.profile is None:
             raise OptionError(
-                "target latency needs measured times: make them with `prunus profile MODEL --out profile.json`, and "
-                "give --profile profile.json"
+                "`target` latency needs measured times: make them with `prunus profile MODEL --out profile.json`, and "
+                "give profile.json as `profile`"
             )
         if self.name != "latency" and self.profile is not None:
             raise OptionError(f"a profile of measured times goes with target latency, not with target {self.name}")

@@ -1,4 +1,4 @@
-"""Entry point of the vLLM plugin: `pip install prunus` beside vLLM is all that serving a pruned model needs.
+"""Entry point of the vLLM plugin: installed beside vLLM, prunus serves its models with it.
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). Nothing of vLLM is imported
 before that, and the models themselves only when one is served.

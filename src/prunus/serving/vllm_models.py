@@ -101,7 +101,7 @@ class RaggedLlamaForCausalLM(LlamaForCausalLM):
         if processes != 1:
             raise UnsupportedModelError(
                 f"tensor_parallel_size is {processes}; the heads of a model whose layers differ in width do not divide "
-                "among processes. Serve it with 1, or write it with equal layers: prunus export --to dense"
+                "among processes. Serve it with 1, or write it with equal layers: ``prunus export --to dense``"
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.layer_type)
 

@@ -203,11 +203,11 @@ def choose_engine(
     if limit is not None and needed.of(engine) > limit:
         other = ""
         if engine == "resident" and needed.streamed < needed.resident:
-            other = f"; --engine streamed needs {show_bytes(needed.streamed)}"
+            other = f"; `engine` streamed needs {show_bytes(needed.streamed)}"
         raise OptionError(
-            f"max_memory is {show_bytes(limit)}, and the {engine} engine needs about {show_bytes(needed.of(engine))} "
-            f"for this model and these options: the smallest --max-memory that would do is "
-            f"{show_bytes(needed.of(engine))}{other}. A smaller --batch-size or --seq-len, or bfloat16, needs less"
+            f"`max_memory` is {show_bytes(limit)}, and the {engine} engine needs about {show_bytes(needed.of(engine))} "
+            f"for this model and these options: the smallest `max_memory` that would do is "
+            f"{show_bytes(needed.of(engine))}{other}. A smaller `batch_size` or `seq_len`, or bfloat16, needs less"
         )
     return engine
 
@@ -220,7 +220,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
-        raise OptionError(f"max_memory is {text!r}; write a size such as 8GB, 512MB or 1.5GiB")
+        raise OptionError(f"`max_memory` is {text!r}; write a size such as 8GB, 512MB or 1.5GiB")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 

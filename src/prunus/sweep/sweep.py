@@ -75,7 +75,7 @@ def sweep(
         UnsupportedModelError: see `live_model` and `Geometry.of`.
     """
     if engine not in ENGINES:
-        raise OptionError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
+        raise OptionError(f"`engine` {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
     model = live_model(model)
     if engine == "resident" and layers_of(model).stored:
         raise OptionError("the resident engine needs the whole model in memory: use load_model, or the streamed engine")

@@ -1,0 +1,162 @@
+"""Wrong words at the command line: for every command one line that names what was typed, and the exit status."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from tiny_folder import fails
+
+import prunus
+from prunus import CalibrationOptions
+from prunus.cli import COMMANDS, app, main
+from prunus.cli.usage import flags_of
+from prunus.errors import OptionError
+
+#: command → words that it needs
+NEEDED = {
+    "prune": ["MODEL", "--out", "OUT"],
+    "score": ["MODEL", "--out", "OUT"],
+    "plan": ["TABLE", "--ratio", "0.2"],
+    "apply": ["MODEL", "PLAN", "--out", "OUT"],
+    "recover": ["MODEL", "--out", "OUT", "--text", "TEXT"],
+    "export": ["MODEL", "--to", "gguf", "--out", "OUT"],
+    "report": ["FOLDER"],
+    "bench": ["MODEL"],
+    "profile": ["MODEL"],
+    "inspect": ["MODEL"],
+    "compare": ["MODEL", "--methods", "random", "--ratios", "0.1", "--out", "OUT"],
+    "eval": ["MODEL"],
+}
+#: words that mean something to those who know Python alone
+PYTHON = r"\bNone\b|\bTrue\b|\bFalse\b|\bprunus\.[a-z_]+|see `|\('|=True|\bdict\b|\bint\b|\bfloat\b"
+
+
+def wrong(capsys, *words: str) -> str:
+    """The one line of a command that was typed wrong."""
+    status = main(list(words))
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(PYTHON, line) is None
+    return line
+
+
+def test_every_command_is_tried():
+    assert NEEDED.keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_mistyped_flag(capsys, name):
+    line = wrong(capsys, name, *NEEDED[name], "--jsno")
+    assert "--jsno" in line
+    assert "--json" in line
+    assert f"prunus {name} --help" in line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_whatever_is_missing_is_named(capsys, name):
+    if name in ("bench", "profile", "inspect", "eval", "report"):
+        if name != "bench":  # which takes any number of models, and says itself that it needs one
+            assert re.search("MODEL|FOLDER", wrong(capsys, name))
+        return
+    words = NEEDED[name]
+    for flag in [word for word in words if word.startswith("--")]:
+        place = words.index(flag)
+        assert flag in wrong(capsys, name, *words[:place], *words[place + 2 :])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_value_of_another_kind(capsys, name):
+    """Every flag of every command that takes a number."""
+    arguments = [a for a in app[name].assemble_argument_collection() if a.name.startswith("--")]
+    tried = [a for a in arguments if a.parameter.parse is not False and {int, float} & {a.hint, *get_args(a.hint)}]
+    assert tried or name in ("apply", "report")
+    for argument in tried:
+        words = NEEDED[name]
+        if argument.name in words:
+            place = words.index(argument.name)
+            words = [*words[:place], *words[place + 2 :]]
+        line = wrong(capsys, name, *words, argument.name, "\x1b[31mmany")
+        if argument.parameter.converter is None:
+            assert line.startswith(f"error: {argument.name} is '\\x1b[31mmany'; it takes a")
+        assert argument.name in line
+        assert "\\x1b[31mmany'" in line
+
+
+def test_words_that_are_too_many(capsys):
+    assert "does not know what to do with a b" in wrong(capsys, "inspect", "MODEL", "a", "b")
+    assert "Did you mean prune?" in wrong(capsys, "prun")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["prune", "m", "--out", "o", "--samples", "0"],
+            "error: --samples is 0; calibration needs",
+        ),
+        (["prune", "m", "--out", "o", "--seq-len", "1"], "error: --seq-len is 1; "),
+        (
+            ["prune", "m", "--out", "o", "--max-memory", "lots"],
+            "error: --max-memory is 'lots'; write a",
+        ),
+        (["score", "m", "--out", "o", "--batch-size", "0"], "error: --batch-size is 0; it must be at least 1"),
+        (
+            ["compare", "m", "--out", "o", "--methods", "wanda", "--ratios", "0.1", "--align", "0"],
+            "error: --align is 0; ",
+        ),
+        (["recover", "m", "--out", "o", "--text", "t", "--max-steps", "0"], "error: --max-steps is 0; "),
+        (["bench", "m", "--new-tokens", "1"], "error: --new-tokens is 1; "),
+        (["eval", "m", "--max-windows", "0"], "error: --max-windows is 0; "),
+    ],
+)
+def test_a_value_that_cannot_work_is_named_by_its_flag(capsys, words, message):
+    assert fails(capsys, *words).startswith(message)
+
+
+def test_python_names_the_argument():
+    with pytest.raises(OptionError, match="`seq_len` is 1"):
+        CalibrationOptions(seq_len=1)
+
+
+def test_the_window_of_an_evaluation_text_is_named_by_its_own_flag(capsys, tmp_path, folder, text):
+    words = ["prune", folder, "--out", tmp_path / "out", "--ratio", "0.1", "--method", "random", "--no-compensate"]
+    message = fails(capsys, *words, "--eval-text", text, "--eval-seq-len", "1")
+    assert "--eval-seq-len is 1" in message
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_for_people(capsys, name):
+    assert main([name, "--help"]) == 0
+    # Rich breaks lines within a panel.
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert re.findall(rf".{{30}}(?:{PYTHON}).{{30}}", text) == []
+
+
+def test_flags_are_known_by_the_names_of_python():
+    flags = flags_of(app, ["prune", "m"])
+    assert {"seq_len": "--seq-len", "model": "MODEL", "samples": "--samples"}.items() <= flags.items()
+    assert flags_of(app, []) == flags_of(app, ["--help"]) == {}
+
+
+def test_messages_mark_the_options_that_they_name():
+    """No message of the library holds a flag: Python has none. Advice with a whole command is for both."""
+    found = {}
+    for path in Path(prunus.__file__).parent.rglob("*.py"):
+        if path.parent.name == "cli" or path.name == "budget_search.py":
+            continue
+        calls = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and re.search(r"(Error|warning)$", ast.unparse(node.func))
+        ]
+        texts = [re.sub(r"`(prunus|pip) [^`]*`", "", ast.unparse(call)) for call in calls]
+        if flags := [flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)]:
+            found[path.name] = flags
+    assert found in ({}, {"packaged_model.py": ["--force-reinstall"]})
