@@ -26,10 +26,11 @@ test: $(VENV)/.installed ## run the test suite
 mutations: $(VENV)/.installed ## faults made on purpose, and whether the tests notice (minutes)
 	$(TEST_ENV) $(BIN)/python tests/mutations.py
 
-lint: $(VENV)/.installed ## ruff and mypy
+lint: $(VENV)/.installed ## ruff, mypy, and the order of layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.installed ## sort imports and format
 	$(BIN)/ruff check --fix .

@@ -24,7 +24,6 @@ from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.checkpoint import load_model
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 from prunus.cli.terminal import quiet_transformers, run_command, say
-from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.importance import get_method
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
@@ -32,6 +31,7 @@ from prunus.pipeline.recipe import Recipe
 from prunus.scoring.score import score
 from prunus.selection.select import check_reachable, select
 from prunus.surgery import apply_plan
+from prunus.sweep.sequence_loss import perplexity_of_windows
 
 __all__ = ["main"]
 

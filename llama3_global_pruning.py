@@ -26,7 +26,7 @@ from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.cli.terminal import quiet_transformers, quoted_command, run_command, say
 from prunus.errors import CalibrationError
 from prunus.model.geometry import Geometry
-from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
+from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.job import Job
 from prunus.pipeline.prune import prune_job
 from prunus.pipeline.recipe import Recipe
@@ -35,6 +35,7 @@ from prunus.selection.table import NORMALIZATIONS
 from prunus.statistics import ActivationStatistics
 from prunus.statistics.activations import ActivationStatistic, read_activations
 from prunus.sweep import sweep
+from prunus.sweep.engine import ModelOptions
 
 __all__ = ["collect_layer_activations", "main"]
 

@@ -32,7 +32,7 @@ print(f"{len(plan.surviving_layers)} of {len(plan.layers)} layers left")
 # 4. Plan + model → a smaller model; 5. repair of what is left, in closed form, on text half written by the model.
 smaller = prunus.apply_plan(model, plan)
 repair = prunus.RepairOptions()
-text = prunus.text_for_repair(model, fit, repair)
+text = prunus.text_for_repair(model, fit, repair.self_text)
 prunus.repair_(smaller, model, plan, list(text.batches(1)), repair)
 
 # 6. Measure.

@@ -12,7 +12,6 @@ from tiny_folder import fails, run
 
 from prunus.errors import OptionError, PlanError
 from prunus.model.geometry import Geometry
-from prunus.pipeline.inputs import ModelOptions
 from prunus.pipeline.rounds import schedule
 from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.score import Score, ScoringOptions, score
@@ -20,6 +19,7 @@ from prunus.scoring.weighing import weigh_attention
 from prunus.selection.constraints import Constraints
 from prunus.selection.select import check_ratio
 from prunus.selection.targets import TargetOptions
+from prunus.sweep.engine import ModelOptions
 
 NO_NUMBERS = (math.nan, math.inf, -math.inf, "1", None, True)
 

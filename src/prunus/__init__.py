@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from prunus.calibration.self_text import text_for_repair
     from prunus.checkpoint import load_model, open_model, save_checkpoint
     from prunus.errors import PrunusError
-    from prunus.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_windows
+    from prunus.evaluation.perplexity import perplexity
     from prunus.evaluation.profiling import profile
     from prunus.export import export_dense, export_gguf
     from prunus.importance import METHODS, MethodOptions
     from prunus.model.geometry import Geometry
     from prunus.pipeline.compare import compare
-    from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
+    from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions
     from prunus.pipeline.job import Job, OutputOptions
     from prunus.pipeline.prune import PruneResult, apply_checkpoint, prune, prune_checkpoint, prune_job
     from prunus.pipeline.recipe import Recipe
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from prunus.selection.select import Constraints, select
     from prunus.selection.targets import TargetOptions
     from prunus.surgery import apply_plan
+    from prunus.sweep.engine import ModelOptions
+    from prunus.sweep.sequence_loss import PerplexityResult, perplexity_of_windows
 
 __all__ = [
     "METHODS",
@@ -103,11 +105,7 @@ _HOMES = {
         "save_checkpoint",
     ),
     "prunus.errors": ("PrunusError",),
-    "prunus.evaluation.perplexity": (
-        "PerplexityResult",
-        "perplexity",
-        "perplexity_of_windows",
-    ),
+    "prunus.evaluation.perplexity": ("perplexity",),
     "prunus.evaluation.profiling": ("profile",),
     "prunus.export": (
         "export_dense",
@@ -122,7 +120,6 @@ _HOMES = {
     "prunus.pipeline.inputs": (
         "CalibrationOptions",
         "EvaluationOptions",
-        "ModelOptions",
     ),
     "prunus.pipeline.job": (
         "Job",
@@ -153,6 +150,11 @@ _HOMES = {
     ),
     "prunus.selection.targets": ("TargetOptions",),
     "prunus.surgery": ("apply_plan",),
+    "prunus.sweep.engine": ("ModelOptions",),
+    "prunus.sweep.sequence_loss": (
+        "PerplexityResult",
+        "perplexity_of_windows",
+    ),
 }
 
 

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from prunus.checkpoint import load_model, open_model, read_config, save_checkpoint
 from prunus.errors import CheckpointError, PrunusError, UnsupportedModelError
-from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.pipeline.inspection import inspect
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
+from prunus.sweep.sequence_loss import perplexity_of_windows
 
 WEIGHTS = "model.safetensors"
 ENGINES = {"resident": load_model, "opened": open_model}

@@ -11,7 +11,10 @@ from huggingface_hub import EvalResult, ModelCard, metadata_load
 from hypothesis import given, settings
 from markdown_it import MarkdownIt
 
-from prunus.checkpoint import (
+from prunus.errors import CheckpointError
+from prunus.escaping import printable
+from prunus.model.geometry import LayerWidths
+from prunus.results.card import (
     CalibrationFacts,
     CardFacts,
     MeasuredFacts,
@@ -20,9 +23,6 @@ from prunus.checkpoint import (
     model_card,
     updated_card,
 )
-from prunus.errors import CheckpointError
-from prunus.escaping import printable
-from prunus.model.geometry import LayerWidths
 
 DENSE = LayerWidths(3, 100)
 FACTS = CardFacts(

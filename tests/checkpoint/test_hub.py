@@ -19,8 +19,8 @@ from tiny_folder import SIZES, TEXT, byte_tokenizer, fails, run_json
 from prunus.checkpoint import load_model, locate
 from prunus.checkpoint.hub import at_revision, hub_id
 from prunus.errors import CheckpointError, OptionError, UnsupportedModelError
-from prunus.pipeline.inputs import ModelOptions
 from prunus.recovery.teacher import find_teacher
+from prunus.sweep.engine import ModelOptions
 
 
 @dataclass

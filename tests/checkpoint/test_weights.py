@@ -190,7 +190,7 @@ def test_figures_are_of_one_model(model, text, monkeypatch):
             written_over_with_the_old_time(model)
         return tensor
 
-    monkeypatch.setattr("prunus.pipeline.inputs.choose_engine", lambda *_: "streamed")
+    monkeypatch.setattr("prunus.sweep.engine.choose_engine", lambda *_: "streamed")
     monkeypatch.setattr(TensorFile, "read", last)
     with pytest.raises(CheckpointError, match=WEIGHTS):
         evaluate(str(model), EvalOptions(text=(text,), seq_len=24, max_windows=1), progress=False)

@@ -16,7 +16,7 @@ from tiny_folder import SIZES, run
 
 from prunus.calibration import Calibration
 from prunus.errors import OptionError
-from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, ModelOptions
+from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.job import Job, OutputOptions
 from prunus.pipeline.job_file import PRESETS, job_keys, job_text, read_job
 from prunus.pipeline.recipe import Recipe
@@ -26,6 +26,7 @@ from prunus.scoring.adaptive import AdaptiveOptions
 from prunus.scoring.score import ScoringOptions
 from prunus.selection.constraints import Constraints
 from prunus.selection.targets import TargetOptions
+from prunus.sweep.engine import ModelOptions
 
 share = st.floats(0, 0.99)
 names = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)

@@ -113,7 +113,7 @@ def test_only_the_last_repair_is_made_on_all_sequences():
     result = prunus.prune(model, 0.3, calibration, plain_recipe(options, repair=repair, rounds=2), progress=False)
     geometry = Geometry.of(model)
     first = select(score(model, calibration, options, progress=False).table, geometry, 0.15)
-    halfway, text = apply_plan(model, first), text_for_repair(model, calibration, repair, progress=False)
+    halfway, text = apply_plan(model, first), text_for_repair(model, calibration, repair.self_text, progress=False)
     prunus.repair_(halfway, model, first, list(text.split(6)[0].batches(1)), repair, progress=False)
     later = apply_plan(halfway, result.plan.after(first, Geometry.of(halfway)))
     prunus.repair_(later, model, result.plan, list(text.batches(1)), repair, progress=False)

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
 from prunus.cli import main
-from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.recovery.student import add_adapters, merge_adapters
 from prunus.results.result_folder import read_result
+from prunus.sweep.sequence_loss import perplexity_of_windows
 
 FAST = ["--learning-rate", "5e-3", "--max-steps", "40", "--checkpoints", "4"]
 

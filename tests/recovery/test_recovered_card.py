@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from markdown_it import MarkdownIt
 
-from prunus.checkpoint import CardFacts, MeasuredFacts, model_card
 from prunus.model.geometry import LayerWidths
 from prunus.recovery.card import card_with_recovery
+from prunus.results.card import CardFacts, MeasuredFacts, model_card
 
 FACTS = {
     "options": {

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from prunus.calibration import Batch
 from prunus.checkpoint import load_model, open_model, save_checkpoint
 from prunus.errors import CheckpointError, NonFiniteError, OptionError
-from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.importance import METHODS, get_method, score_groups
 from prunus.importance.registry import MethodOptions, statistics_for
 from prunus.model.families import AXES
@@ -25,6 +24,7 @@ from prunus.selection.plan import Plan
 from prunus.statistics import ActivationStatistics, GateGradients, WeightGradients
 from prunus.surgery import apply_plan
 from prunus.sweep import sweep
+from prunus.sweep.sequence_loss import perplexity_of_windows
 
 
 def save(model, folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from prunus.errors import CalibrationError, OptionError
+from prunus.model.digest import digest_tensors
 from prunus.option_values import check_whole
 
-__all__ = ["Batch", "Calibration", "Provenance", "hash_tokens"]
+__all__ = ["Batch", "Calibration", "Provenance", "digest_batches", "hash_tokens"]
 
 
 @dataclass(frozen=True)
@@ -153,3 +154,15 @@ def hash_tokens(input_ids: Tensor, attention_mask: Tensor | None = None) -> str:
     if attention_mask is not None:
         digest.update(attention_mask.to("cpu", torch.uint8).contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def digest_batches(batches: Iterable[Batch]) -> str:
+    """SHA-256 over the shapes, token ids and masks of batches, in order."""
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for batch in batches:
+            yield "ids", batch.input_ids
+            if batch.attention_mask is not None:
+                yield "mask", batch.attention_mask
+
+    return digest_tensors(tensors())

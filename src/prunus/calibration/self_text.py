@@ -24,7 +24,6 @@ from prunus.files.records import Records
 from prunus.model.digest import digest_model
 from prunus.model.layers import layers_of
 from prunus.model.live import live_model
-from prunus.repair.block_repair import RepairOptions
 
 __all__ = ["text_for_repair"]
 
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 def text_for_repair(
     model: Any,
     calibration: Calibration,
-    options: RepairOptions,
+    share: float,
     *,
     seed: int = 0,
     work: Path | None = None,
@@ -45,7 +44,7 @@ def text_for_repair(
     Args:
         model: the dense model. One whose layers stay on disk would be read once per token: it writes nothing.
         calibration: the given sequences; as many of the last as the model writes are left out.
-        options: of the repair.
+        share: of the sequences that the model writes, see `RepairOptions.self_text`.
         seed: of what is written, and of the order.
         work: folder that the text is kept in, so that a killed run need not write it again.
         progress: show a bar on a terminal.
@@ -59,7 +58,7 @@ def text_for_repair(
         StatisticsError: `work` holds what was made from other inputs.
     """
     model = live_model(model)
-    number = int(options.self_text * len(calibration))
+    number = int(share * len(calibration))
     if number and layers_of(model).stored:
         logger.info("the model writes no text for its repair, as its layers are read from disk: the given text is used")
         number = 0

@@ -5,33 +5,18 @@ from prunus.checkpoint.load import check_finite, check_folder, load_model, locat
 from prunus.checkpoint.open import open_model
 from prunus.checkpoint.save import model_bytes, save_checkpoint
 from prunus.machine.placement import resolve_device, resolve_dtype
-from prunus.results.card import (
-    CalibrationFacts,
-    CardFacts,
-    MeasuredFacts,
-    OriginalFacts,
-    license_of,
-    model_card,
-    updated_card,
-)
 
 register()
 
 __all__ = [
-    "CalibrationFacts",
-    "CardFacts",
-    "MeasuredFacts",
-    "OriginalFacts",
     "check_finite",
     "check_folder",
     "config_as_weighted",
     "empty_model",
     "is_ragged",
-    "license_of",
     "load_model",
     "locate",
     "model_bytes",
-    "model_card",
     "open_model",
     "pruned_config",
     "read_config",
@@ -39,5 +24,4 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "save_checkpoint",
-    "updated_card",
 ]

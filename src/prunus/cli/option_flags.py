@@ -11,9 +11,9 @@ from cyclopts import Group, Parameter
 from prunus.cli.flags import split_commas
 from prunus.evaluation.evaluate import EvalOptions
 from prunus.evaluation.speed import SpeedOptions
-from prunus.pipeline.inputs import ModelOptions
 from prunus.recovery import RecoveryOptions, TextOptions
 from prunus.sweep import EngineChoice
+from prunus.sweep.engine import ModelOptions
 
 __all__ = [
     "EvalFlags",

@@ -14,7 +14,6 @@ from prunus.checkpoint.load import read_small_files
 from prunus.errors import OptionError
 from prunus.evaluation.harness import HarnessResult, check_harness, run_harness
 from prunus.evaluation.perplexity import (
-    PerplexityResult,
     TextWindows,
     cut_text,
     perplexity_of_text,
@@ -29,8 +28,9 @@ from prunus.machine.memory import resident_set
 from prunus.model.layers import layers_of
 from prunus.model.tokens import check_tokens
 from prunus.option_values import check_utf8, check_whole
-from prunus.pipeline.inputs import ModelOptions, load_or_open, memory_needed, model_name
+from prunus.sweep.engine import ModelOptions, load_or_open, memory_needed, model_name
 from prunus.sweep.estimate import Workload, parse_bytes, show_bytes
+from prunus.sweep.sequence_loss import PerplexityResult
 from prunus.version import __version__
 
 __all__ = ["EvalOptions", "Evaluation", "ModelFigures", "evaluate"]

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-import prunus
 from prunus.checkpoint import load_model
 from prunus.evaluation.greedy import greedy_run
 from prunus.machine.memory import resident_set
@@ -62,7 +61,7 @@ def peak_memory(
         The figures; all None, with a warning, if the process failed, for instance for lack of memory.
     """
     task = {"folder": str(folder), "sizes": [batch_size, prompt_tokens, new_tokens], "device": device, "dtype": dtype}
-    paths = [str(Path(prunus.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-m", __name__, json.dumps(task)],
         capture_output=True,

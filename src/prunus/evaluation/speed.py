@@ -24,7 +24,7 @@ from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.kv_cache import kv_cache_bytes
 from prunus.evaluation.memory import PeakMemory, peak_memory
 from prunus.option_values import check_seed, check_whole
-from prunus.pipeline.inputs import model_name
+from prunus.sweep.engine import model_name
 
 __all__ = ["SpeedOptions", "SpeedReport", "SpeedResult", "Spread", "Timing", "bench", "check_context", "time_in_turn"]
 

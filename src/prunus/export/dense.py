@@ -8,20 +8,13 @@ from typing import Any
 
 import torch
 
-from prunus.checkpoint import (
-    config_as_weighted,
-    empty_model,
-    is_ragged,
-    license_of,
-    load_model,
-    locate,
-    save_checkpoint,
-)
+from prunus.checkpoint import config_as_weighted, empty_model, is_ragged, load_model, locate, save_checkpoint
 from prunus.errors import OptionError
 from prunus.export.fill import fill_config, fill_tensors, largest_widths
 from prunus.files.json_file import read_json
 from prunus.files.outputs import check_disk, check_output, claimed
 from prunus.model.geometry import layer_widths_of
+from prunus.results.card import license_of
 
 __all__ = ["export_dense", "fill_model"]
 

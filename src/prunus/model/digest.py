@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.calibration.batches import Batch
 from prunus.model.layers import layers_of, outside_layers
 
-__all__ = ["digest_batches", "digest_model", "digest_tensors"]
+__all__ = ["digest_model", "digest_tensors"]
 
 #: config fields that change no result
 IGNORED_FIELDS = ("architectures", "auto_map", "transformers_version", "use_cache", "dtype", "torch_dtype")
@@ -33,15 +32,6 @@ def digest_model(model: Any) -> str:
     for layer_idx in range(len(layers)):
         with layers.hold(layer_idx, then=layer_idx + 1) as layer:
             _add(digest, ((f"{layer_idx}.{name}", tensor) for name, tensor in layer.state_dict().items()))
-    return digest.hexdigest()
-
-
-def digest_batches(batches: Iterable[Batch]) -> str:
-    """SHA-256 over the shapes, token ids and masks of batches, in order."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        mask = batch.attention_mask
-        _add(digest, [("ids", batch.input_ids), *([] if mask is None else [("mask", mask)])])
     return digest.hexdigest()
 
 

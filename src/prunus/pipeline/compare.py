@@ -18,7 +18,7 @@ from prunus.errors import CalibrationError, OptionError
 from prunus.files.outputs import claimed, output_folder, whole_file
 from prunus.machine.metering import Cost, metered
 from prunus.model.geometry import Geometry
-from prunus.pipeline.inputs import Inputs, model_name, open_inputs
+from prunus.pipeline.inputs import Inputs, open_inputs
 from prunus.pipeline.job import Job
 from prunus.pipeline.prune import Passes, Prepared, cut, repair_seed, repair_text
 from prunus.pipeline.recipe import Recipe
@@ -29,6 +29,7 @@ from prunus.scoring.score import Score, score_together
 from prunus.selection.plan import Plan
 from prunus.selection.select import select
 from prunus.surgery import apply_plan
+from prunus.sweep.engine import model_name
 from prunus.sweep.estimate import bytes_of_a_cut, free_memory, parse_bytes
 from prunus.version import __version__
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,44 +10,34 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from prunus.calibration import Calibration, load_calibration
 from prunus.calibration.loading import check_counts
 from prunus.checkpoint import (
-    check_folder,
-    empty_model,
-    load_model,
     locate,
     model_bytes,
-    open_model,
-    resolve_device,
-    resolve_dtype,
 )
-from prunus.checkpoint.hub import at_revision
-from prunus.errors import OptionError, TextTooShortError
+from prunus.errors import TextTooShortError
 from prunus.evaluation.perplexity import (
     DEFAULT_SEQ_LEN,
     FEW_TOKENS,
-    PerplexityResult,
     TextWindows,
     cut_text,
     perplexity_of_text,
-    perplexity_of_windows,
     read_text,
     warn_of_few_tokens,
     window_length,
 )
 from prunus.evaluation.zero_shot import EncodedTask, encode_task, load_tasks, zero_shot_of
 from prunus.files.outputs import check_disk, check_output
-from prunus.machine.processes import is_first
 from prunus.model.geometry import Geometry
 from prunus.model.tokens import check_seq_len, check_tokens, longest_context
 from prunus.option_values import check_seed, check_utf8, check_whole
 from prunus.results.lineage import lineage_of
 from prunus.selection.select import check_reachable
-from prunus.sweep import ENGINES, Engine, EngineChoice
-from prunus.sweep.estimate import Estimate, Workload, available_memory, choose_engine, estimate, parse_bytes, show_bytes
+from prunus.sweep import Engine
+from prunus.sweep.engine import config_of, load_or_open
+from prunus.sweep.estimate import Workload
+from prunus.sweep.sequence_loss import PerplexityResult, perplexity_of_windows
 
 if TYPE_CHECKING:
     from prunus.pipeline.job import Job
@@ -59,12 +47,7 @@ __all__ = [
     "CalibrationOptions",
     "EvaluationOptions",
     "Inputs",
-    "ModelOptions",
-    "config_of",
     "draw_calibration",
-    "load_or_open",
-    "memory_needed",
-    "model_name",
     "open_inputs",
 ]
 
@@ -73,45 +56,6 @@ logger = logging.getLogger(__name__)
 
 #: tokens of a calibration sequence, where the model has as many positions
 DEFAULT_CALIBRATION_LEN = 512
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Where and how the model is held.
-
-    Attributes:
-        device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
-        dtype: auto keeps the checkpoint's own; else float32, bfloat16 or float16. The result is saved in it.
-        max_memory: memory that may be used, e.g. 8GB: RAM, or the GPU's if the device is one. Jobs estimated to exceed
-            it are rejected, naming the smallest sufficient limit.
-        engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
-            time, which takes longer, reads weights from disk when they are needed and holds the gradients of one layer
-            only; auto is resident if that fits into memory.
-        batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
-        revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
-    """
-
-    device: str = "auto"
-    dtype: str = "auto"
-    max_memory: str | None = None
-    engine: EngineChoice = "auto"
-    batch_size: int = 1
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_memory is not None:
-            parse_bytes(self.max_memory)
-        if self.engine not in ("auto", *ENGINES):
-            raise OptionError(f"`engine` {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
-        check_whole("batch_size", self.batch_size)
-
-    def named(self, model: str) -> str:
-        """The model's name, with the revision if one is asked for.
-
-        Raises:
-            OptionError: only a model of the Hub has revisions.
-        """
-        return at_revision(model, self.revision)
 
 
 @dataclass(frozen=True)
@@ -285,69 +229,6 @@ def _draw(
     return drawn.split(held_out) if samples else (None, drawn)
 
 
-def load_or_open(
-    source: str,
-    options: ModelOptions,
-    workload: Workload | None = None,
-    *,
-    scratch: Path | None = None,
-    progress: bool = True,
-) -> tuple[Any, Any, Engine]:
-    """Load a model, or open it so that its decoder layers stay on disk, whichever is asked for or fits.
-
-    Args:
-        source: a folder, a Hub id or `smollm2-135m`.
-        options: device, dtype, memory and engine; engine auto is decided by an estimate, which is printed on stderr.
-        workload: what will be done with the model; None for a forward pass at most.
-        scratch: folder for changed layers of an opened model.
-        progress: whether to print.
-
-    Returns:
-        The model, its tokenizer, and the engine it is held for.
-
-    Raises:
-        OptionError: the estimate is larger than `options.max_memory`.
-    """
-    limit = parse_bytes(options.max_memory) if options.max_memory else None
-    engine: EngineChoice = options.engine
-    if engine == "auto" or limit is not None:
-        needed = memory_needed(source, options, workload or Workload())
-        free = available_memory(resolve_device(options.device))
-        asked, engine = engine, choose_engine(needed, engine, limit, free)
-        if asked == "auto" and progress and is_first():
-            bound = f"limit {show_bytes(limit)}" if limit else f"free {show_bytes(free)}" if free else "no limit known"
-            print(
-                f"`engine` {engine}: about {show_bytes(needed.of(engine))} of memory (resident "
-                f"{show_bytes(needed.resident)}, streamed {show_bytes(needed.streamed)}, {bound})",
-                file=sys.stderr,
-            )
-    if engine == "streamed":
-        return *open_model(source, dtype=options.dtype, device=options.device, scratch=scratch), engine
-    return *load_model(source, dtype=options.dtype, device=options.device), "resident"
-
-
-def config_of(source: str) -> Any:
-    """The config of a model, whose folder is checked before it is read.
-
-    Raises:
-        PrunusError: see `prunus.checkpoint.check_folder`.
-    """
-    return check_folder(locate(source))[0]
-
-
-def memory_needed(source: str, options: ModelOptions, workload: Workload) -> Estimate:
-    """Peak memory of a job under each engine, from config and options alone.
-
-    Args:
-        source: a folder, a Hub id or `smollm2-135m`.
-        options: device and dtype.
-        workload: what will be done with the model.
-    """
-    config, dtype = config_of(source), resolve_dtype(options.dtype)
-    held_in: torch.dtype = config.dtype if dtype == "auto" else dtype
-    return estimate(empty_model(config, held_in), held_in, workload, resolve_device(options.device))
-
-
 @dataclass(frozen=True)
 class Inputs:
     """A model and its texts, checked and loaded.
@@ -495,10 +376,3 @@ def open_inputs(
         progress=progress,
     )
     return Inputs(job.model, dense, tokenizer, engine, geometry, sequences, held_out, windows, name, encoded)
-
-
-def model_name(model: str) -> str:
-    """What a result calls its base model: a Hub id as it is, of a folder its own name."""
-    folder = Path(model).expanduser()
-    # "." and ".." have no name of their own; links keep theirs.
-    return Path(os.path.abspath(folder)).name if folder.is_dir() else model

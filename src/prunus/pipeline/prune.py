@@ -20,14 +20,7 @@ from prunus.machine.metering import metered
 from prunus.model.geometry import Geometry
 from prunus.model.live import live_model
 from prunus.model.tokens import check_tokens
-from prunus.pipeline.inputs import (
-    CalibrationOptions,
-    EvaluationOptions,
-    ModelOptions,
-    load_or_open,
-    model_name,
-    open_inputs,
-)
+from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, open_inputs
 from prunus.pipeline.job import Job
 from prunus.pipeline.job_file import job_text
 from prunus.pipeline.recipe import Recipe
@@ -43,6 +36,7 @@ from prunus.selection.select import check_reachable, select
 from prunus.selection.table import with_costs
 from prunus.surgery import apply_plan
 from prunus.sweep import EngineChoice
+from prunus.sweep.engine import ModelOptions, load_or_open, model_name
 from prunus.sweep.estimate import Workload
 from prunus.version import __version__
 
@@ -181,7 +175,7 @@ def repair_text(
     if recipe.repair is None or calibration is None:
         return None
     seed = repair_seed(calibration, recipe)
-    return text_for_repair(model, calibration, recipe.repair, seed=seed, work=work, progress=progress)
+    return text_for_repair(model, calibration, recipe.repair.self_text, seed=seed, work=work, progress=progress)
 
 
 def repair_seed(calibration: Calibration | None, recipe: Recipe) -> int:

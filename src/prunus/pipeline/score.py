@@ -6,11 +6,12 @@ from pathlib import Path
 
 from prunus.files.outputs import check_output, claimed
 from prunus.machine.processes import agreed, is_first
-from prunus.pipeline.inputs import config_of, draw_calibration, load_or_open
+from prunus.pipeline.inputs import draw_calibration
 from prunus.pipeline.job import Job
 from prunus.pipeline.work_folder import WorkFolder
 from prunus.scoring.adaptive import check_enough
 from prunus.scoring.score import Score, score
+from prunus.sweep.engine import config_of, load_or_open
 from prunus.sweep.estimate import Workload
 
 __all__ = ["score_job"]

@@ -28,7 +28,6 @@ from prunus.checkpoint import (
 )
 from prunus.checkpoint.load import read_small_files
 from prunus.errors import OptionError
-from prunus.evaluation.perplexity import PerplexityResult, perplexity_of_windows
 from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import check_disk, check_output, claimed
 from prunus.installing import install_command
@@ -42,6 +41,7 @@ from prunus.recovery.pace import Pace
 from prunus.recovery.student import Student, Teacher, add_adapters, merge_adapters
 from prunus.recovery.teacher import check_vocabulary, find_teacher, layers_behind
 from prunus.recovery.text import MOST_SAMPLES, load_sequences
+from prunus.sweep.sequence_loss import PerplexityResult, perplexity_of_windows
 from prunus.version import __version__
 
 __all__ = ["recover_checkpoint"]

@@ -35,10 +35,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunus.calibration import Batch
+from prunus.calibration.batches import digest_batches
 from prunus.calibration.noise import check_noise, clean_sequences, with_noise
 from prunus.errors import CalibrationError
 from prunus.files.records import Records
-from prunus.model.digest import digest_batches, digest_model
+from prunus.model.digest import digest_model
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.families import Block
 from prunus.model.geometry import Geometry

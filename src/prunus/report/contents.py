@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunus.checkpoint import MeasuredFacts
 from prunus.errors import CheckpointError
 from prunus.files.json_file import read_json
 from prunus.model.families import AXES
@@ -22,6 +21,7 @@ from prunus.report.charts import (
     score_charts,
     seconds_chart,
 )
+from prunus.results.card import MeasuredFacts
 from prunus.results.comparison import plan_name
 from prunus.results.result_folder import Result, measured_facts, read_result, speed_notes
 from prunus.selection.plan import Plan

@@ -22,22 +22,20 @@ from typing import Any
 
 import pandas as pd
 
-from prunus.checkpoint import (
-    CalibrationFacts,
-    CardFacts,
-    MeasuredFacts,
-    OriginalFacts,
-    is_ragged,
-    license_of,
-    locate,
-    model_card,
-    save_checkpoint,
-    updated_card,
-)
+from prunus.checkpoint import is_ragged, locate, save_checkpoint
 from prunus.errors import CheckpointError, PlanError
 from prunus.files.json_file import read_json
 from prunus.files.links import check_links
 from prunus.files.outputs import claimed, whole_file
+from prunus.results.card import (
+    CalibrationFacts,
+    CardFacts,
+    MeasuredFacts,
+    OriginalFacts,
+    license_of,
+    model_card,
+    updated_card,
+)
 from prunus.results.lineage import COMPOSED_PLAN, Lineage, lineage_of
 from prunus.scoring.score import Score
 from prunus.selection.plan import Plan

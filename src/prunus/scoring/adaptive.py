@@ -23,7 +23,6 @@ import pandas as pd
 
 from prunus.calibration import Calibration
 from prunus.errors import OptionError
-from prunus.evaluation.perplexity import perplexity_of_windows
 from prunus.machine.processes import is_first
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
@@ -31,6 +30,7 @@ from prunus.selection.constraints import Constraints
 from prunus.selection.select import select
 from prunus.selection.table import rank_table
 from prunus.surgery import apply_plan
+from prunus.sweep.sequence_loss import perplexity_of_windows
 
 __all__ = ["AdaptiveOptions", "adapt", "check_enough", "split_probe"]
 

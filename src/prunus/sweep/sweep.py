@@ -10,12 +10,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.batches import Batch
+from prunus.calibration.batches import Batch, digest_batches
 from prunus.errors import OptionError, StatisticsError
 from prunus.files.records import Records
 from prunus.files.tensor_file import TensorLayout
 from prunus.machine.processes import add_up_, is_first, number_of_processes, rank, share, wait_for_all
-from prunus.model.digest import digest_batches, digest_model
+from prunus.model.digest import digest_model
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of

@@ -1,0 +1,138 @@
+"""Where and how a model is held, and which engine runs it: by what is asked for, or by an estimate of memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.checkpoint import (
+    check_folder,
+    empty_model,
+    load_model,
+    locate,
+    open_model,
+    resolve_device,
+    resolve_dtype,
+)
+from prunus.checkpoint.hub import at_revision
+from prunus.errors import OptionError
+from prunus.machine.processes import is_first
+from prunus.option_values import check_whole
+from prunus.sweep.estimate import Estimate, Workload, available_memory, choose_engine, estimate, parse_bytes, show_bytes
+from prunus.sweep.sweep import ENGINES, Engine, EngineChoice
+
+__all__ = ["ModelOptions", "config_of", "load_or_open", "memory_needed", "model_name"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Where and how the model is held.
+
+    Attributes:
+        device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
+        dtype: auto keeps the checkpoint's own; else float32, bfloat16 or float16. The result is saved in it.
+        max_memory: memory that may be used, e.g. 8GB: RAM, or the GPU's if the device is one. Jobs estimated to exceed
+            it are rejected, naming the smallest sufficient limit.
+        engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
+            time, which takes longer, reads weights from disk when they are needed and holds the gradients of one layer
+            only; auto is resident if that fits into memory.
+        batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
+        revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    max_memory: str | None = None
+    engine: EngineChoice = "auto"
+    batch_size: int = 1
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
+        if self.engine not in ("auto", *ENGINES):
+            raise OptionError(f"`engine` {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
+        check_whole("batch_size", self.batch_size)
+
+    def named(self, model: str) -> str:
+        """The model's name, with the revision if one is asked for.
+
+        Raises:
+            OptionError: only a model of the Hub has revisions.
+        """
+        return at_revision(model, self.revision)
+
+
+def load_or_open(
+    source: str,
+    options: ModelOptions,
+    workload: Workload | None = None,
+    *,
+    scratch: Path | None = None,
+    progress: bool = True,
+) -> tuple[Any, Any, Engine]:
+    """Load a model, or open it so that its decoder layers stay on disk, whichever is asked for or fits.
+
+    Args:
+        source: a folder, a Hub id or `smollm2-135m`.
+        options: device, dtype, memory and engine; engine auto is decided by an estimate, which is printed on stderr.
+        workload: what will be done with the model; None for a forward pass at most.
+        scratch: folder for changed layers of an opened model.
+        progress: whether to print.
+
+    Returns:
+        The model, its tokenizer, and the engine it is held for.
+
+    Raises:
+        OptionError: the estimate is larger than `options.max_memory`.
+    """
+    limit = parse_bytes(options.max_memory) if options.max_memory else None
+    engine: EngineChoice = options.engine
+    if engine == "auto" or limit is not None:
+        needed = memory_needed(source, options, workload or Workload())
+        free = available_memory(resolve_device(options.device))
+        asked, engine = engine, choose_engine(needed, engine, limit, free)
+        if asked == "auto" and progress and is_first():
+            bound = f"limit {show_bytes(limit)}" if limit else f"free {show_bytes(free)}" if free else "no limit known"
+            print(
+                f"`engine` {engine}: about {show_bytes(needed.of(engine))} of memory (resident "
+                f"{show_bytes(needed.resident)}, streamed {show_bytes(needed.streamed)}, {bound})",
+                file=sys.stderr,
+            )
+    if engine == "streamed":
+        return *open_model(source, dtype=options.dtype, device=options.device, scratch=scratch), engine
+    return *load_model(source, dtype=options.dtype, device=options.device), "resident"
+
+
+def config_of(source: str) -> Any:
+    """The config of a model, whose folder is checked before it is read.
+
+    Raises:
+        PrunusError: see `prunus.checkpoint.check_folder`.
+    """
+    return check_folder(locate(source))[0]
+
+
+def memory_needed(source: str, options: ModelOptions, workload: Workload) -> Estimate:
+    """Peak memory of a job under each engine, from config and options alone.
+
+    Args:
+        source: a folder, a Hub id or `smollm2-135m`.
+        options: device and dtype.
+        workload: what will be done with the model.
+    """
+    config, dtype = config_of(source), resolve_dtype(options.dtype)
+    held_in: torch.dtype = config.dtype if dtype == "auto" else dtype
+    return estimate(empty_model(config, held_in), held_in, workload, resolve_device(options.device))
+
+
+def model_name(model: str) -> str:
+    """What a result calls its base model: a Hub id as it is, of a folder its own name."""
+    folder = Path(model).expanduser()
+    # "." and ".." have no name of their own; links keep theirs.
+    return Path(os.path.abspath(folder)).name if folder.is_dir() else model

@@ -1,0 +1,160 @@
+"""Loss of token sequences under a causal language model, as perplexity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunus.calibration.batches import Batch
+from prunus.errors import NonFiniteError
+from prunus.model.evaluation_mode import evaluation_mode
+from prunus.model.live import live_model
+from prunus.model.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
+from prunus.model.tokens import check_tokens
+from prunus.option_values import check_whole
+from prunus.sweep.blocks import last_hidden_states
+
+__all__ = ["PerplexityResult", "perplexity_of_windows", "sequence_loss"]
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What a model scored on a text, and how it was measured.
+
+    Attributes:
+        perplexity: exp(nll).
+        nll: mean negative log likelihood of a predicted token, in nats.
+        tokens: tokens in the whole text.
+        windows: windows that were run.
+        tokens_scored: predicted tokens, `windows * (seq_len - 1)`.
+        seq_len: tokens in a window.
+        protocol: the rules above in one line, with the dtype and what was left out.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    tokens_scored: int
+    seq_len: int
+    protocol: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity_of_windows(
+    model: nn.Module,
+    windows: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> PerplexityResult:
+    """Measure a model's perplexity on token sequences of equal length, such as held-out calibration sequences.
+
+    Args:
+        model: a transformers causal language model.
+        windows: int64, (windows, seq_len).
+        attention_mask: (windows, seq_len), 1 for a token and 0 for padding, which is neither read nor predicted; None
+            when nothing is padded.
+        batch_size: windows per forward pass.
+        progress: show a bar on a terminal.
+
+    Raises:
+        OptionError: the sequences are longer than the model's context, or hold token ids that it does not embed.
+        NonFiniteError: the loss of a window is NaN or infinite.
+    """
+    model = live_model(model)
+    check_whole("batch_size", batch_size)
+    check_whole("seq_len", windows.shape[1], smallest=2, why="a window needs at least 2 tokens to predict one")
+    check_tokens(model.config, windows)
+    tokens = windows.numel() if attention_mask is None else int(attention_mask.sum())
+    return sequence_loss(
+        model,
+        windows,
+        tokens,
+        "packed token sequences",
+        "",
+        text_len=windows.shape[1],
+        attention_mask=attention_mask,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def sequence_loss(
+    model: nn.Module,
+    windows: Tensor,
+    tokens: int,
+    source: str,
+    left_out: str,
+    *,
+    text_len: int,
+    attention_mask: Tensor | None = None,
+    batch_size: int,
+    progress: bool,
+) -> PerplexityResult:
+    """Mean loss of windows of equal length, and how it was measured.
+
+    Args:
+        model: a transformers causal language model.
+        windows: int64, (windows, seq_len).
+        tokens: of the text.
+        source: what they are of, for the protocol.
+        left_out: what of the text is not scored, for the protocol.
+        text_len: tokens of the text in each window.
+        attention_mask: (windows, seq_len), 1 for a token and 0 for padding; None when nothing is padded.
+        batch_size: windows per forward pass.
+        progress: show a bar on a terminal.
+
+    Raises:
+        NonFiniteError: the loss of a window is NaN or infinite.
+    """
+    window_len = windows.shape[1]
+    total, scored = 0.0, 0
+    head = head_function(model)
+    with (
+        evaluation_mode(model),
+        tqdm(total=len(windows), desc="perplexity", unit="window", disable=None if progress else True) as bar,
+    ):
+        each_ids = windows.split(batch_size)
+        masks = [None] * len(each_ids) if attention_mask is None else attention_mask.split(batch_size)
+        batches = [Batch(ids, mask) for ids, mask in zip(each_ids, masks, strict=True)]
+        start = 0
+        for batch, hidden in zip(batches, last_hidden_states(model, batches), strict=True):
+            labels = next_token_labels(batch.input_ids, batch.attention_mask).to(hidden.device)
+            losses = chunked_cross_entropy(hidden, head, labels)
+            if not losses.isfinite().all():
+                bad = start + int((~losses.isfinite()).nonzero()[0])
+                raise NonFiniteError(
+                    f"the loss of window {bad} (tokens {bad * text_len} to {(bad + 1) * text_len - 1}) is not finite. "
+                    "Check the model's weights for NaN, or load it with `dtype` bfloat16 or float32 if it overflows in "
+                    "float16."
+                )
+            total += losses.double().sum().item()
+            scored += int((labels != IGNORE_INDEX).sum())
+            start += len(losses)
+            bar.update(len(losses))
+
+    nll = total / scored
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return PerplexityResult(
+        perplexity=math.exp(nll) if nll < 700 else math.inf,
+        nll=nll,
+        tokens=tokens,
+        windows=len(windows),
+        tokens_scored=scored,
+        seq_len=window_len,
+        protocol=(
+            f"{source}; non-overlapping windows of {window_len}, {window_len - 1} tokens predicted in each; {dtype} "
+            f"model, float32 loss{left_out}"
+        ),
+    )
