@@ -364,7 +364,7 @@ def test_split_parts_the_sequences():
 
 @pytest.mark.parametrize("held_out", [0, 10, -1])
 def test_split_needs_two_parts(held_out):
-    with pytest.raises(OptionError, match=f"`held_out` is {held_out}, and there are 10"):
+    with pytest.raises(OptionError, match=f"`held_out` is {held_out}, of 10"):
         calibration_from_tokens(torch.arange(40).view(10, 4)).split(held_out)
 
 
@@ -458,7 +458,7 @@ def test_text_from_the_model_has_no_impossible_token():
 
 
 def test_text_from_the_model_needs_the_model(tokenizer):
-    with pytest.raises(CalibrationError, match="pass it as `model`"):
+    with pytest.raises(CalibrationError, match="give it as the argument `model`"):
         load_calibration("self", tokenizer)
 
 

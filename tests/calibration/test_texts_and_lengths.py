@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 import prunus.evaluation.evaluate as evaluate_module
 import prunus.pipeline.compare as comparison_module
-import prunus.pipeline.inputs as inputs_module
 import prunus.pipeline.prune as pipeline_module
+import prunus.sweep.engine as engine_module
 from prunus.calibration import calibration_from_tokens, load_calibration
 from prunus.calibration import files as calibration_files
 from prunus.calibration.columns import TextColumn
@@ -47,8 +47,8 @@ def no_weights(monkeypatch):
     def read(*args, **kwargs):
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(inputs_module, "load_model", read)
-    monkeypatch.setattr(inputs_module, "open_model", read)
+    monkeypatch.setattr(engine_module, "load_model", read)
+    monkeypatch.setattr(engine_module, "open_model", read)
 
 
 @pytest.fixture

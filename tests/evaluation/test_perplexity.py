@@ -229,22 +229,14 @@ def test_texts_that_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
-def test_chunks_change_neither_loss_nor_gradients(model, chunk):
+def test_chunks_do_not_change_the_loss(model, chunk):
     ids = torch.randint(0, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(0))
     expected = model(ids, labels=ids).loss
-    expected.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-
-    hidden = model.model(ids).last_hidden_state
-    labels = next_token_labels(ids)
+    hidden, labels = model.model(ids).last_hidden_state, next_token_labels(ids)
     sums = chunked_cross_entropy(hidden, head_function(model), labels, chunk)
     assert sums.shape == (3,)
-    loss = sums.sum() / (labels != IGNORE_INDEX).sum()
-    loss.backward()
-    assert torch.allclose(loss, expected, rtol=1e-6)
-    for name, parameter in model.named_parameters():
-        assert torch.allclose(parameter.grad, gradients[name], rtol=1e-3, atol=1e-6), name
+    assert torch.allclose(sums.sum() / (labels != IGNORE_INDEX).sum(), expected, rtol=1e-6)
+    assert not sums.requires_grad
 
 
 def test_sums_are_per_sequence_and_padding_never_counts(model):

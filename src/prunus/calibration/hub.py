@@ -10,6 +10,7 @@ from typing import Any
 
 from prunus.calibration.columns import Column, TextColumn, no_column
 from prunus.errors import CalibrationError
+from prunus.installing import install_command
 
 __all__ = ["HUB_NAMES", "HubText", "hub_documents", "hub_text"]
 
@@ -74,8 +75,8 @@ def hub_documents(text: HubText, *, seed: int) -> Iterator[str]:
         import datasets
     except ImportError as error:
         raise CalibrationError(
-            f"the data set {text.path!r} needs the package `datasets`, which is not installed. Run: "
-            'pip install "prunus[hub-data]" — or use `calibration` default, which needs nothing.'
+            f"the data set {text.path!r} needs the package datasets, which is not installed. Run: "
+            f"{install_command('datasets')} — or use `calibration` default, which needs nothing."
         ) from error
     try:
         rows: Any = datasets.load_dataset(
