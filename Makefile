@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
-.PHONY: help install test mutations lint format demo picture bench quality recover-bench deploy-check \
+.PHONY: help install test mutations fuzz lint format demo picture bench quality recover-bench deploy-check \
 	quantised-check kills transformers4-check release-check clean
 
 help: ## list the targets
@@ -25,6 +25,9 @@ test: $(VENV)/.installed ## run the test suite
 
 mutations: $(VENV)/.installed ## faults made on purpose, and whether the tests notice (minutes)
 	$(TEST_ENV) $(BIN)/python tests/mutations.py
+
+fuzz: $(VENV)/.installed ## damage every file that prunus reads, 2,300 times (minutes)
+	$(TEST_ENV) $(BIN)/python tests/fuzz.py --cases 2300 --workers 2
 
 lint: $(VENV)/.installed ## ruff, mypy, and the order of layers
 	$(BIN)/ruff check .

@@ -349,4 +349,4 @@ def test_another_normalisation_keeps_the_attention_weight(capsys, tmp_path, fold
     about["scoring"]["attention_weight"] = "much"
     (scores / "score.json").write_text(json.dumps(about))
     message = fails(capsys, "plan", scores, *options, "--overwrite", "--normalize", "layer_mean")
-    assert "attention weight is 'much'" in message
+    assert 'scoring.attention_weight is "much"; it must be a number' in message

@@ -197,6 +197,11 @@ def test_files_that_are_no_tasks(tmp_path):
     [
         ("arc_easy", {"question": "?", "choices": ["a", "b"], "gold": 2}),
         ("arc_easy", {"question": "?", "choices": ["a", ""], "gold": 0}),
+        ("arc_easy", {"question": "?", "choices": "abc", "gold": 0}),
+        ("arc_easy", {"question": "?", "choices": ["a", "b"], "gold": 1.5}),
+        ("arc_easy", {"question": "?", "choices": ["a", 2], "gold": 0}),
+        ("piqa", {"goal": "?", "sol1": "a", "sol2": "b", "label": True}),
+        ("piqa", {"goal": "?", "sol1": "a", "sol2": "b", "label": "٣"}),
         ("piqa", {"goal": "?", "sol1": "a", "label": 0}),
         ("winogrande", {"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}),
         ("winogrande", {"sentence": "a _ gap", "option1": "a", "option2": "b", "answer": "one"}),

@@ -148,16 +148,16 @@ def check_planned(scores: Path, out: Path) -> None:
     [
         ({"total_parameters": 0}, "its layers have"),
         ({"total_parameters": 1000}, "its layers have"),
-        ({"total_parameters": 10**5 + 0.5}, "100000.5 is not a whole number"),
-        ({"total_parameters": "1e6"}, "'1e6' is not a whole number"),
+        ({"total_parameters": 10**5 + 0.5}, "total_parameters is 100000.5; it must be a whole number"),
+        ({"total_parameters": "1e6"}, 'total_parameters is "1e6"; it must be a whole number'),
         ({"group_parameters": {"attention": 0, "mlp": 144}}, "groups of attention without parameters"),
-        ({"group_parameters": {"attention": -1, "mlp": 144}}, "-1 is not a whole number"),
-        ({"block_parameters": {"attention": float("nan"), "mlp": 48}}, "nan is not a whole number"),
-        ({"layers": [[3, 20], [3, True], [3, 20]]}, "True is not a whole number"),
-        ({"layers": [[3, 20], [3, 20]]}, "describes 46"),
+        ({"group_parameters": {"attention": -1, "mlp": 144}}, "group_parameters.attention is -1; it must be"),
+        ({"block_parameters": {"attention": float("nan"), "mlp": 48}}, "it holds NaN, which is no number in JSON"),
+        ({"layers": [[3, 20], [3, True], [3, 20]]}, "layers.1.1 is true; it must be a whole number"),
+        ({"layers": [[3, 20], [3, 20]]}, "windows of 3 layers, widths of 2"),
         ({"layers": [[3, 10], [3, 20], [3, 30]]}, "layer 0 mlp"),
         ({"layers": [[3, 10**12], [3, 20], [3, 20]], "total_parameters": 10**18}, "describes 1,000,000,000,049"),
-        ({"layers": []}, "its layers have 0 parameters"),
+        ({"layers": [], "windows": []}, "its layers have 0 parameters"),
         ({"layers": [[3, 20], [3, 20], [3, 20, 1]]}, "geometry"),
         ({"model_type": ["llama"]}, "geometry"),
         ({"model_type": "gpt2"}, "gpt2"),
@@ -424,3 +424,23 @@ def test_pickles_beside_safetensors_are_left_alone(tmp_path):
     save_checkpoint(result.model, tokenizer, tmp_path / "out", card="", extras={})
     open_model(folder)
     assert not exploded.exists()
+
+
+# --- tokenizer.json ---
+
+
+@pytest.mark.parametrize("number", [10**9, 2**31, -1])
+def test_numbers_of_tokens_that_no_vocabulary_reaches(capsys, folder, tmp_path, number):
+    """The tokenizers library would make a table of so many entries, and end the process without memory for it."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a"] = number
+    copy = copy_with(folder, tmp_path / "model", "tokenizer.json", json.dumps(content).encode())
+    assert f"gives a token the number {number}" in fails(capsys, "eval", copy)
+
+
+def test_fields_of_a_tokenizer_of_another_type(capsys, folder, tmp_path):
+    for name, value in (("model_max_length", "long"), ("added", "\ud800")):
+        content = json.loads((folder / "tokenizer_config.json").read_text())
+        content[name] = value
+        copy = copy_with(folder, tmp_path / "model", "tokenizer_config.json", json.dumps(content).encode())
+        assert "the tokenizer in" in fails(capsys, "eval", copy)

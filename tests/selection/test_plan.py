@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,7 +212,7 @@ def test_plans_that_do_not_follow_each_other(data):
 
 def test_files_that_are_not_there(tmp_path):
     for path in (tmp_path / "nothing.json", tmp_path):
-        with pytest.raises(PlanError, match="cannot read the plan"):
+        with pytest.raises(PlanError, match=r"the plan .*nothing\.json cannot be read|is a folder; name the plan file"):
             Plan.load(path)
 
 
@@ -228,9 +230,9 @@ DAMAGE = {
     "another format": ({"format": "gguf"}, "not a prunus plan"),
     "no format": ({"format": None}, "not a prunus plan"),
     "a newer version": ({"version": 2}, "plan version 2 is not 1"),
-    "no layers": ({"layers": None}, "malformed plan"),
-    "layers in words": ({"layers": "all"}, "malformed plan"),
-    "no layer": ({"layers": []}, "removes every layer"),
+    "no layers": ({"layers": None}, r"plan\.json: layers is null; it must be an array"),
+    "layers in words": ({"layers": "all"}, 'layers is "all"; it must be an array'),
+    "no layer": ({"layers": []}, "layers is an array of 0; List should have at least 1 item"),
     "no family": ({"model_type": None}, "model_type"),
 }
 
@@ -243,7 +245,7 @@ def test_malformed_plans(plan, tmp_path, changes, message):
 
 @pytest.mark.parametrize("value", [[], "plan", 3, None, True], ids=repr)
 def test_json_that_is_no_plan(tmp_path, value):
-    with pytest.raises(PlanError, match="not a prunus plan"):
+    with pytest.raises(PlanError, match=r"plan\.json does not hold a JSON object"):
         Plan.load(write(tmp_path, value))
 
 
@@ -273,7 +275,7 @@ def test_json_that_is_no_plan(tmp_path, value):
 def test_malformed_ranges(plan, tmp_path, kept):
     values = plan.to_dict()
     values["layers"][1]["mlp"]["kept"] = kept
-    with pytest.raises(PlanError, match="layer 1, mlp"):
+    with pytest.raises(PlanError, match=r"layer 1, mlp|layers\.1\.mlp\.kept is .*; it must be text"):
         Plan.load(write(tmp_path, values))
 
 
@@ -290,7 +292,9 @@ def test_a_damaged_file_does_not_fill_the_memory(plan, tmp_path):
     for kept in ("0-999999999", ",".join(["0-9999999"] * 10_000)):
         values = plan.to_dict()
         values["layers"][1]["mlp"] = {"groups": 10**10, "kept": kept}
-        with pytest.raises(PlanError, match=r"layer 1, mlp"):
+        with pytest.raises(
+            PlanError, match=r"layers\.1\.mlp\.groups is 10000000000; it must be less than or equal to 131072"
+        ):
             Plan.load(write(tmp_path, values))
 
 
@@ -328,3 +332,51 @@ def test_bytes_overwritten(plan, data, tmp_path_factory):
     content = data.draw(overwritten(plan.to_json().encode()))
     path = write(tmp_path_factory.mktemp("damaged"), content)
     is_refused_or_valid(lambda: Plan.load(path))
+
+
+def small_file(tmp_path, layers: int, groups: int) -> Path:
+    """A plan of a few bytes per layer that keeps everything."""
+    axes = {"attention": {"groups": 1, "kept": "0"}, "mlp": {"groups": groups, "kept": f"0-{groups - 1}"}}
+    path = tmp_path / "plan.json"
+    values = {"format": "prunus-plan", "version": 1, "model_type": "llama", "layers": [axes] * layers}
+    path.write_text(json.dumps(values, separators=(",", ":")))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("layers", "groups", "message"),
+    [
+        (1, 9_999_999, r"layers\.0\.mlp\.groups is 9999999; it must be less than or equal to 131072"),
+        (70, 131_072, "its layers have 9,175,110 groups, and no plan has more than 8,388,608"),
+    ],
+)
+def test_a_small_file_does_not_unfold_to_ten_million_groups(tmp_path, layers, groups, message):
+    path = small_file(tmp_path, layers, groups)
+    assert path.stat().st_size < 8192
+    assert peak_of(lambda: Plan.load(path), message) < 2**20
+
+
+def test_a_plan_for_another_model_is_refused_before_it_unfolds(tmp_path, geometry):
+    path = small_file(tmp_path, 50, 131_072)
+    assert peak_of(lambda: Plan.load(path, geometry), "50 decoder layers, the model has 4") < 2**20
+    path = small_file(tmp_path, 4, 131_072)
+    assert peak_of(lambda: Plan.load(path, geometry), "layer 0: the plan is for") < 2**20
+
+
+def peak_of(read, message: str) -> int:
+    """Bytes that reading a plan takes at most until it is refused."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(PlanError, match=message):
+            read()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_largest_model_has_a_plan(tmp_path):
+    """Llama 3.1 405B: 126 layers of 8 groups and 53,248 channels."""
+    values = {"format": "prunus-plan", "version": 1, "model_type": "llama"}
+    axes = {"attention": {"groups": 8, "kept": "0-7"}, "mlp": {"groups": 53_248, "kept": "0-53247"}}
+    (tmp_path / "plan.json").write_text(json.dumps({**values, "layers": [axes] * 126}))
+    assert Plan.load(tmp_path / "plan.json").kept_widths == (LayerWidths(8, 53_248),) * 126

@@ -208,6 +208,7 @@ DAMAGE = {
     "a cost that is not there": (lambda t: t.assign(cost=t.cost.where(t.index > 0)), "column cost"),
     "an importance that is not there": (lambda t: t.assign(importance=t.importance.where(t.index > 3)), "importance"),
     "an infinite score": (lambda t: t.assign(score=np.inf), "column score.*finite"),
+    "importance that is true or false": (lambda t: t.assign(importance=t.importance > 0), "column importance"),
     "a score in words": (lambda t: t.assign(score="high"), "column score"),
     "another axis": (lambda t: t.assign(group_type=t.group_type.replace("mlp", "experts")), "'experts' is not one of"),
     "an axis that is not there": (lambda t: t.assign(group_type=np.nan), "group_type 'nan'"),

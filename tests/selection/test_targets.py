@@ -321,9 +321,7 @@ def test_profile_and_prune_for_latency(capsys, tmp_path, folder, text):
     other = save_tiny_folder(tmp_path / "other", "llama", "gqa", num_hidden_layers=3, hidden_size=96)
     words[1], words[3] = other, tmp_path / "no"
     assert "with hidden_size 48, the model has 96" in fails(capsys, *words, "--set", f"target.profile={file}")
-    assert "cannot read the latency profile" in fails(
-        capsys, *words, "--set", f"target.profile={tmp_path / 'none.json'}"
-    )
+    assert "the latency profile" in fails(capsys, *words, "--set", f"target.profile={tmp_path / 'none.json'}")
 
 
 def test_compare_for_flops(capsys, tmp_path, folder, text):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,7 @@ from prunus.calibration.hub import HUB_NAMES, hub_documents, hub_text
 from prunus.calibration.packing import Packed, pack_documents, pack_windows
 from prunus.calibration.sampled import sample_from_model
 from prunus.errors import CalibrationError, OptionError
+from prunus.files.user_path import expanded
 from prunus.model.live import live_model
 from prunus.option_values import check_seed, check_utf8, check_whole
 
@@ -110,7 +110,7 @@ def load_calibration(
             )
         ids = sample_from_model(live_model(model), **sizes, seed=seed, begin=begin, progress=progress)
         return _calibration(Packed(ids, samples), "sampled from the model", kind, seed)
-    path = Path(source).expanduser()
+    path = expanded(source)
     documents: Iterable[str]
     try:
         if kind == "text":
@@ -253,7 +253,7 @@ def check_counts(samples: int, seq_len: int) -> None:
 def _kind_of(source: str) -> str:
     if source in HUB_NAMES:
         return "hub"
-    path = Path(source).expanduser()
+    path = expanded(source)
     extensions = ", ".join(TEXT_KINDS)
     if path.is_dir():
         raise CalibrationError(f"the calibration source {source!r} is a folder. Give one file in it ({extensions}).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -24,6 +25,7 @@ from prunus.checkpoint.weights import StoredWeights, check_inside
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.files.json_file import read_json
 from prunus.files.links import check_links
+from prunus.files.user_path import expanded
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of
 
@@ -31,6 +33,8 @@ __all__ = ["check_finite", "check_folder", "load_model", "locate", "read_config"
 
 logger = logging.getLogger(__name__)
 
+#: sixty times what the largest vocabulary has
+MOST_TOKENS = 2**24
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 #: ways to compute attention that are part of PyTorch
 ATTENTIONS = ("eager", "sdpa")
@@ -99,12 +103,38 @@ def read_tokenizer(folder: Path) -> Any:
     Raises:
         CheckpointError: it cannot be read.
     """
+    _check_token_ids(folder / "tokenizer.json")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # Fields of another type than they should have show only when a text goes through.
+        tokenizer.decode(tokenizer("One text.", add_special_tokens=False)["input_ids"], skip_special_tokens=True)
+        tokenizer("One text.")
+        # Half of a surrogate pair could not be saved again.
+        json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode("utf-8")
+        return tokenizer
     except Exception as error:  # whatever a tokenizer's parser raises
         # What transformers tries last is another format, and its advice would be to install a package for that.
         reason = "tokenizer.model is no SentencePiece model, or damaged" if "tiktoken" in str(error).lower() else error
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+
+
+def _check_token_ids(path: Path) -> None:
+    """Raise CheckpointError for a number of a token that no vocabulary reaches.
+
+    The tokenizers library makes a table up to the largest one, and ends the process if there is no memory for it.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        vocabulary = content["model"]["vocab"]
+        numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+        numbers += [token["id"] for token in content["added_tokens"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # of another kind, or not whole: the library says so itself
+    if beyond := [number for number in numbers if type(number) is int and not 0 <= number < MOST_TOKENS]:
+        raise CheckpointError(
+            f"{path} gives a token the number {beyond[0]}, and no vocabulary has more than {MOST_TOKENS:,}; fetch the "
+            "file again"
+        )
 
 
 def read_config(folder: Path) -> Any:
@@ -156,7 +186,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
         raise OptionError(f"the model is an empty string. Give a folder, a hub id, or {PACKAGED_MODEL!r}.")
     if name == PACKAGED_MODEL:
         return smollm2_135m()
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         check_links(path)
         return path

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from prunus.errors import CheckpointError
+from prunus.files.user_path import cache_home, expanded
 from prunus.installing import install_command
 
 __all__ = ["PACKAGED_MODEL", "cache_root", "smollm2_135m"]
@@ -47,10 +48,8 @@ def cache_root() -> Path:
     `$PRUNUS_CACHE`, else `$XDG_CACHE_HOME/prunus`, else `~/.cache/prunus`.
     """
     if own := os.environ.get("PRUNUS_CACHE"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "prunus"
-    return Path.home() / ".cache" / "prunus"
+        return expanded(own)
+    return cache_home() / "prunus"
 
 
 def smollm2_135m(cache_dir: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
@@ -79,7 +78,7 @@ def smollm2_135m(cache_dir: str | os.PathLike[str] | None = None, progress: bool
     gguf = _find_gguf()
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    root = Path(cache_dir).expanduser() if cache_dir is not None else cache_root()
+    root = expanded(cache_dir) if cache_dir is not None else cache_root()
     folder = root / f"{PACKAGED_MODEL}-{digest[:12]}-{_CONVERSION}"
     if _is_whole(folder):
         return folder

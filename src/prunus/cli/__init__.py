@@ -8,9 +8,9 @@ from difflib import get_close_matches
 
 from cyclopts import App, CycloptsError, Parameter
 
-from prunus.cli.flags import whole_numbers
 from prunus.cli.terminal import quiet_transformers, run_command, show_error
 from prunus.cli.usage import flags_of, shown_default, usage_message
+from prunus.cli.values import WrongUsage, check_values
 from prunus.errors import OptionError
 from prunus.option_values import check_utf8
 from prunus.version import __version__
@@ -72,7 +72,8 @@ app = App(
     version=__version__,
     help_format="markdown",
     suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(converter=whole_numbers, show_default=shown_default),
+    default_parameter=Parameter(show_default=shown_default),
+    config=check_values,
 )
 for name, (path, summary) in COMMANDS.items():
     app.command(f"prunus.cli.{path}", name=name, help=summary)
@@ -90,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for word in words:
             check_utf8("an argument", word)  # results say what was typed
         check_command(words)
-        command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+        try:
+            command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+        except WrongUsage as error:
+            raise CycloptsError(msg=str(error)) from error
         if command.__module__.startswith("prunus."):  # not --help or --version
             check_processes(words)
             quiet_transformers()

@@ -8,6 +8,7 @@ from prunus.cli.flags import Flag, ModelName
 from prunus.cli.option_flags import ModelFlags, Where
 from prunus.cli.printing import print_json, print_rows, typed_command
 from prunus.files.outputs import check_inputs
+from prunus.pipeline.inspection import geometry_of
 from prunus.pipeline.prune import apply_checkpoint
 from prunus.selection.plan import Plan
 
@@ -34,8 +35,14 @@ def apply(
         json: print the metrics as JSON.
     """
     check_inputs(out, plan)
+    # With the model's shape, so that a plan for another one is refused before its ranges are unfolded.
     metrics = apply_checkpoint(
-        model, Plan.load(plan), out, model_options=where, overwrite=overwrite, command=typed_command()
+        model,
+        Plan.load(plan, geometry_of(model)),
+        out,
+        model_options=where,
+        overwrite=overwrite,
+        command=typed_command(),
     )
     if json:
         print_json(metrics)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prunus.cli.bench import speed_rows
 from prunus.cli.flags import Flag, ModelName
 from prunus.cli.option_flags import EvalFlags, EvalSettings, ModelFlags, Where
 from prunus.cli.printing import print_json, print_rows, typed_command
 from prunus.evaluation.evaluate import Evaluation
 from prunus.evaluation.evaluate import evaluate as evaluate_model
+from prunus.files.user_path import expanded
 from prunus.report import try_report
 from prunus.report.page import FILE_NAME
 from prunus.results.result_folder import add_evaluation, check_updatable
@@ -41,7 +40,7 @@ def evaluate(
     try:
         if update_card:
             add_evaluation(model, result.to_dict(), typed_command())
-            if (Path(model).expanduser() / FILE_NAME).is_file():
+            if (expanded(model) / FILE_NAME).is_file():
                 try_report(model)
     finally:  # what was measured is shown, also where it could not be kept
         _show(result, json)

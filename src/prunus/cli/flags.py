@@ -5,23 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from cyclopts import Parameter, Token, convert
+from cyclopts import Parameter, Token
 
-from prunus.errors import OptionError
+from prunus.cli.values import check_number, check_whole_number
 
-__all__ = ["Flag", "ModelName", "split_commas", "split_numbers", "split_whole_numbers", "whole_numbers"]
+__all__ = ["Flag", "ModelName", "split_commas", "split_numbers", "split_whole_numbers"]
 
 ModelName = Annotated[str, Parameter(name="MODEL")]
 Flag = Annotated[bool, Parameter(negative="")]
-
-
-def whole_numbers(type_: Any, tokens: Any) -> Any:
-    """What the command line gives a parameter; cyclopts by itself rounds 2.5 where a whole number is wanted."""
-    if type_ is int or type_ == int | None:
-        for token in tokens:
-            if "." in token.value and not token.value.partition(".")[2].strip("0") == "":
-                raise OptionError(f"{token.keyword or 'the argument'} is {token.value}; give a whole number")
-    return convert(type_, tokens)
 
 
 def split_commas(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
@@ -31,19 +22,9 @@ def split_commas(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
 
 def split_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[float, ...]:
     """`0.1,0.2` as numbers."""
-    return tuple(_number(part, "0.1,0.2,0.4") for part in split_commas(type_, tokens))
-
-
-def _number(text: str, example: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise OptionError(f"{text!r} is no number; write e.g. {example}") from None
+    return tuple(check_number(tokens[0].keyword or "a number", part) for part in split_commas(type_, tokens))
 
 
 def split_whole_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
     """`0,1` as whole numbers."""
-    try:
-        return tuple(int(part) for part in split_commas(type_, tokens))
-    except ValueError as error:
-        raise OptionError(f"{error}; write whole numbers such as 0,1") from error
+    return tuple(check_whole_number(tokens[0].keyword or "a number", part) for part in split_commas(type_, tokens))

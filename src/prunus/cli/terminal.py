@@ -33,6 +33,7 @@ def run_command(work: Callable[[], object], flags: Flags = dict) -> int:
     Returns:
         Exit status: 0 success, 1 an error that the message explains, 130 interrupted by Ctrl-C.
     """
+    _make_streams_writable()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(flags))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -45,12 +46,13 @@ def run_command(work: Callable[[], object], flags: Flags = dict) -> int:
         show_error(in_flags(str(error), flags()))
         return 1
     except BrokenPipeError:
-        # Whoever read the results has enough of them. Nothing may be written when Python flushes at its end, either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the results has enough of them.
+        _drop_what_is_left()
         return 1
     except OSError as error:
         # A full disk, no permission, a name too long: the message of the system names the file.
         show_error(error)
+        _drop_what_is_left()
         return 1
     except RuntimeError as error:
         if not _is_out_of_memory(error):
@@ -84,6 +86,25 @@ def quiet_transformers() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def _make_streams_writable() -> None:
+    """Have results and messages go out whatever the terminal is, and nowhere if it is closed (`>&-`)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
+        elif hasattr(stream, "reconfigure"):
+            # What an encoding lacks is written as \\u2192: tables have arrows, file names may be no text at all.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_what_is_left() -> None:
+    """Have Python not try once more, when it ends, to write results that nobody could be given."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def quoted_command(program: str, words: Sequence[str]) -> str:

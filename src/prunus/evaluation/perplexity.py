@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prunus.calibration.begin_token import begin_token_of, begin_with
 from prunus.errors import OptionError
+from prunus.files.user_path import expanded
 from prunus.model.live import live_model
 from prunus.model.tokens import check_seq_len, check_tokens, longest_context, token_ids
 from prunus.option_values import check_whole
@@ -74,7 +75,7 @@ def read_text(path: str | Path) -> str:
     Raises:
         OptionError: the file is missing, empty, a folder, or not UTF-8.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

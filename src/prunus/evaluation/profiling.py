@@ -30,6 +30,7 @@ from tqdm import tqdm
 from prunus.checkpoint import empty_model, locate, pruned_config, read_config, resolve_device, resolve_dtype
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.speed import SpeedOptions, check_context
+from prunus.files.user_path import expanded
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry, LayerWidths, submodule
 from prunus.selection.latency_profile import LatencyProfile, PhaseTimes, ProfiledShape
@@ -92,7 +93,7 @@ def profile(model: str, options: SpeedOptions | None = None, *, progress: bool =
             100 * (1 - share),
         )
     return LatencyProfile(
-        model=Path(model).name if Path(model).expanduser().is_dir() else model,
+        model=Path(model).name if expanded(model).is_dir() else model,
         shape=ProfiledShape.of(geometry),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         machine=f"{platform.machine()} {platform.system()}",

@@ -19,17 +19,19 @@ Source: Gao et al., "A framework for few-shot language model evaluation" (tasks 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 from tqdm import tqdm
 
 from prunus.errors import NonFiniteError, OptionError
+from prunus.files.json_file import FileContent, check_content, parse_json
+from prunus.files.user_path import expanded
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.loss import head_function
 from prunus.model.tokens import check_token_ids, longest_context
@@ -111,33 +113,64 @@ class ZeroShotResult:
         return asdict(self)
 
 
+def _whole(value: Any) -> Any:
+    """Digits as the number that they are; anything else as it is, and a bool is no number."""
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 10:
+        return int(value)
+    if type(value) is not int:
+        raise ValueError("it must be a whole number")
+    return value
+
+
 def _question(question: str, choices: Sequence[str], gold: int) -> Item:
     context = f"Question: {question}\nAnswer:"
     return Item(tuple((context, f" {choice}") for choice in choices), tuple(len(choice) for choice in choices), gold)
 
 
-def _arc_easy(record: Mapping[str, Any]) -> Item:
-    return _question(record["question"], record["choices"], int(record["gold"]))
+#: a whole number, in digits or as text of them
+_Number = Annotated[int, Field(strict=False, ge=0, lt=2**31), BeforeValidator(_whole)]
+_Text = Annotated[str, Field(min_length=1)]
 
 
-def _piqa(record: Mapping[str, Any]) -> Item:
-    return _question(record["goal"], [record["sol1"], record["sol2"]], int(record["label"]))
+class _ArcEasy(FileContent):
+    question: str
+    choices: Annotated[list[_Text], Field(min_length=2)]
+    gold: _Number
+
+    def item(self) -> Item:
+        return _question(self.question, self.choices, self.gold)
 
 
-def _winogrande(record: Mapping[str, Any]) -> Item:
-    before, gap, after = record["sentence"].partition("_")
-    if not gap:
-        raise ValueError("the sentence has no gap '_'")
-    rest = after.strip()
-    options = (record["option1"], record["option2"])
-    return Item(tuple((before + option, f" {rest}") for option in options), (len(rest),) * 2, int(record["answer"]) - 1)
+class _Piqa(FileContent):
+    goal: str
+    sol1: _Text
+    sol2: _Text
+    label: _Number
+
+    def item(self) -> Item:
+        return _question(self.goal, [self.sol1, self.sol2], self.label)
 
 
-#: how a line of a task's file becomes an item
-TASKS: dict[str, Callable[[Mapping[str, Any]], Item]] = {
-    "arc_easy": _arc_easy,
-    "piqa": _piqa,
-    "winogrande": _winogrande,
+class _Winogrande(FileContent):
+    sentence: str
+    option1: _Text
+    option2: _Text
+    answer: _Number
+
+    def item(self) -> Item:
+        before, gap, after = self.sentence.partition("_")
+        if not gap:
+            raise ValueError("the sentence has no gap '_'")
+        rest = after.strip()
+        options = (self.option1, self.option2)
+        return Item(tuple((before + option, f" {rest}") for option in options), (len(rest),) * 2, self.answer - 1)
+
+
+#: what a line of a task's file holds, and how it becomes an item
+TASKS: dict[str, type[_ArcEasy | _Piqa | _Winogrande]] = {
+    "arc_easy": _ArcEasy,
+    "piqa": _Piqa,
+    "winogrande": _Winogrande,
 }
 
 
@@ -157,25 +190,34 @@ def load_task(path: str | Path, name: str | None = None) -> Task:
         name = next((task for task in TASKS if path.name.startswith(task)), None)
     if name not in TASKS:
         raise OptionError(f"{path.name} names no task that is known; name it after one of {', '.join(TASKS)}")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read the task file {path}: {error}") from error
+    if path.is_dir():
+        raise OptionError(f"cannot read the task file {path}: it is a folder")
     items = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                item = TASKS[name](json.loads(line))
-                if not 0 <= item.gold < len(item.choices) or not all(item.lengths):
-                    raise ValueError("the right answer is none of the choices, or a choice is empty")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise OptionError(
-                    f"{path}, line {number}: not an item of {name} ({type(error).__name__}: {error})"
-                ) from error
-            items.append(item)
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    items.append(_item(name, line, f"{path}, line {number}"))
+    except OSError as error:
+        raise OptionError(f"cannot read the task file {path}: {error.strerror or error}") from error
     if not items:
         raise OptionError(f"{path} holds no items")
     return Task(name, tuple(items))
+
+
+def _item(name: str, line: bytes, where: str) -> Item:
+    said = check_content(
+        TASKS[name], parse_json(line, where, OptionError), f"{where}: not an item of {name}", OptionError
+    )
+    try:
+        item = said.item()
+    except ValueError as error:
+        raise OptionError(f"{where}: not an item of {name}: {error}") from error
+    if not 0 <= item.gold < len(item.choices) or not all(item.lengths):
+        raise OptionError(
+            f"{where}: not an item of {name}: the right answer is none of the choices, or a choice is empty"
+        )
+    return item
 
 
 def load_tasks(paths: Sequence[str | Path]) -> tuple[Task, ...]:
@@ -188,7 +230,7 @@ def load_tasks(paths: Sequence[str | Path]) -> tuple[Task, ...]:
         OptionError: a folder holds no task, a task is there twice, or see `load_task`.
     """
     files: list[Path] = []
-    for path in (Path(path).expanduser() for path in paths):
+    for path in map(expanded, paths):
         found = [file for file in sorted(path.glob("*.jsonl")) if file.name.startswith(tuple(TASKS))]
         if path.is_dir() and not found:
             raise OptionError(f"{path} holds no task: its .jsonl files are named after one of {', '.join(TASKS)}")

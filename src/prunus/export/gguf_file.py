@@ -22,6 +22,7 @@ from prunus.export.gguf_rope import Rope, rope_of
 from prunus.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from prunus.export.llama_cpp import Architecture, candidates, choose_architecture, widths_to_write
 from prunus.files.outputs import check_disk, check_output_file, claimed, output_file
+from prunus.files.user_path import expanded
 from prunus.installing import install_command
 from prunus.model.families import family_of
 from prunus.model.geometry import Geometry, LayerWidths
@@ -85,7 +86,7 @@ def export_gguf(
         CheckpointError: the package gguf is not installed, `source` cannot be read, or `out` cannot be written.
         NonFiniteError: a weight is too large for f16.
     """
-    out = Path(out).expanduser()
+    out = expanded(out)
     _check_options(type, mlp_multiple)
     with claimed(out, is_file=True, run=("gguf", source, type, mlp_multiple, overwrite)) as claim:
         if claim.finished:

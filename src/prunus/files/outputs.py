@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 
 from prunus.errors import BusyError, CheckpointError, OptionError
 from prunus.files.json_file import read_json_if_whole
+from prunus.files.user_path import expanded
 from prunus.machine.processes import is_first
 
 __all__ = [
@@ -308,7 +309,7 @@ def check_output_file(out: str | os.PathLike[str], what: str, mark: bytes, overw
     Raises:
         OptionError: `out` is a folder, another kind of file, or there without `overwrite`.
     """
-    path = Path(out).expanduser()
+    path = expanded(out)
     if path.is_dir():
         raise OptionError(f"{out} is a folder; `out` is the file to write, e.g. {path / what}")
     if not os.path.lexists(path):
@@ -349,7 +350,7 @@ def place_of(out: str | os.PathLike[str], follow: bool = True) -> Path:
         CheckpointError: no file can have this name.
     """
     try:
-        path = Path(out).expanduser()
+        path = expanded(out)
         target = path.resolve() if follow else path.parent.resolve() / path.name
         target.exists()
         str(target).encode()
@@ -495,7 +496,7 @@ def _existing(inputs: tuple[str | os.PathLike[str] | None, ...]) -> list[Path]:
     found = []
     for name in inputs:
         with suppress(OSError, RuntimeError, ValueError):
-            if name is not None and os.fspath(name) and (path := Path(name).expanduser()).exists():
+            if name is not None and os.fspath(name) and (path := expanded(name)).exists():
                 found.append(path.resolve())
                 if path.is_dir():
                     found += [entry.resolve() for entry in path.iterdir() if entry.is_file()]

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from prunus.errors import CheckpointError, StatisticsError
+from prunus.files.json_file import parse_json, read_json
 from prunus.files.outputs import whole_file
 from prunus.files.tensor_file import TensorFile, TensorLayout, write_tensors
 
@@ -87,11 +88,9 @@ class Records:
                     partial.write_text(json.dumps(made_from, indent=1) + "\n", encoding="utf-8")
             return
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise StatisticsError(f"{path} cannot be read ({error}); remove the folder {folder}") from error
-        if not isinstance(there, dict):
-            raise StatisticsError(f"{path} does not hold a JSON object; remove the folder {folder}")
+            there = read_json(path)
+        except CheckpointError as error:
+            raise StatisticsError(f"{error}; remove the folder {folder}") from error
         if there != made_from:
             differing = [
                 f"{name} ({_short(there.get(name))} there, {_short(made_from.get(name))} now)"
@@ -106,10 +105,10 @@ class Records:
             try:
                 layer_idx = int(record.stem.removeprefix("layer-"))
                 file = TensorFile(record)
-                about = json.loads(file.metadata["about"])
+                about = parse_json(file.metadata["about"], "what is said of it")
                 if not isinstance(about, dict):
                     raise TypeError(f"{about!r} is said of it")
-            except (CheckpointError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            except (CheckpointError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
                 raise StatisticsError(
                     f"{record} is not the record of a finished layer ({error}); remove the folder {folder}"
                 ) from error

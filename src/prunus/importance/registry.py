@@ -12,6 +12,7 @@ from prunus.errors import OptionError, StatisticsError
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
+from prunus.option_values import check_seed
 from prunus.statistics import ActivationStatistics, GateGradients, Statistic, Statistics, WeightGradients
 from prunus.statistics.activations import ACTIVATION_STATISTICS, ActivationStatistic
 from prunus.statistics.gradients import LossScale
@@ -53,6 +54,8 @@ class MethodOptions:
     random_seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.random_seed is not None:
+            check_seed("random_seed", self.random_seed)
         if self.hessian not in HESSIANS:
             raise OptionError(f"`hessian` {self.hessian!r} is unknown; choose one of {', '.join(HESSIANS)}")
         if self.activation not in ACTIVATION_STATISTICS:

@@ -36,7 +36,17 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         )
     if resolved.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError(f"`device` {device!r} was asked for, but torch cannot use MPS here; use `device` cpu or auto")
+    if resolved.type not in ("cpu", "cuda", "mps") and not _holds_numbers(resolved):
+        raise OptionError(f"`device` {device!r} cannot run a model here; use auto, cpu, cuda, cuda:1 or mps")
     return resolved
+
+
+def _holds_numbers(device: torch.device) -> bool:
+    """Whether tensors can be made there and read back: not on `meta`, nor on what torch knows by name alone."""
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError):
+        return False
 
 
 def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | Literal["auto"]:

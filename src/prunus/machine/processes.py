@@ -7,6 +7,7 @@ layer to that of the others before the layer is finished. All of them then hold 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -33,8 +34,31 @@ T = TypeVar("T")
 
 
 def launched() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun started; 1 without it.
+
+    Raises:
+        OptionError: one of the variables by which torchrun tells a process its place holds no such number.
+    """
+    processes = _from_environment("WORLD_SIZE", 1, smallest=1)
+    for name in ("RANK", "LOCAL_RANK"):
+        number = _from_environment(name, 0, smallest=-1)  # -1 is how launchers say that there is one process only
+        if number >= processes:
+            raise OptionError(f"{name} is {number} and WORLD_SIZE {processes}; numbers of processes begin with 0")
+    return processes
+
+
+def _from_environment(name: str, default: int, smallest: int) -> int:
+    """A number that a launcher set; one that is there but empty is none, as for a variable that is not there."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        os.environ.pop(name, None)  # torch and transformers would take it for a number
+        return default
+    if not re.fullmatch(r"-?[0-9]{1,6}", text) or int(text) < smallest:
+        raise OptionError(
+            f"the environment variable {name} is {text[:40]!r}, and torchrun sets it to a whole number from {smallest} "
+            f"on; start processes by torchrun, or unset {name}"
+        )
+    return int(text)
 
 
 def number_of_processes() -> int:
@@ -63,7 +87,11 @@ def joined() -> Iterator[None]:
         return
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(max(0, _from_environment("LOCAL_RANK", 0, smallest=-1)))
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise OptionError(
+            f"WORLD_SIZE is {launched()}, but {missing[0]} is not set: start processes by torchrun, or unset WORLD_SIZE"
+        )
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from prunus.errors import PlanError, UnsupportedModelError
+from prunus.files.json_file import Count, FileContent, check_content
 from prunus.model.families import AXES, FAMILIES, Axis, Family, Projection, Space, family_of
 from prunus.model.kind import causal_language_model
 
@@ -34,6 +36,24 @@ class LayerWidths:
     def __getitem__(self, axis: Axis) -> int:
         """Number of groups on an axis."""
         return self.num_key_value_heads if axis == "attention" else self.intermediate_size
+
+
+class _OfAxes(FileContent):
+    attention: Count
+    mlp: Count
+
+
+class _GeometryContent(FileContent):
+    model_type: str
+    hidden_size: Count
+    head_dim: Count
+    num_key_value_groups: Count
+    vocab_size: Count
+    layers: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    windows: list[Count | None]
+    total_parameters: Count
+    group_parameters: _OfAxes
+    block_parameters: _OfAxes
 
 
 @dataclass(frozen=True)
@@ -145,21 +165,25 @@ class Geometry:
         Raises:
             PlanError: fields are missing or malformed.
         """
-        try:
-            geometry = cls(
-                family=FAMILIES[values["model_type"]],
-                hidden_size=_count(values["hidden_size"]),
-                head_dim=_count(values["head_dim"]),
-                num_key_value_groups=_count(values["num_key_value_groups"]),
-                vocab_size=_count(values["vocab_size"]),
-                widths=tuple(LayerWidths(*(_count(groups) for groups in layer)) for layer in values["layers"]),
-                windows=tuple(None if window is None else _count(window) for window in values["windows"]),
-                total_parameters=_count(values["total_parameters"]),
-                group_parameters={axis: _count(values["group_parameters"][axis]) for axis in AXES},
-                block_parameters={axis: _count(values["block_parameters"][axis]) for axis in AXES},
+        content = check_content(_GeometryContent, values, "malformed model geometry", PlanError)
+        if content.model_type not in FAMILIES:
+            raise PlanError(f"malformed model geometry: model_type is {content.model_type!r}, no family that is known")
+        geometry = cls(
+            family=FAMILIES[content.model_type],
+            hidden_size=content.hidden_size,
+            head_dim=content.head_dim,
+            num_key_value_groups=content.num_key_value_groups,
+            vocab_size=content.vocab_size,
+            widths=tuple(LayerWidths(*layer) for layer in content.layers),
+            windows=tuple(content.windows),
+            total_parameters=content.total_parameters,
+            group_parameters={axis: getattr(content.group_parameters, axis) for axis in AXES},
+            block_parameters={axis: getattr(content.block_parameters, axis) for axis in AXES},
+        )
+        if len(geometry.windows) != len(geometry.widths):
+            raise PlanError(
+                f"malformed model geometry: windows of {len(geometry.windows)} layers, widths of {len(geometry.widths)}"
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"malformed model geometry: {type(error).__name__} {error}") from error
         for axis in AXES:
             if any(widths[axis] for widths in geometry.widths) and not geometry.group_parameters[axis]:
                 raise PlanError(f"malformed model geometry: groups of {axis} without parameters")
@@ -309,13 +333,6 @@ def layer_widths_of(config: Any) -> tuple[LayerWidths, ...]:
         widths = LayerWidths(int(config.num_key_value_heads), int(config.intermediate_size))
         return (widths,) * int(config.num_hidden_layers)
     return tuple(LayerWidths(int(w["num_key_value_heads"]), int(w["intermediate_size"])) for w in per_layer)
-
-
-def _count(value: Any) -> int:
-    """A whole number from 0 on, and no other type that `int` would round or parse."""
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not a whole number from 0 on")
-    return value
 
 
 def _windows_of(config: Any) -> tuple[int | None, ...]:

@@ -10,7 +10,7 @@ import torch
 
 from prunus.checkpoint import empty_model, locate, read_config
 from prunus.errors import PlanError
-from prunus.model.families import AXES, family_of
+from prunus.model.families import AXES
 from prunus.model.geometry import Geometry, submodule
 from prunus.model.group import Group
 from prunus.results.lineage import plan_from_original
@@ -18,7 +18,20 @@ from prunus.scoring.score import Score
 from prunus.selection.plan import Plan
 from prunus.selection.select import Constraints, check_ratio, reachable_parameters
 
-__all__ = ["inspect", "inspect_group"]
+__all__ = ["geometry_of", "inspect", "inspect_group"]
+
+
+def geometry_of(model: str) -> Geometry:
+    """The shape of a model by its config alone.
+
+    Args:
+        model: a folder, a Hub id, or `smollm2-135m`.
+
+    Raises:
+        CheckpointError: there is no such model, or its config cannot be read.
+        UnsupportedModelError: the family is not described.
+    """
+    return Geometry.of(empty_model(read_config(locate(model)), torch.float32))
 
 
 def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
@@ -40,9 +53,8 @@ def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
     if ratio is not None:
         check_ratio(ratio)
     folder = locate(model)
-    config = read_config(folder)
-    family = family_of(config)
-    geometry = Geometry.of(empty_model(config, torch.float32))
+    geometry = geometry_of(model)
+    family = geometry.family
     facts: dict[str, Any] = {
         "model": Path(model).name,
         "family": family.model_type,

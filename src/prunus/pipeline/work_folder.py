@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from prunus.errors import OptionError
+from prunus.files.user_path import expanded
 from prunus.sweep import Engine
 
 __all__ = ["SEARCH", "SELF_TEXT", "WorkFolder", "of_round"]
@@ -36,8 +37,8 @@ class WorkFolder:
     def __init__(self, out: str | Path, asked: str | Path | None = None):
         self._asked = asked is not None
         try:
-            out = Path(out).expanduser()
-            self.path = out.with_name(out.name + ".work") if asked is None else Path(asked).expanduser()
+            out = expanded(out)
+            self.path = out.with_name(out.name + ".work") if asked is None else expanded(asked)
             is_file = self.path.exists() and not self.path.is_dir()
             found = sorted(self.path.iterdir()) if self.path.is_dir() else []
         except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, no name

@@ -11,15 +11,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from prunus.errors import OptionError
-from prunus.files.json_file import read_json_if_whole
+from pydantic import Field
+
+from prunus.errors import CheckpointError, OptionError
+from prunus.files.json_file import Count, FileContent, Number, check_content, read_json, read_json_if_whole
 from prunus.files.outputs import whole_file
+from prunus.files.user_path import expanded
 
-__all__ = ["WEIGHTS_FILE", "Checkpoints"]
+__all__ = ["WEIGHTS_FILE", "Checkpoints", "readable"]
 
 #: Trainer's name for weights; here those that are trained
 WEIGHTS_FILE = "model.safetensors"
@@ -27,6 +31,62 @@ STATE_FILE = "trainer_state.json"
 INPUTS_FILE = "recovery-inputs.json"
 TRAINED_FILE = "recovery-trained.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class _TrainedContent(FileContent):
+    steps: Count
+    best_step: Count
+    seconds: Annotated[Number, Field(ge=0)]
+    before: Number
+    dense: Number | None
+    trained_parameters: Count
+    history: list[dict[str, Any]]
+    training_losses: list[dict[str, Any]]
+
+
+class _Logged(FileContent):
+    step: Count
+    eval_loss: Number | None = None
+    loss: Number | None = None
+
+
+class _StateContent(FileContent):
+    """What Trainer's state must hold for a run to go on."""
+
+    global_step: Count
+    max_steps: Count
+    epoch: Number
+    log_history: list[_Logged]
+    best_metric: Number | None
+    best_global_step: Count | None
+    best_model_checkpoint: str | None
+    total_flos: Number
+    num_input_tokens_seen: Count
+    num_train_epochs: Count
+    train_batch_size: Count | None
+    logging_steps: Number
+    eval_steps: Number
+    save_steps: Number
+    is_local_process_zero: bool
+    is_world_process_zero: bool
+    is_hyper_param_search: bool
+    stateful_callbacks: dict[str, Any]
+
+
+@contextmanager
+def readable(path: str | Path | None) -> Iterator[None]:
+    """Name the checkpoint in whatever goes wrong while it is read.
+
+    Raises:
+        CheckpointError: in the place of any other exception.
+    """
+    try:
+        yield
+    except Exception as error:  # of torch, safetensors, pickle, json or Trainer: a damaged file ends in any of them
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {str(error).strip()[:200]}); remove that checkpoint to go "
+            "on from the one before it, or begin anew with --overwrite"
+        ) from error
 
 
 class Checkpoints:
@@ -38,8 +98,8 @@ class Checkpoints:
     """
 
     def __init__(self, out: str | Path, work: str | Path | None = None):
-        out = Path(out).expanduser()
-        self.path = out.with_name(out.name + ".work") if work is None else Path(work).expanduser()
+        out = expanded(out)
+        self.path = out.with_name(out.name + ".work") if work is None else expanded(work)
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Check, before any work, that what lies there and what was asked for go together.
@@ -81,7 +141,7 @@ class Checkpoints:
             with whole_file(self._inputs_path) as partial:
                 partial.write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
             return
-        before = read_json_if_whole(self.path / INPUTS_FILE) or {}
+        before = read_json(self._inputs_path, error=OptionError)
         for name in [*inputs, *before]:
             if before.get(name) != inputs.get(name):
                 raise OptionError(
@@ -93,9 +153,26 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def last(self) -> Path | None:
-        """The last complete checkpoint."""
+        """The last complete checkpoint.
+
+        Raises:
+            CheckpointError: its state is damaged.
+        """
         found = self._found()
-        return next((found[step] for step in sorted(found, reverse=True) if self._is_whole(found[step])), None)
+        checkpoint = next((found[step] for step in sorted(found, reverse=True) if self._is_whole(found[step])), None)
+        if checkpoint is not None:
+            from transformers import TrainerState
+
+            path = checkpoint / STATE_FILE
+            state = read_json(path)
+            step = check_content(_StateContent, state, str(path)).global_step
+            with readable(path):  # of a field that it does not know Trainer makes a TypeError
+                TrainerState(**state)
+            if found.get(step) != checkpoint:
+                raise CheckpointError(
+                    f"{path}: global_step is {step}, which is not its folder's; remove that checkpoint"
+                )
+        return checkpoint
 
     def at(self, step: int) -> Path:
         """The weights after a step."""
@@ -107,8 +184,20 @@ class Checkpoints:
             partial.write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
     def finished(self) -> dict[str, Any] | None:
-        """What `finish` wrote; None while training is not over."""
-        return read_json_if_whole(self.path / TRAINED_FILE)
+        """What `finish` wrote; None while training is not over.
+
+        Raises:
+            CheckpointError: it is damaged, or names weights that are not there.
+        """
+        path = self.path / TRAINED_FILE
+        if not path.is_file():
+            return None
+        trained: dict[str, Any] = read_json(path)
+        if check_content(_TrainedContent, trained, str(path)).best_step and not self.at(trained["best_step"]).is_file():
+            raise CheckpointError(
+                f"{path} names {self.at(trained['best_step'])}, which is not there; begin anew with --overwrite"
+            )
+        return trained
 
     def remove(self) -> None:
         """Take away what this class and Trainer put there, and the folder if nothing else is in it."""

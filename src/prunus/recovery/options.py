@@ -49,6 +49,8 @@ class TextOptions:
         check_counts(1 if self.samples is None else self.samples, self.seq_len)
         check_whole("held_out", self.held_out, why="without held-out sequences no checkpoint is the best")
         check_seed("seed", self.seed)
+        if not 0 <= self.seed < 2**32:
+            raise OptionError(f"seed is {self.seed}; training seeds NumPy, too, which takes 0 to {2**32 - 1:,}")
         check_utf8("text", self.text)
 
 

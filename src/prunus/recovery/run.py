@@ -35,7 +35,7 @@ from prunus.machine.processes import agreed, is_first, joined, number_of_process
 from prunus.model.digest import digest_model
 from prunus.model.tokens import check_seq_len, check_token_ids
 from prunus.recovery.card import card_with_recovery, card_without_figures
-from prunus.recovery.checkpoints import Checkpoints
+from prunus.recovery.checkpoints import Checkpoints, readable
 from prunus.recovery.options import RecoveryOptions, TextOptions
 from prunus.recovery.pace import Pace
 from prunus.recovery.student import Student, Teacher, add_adapters, merge_adapters
@@ -312,7 +312,8 @@ class _Run:
         if not best_step:
             return model
         adapted = self._add_adapters(model)
-        Student(model, self.options).load_trained_state_(load_file(checkpoints.at(best_step)))
+        with readable(checkpoints.at(best_step)):
+            Student(model, self.options).load_trained_state_(load_file(checkpoints.at(best_step)))
         return (merge_adapters(adapted) if adapted is not None else model).eval()
 
     def facts(self, trained: Mapping[str, Any], measured: PerplexityResult) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ from prunus.checkpoint.hub import HUB_FILES, hub_id
 from prunus.checkpoint.load import check_folder
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
 from prunus.errors import CheckpointError, OptionError, PlanError
+from prunus.files.json_file import check_content, read_json
 from prunus.results.lineage import COMPOSED_PLAN
+from prunus.results.result_content import MetricsContent
 from prunus.selection.plan import Plan
 
 __all__ = ["check_vocabulary", "find_teacher", "layers_behind"]
@@ -37,11 +38,9 @@ def find_teacher(pruned: Path) -> str:
     record = pruned / "prunus" / "metrics.json"
     advice = "name the dense model with `teacher`, or train without one: `kl_weight` 0, `ce_weight` 1"
     try:
-        name = str(json.loads(record.read_text(encoding="utf-8"))["base_model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{record} does not say which model {pruned} was cut from ({type(error).__name__}); {advice}"
-        ) from error
+        name = check_content(MetricsContent, read_json(record), str(record)).base_model
+    except CheckpointError as error:
+        raise CheckpointError(f"it is not known which model {pruned} was cut from ({error}); {advice}") from error
     if name == PACKAGED_MODEL:
         return str(smollm2_135m())
     for place in (pruned.resolve().parent / Path(name).name, Path(name)):

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prunus.errors import NonFiniteError, OptionError
 from prunus.machine.processes import add_up_, number_of_processes
-from prunus.recovery.checkpoints import WEIGHTS_FILE
+from prunus.recovery.checkpoints import WEIGHTS_FILE, readable
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.pace import Pace
 from prunus.recovery.student import Student
@@ -298,6 +298,18 @@ class RecoveryTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self._student.trained_state(state_dict), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Weights that are not trained are missing on purpose."""

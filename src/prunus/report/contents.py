@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prunus.errors import CheckpointError
-from prunus.files.json_file import read_json
+from prunus.files.json_file import check_content, read_json
+from prunus.files.user_path import expanded
 from prunus.model.families import AXES
 from prunus.report.charts import (
     TITLES,
@@ -23,6 +24,7 @@ from prunus.report.charts import (
 )
 from prunus.results.card import MeasuredFacts
 from prunus.results.comparison import plan_name
+from prunus.results.result_content import ComparisonContent
 from prunus.results.result_folder import Result, measured_facts, read_result, speed_notes
 from prunus.selection.plan import Plan
 
@@ -107,7 +109,7 @@ def contents_of(folder: str | Path) -> Contents:
         CheckpointError: prunus did not write it, or a file in it is damaged.
         PlanError: a plan or table in it is malformed.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if (folder / "comparison.json").is_file():
         return _of_comparison(folder)
     if not (folder / "prunus" / "metrics.json").is_file():
@@ -315,9 +317,8 @@ def _plan_name(row: Mapping[str, Any]) -> str:
 
 def _of_comparison(folder: Path) -> Contents:
     facts = read_json(folder / "comparison.json")
-    rows = facts.get("rows")
-    if not isinstance(rows, list) or not any(row_name(row) == "dense" for row in rows):
-        raise CheckpointError(f"{folder / 'comparison.json'} has no rows of a comparison; run `prunus compare` again")
+    check_content(ComparisonContent, facts, str(folder / "comparison.json"))
+    rows = facts["rows"]
     others = [row for row in rows if row_name(row) != "dense"]
     plans = {
         path.stem: Plan.load(path) for row in others for path in [folder / "plans" / _plan_name(row)] if path.is_file()
@@ -344,7 +345,7 @@ def _of_comparison(folder: Path) -> Contents:
         if finite:
             best = min(finite, key=lambda row: row["perplexity"])
             tiles.append(Tile(f"best at {ratio:.0%}", f"{best['perplexity']:,.2f}", row_name(best)))
-    model = facts.get("model", folder.resolve().name)
+    model = facts.get("model") or folder.resolve().name
     return Contents(
         title=f"Comparison on {model}",
         summary=f"{len(others)} results on {model}: recipes, each at the same shares.",

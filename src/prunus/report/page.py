@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from prunus.escaping import printable, printable_values
 from prunus.files.outputs import check_output_file, claimed, output_file, whole_file
+from prunus.files.user_path import expanded
 from prunus.installing import install_command
 from prunus.report.contents import Contents, contents_of
 from prunus.version import __version__
@@ -55,7 +56,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, overwrite
         OptionError: `out` is there already, or with `overwrite` is no report.
         PlanError: a plan or table in it is malformed.
     """
-    path = Path(out).expanduser() if out is not None else Path(folder).expanduser() / FILE_NAME
+    path = expanded(out) if out is not None else expanded(folder) / FILE_NAME
     with claimed(folder) if out is None else claimed(path, is_file=True):
         check_output_file(path, FILE_NAME, MARK, overwrite)
         text = page(contents_of(folder))

@@ -7,12 +7,13 @@ model that was never cut, and `metrics.json` names that model.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunus.errors import CheckpointError, PlanError
+from prunus.errors import CheckpointError, PrunusError
+from prunus.files.json_file import check_content, read_json
+from prunus.results.result_content import MetricsContent
 from prunus.selection.plan import Plan
 
 __all__ = ["COMPOSED_PLAN", "Lineage", "lineage_of", "plan_from_original"]
@@ -73,24 +74,13 @@ def lineage_of(folder: Path) -> Lineage | None:
         return None
     metrics_path = path.with_name("metrics.json")
     try:
-        metrics = json.loads(metrics_path.read_text(encoding="utf-8"))
-        original = metrics.get("original") or {
-            "model": metrics["base_model"],
-            "parameters": metrics["parameters_before"],
-        }
-        return Lineage(str(original["model"]), int(original["parameters"]), Plan.load(path))
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        PlanError,
-    ) as error:
+        metrics = check_content(MetricsContent, read_json(metrics_path), str(metrics_path))
+        plan = Plan.load(path)
+        if metrics.original is not None:
+            return Lineage(metrics.original.model, metrics.original.parameters, plan)
+        return Lineage(metrics.base_model, metrics.parameters_before, plan)
+    except PrunusError as error:
         raise CheckpointError(
-            f"{folder} was pruned before, but its records cannot be read ({type(error).__name__}: {error}): bring "
-            f"{metrics_path.name} and {path.name} in {path.parent} back, or remove that folder to cut the model as if "
-            "it had never been cut"
+            f"{folder} was pruned before, but its records cannot be read ({error}): bring {metrics_path.name} and "
+            f"{path.name} in {path.parent} back, or remove that folder to cut the model as if it had never been cut"
         ) from error

@@ -24,9 +24,11 @@ import pandas as pd
 
 from prunus.checkpoint import is_ragged, locate, save_checkpoint
 from prunus.errors import CheckpointError, PlanError
-from prunus.files.json_file import read_json
+from prunus.files.json_file import check_content, read_json
 from prunus.files.links import check_links
 from prunus.files.outputs import claimed, whole_file
+from prunus.files.user_path import expanded
+from prunus.model.families import AXES
 from prunus.results.card import (
     CalibrationFacts,
     CardFacts,
@@ -37,6 +39,7 @@ from prunus.results.card import (
     updated_card,
 )
 from prunus.results.lineage import COMPOSED_PLAN, Lineage, lineage_of
+from prunus.results.result_content import EvaluationContent, MetricsContent, SamplesContent
 from prunus.scoring.score import Score
 from prunus.selection.plan import Plan
 from prunus.selection.table import load_table
@@ -156,7 +159,7 @@ def read_result(folder: str | Path) -> Result:
         CheckpointError: prunus did not write the folder, or a file in it is damaged.
         PlanError: its plan or table is malformed.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     check_links(folder)
     own = folder / FOLDER
     if not (own / "metrics.json").is_file() or not (own / "plan.json").is_file():
@@ -165,16 +168,19 @@ def read_result(folder: str | Path) -> Result:
             f"{FOLDER}/plan.json"
         )
     metrics = read_json(own / "metrics.json")
-    if missing := [name for name in ("base_model", "parameters_before", "parameters_after") if name not in metrics]:
-        raise CheckpointError(f"{own / 'metrics.json'} does not say {missing[0]}; it is damaged, or another program's")
-    return Result(
-        folder,
-        Plan.load(own / "plan.json"),
-        metrics,
-        load_table(own / "groups.csv") if (own / "groups.csv").is_file() else None,
-        read_json(own / "samples.json", list) if (own / "samples.json").is_file() else [],
-        read_json(own / "evaluation.json") if (own / "evaluation.json").is_file() else {},
-    )
+    check_content(MetricsContent, metrics, str(own / "metrics.json"))
+    samples = read_json(own / "samples.json", list) if (own / "samples.json").is_file() else []
+    check_content(SamplesContent, {"samples": samples}, str(own / "samples.json"))
+    evaluation = read_json(own / "evaluation.json") if (own / "evaluation.json").is_file() else {}
+    check_content(EvaluationContent, evaluation, str(own / "evaluation.json"))
+    plan = Plan.load(own / "plan.json")
+    table = load_table(own / "groups.csv") if (own / "groups.csv").is_file() else None
+    if table is not None:
+        listed = table.groupby(["layer_idx", "group_type"]).size().to_dict()
+        planned = {(i, axis): widths[axis] for i, widths in enumerate(plan.widths) for axis in AXES if widths[axis]}
+        if listed != planned:
+            raise CheckpointError(f"{own / 'groups.csv'} lists other groups than {own / 'plan.json'} is about")
+    return Result(folder, plan, metrics, table, samples, evaluation)
 
 
 def read_metrics(folder: str | Path) -> dict[str, Any]:
@@ -183,7 +189,7 @@ def read_metrics(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    metrics: dict[str, Any] = read_json(Path(folder).expanduser() / FOLDER / "metrics.json")
+    metrics: dict[str, Any] = read_json(expanded(folder) / FOLDER / "metrics.json")
     return metrics
 
 
@@ -261,7 +267,7 @@ def measured_facts(metrics: Mapping[str, Any], evaluation: Mapping[str, Any]) ->
     figures: list[MeasuredFacts] = []
     if metrics.get("perplexity_after") is not None:
         text, protocol = metrics["perplexity_text"], metrics["perplexity_protocol"]
-        before, after = metrics["perplexity_before"], metrics["perplexity_after"]
+        before, after = metrics.get("perplexity_before"), metrics["perplexity_after"]
         figures.append(MeasuredFacts(text, text, "perplexity", "perplexity", protocol, before, after))
     dense = evaluation.get("dense") or {}
 
@@ -276,13 +282,12 @@ def measured_facts(metrics: Mapping[str, Any], evaluation: Mapping[str, Any]) ->
         )
     for entry in evaluation.get("zero_shot", ()):
         task, other = entry["task"], entry_of("zero_shot", entry)
+        dataset = TASK_DATASETS.get(task, task)
         protocol = f"zero-shot, {entry['items']} items, by the rules of lm-evaluation-harness"
         # WinoGrande's choices are compared by one text, so its two accuracies are one.
         for metric, name in {"acc": "accuracy", "acc_norm": "accuracy_norm"}.items():
             if (task, metric) != ("winogrande", "acc_norm"):
-                figures.append(
-                    MeasuredFacts(task, TASK_DATASETS[task], "accuracy", metric, protocol, other.get(name), entry[name])
-                )
+                figures.append(MeasuredFacts(task, dataset, "accuracy", metric, protocol, other.get(name), entry[name]))
     for entry in evaluation.get("harness", ()):
         task, other = entry["task"], entry_of("harness", entry).get("metrics", {})
         shots = "" if entry["few_shot"] is None else f", {entry['few_shot']}-shot"
@@ -344,7 +349,7 @@ def _card_facts(
         version=__version__,
         repaired=bool(_repair(metrics)),
         # The packaged model is a conversion of a Hub model, and has no page of its own.
-        on_hub="/" in metrics["base_model"] and not Path(source).expanduser().is_dir(),
+        on_hub="/" in metrics["base_model"] and not expanded(source).is_dir(),
         license=license_of(locate(source)),
         calibration=CalibrationFacts(**{key: provenance[key] for key in facts}) if provenance else None,
         measured=measured_facts(metrics, {}),

@@ -5,13 +5,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import pandas as pd
+from pydantic import Field
 
 from prunus.calibration import Calibration
 from prunus.calibration.noise import check_noise, with_noise
 from prunus.errors import CalibrationError, OptionError, PlanError
+from prunus.files.json_file import Count, FileContent, check_content, read_json
 from prunus.files.outputs import output_folder
 from prunus.importance import COMPOSITES, MethodOptions, get_method, score_groups
 from prunus.importance.registry import statistics_for
@@ -21,7 +23,7 @@ from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.model.live import live_model
 from prunus.model.tokens import check_tokens
-from prunus.option_values import check_positive, check_whole
+from prunus.option_values import check_positive
 from prunus.scoring.adaptive import AdaptiveOptions, adapt, split_probe
 from prunus.scoring.hybrid import DEFAULT_MIX, Weights, check_weights, mix
 from prunus.scoring.weighing import weigh_attention
@@ -42,6 +44,19 @@ from prunus.sweep import Engine, EngineChoice, sweep
 __all__ = ["Score", "ScoringOptions", "score", "score_together", "seed_of", "take_statistics"]
 
 logger = logging.getLogger(__name__)
+
+
+class _HowScored(FileContent):
+    method: str = ""
+    attention_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+class _AboutContent(FileContent):
+    geometry: dict[str, Any]
+    scoring: _HowScored | None = None
+    rounds: Annotated[Count, Field(ge=1)] = 1
+    target: dict[str, Any] | None = None
+
 
 TABLE_FILE, ABOUT_FILE, STATISTICS_FILE = "groups.csv", "score.json", "statistics.safetensors"
 
@@ -133,7 +148,7 @@ class Score:
         Raises:
             PlanError: it is malformed.
         """
-        return TargetOptions.from_dict(self.about.get("target", {}))
+        return TargetOptions.from_dict(self.about.get("target") or {})
 
     def ranked(self, normalization: Normalization) -> Self:
         """The same importances, made comparable in another way; the factor on attention holds as before.
@@ -199,20 +214,18 @@ class Score:
         path = Path(table)
         path = path / TABLE_FILE if path.is_dir() else path
         about_path = path.with_name(ABOUT_FILE)
-        try:
-            about = json.loads(about_path.read_text(encoding="utf-8"))
-            geometry = Geometry.from_dict(about.pop("geometry"))
-            check_positive("attention_weight", about.get("scoring", {}).get("attention_weight", 1.0))
-            check_whole("rounds", about.get("rounds", 1))
-        except (PlanError, OptionError) as error:
-            raise PlanError(f"{about_path}: {error}") from error
-        except OSError as error:
+        if not about_path.exists():
             raise PlanError(
                 f"{about_path} is missing: a table alone does not say how large the model is. Keep groups.csv beside "
                 "the score.json that `prunus score` wrote with it."
-            ) from error
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise PlanError(f"{about_path} is malformed: {type(error).__name__} {error}") from error
+            )
+        about = read_json(about_path, error=PlanError)
+        check_content(_AboutContent, about, str(about_path), PlanError)
+        try:
+            geometry = Geometry.from_dict(about.pop("geometry"))
+            TargetOptions.from_dict(about.get("target") or {})
+        except PlanError as error:
+            raise PlanError(f"{about_path}: {error}") from error
         ranked = load_table(path)
         # Before anything counts the groups one by one: a damaged file can name more than any memory holds.
         if len(ranked) != (groups := sum(widths[axis] for widths in geometry.widths for axis in AXES)):

@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import product
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
+from pydantic import Field, field_validator, model_validator
 
 from prunus.errors import PlanError
+from prunus.files.json_file import Count, FileContent, check_content, read_json
 from prunus.files.outputs import whole_file
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry
@@ -44,6 +46,57 @@ _VERSION = 1
 WIDEST = 10**9
 #: more seconds than anybody measures; sums of them in microseconds are finite
 LONGEST = 1e9
+
+_Seconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+#: width and seconds; a tuple in Python, a list in JSON
+_Point = Annotated[tuple[Annotated[Count, Field(ge=1)], _Seconds], Field(strict=False)]
+_Points = Annotated[list[_Point], Field(min_length=1, max_length=100_000, strict=False)]
+_OneOrMore = Annotated[Count, Field(ge=1)]
+
+
+class _TimesContent(FileContent):
+    fixed: _Seconds
+    attention: _Points
+    mlp: _Points
+
+    @field_validator("attention", "mlp")
+    @classmethod
+    def _ascends(cls, points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+        widths = [width for width, _ in points]
+        if any(wider <= width for width, wider in pairwise(widths)):
+            raise ValueError(f"its widths are {widths}, which must ascend")
+        return points
+
+    @model_validator(mode="after")
+    def _takes_time(self) -> _TimesContent:
+        if not self.fixed and not any(seconds for _, seconds in (*self.attention, *self.mlp)):
+            raise ValueError("its times are all 0")
+        return self
+
+
+class _ShapeContent(FileContent):
+    model_type: str
+    hidden_size: Count
+    head_dim: Count
+    num_key_value_groups: Count
+    vocab_size: Count
+
+
+class _ProfileContent(FileContent):
+    model: str
+    shape: _ShapeContent
+    device: str
+    machine: str
+    threads: _OneOrMore
+    dtype: str
+    torch: str
+    transformers: str
+    prompt_tokens: _OneOrMore
+    new_tokens: _OneOrMore
+    batch_size: _OneOrMore
+    repeats: _OneOrMore
+    prefill: _TimesContent
+    decode: _TimesContent
 
 
 @dataclass(frozen=True)
@@ -211,32 +264,32 @@ class LatencyProfile:
         return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: Any) -> Self:
+    def from_dict(cls, values: Any, where: str = "the latency profile") -> Self:
         """Inverse of `to_dict`.
+
+        Args:
+            values: as `to_dict` gives them.
+            where: what messages call it.
 
         Raises:
             PlanError: not a profile, a newer version, or fields that are missing or malformed.
         """
         if not isinstance(values, Mapping) or values.get("format") != _FORMAT:
-            raise PlanError(f"not a latency profile: the field 'format' must be {_FORMAT!r}")
+            raise PlanError(f"{where}: not a latency profile: the field 'format' must be {_FORMAT!r}")
         if values.get("version") != _VERSION:
-            raise PlanError(f"profile version {values.get('version')!r} is not {_VERSION}, which this prunus reads")
-        try:
-            fields: dict[str, Any] = {
-                name: kind(values[name])
-                for kind, names in (
-                    (str, ("model", "device", "machine", "dtype", "torch", "transformers")),
-                    (_as_it_is, ("threads", "prompt_tokens", "new_tokens", "batch_size", "repeats")),
-                    (_times_from, PHASES),
-                    (_shape_from, ("shape",)),
-                )
-                for name in names
-            }
-            return cls(**fields)
-        except PlanError as error:
-            raise PlanError(f"malformed latency profile: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"malformed latency profile: {type(error).__name__} {error}") from error
+            raise PlanError(
+                f"{where}: profile version {values.get('version')!r} is not {_VERSION}, which this prunus reads"
+            )
+        content = check_content(_ProfileContent, values, where, PlanError)
+        shape = ProfiledShape(**{field.name: getattr(content.shape, field.name) for field in fields(ProfiledShape)})
+        times: dict[str, Any] = {
+            phase: PhaseTimes(of_phase.fixed, tuple(of_phase.attention), tuple(of_phase.mlp))
+            for phase, of_phase in (("prefill", content.prefill), ("decode", content.decode))
+        }
+        plain = {
+            field.name: getattr(content, field.name) for field in fields(cls) if field.name not in ("shape", *times)
+        }
+        return cls(shape=shape, **times, **plain)
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON; a reader never sees a half-written file."""
@@ -254,27 +307,7 @@ class LatencyProfile:
         Raises:
             PlanError: the file is missing, is not JSON, or is not a profile.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read the latency profile {path}: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"{path} is not JSON: {error}") from error
-        return cls.from_dict(values)
-
-
-def _as_it_is(value: Any) -> Any:
-    """For numbers, which the classes check themselves: int() would round them."""
-    return value
-
-
-def _shape_from(values: Mapping[str, Any]) -> ProfiledShape:
-    return ProfiledShape(**{name: values[name] for name in ProfiledShape.__dataclass_fields__})
-
-
-def _times_from(values: Mapping[str, Any]) -> PhaseTimes:
-    points = {axis: tuple((groups, seconds) for groups, seconds in values[axis]) for axis in AXES}
-    return PhaseTimes(values["fixed"], points["attention"], points["mlp"])
+        return cls.from_dict(read_json(Path(path), error=PlanError, what="the latency profile"), str(path))
 
 
 def never_falling(values: Sequence[float]) -> np.ndarray:

@@ -12,9 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
 
 from prunus.errors import PlanError
+from prunus.files.json_file import FileContent, check_content, read_json
 from prunus.files.outputs import whole_file
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry, LayerWidths
@@ -25,9 +28,36 @@ _FORMAT = "prunus-plan"
 #: near the beginning of every plan file
 MARK = b'"prunus-plan"'
 _VERSION = 1
-_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*", re.ASCII)
-#: far more groups than any layer has; a damaged file must not make us allocate the numbers it names
-_MOST_GROUPS = 10_000_000
+_RANGES = re.compile(r"(\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*)?", re.ASCII)
+#: twice what the widest layer of any published model has (59,392 channels), and a quarter more than all layers of the
+#: largest: kept groups are written as ranges, and a file of a few bytes must not unfold to whatever it says
+MOST_GROUPS_PER_LAYER = 2**17
+MOST_GROUPS = 2**23
+MOST_LAYERS = 4096
+
+
+class _AxisContent(FileContent):
+    groups: Annotated[int, Field(ge=0, le=MOST_GROUPS_PER_LAYER)]
+    kept: Annotated[str, Field(max_length=8 * MOST_GROUPS_PER_LAYER)]
+
+
+class _LayerContent(FileContent):
+    attention: _AxisContent
+    mlp: _AxisContent
+
+
+class _PlanContent(FileContent):
+    format: Literal["prunus-plan"]
+    version: Literal[1]
+    model_type: Annotated[str, Field(min_length=1, max_length=100)]
+    layers: Annotated[list[_LayerContent], Field(min_length=1, max_length=MOST_LAYERS)]
+
+    @model_validator(mode="after")
+    def _bounded(self) -> _PlanContent:
+        total = sum(layer.attention.groups + layer.mlp.groups for layer in self.layers)
+        if total > MOST_GROUPS:
+            raise ValueError(f"its layers have {total:,} groups, and no plan has more than {MOST_GROUPS:,}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -111,13 +141,8 @@ class Plan:
         Raises:
             PlanError: another family, number of layers or number of groups; or a part of a block that is indivisible.
         """
-        if self.model_type != geometry.family.model_type:
-            raise PlanError(f"the plan is for family {self.model_type!r}, the model is {geometry.family.model_type!r}")
-        if len(self.widths) != len(geometry.widths):
-            raise PlanError(f"the plan is for {len(self.widths)} decoder layers, the model has {len(geometry.widths)}")
-        for layer_idx, (expected, found) in enumerate(zip(self.widths, geometry.widths, strict=True)):
-            if expected != found:
-                raise PlanError(f"layer {layer_idx}: the plan is for {expected}, the model has {found}")
+        _check_widths(self.model_type, self.widths, geometry)
+        for layer_idx, found in enumerate(geometry.widths):
             for block in geometry.family.blocks:
                 kept = len(self.layers[layer_idx][block.axis])
                 if block.indivisible and 0 < kept < found[block.axis]:
@@ -186,38 +211,38 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, values: Any) -> Plan:
+    def from_dict(cls, values: Any, geometry: Geometry | None = None, where: str = "the plan") -> Plan:
         """Inverse of `to_dict`.
 
+        Args:
+            values: as `to_dict` gives them.
+            geometry: of the model that the plan has to be for, which is checked before ranges are unfolded.
+            where: what messages call it.
+
         Raises:
-            PlanError: not a plan, a newer version, or kept groups that do not exist.
+            PlanError: not a plan, a newer version, kept groups that do not exist, or another model than `geometry`.
         """
         if not isinstance(values, dict) or values.get("format") != _FORMAT:
-            raise PlanError(f"not a prunus plan: the field 'format' must be {_FORMAT!r}")
+            raise PlanError(f"{where}: not a prunus plan: the field 'format' must be {_FORMAT!r}")
         if values.get("version") != _VERSION:
-            raise PlanError(f"plan version {values.get('version')!r} is not {_VERSION}, which this prunus reads")
-        try:
-            entries = [
-                {axis: (layer[axis]["groups"], layer[axis]["kept"]) for axis in AXES} for layer in values["layers"]
-            ]
-            model_type = values["model_type"]
-        except (KeyError, TypeError) as error:
-            raise PlanError(f"malformed plan: {type(error).__name__} {error} while reading its layers") from error
-        if not isinstance(model_type, str):
-            raise PlanError(f"malformed plan: model_type is {model_type!r}, not the name of a family")
-        widths, layers = [], []
-        for layer_idx, entry in enumerate(entries):
-            for axis in AXES:
-                groups = entry[axis][0]
-                if type(groups) is not int or not 0 <= groups <= _MOST_GROUPS:
-                    raise PlanError(f"layer {layer_idx}, {axis}: {groups!r} is not a number of groups")
-            widths.append(LayerWidths(*(entry[axis][0] for axis in AXES)))
-            layers.append(
-                KeptGroups(
-                    *(_from_ranges(entry[axis][1], entry[axis][0], f"layer {layer_idx}, {axis}") for axis in AXES)
-                )
+            raise PlanError(
+                f"{where}: plan version {values.get('version')!r} is not {_VERSION}, which this prunus reads"
             )
-        return cls(model_type, tuple(widths), tuple(layers))
+        content = check_content(_PlanContent, values, where, PlanError)
+        widths = tuple(LayerWidths(layer.attention.groups, layer.mlp.groups) for layer in content.layers)
+        try:
+            if geometry is not None:
+                _check_widths(content.model_type, widths, geometry)
+            layers = tuple(
+                KeptGroups(
+                    _from_ranges(layer.attention.kept, layer.attention.groups, f"layer {layer_idx}, attention"),
+                    _from_ranges(layer.mlp.kept, layer.mlp.groups, f"layer {layer_idx}, mlp"),
+                )
+                for layer_idx, layer in enumerate(content.layers)
+            )
+            return cls(content.model_type, widths, layers)
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from error
 
     def to_json(self) -> str:
         """The plan as indented JSON."""
@@ -229,22 +254,32 @@ class Plan:
             partial.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> Plan:
+    def load(cls, path: str | Path, geometry: Geometry | None = None) -> Plan:
         """Read a plan.
 
+        Args:
+            path: the file.
+            geometry: of the model that the plan has to be for, if that is known.
+
         Raises:
-            PlanError: the file is missing, is not JSON, or is not a plan.
+            PlanError: the file is missing, is not JSON, is not a plan, or is one for another model than `geometry`.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read the plan {path}: {error}") from error
-        except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
-            raise PlanError(f"{path} is not JSON: {error}") from error
-        try:
-            return cls.from_dict(values)
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+        path = Path(path)
+        if path.is_dir():
+            held = [name for name in ("plan.json", "prunus/plan.json") if (path / name).is_file()]
+            raise PlanError(f"{path} is a folder; name the plan{f', {path / held[0]}' if held else ' file itself'}")
+        return cls.from_dict(read_json(path, error=PlanError, what="the plan"), geometry, str(path))
+
+
+def _check_widths(model_type: str, widths: Sequence[LayerWidths], geometry: Geometry) -> None:
+    """Raise PlanError unless a plan of these widths is for a model of this shape."""
+    if model_type != geometry.family.model_type:
+        raise PlanError(f"the plan is for family {model_type!r}, the model is {geometry.family.model_type!r}")
+    if len(widths) != len(geometry.widths):
+        raise PlanError(f"the plan is for {len(widths)} decoder layers, the model has {len(geometry.widths)}")
+    for layer_idx, (expected, found) in enumerate(zip(widths, geometry.widths, strict=True)):
+        if expected != found:
+            raise PlanError(f"layer {layer_idx}: the plan is for {expected}, the model has {found}")
 
 
 def _to_ranges(groups: Sequence[int]) -> str:
@@ -257,17 +292,21 @@ def _to_ranges(groups: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
-def _from_ranges(text: Any, groups: int, where: str) -> tuple[int, ...]:
-    if not isinstance(text, str) or (text and not _RANGES.fullmatch(text)):
-        raise PlanError(f"{where}: kept groups {text!r} are not ranges such as '0-5,8'")
+def _from_ranges(text: str, groups: int, where: str) -> tuple[int, ...]:
+    if not _RANGES.fullmatch(text):
+        raise PlanError(f"{where}: kept groups {_cut_short(text)} are not ranges such as '0-5,8'")
     kept: list[int] = []
     for part in text.split(",") if text else ():
         digits = part.split("-")
-        if max(map(len, digits)) > 9 or int(digits[-1]) >= groups:
-            raise PlanError(f"{where}: kept groups {part!r} are outside the {groups} groups of the model")
         first, last = int(digits[0]), int(digits[-1])
+        if last >= groups:
+            raise PlanError(f"{where}: kept groups {part!r} are outside the {groups} groups of the model")
         # Checked range by range, so that no more numbers are allocated than there are groups.
         if first > last or (kept and first <= kept[-1]):
             raise PlanError(f"{where}: kept groups {part!r} must ascend without repetition")
         kept.extend(range(first, last + 1))
     return tuple(kept)
+
+
+def _cut_short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")

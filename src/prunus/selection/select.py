@@ -120,7 +120,8 @@ def check_ratio(ratio: float, quantity: str = "parameters") -> None:
         OptionError: it is not in [0, 1).
     """
     if not is_number(ratio) or not 0 <= ratio < 1:
-        raise OptionError(f"`ratio` is {ratio}; it is a share of all {quantity} and must lie in [0, 1)")
+        percent = f". For {ratio:g} % write {ratio / 100:g}" if is_number(ratio) and 1 <= ratio < 100 else ""
+        raise OptionError(f"`ratio` is {ratio}; it is a share of all {quantity} and must lie in [0, 1){percent}")
 
 
 def check_reachable(

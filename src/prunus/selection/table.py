@@ -7,7 +7,7 @@ score · cost; where a group costs nothing, the score is that itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -172,9 +172,13 @@ def load_table(path: str | Path) -> pd.DataFrame:
     Raises:
         PlanError: the file is unreadable, lacks columns, or holds values that are not groups.
     """
+    path = Path(path)
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "is no file"
+        raise PlanError(f"cannot read the table {path}: it {found}; name the groups.csv that `prunus score` wrote")
     try:
         table = pd.read_csv(path, float_precision="round_trip", compression=None)
-    except (OSError, UnicodeDecodeError, ValueError, pd.errors.ParserError) as error:
+    except (OSError, ValueError, OverflowError, MemoryError) as error:  # ParserError is a ValueError
         raise PlanError(f"cannot read the table {path}: {error}") from error
     return check_table(table, str(path))
 
@@ -187,14 +191,15 @@ def check_table(table: pd.DataFrame, source: str = "the table") -> pd.DataFrame:
     """
     missing = [column for column in COLUMNS if column not in table.columns]
     if missing:
-        raise PlanError(f"{source} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
+        raise PlanError(f"{source} has no column {', '.join(missing)}; it has {_some(table.columns)}")
     if table.empty:
         raise PlanError(f"{source} has no rows")
     for column in ("layer_idx", "group_idx"):
         if not pd.api.types.is_integer_dtype(table[column]) or (table[column] < 0).any():
             raise PlanError(f"{source}: column {column} must hold non-negative whole numbers")
     for column in ("importance", "cost", "score"):
-        if not pd.api.types.is_numeric_dtype(table[column]) or not np.isfinite(table[column]).all():
+        numbers = table[column]
+        if numbers.dtype.kind not in "iuf" or not np.isfinite(numbers).all():
             raise PlanError(f"{source}: column {column} holds values that are not finite numbers")
     if (table["cost"] < 0).any():
         raise PlanError(f"{source}: column cost must hold non-negative numbers")
@@ -209,3 +214,9 @@ def check_table(table: pd.DataFrame, source: str = "the table") -> pd.DataFrame:
         layer_idx, axis = counts.index[(counts["size"] != counts["max"] + 1).to_numpy().argmax()]
         raise PlanError(f"{source}: layer {layer_idx} {axis} lacks groups; a table must list every group of the model")
     return table
+
+
+def _some(columns: Iterable[object]) -> str:
+    """Names of columns for a message, whatever a damaged file calls them."""
+    names = ", ".join(map(str, columns))
+    return names if len(names) <= 200 else f"{names[:200]}…"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 from prunus.errors import OptionError, PlanError
+from prunus.files.json_file import Count, FileContent, check_content
 from prunus.model.geometry import Geometry
 from prunus.option_values import check_whole
 from prunus.selection.costs import Costs, flop_costs, kv_cache_costs, parameter_costs
@@ -25,6 +26,13 @@ _QUANTITIES: Mapping[TargetName, str] = {
     "kv_cache": "KV-cache bytes",
     "latency": "time",
 }
+
+
+class _TargetContent(FileContent):
+    target: TargetName = "params"
+    context: Count = 2048
+    phase: Phase = "decode"
+    profile: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,9 @@ class TargetOptions:
         Raises:
             PlanError: fields are missing or malformed.
         """
+        content = check_content(_TargetContent, values, "malformed target", PlanError)
+        profile = None if content.profile is None else LatencyProfile.from_dict(content.profile, "malformed target")
         try:
-            fields = {name: values[name] for name in ("context", "phase") if name in values}
-            fields |= {"name": values["target"]} if "target" in values else {}
-            profile = values.get("profile")
-            return cls(**fields, profile=LatencyProfile.from_dict(profile) if profile is not None else None)
-        except (TypeError, ValueError, AttributeError) as error:
+            return cls(content.target, content.context, profile, content.phase)
+        except OptionError as error:
             raise PlanError(f"malformed target: {error}") from error

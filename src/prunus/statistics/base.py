@@ -15,11 +15,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunus.errors import StatisticsError
+from prunus.files.json_file import Count, FileContent, Number, check_content, parse_json
 from prunus.files.outputs import whole_file
 from prunus.model.families import Block, Projection
 from prunus.model.geometry import Geometry
 
 __all__ = ["Flow", "Labels", "Statistic", "Statistics"]
+
+
+class _StatisticsContent(FileContent):
+    layers: Count
+    sequences: Count
+    loss: Number | None
+    provenance: dict[str, Any]
+
 
 #: what each position has to predict: the text's next token, or one drawn from the model's own prediction
 Labels = Literal["text", "sampled"]
@@ -174,15 +183,17 @@ class Statistics:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["prunus_statistics"])
+                where = f"{path} is not a prunus statistics file"
+                said = parse_json((file.metadata() or {})["prunus_statistics"], where, StatisticsError)
+                about = check_content(_StatisticsContent, said, where, StatisticsError)
                 names = list(file.keys())
-                if type(about["layers"]) is not int or not 0 <= about["layers"] <= len(names):
-                    raise ValueError(f"{len(names)} tensors cannot be of {about['layers']!r} layers")
-                layers: list[dict[str, Tensor]] = [{} for _ in range(about["layers"])]
+                if about.layers > len(names):
+                    raise ValueError(f"{len(names)} tensors cannot be of {about.layers} layers")
+                layers: list[dict[str, Tensor]] = [{} for _ in range(about.layers)]
                 by_number = {str(number): layer for number, layer in enumerate(layers)}
                 for key in names:
                     number, _, name = key.removeprefix("layers.").partition(".")
                     by_number[number][name] = file.get_tensor(key)
-            return cls(tuple(layers), about["sequences"], about["loss"], about["provenance"])
+            return cls(tuple(layers), about.sequences, about.loss, about.provenance)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise StatisticsError(f"{path} is not a prunus statistics file: {type(error).__name__} {error}") from error

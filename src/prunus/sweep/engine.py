@@ -21,6 +21,7 @@ from prunus.checkpoint import (
 )
 from prunus.checkpoint.hub import at_revision
 from prunus.errors import OptionError
+from prunus.files.user_path import expanded
 from prunus.machine.processes import is_first
 from prunus.option_values import check_whole
 from prunus.sweep.estimate import Estimate, Workload, available_memory, choose_engine, estimate, parse_bytes, show_bytes
@@ -133,6 +134,6 @@ def memory_needed(source: str, options: ModelOptions, workload: Workload) -> Est
 
 def model_name(model: str) -> str:
     """What a result calls its base model: a Hub id as it is, of a folder its own name."""
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     # "." and ".." have no name of their own; links keep theirs.
     return Path(os.path.abspath(folder)).name if folder.is_dir() else model

@@ -1,0 +1,196 @@
+"""What the files of a result and of a comparison hold, as far as anything reads them again.
+
+Fields that are only shown, whatever they hold, are not named here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from prunus.files.json_file import Count, FileContent, Number
+
+__all__ = ["ComparisonContent", "EvaluationContent", "MetricsContent", "SamplesContent"]
+
+_OneOrMore = Annotated[Count, Field(ge=1)]
+_Positive = Annotated[Number, Field(gt=0)]
+_Share = Annotated[Number, Field(ge=0, le=1)]
+_Name = Annotated[str, Field(min_length=1)]
+
+
+class _Original(FileContent):
+    model: _Name
+    parameters: _OneOrMore
+
+
+class MetricsContent(FileContent):
+    """prunus/metrics.json: what was done, and measured on the way."""
+
+    base_model: _Name
+    parameters_before: _OneOrMore
+    parameters_after: _OneOrMore
+    command: str | None = None
+    original: _Original | None = None
+    calibration: dict[str, Any] | None = None
+    perplexity_before: _Positive | None = None
+    perplexity_after: _Positive | None = None
+    perplexity_text: str | None = None
+    perplexity_protocol: str | None = None
+
+    @model_validator(mode="after")
+    def _says_what_was_measured(self) -> MetricsContent:
+        if self.perplexity_after is not None and None in (self.perplexity_text, self.perplexity_protocol):
+            raise ValueError("perplexity_after needs perplexity_text and perplexity_protocol beside it")
+        return self
+
+
+class _Sample(FileContent):
+    prompt: str
+    dense: str
+    pruned: str
+
+
+class SamplesContent(FileContent):
+    """prunus/samples.json: prompts with what both models made of them. The file holds the list alone."""
+
+    samples: list[_Sample]
+
+
+class _Perplexity(FileContent):
+    text: str
+    protocol: str
+    perplexity: _Positive
+
+
+class _ZeroShot(FileContent):
+    task: str
+    items: _OneOrMore
+    accuracy: _Share
+    accuracy_norm: _Share
+
+
+class _Harness(FileContent):
+    task: str
+    items: Count
+    few_shot: Count | None
+    metrics: dict[str, Number]
+    harness: str
+
+
+class _Written(FileContent):
+    prompt: str
+    text: str
+
+
+class _Figures(FileContent):
+    perplexities: list[_Perplexity] = Field(default_factory=list)
+    zero_shot: list[_ZeroShot] = Field(default_factory=list)
+    harness: list[_Harness] = Field(default_factory=list)
+    samples: list[_Written] = Field(default_factory=list)
+
+
+class _Dense(_Figures):
+    model: str
+
+
+class _Spread(FileContent):
+    median: Number
+    low: Number
+    high: Number
+
+
+class _Memory(FileContent):
+    peak_bytes: Count | None = None
+
+
+class _SpeedOfModel(FileContent):
+    model: str
+    dtype: str
+    prefill_tokens_per_second: _Spread
+    decode_tokens_per_second: _Spread
+    first_token_seconds: _Spread
+    prefill_ratio: _Spread
+    decode_ratio: _Spread
+    memory: _Memory | None
+    kv_cache_bytes_per_token: Count
+
+
+class _SpeedOptions(FileContent):
+    prompt_tokens: Count
+    new_tokens: Count
+    batch_size: Count
+
+
+class _Speed(FileContent):
+    options: _SpeedOptions
+    device: str
+    threads: Count
+    torch: str
+    results: Annotated[list[_SpeedOfModel], Field(min_length=1)]
+
+
+class EvaluationContent(_Figures):
+    """prunus/evaluation.json: what was measured since."""
+
+    dense: _Dense | None = None
+    speed: _Speed | None = None
+    commands: list[str] = Field(default_factory=list)
+
+
+class _Measured(FileContent):
+    text: str
+    protocol: str
+
+
+class _Row(FileContent):
+    recipe: _Name | None = None
+    seed: Count = 0
+    ratio: _Share
+    parameters: _OneOrMore
+    perplexity: _Positive | None
+    relative: _Positive | None
+    seconds: Annotated[Number, Field(ge=0)] | None = None
+    peak_bytes: Annotated[Number, Field(ge=0)] | None = None
+
+    #: in the place of `recipe`, of prunus 0.1; a part of a file's name
+    method: Annotated[str, Field(pattern=r"^[^/\\]{1,100}$")] | None = None
+    compensated: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_a_name(self) -> _Row:
+        if self.recipe is None and self.method is None:
+            raise ValueError("recipe is missing")
+        return self
+
+
+class _Scoring(FileContent):
+    method: str
+
+
+class _Selection(FileContent):
+    shape: str
+
+
+class _Recipe(FileContent):
+    scoring: _Scoring
+    selection: _Selection
+    rounds: Count
+    repair: dict[str, Any] | None
+
+
+class ComparisonContent(FileContent):
+    """comparison.json: a row per result, the dense model's among them."""
+
+    rows: list[_Row]
+    recipes: dict[str, _Recipe] | None = None
+    model: str | None = None
+    command: str | None = None
+    calibration: dict[str, Any] | None = None
+    evaluation: _Measured | None = None
+
+    @model_validator(mode="after")
+    def _has_the_dense_model(self) -> ComparisonContent:
+        if not any((row.recipe or row.method) == "dense" for row in self.rows):
+            raise ValueError("it has no row of the dense model; run `prunus compare` again")
+        return self
