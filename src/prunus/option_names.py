@@ -13,7 +13,7 @@ from prunus.errors import OptionError
 
 __all__ = ["in_flags", "options_named"]
 
-_NAME = re.compile(r"`(\w+)`")
+_NAME = re.compile(r"`([\w.]+)`")
 
 
 def in_flags(message: str, flags: Mapping[str, str]) -> str:

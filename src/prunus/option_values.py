@@ -41,7 +41,7 @@ def check_positive(name: str, value: Any) -> None:
         OptionError: it is no positive, finite number.
     """
     if not is_number(value) or value <= 0:
-        raise OptionError(f"{name} is {value!r}; it must be a positive and finite number")
+        raise OptionError(f"`{name}` is {value!r}; it must be a positive and finite number")
 
 
 def check_share(name: str, value: Any, what: str) -> None:
@@ -56,7 +56,7 @@ def check_share(name: str, value: Any, what: str) -> None:
         OptionError: it is no number in [0, 1].
     """
     if not is_number(value) or not 0 <= value <= 1:
-        raise OptionError(f"{name} is {value!r}; {what} and must lie in [0, 1]")
+        raise OptionError(f"`{name}` is {value!r}; {what} and must lie in [0, 1]")
 
 
 def is_number(value: Any) -> bool:
@@ -85,11 +85,11 @@ def check_utf8(name: str, value: str | None) -> None:
         (value or "").encode("utf-8")
     except UnicodeEncodeError as error:
         raise OptionError(
-            f"{name} is {value!r}, which is not UTF-8, and the result could not say what it was made from; rename it"
+            f"`{name}` is {value!r}, which is not UTF-8, and the result could not say what it was made from; rename it"
         ) from error
 
 
 def _check_kind(name: str, value: Any) -> None:
     # True is an int to Python, and numpy's integers are none.
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise OptionError(f"{name} is {value!r}; give a whole number")
+        raise OptionError(f"`{name}` is {value!r}; give a whole number")

@@ -459,7 +459,7 @@ def test_instructions_with_an_input_and_a_system_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ({"text": "no"}, r"line 2 has no column 'talk'. Columns: text; .* by --chat-column"),
+        ({"text": "no"}, r"line 2 has no column 'talk'. Columns: text; .* by `chat_column`"),
         ({"talk": "hello"}, r"line 2: column 'talk' holds text, and the row has no text in column 'output'"),
         ({"talk": 5}, r"line 2: column 'talk' holds int \(5\).*Expected is a list of"),
         ({"talk": []}, r"line 2: column 'talk' holds an empty list"),

@@ -67,7 +67,7 @@ class TextColumn:
     """
 
     name: str
-    flag = "--text-column"
+    flag = "`text_column`"
 
     def needed(self, names: Sequence[str]) -> list[str]:
         """The column alone."""
@@ -95,7 +95,7 @@ class ChatColumn:
 
     name: str
     tokenizer: Any
-    flag = "--chat-column"
+    flag = "`chat_column`"
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-__all__ = ["CalibrationFlags", "DeviceFlags", "EvaluationFlags", "RecipeFlags", "given"]
+__all__ = ["KEYS", "CalibrationFlags", "DeviceFlags", "EvaluationFlags", "RecipeFlags", "given"]
 
 #: option → the key that it sets
 KEYS = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from cyclopts import App, CoercionError, CycloptsError, UnusedCliTokensError
+
+from prunus.cli.job_flags import KEYS
 
 __all__ = ["flags_of", "shown_default", "usage_message"]
 
@@ -21,7 +24,7 @@ def flags_of(app: App, words: Sequence[str]) -> dict[str, str]:
         words: what was typed after the program's name.
 
     Returns:
-        E.g. `--seq-len` for `seq_len`, and `MODEL` for `model`.
+        E.g. `--seq-len` for `seq_len`, `MODEL` for `model`, and `--set repair.damping` for `damping`.
     """
     *_, command = app.parse_commands(list(words))[1]
     if command is app or not command.default_command.__module__.startswith("prunus."):  # --help, --version
@@ -29,7 +32,18 @@ def flags_of(app: App, words: Sequence[str]) -> dict[str, str]:
     arguments = [
         argument for argument in command.assemble_argument_collection() if argument.parameter.parse is not False
     ]
-    return {argument.field_info.name: argument.name for argument in arguments if argument.name != "*"}
+    flags = {argument.field_info.name: argument.name for argument in arguments if argument.name != "*"}
+    return {**_settings(), **flags} if "set" in flags else flags
+
+
+def _settings() -> dict[str, str]:
+    """`--set KEY` for every key of a recipe, by the key and, where only one key ends so, by its last word."""
+    from prunus.pipeline.job_file import job_keys
+
+    last = Counter(path.rpartition(".")[2] for path in job_keys())
+    names = {path: f"--set {path}" for path in job_keys()}
+    names |= {path: f"--{name.replace('_', '-')}" for name, path in KEYS.items()}
+    return names | {word: names[path] for path in names if last[word := path.rpartition(".")[2]] == 1}
 
 
 def shown_default(value: Any) -> str | None:

@@ -295,6 +295,6 @@ def _check_memory_of_speed(models: Sequence[str], speed: SpeedOptions, options: 
     together = sum(needed) - once * (len(models) - 1)
     if together > limit:
         raise OptionError(
-            f"`max_memory` is {show_bytes(limit)}, and --speed holds {len(models)} models at once, which takes about "
-            f"{show_bytes(together)}: leave --speed out, or use `prunus bench` on a larger machine"
+            f"`max_memory` is {show_bytes(limit)}, and `speed` holds {len(models)} models at once, which takes about "
+            f"{show_bytes(together)}: leave `speed` out, or use `prunus bench` on a larger machine"
         )

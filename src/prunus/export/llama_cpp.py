@@ -101,7 +101,7 @@ class StockCuts:
     reason: str
 
 
-_SPANS = ("--shape uniform --axes mlp, or --shape depth", "if a layer keeps all its heads")
+_SPANS = ("--shape uniform --set selection.axes=[mlp], or --shape depth", "if a layer keeps all its heads")
 _WHOLE = ("--shape uniform or --shape depth", "if a layer keeps its attention")
 _COUNTS = ("--shape uniform", "if no layer was removed")
 

@@ -321,7 +321,7 @@ def check_output_file(out: str | os.PathLike[str], what: str, mark: bytes, overw
     with path.open("rb") as file:
         start = file.read(MARKED_BYTES)
     if start and mark not in start:
-        raise OptionError(f"{out} is no earlier {what}, and `overwrite` replaces nothing else; choose another --out")
+        raise OptionError(f"{out} is no earlier {what}, and `overwrite` replaces nothing else; choose another `out`")
 
 
 def check_disk(out: str | os.PathLike[str], expected_bytes: int) -> None:

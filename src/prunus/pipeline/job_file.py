@@ -310,7 +310,7 @@ def _unknown(path: str) -> str:
         last[name] for name in difflib.get_close_matches(path.rpartition(".")[2], last, n=1, cutoff=0.6)
     ]
     hint = f"; did you mean {close[0]}?" if close else ""
-    return f"unknown key {path!r}{hint} `prunus recipe` lists all keys"
+    return f"unknown key {path!r}{hint or ';'} `prunus recipe` lists all keys"
 
 
 # --- values -------------------------------------------------------------------------------------------------------

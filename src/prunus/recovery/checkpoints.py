@@ -85,7 +85,7 @@ def readable(path: str | Path | None) -> Iterator[None]:
     except Exception as error:  # of torch, safetensors, pickle, json or Trainer: a damaged file ends in any of them
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {str(error).strip()[:200]}); remove that checkpoint to go "
-            "on from the one before it, or begin anew with --overwrite"
+            "on from the one before it, or begin anew with `overwrite`"
         ) from error
 
 
@@ -195,7 +195,7 @@ class Checkpoints:
         trained: dict[str, Any] = read_json(path)
         if check_content(_TrainedContent, trained, str(path)).best_step and not self.at(trained["best_step"]).is_file():
             raise CheckpointError(
-                f"{path} names {self.at(trained['best_step'])}, which is not there; begin anew with --overwrite"
+                f"{path} names {self.at(trained['best_step'])}, which is not there; begin anew with `overwrite`"
             )
         return trained
 
