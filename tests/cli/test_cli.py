@@ -170,7 +170,7 @@ def test_compare_takes_recipes_by_name_and_file(capsys, tmp_path, folder, text):
         (["--ratio", "0.2", "--calibration", "missing.txt"], "missing.txt"),
         (["--ratio", "0.2", "--eval-text", "missing.txt"], "missing.txt"),
         (["--ratio", "0.2", "--device", "tpu"], "tpu"),
-        (["--ratio", "0.2", "--set", "run.dtype=int3"], "int3"),
+        (["--ratio", "0.2", "--dtype", "int3"], "int3"),
     ],
 )
 def test_wrong_values_are_named_and_nothing_is_written(capsys, tmp_path, folder, text, words, message):

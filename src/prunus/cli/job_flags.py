@@ -9,6 +9,8 @@ from cyclopts import Group, Parameter
 
 __all__ = ["KEYS", "CalibrationFlags", "DeviceFlags", "EvaluationFlags", "RecipeFlags", "given"]
 
+#: taken, and not listed by --help: a recipe key and `owner/name@revision` say the same
+UNLISTED = Parameter(show=False)
 #: option → the key that it sets
 KEYS = {
     "method": "scoring.method",
@@ -23,6 +25,7 @@ KEYS = {
     "eval_text": "evaluation.text",
     "device": "run.device",
     "max_memory": "run.max_memory",
+    "dtype": "run.dtype",
     "revision": "run.revision",
 }
 
@@ -46,7 +49,7 @@ class _Recipe:
     recipe: str | None = None
     set: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     method: str | None = None
-    rounds: int | None = None
+    rounds: Annotated[int | None, UNLISTED] = None
     shape: str | None = None
     align: str | None = None
     target: str | None = None
@@ -90,12 +93,14 @@ class _Device:
         device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
         max_memory: memory that may be used, e.g. 8GB. Jobs estimated to exceed it are rejected, naming the smallest
             sufficient limit.
+        dtype: auto keeps the checkpoint's own; else float32, bfloat16 or float16. The result is saved in it.
         revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
     """
 
     device: str | None = None
     max_memory: str | None = None
-    revision: str | None = None
+    dtype: str | None = None
+    revision: Annotated[str | None, UNLISTED] = None
 
 
 RecipeFlags = Annotated[_Recipe, Parameter(name="*", group=Group("Recipe", sort_key=1))]
