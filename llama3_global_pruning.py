@@ -26,8 +26,8 @@ from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.cli.terminal import quiet_transformers, quoted_command, run_command, say
 from prunus.errors import CalibrationError
 from prunus.model.geometry import Geometry
-from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.job import Job
+from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.prune import prune_job
 from prunus.pipeline.recipe import Recipe
 from prunus.selection.select import Constraints

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from prunus.importance import METHODS, MethodOptions
     from prunus.model.geometry import Geometry
     from prunus.pipeline.compare import compare
-    from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions
     from prunus.pipeline.job import Job, OutputOptions
+    from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
     from prunus.pipeline.prune import PruneResult, apply_checkpoint, prune, prune_checkpoint, prune_job
     from prunus.pipeline.recipe import Recipe
     from prunus.repair.block_repair import RepairOptions, repair_
@@ -117,7 +117,7 @@ _HOMES = {
     ),
     "prunus.model.geometry": ("Geometry",),
     "prunus.pipeline.compare": ("compare",),
-    "prunus.pipeline.inputs": (
+    "prunus.pipeline.options": (
         "CalibrationOptions",
         "EvaluationOptions",
     ),

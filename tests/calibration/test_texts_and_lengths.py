@@ -30,7 +30,8 @@ from prunus.evaluation.evaluate import EvalOptions
 from prunus.evaluation.perplexity import perplexity, window_length
 from prunus.model import tokens as tokens_module
 from prunus.model.tokens import token_ids
-from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, draw_calibration
+from prunus.pipeline.inputs import draw_calibration
+from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.prune import prune
 from prunus.pipeline.rounds import schedule
 from prunus.recovery.options import TextOptions

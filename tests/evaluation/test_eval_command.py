@@ -14,7 +14,7 @@ from tiny_folder import TEXT, save_tiny_folder
 import prunus
 from prunus.cli import main
 from prunus.evaluation.zero_shot import load_task, zero_shot
-from prunus.pipeline.inputs import EvaluationOptions
+from prunus.pipeline.options import EvaluationOptions
 
 
 @pytest.fixture(scope="module")

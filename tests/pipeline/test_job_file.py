@@ -16,9 +16,9 @@ from tiny_folder import SIZES, run
 
 from prunus.calibration import Calibration
 from prunus.errors import OptionError
-from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.job import Job, OutputOptions
 from prunus.pipeline.job_file import PRESETS, job_keys, job_text, read_job
+from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.recipe_page import recipe_page
 from prunus.repair.block_repair import RepairOptions

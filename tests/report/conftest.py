@@ -10,8 +10,8 @@ from plain import plain_recipe, plain_scoring
 from tiny_folder import TEXT, save_tiny_folder
 
 from prunus.pipeline.compare import compare
-from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.job import Job
+from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.prune import prune_job
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions
+from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
 from prunus.selection.select import check_ratio
 from prunus.sweep.engine import ModelOptions

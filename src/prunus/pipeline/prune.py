@@ -20,9 +20,10 @@ from prunus.machine.metering import metered
 from prunus.model.geometry import Geometry
 from prunus.model.live import live_model
 from prunus.model.tokens import check_tokens
-from prunus.pipeline.inputs import CalibrationOptions, EvaluationOptions, open_inputs
+from prunus.pipeline.inputs import open_inputs
 from prunus.pipeline.job import Job
 from prunus.pipeline.job_file import job_text
+from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.rounds import carry_over
 from prunus.pipeline.work_folder import SELF_TEXT, WorkFolder, of_round
