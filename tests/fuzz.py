@@ -540,7 +540,7 @@ def build(place: Path) -> Path:
          "{}/tasks", "--samples", "--speed", "--speed-prompt", "4", "--speed-new", "2", "--speed-repeats", "1",
          "--no-speed-memory"],
         ["compare", "{}/model", "--out", "{}/comparison", "--methods", "wanda,magnitude", "--ratios", "0.1,0.2",
-         "--eval-text", "{}/text.txt", "--set", "evaluation.seq_len=16", "--set", "evaluation.max_windows=1",
+         "--eval-text", "{}/text.txt", "--set", "evaluation.seq_len=16", "--set", "evaluation.windows=1",
          *calibration],
         ["profile", "{}/model", "--out", "{}/profile.json", "--prompt-tokens", "4", "--new-tokens", "2",
          "--repeats", "1"],
