@@ -43,7 +43,7 @@ def test_numbers_of_things(make, value):
 @pytest.mark.parametrize("value", [*NO_NUMBERS, -1, 2.5])
 @pytest.mark.parametrize("name", ["layer_start", "min_keep_attention", "min_keep_mlp"])
 def test_numbers_of_things_that_may_be_none(name, value):
-    with pytest.raises(OptionError, match=f"{name} is {value!r}; (give a whole number|the smallest is 0)"):
+    with pytest.raises(OptionError, match=f"`{name}` is {value!r}; (give a whole number|the smallest is 0)"):
         Constraints(**{name: value})
 
 
@@ -86,26 +86,26 @@ def test_ratios(value):
 
 @pytest.mark.parametrize("value", [2.5, "1", True])
 def test_seeds(value):
-    with pytest.raises(OptionError, match="random seed is"):
+    with pytest.raises(OptionError, match="`random_seed` is"):
         ScoringOptions(random_seed=value)
 
 
 @pytest.mark.parametrize("factor", [-1.0, 0.0, math.nan, math.inf])
 def test_factors_on_scores(factor):
     table = score(make_model("llama", "gqa"), options=plain_scoring(method="magnitude"), progress=False).table
-    with pytest.raises(OptionError, match="attention weight is"):
+    with pytest.raises(OptionError, match="`attention_weight` is"):
         weigh_attention(table, factor)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scoring": {"attention_weight": -1}}, "attention weight is -1"),
-        ({"scoring": {"attention_weight": math.nan}}, "attention weight is nan"),
-        ({"scoring": {"attention_weight": "2"}}, "attention weight is '2'"),
-        ({"rounds": 1.5}, "rounds is 1.5"),
-        ({"target": {"target": "flops", "context": 10.9}}, "context is 10.9"),
-        ({"target": {"target": "flops", "context": math.inf}}, "context is inf"),
+        ({"scoring": {"attention_weight": -1}}, "`attention_weight` is -1"),
+        ({"scoring": {"attention_weight": math.nan}}, "`attention_weight` is nan"),
+        ({"scoring": {"attention_weight": "2"}}, "`attention_weight` is '2'"),
+        ({"rounds": 1.5}, "`rounds` is 1.5"),
+        ({"target": {"target": "flops", "context": 10.9}}, "`context` is 10.9"),
+        ({"target": {"target": "flops", "context": math.inf}}, "`context` is inf"),
     ],
 )
 @pytest.mark.parametrize("words", [[], ["--normalize", "layer_sum"]])

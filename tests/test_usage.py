@@ -28,8 +28,9 @@ NEEDED = {
     "bench": ["MODEL"],
     "profile": ["MODEL"],
     "inspect": ["MODEL"],
-    "compare": ["MODEL", "--methods", "random", "--ratios", "0.1", "--out", "OUT"],
+    "compare": ["MODEL", "--ratios", "0.1", "--out", "OUT"],
     "eval": ["MODEL"],
+    "recipe": [],
 }
 #: words that mean something to those who know Python alone
 PYTHON = r"\bNone\b|\bTrue\b|\bFalse\b|\bprunus\.[a-z_]+|see `|\('|=True|\bdict\b|\bint\b|\bfloat\b"
@@ -61,8 +62,8 @@ def test_a_mistyped_flag(capsys, name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_whatever_is_missing_is_named(capsys, name):
-    if name in ("bench", "profile", "inspect", "eval", "report"):
-        if name != "bench":  # which takes any number of models, and says itself that it needs one
+    if name in ("bench", "profile", "inspect", "eval", "report", "recipe"):
+        if name not in ("bench", "recipe"):  # they take any number, and say themselves what they need
             assert re.search("MODEL|FOLDER", wrong(capsys, name))
         return
     words = NEEDED[name]
@@ -76,7 +77,7 @@ def test_a_value_of_another_kind(capsys, name):
     """Every flag of every command that takes a number."""
     arguments = [a for a in app[name].assemble_argument_collection() if a.name.startswith("--")]
     tried = [a for a in arguments if a.parameter.parse is not False and {int, float} & {a.hint, *get_args(a.hint)}]
-    assert tried or name in ("apply", "report")
+    assert tried or name in ("apply", "report", "recipe")
     for argument in tried:
         words = NEEDED[name]
         if argument.name in words:
@@ -99,17 +100,20 @@ def test_words_that_are_too_many(capsys):
     [
         (
             ["prune", "m", "--out", "o", "--samples", "0"],
-            "error: --samples is 0; calibration needs",
+            "error: --samples is 0; the smallest is 1: calibration needs",
         ),
         (["prune", "m", "--out", "o", "--seq-len", "1"], "error: --seq-len is 1; "),
         (
             ["prune", "m", "--out", "o", "--max-memory", "lots"],
             "error: --max-memory is 'lots'; write a",
         ),
-        (["score", "m", "--out", "o", "--batch-size", "0"], "error: --batch-size is 0; it must be at least 1"),
         (
-            ["compare", "m", "--out", "o", "--methods", "wanda", "--ratios", "0.1", "--align", "0"],
-            "error: --align is 0; ",
+            ["score", "m", "--out", "o", "--set", "run.batch_size=0"],
+            "error: --set run.batch_size is 0; the smallest is 1",
+        ),
+        (
+            ["compare", "m", "--out", "o", "--ratios", "0.1", "--set", "selection.align=0"],
+            "error: --set selection.align is 0; ",
         ),
         (["recover", "m", "--out", "o", "--text", "t", "--max-steps", "0"], "error: --max-steps is 0; "),
         (["bench", "m", "--new-tokens", "1"], "error: --new-tokens is 1; "),
@@ -125,10 +129,10 @@ def test_python_names_the_argument():
         CalibrationOptions(seq_len=1)
 
 
-def test_the_window_of_an_evaluation_text_is_named_by_its_own_flag(capsys, tmp_path, folder, text):
-    words = ["prune", folder, "--out", tmp_path / "out", "--ratio", "0.1", "--method", "random", "--no-compensate"]
-    message = fails(capsys, *words, "--eval-text", text, "--eval-seq-len", "1")
-    assert "--eval-seq-len is 1" in message
+def test_settings_without_a_flag_are_named_by_their_key(capsys, tmp_path, folder, text):
+    words = ["prune", folder, "--out", tmp_path / "out", "--ratio", "0.1", "--eval-text", text]
+    assert "--set evaluation.seq_len is 1; " in fails(capsys, *words, "--set", "evaluation.seq_len=1")
+    assert "--set repair.damping is 0.0; " in fails(capsys, *words, "--set", "repair.damping=0")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -149,7 +153,7 @@ def test_messages_mark_the_options_that_they_name():
     """No message of the library holds a flag: Python has none. Advice with a whole command is for both."""
     found = {}
     for path in Path(prunus.__file__).parent.rglob("*.py"):
-        if path.parent.name == "cli" or path.name == "budget_search.py":
+        if path.parent.name == "cli":
             continue
         calls = [
             node
@@ -159,4 +163,6 @@ def test_messages_mark_the_options_that_they_name():
         texts = [re.sub(r"`(prunus|pip) [^`]*`", "", ast.unparse(call)) for call in calls]
         if flags := [flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)]:
             found[path.name] = flags
+    # A file of settings says where a setting was read: --set is its place.
+    assert found.pop("job_file.py") == ["--set"]
     assert found in ({}, {"packaged_model.py": ["--force-reinstall"]})

@@ -85,7 +85,7 @@ def check_utf8(name: str, value: str | None) -> None:
         (value or "").encode("utf-8")
     except UnicodeEncodeError as error:
         raise OptionError(
-            f"`{name}` is {value!r}, which is not UTF-8, and the result could not say what it was made from; rename it"
+            f"{name if ' ' in name else f'`{name}`'} is {value!r}, which is not UTF-8, and the result could not say what it was made from; rename it"
         ) from error
 
 

@@ -164,7 +164,7 @@ def test_compare_takes_recipes_by_name_and_file(capsys, tmp_path, folder, text):
         ),
         (["--ratio", "0.2", "--method", "tailor"], "Did you mean taylor"),
         (["--ratio", "0.2", "--set", "selection.axes=[attention, heads]"], "each one of attention, mlp"),
-        (["--ratio", "0.2", "--set", "selection.layer_start=7"], "layers 7"),
+        (["--ratio", "0.2", "--set", "selection.layer_start=7"], "layer_start 7"),
         (["--ratio", "0.2", "--samples", "100000"], "tokens"),
         (["--ratio", "0.2", "--samples", "0"], "samples is 0"),
         (["--ratio", "0.2", "--calibration", "missing.txt"], "missing.txt"),

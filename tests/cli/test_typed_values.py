@@ -36,7 +36,7 @@ def refused(capsys, *words) -> str:
         (["--set", "rounds=1.5"], "rounds is 1.5; it must be a whole number"),
         (["--device", "meta"], "device 'meta' cannot run a model here"),
         (["--device", "nonsense"], "device 'nonsense' is not known"),
-        (["--max-memory", "lots"], "max_memory is 'lots'"),
+        (["--max-memory", "lots"], "max-memory is 'lots'"),
         (["--seed", str(-(2**63) - 1)], "a seed has at most 63 bits and a sign"),
         (["--seed", str(2**63)], "seed is 9223372036854775808; a seed has at most 63 bits and a sign"),
         (["--seed", "1" + "0" * 400], "a seed has at most 63 bits and a sign"),

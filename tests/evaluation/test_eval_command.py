@@ -122,7 +122,7 @@ def test_a_table_for_people(capsys, place):
         (["--tasks", "missing"], "missing names no task"),
         (["--items", "0"], "items is 0"),
         (["--compare", "missing"], "missing"),
-        (["--speed", "--speed-repeats", "0"], "repeats is 0"),
+        (["--speed", "--speed-repeats", "0"], "--speed-repeats is 0"),
     ],
 )
 def test_wrong_values_are_named(capsys, place, words, message):

@@ -65,6 +65,6 @@ def test_shape_and_named_alignment(capsys, saved, tmp_path):
     kept = Plan.load(tmp_path / "plan.json").kept_widths
     assert len(set(kept)) == 1
     assert kept[0].intermediate_size % 64 == 0
-    assert main(["plan", str(tmp_path / "scores"), "--ratio", "0.2", "--align", "tpu"]) == 2
+    assert main(["plan", str(tmp_path / "scores"), "--ratio", "0.2", "--align", "tpu"]) == 1
     captured = capsys.readouterr()
     assert "gpu128" in captured.out + captured.err

@@ -224,7 +224,7 @@ def test_families_that_nobody_has_checked_are_refused(family, saved, tmp_path):
         export_gguf(str(folder), tmp_path / "a.gguf")
     stock = STOCK_CUTS[family]
     assert f"convert_hf_to_gguf.py takes the folder of a model cut with {stock.flags}, or" in str(error.value)
-    assert f"--to dense {stock.filled}: {stock.reason}" in str(error.value)
+    assert f"--to dense` {stock.filled}: {stock.reason}" in str(error.value)
 
 
 def test_other_refusals(saved, tmp_path):
@@ -255,9 +255,14 @@ def test_weights_beyond_f16(saved, tmp_path):
 def test_a_file_is_not_replaced_unasked(saved, tmp_path):
     folder, out = str(saved(model_of("llama", RAGGED))), tmp_path / "a.gguf"
     out.write_text("mine")
+    for overwrite in (False, True):  # no file of another kind is replaced
+        with pytest.raises(OptionError, match="`overwrite`"):
+            export_gguf(folder, out, overwrite=overwrite)
+        assert out.read_text() == "mine"
+    out.unlink()
+    export_gguf(folder, out)
     with pytest.raises(OptionError, match="`overwrite`"):
         export_gguf(folder, out)
-    assert out.read_text() == "mine"
     export_gguf(folder, out, overwrite=True)
     assert GgufFile(out).architecture == "deci"
     with pytest.raises(OptionError, match="folder"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_paths_that_are_no_files(tmp_path):
     with pytest.raises(CheckpointError, match="is a folder; name a JSON file"):
         read_json(tmp_path)
     with pytest.raises(CheckpointError, match="no ordinary file"):
-        read_json(tmp_path / ".." / ".." / ".." / ".." / "dev" / "zero") if os.path.exists("/dev/zero") else None
+        read_json(Path("/dev/zero"))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="no ordinary file"):
         read_json(tmp_path / "pipe")  # opening it would wait for ever

@@ -307,14 +307,14 @@ def test_a_name_that_was_guessed_all_the_same_is_not_opened(tmp_path, monkeypatc
 def test_a_file_is_replaced_by_its_own_kind_only(tmp_path):
     for content, mark in ((b"GGUF...", b"GGUF"), (b"", b"GGUF")):
         (tmp_path / "old").write_bytes(content)
-        with pytest.raises(OptionError, match="exists; choose another --out or add --overwrite"):
+        with pytest.raises(OptionError, match="exists; choose another `out`, or replace it with `overwrite`"):
             check_output_file(tmp_path / "old", "model.gguf", mark)
         check_output_file(tmp_path / "old", "model.gguf", mark, overwrite=True)
     for content in (b"{}", b"x" * 5000 + b"GGUF"):
         (tmp_path / "old").write_bytes(content)
         with pytest.raises(OptionError, match=r"is no earlier model\.gguf"):
             check_output_file(tmp_path / "old", "model.gguf", b"GGUF", overwrite=True)
-    with pytest.raises(OptionError, match=r"is a folder; --out is the file to write, e\.g\. .*model\.gguf"):
+    with pytest.raises(OptionError, match=r"is a folder; `out` is the file to write, e\.g\. .*model\.gguf"):
         check_output_file(tmp_path, "model.gguf", b"GGUF", overwrite=True)
 
 

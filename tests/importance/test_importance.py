@@ -52,13 +52,13 @@ def test_methods_describe_themselves(name):
 )
 def test_unknown_methods_get_suggestions(wrong, meant):
     with pytest.raises(
-        OptionError, match=rf"method '{wrong}' is unknown. Did you mean .*{meant}.*Choose one of .*wanda"
+        OptionError, match=rf"`method` '{wrong}' is unknown. Did you mean .*{meant}.*Choose one of .*wanda"
     ):
         get_method(wrong)
 
 
 def test_unknown_methods_without_a_close_name():
-    with pytest.raises(OptionError, match=r"method 'xyz' is unknown. Choose one of") as raised:
+    with pytest.raises(OptionError, match=r"`method` 'xyz' is unknown. Choose one of") as raised:
         get_method("xyz")
     assert "Did you mean" not in str(raised.value)
 
@@ -90,8 +90,8 @@ def test_a_method_of_ones_own(model, statistics, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hessian": "median"}, "Hessian estimate 'median' is unknown; choose one of mean_loss"),
-        ({"activation": "mode"}, "activation statistic 'mode' is unknown; choose one of mean_abs"),
+        ({"hessian": "median"}, "`hessian` 'median' is unknown; choose one of mean_loss"),
+        ({"activation": "mode"}, "`activation` 'mode' is unknown; choose one of mean_abs"),
     ],
 )
 def test_unknown_options(options, message):
@@ -188,6 +188,6 @@ def test_random_seeds(model):
     assert torch.equal(torch.random.get_rng_state(), state), "the program's own randomness is left alone"
 
 
-@pytest.mark.parametrize("seed", [-1, 2**31, 2**63 - 1, 10**20])
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**63 - 1])
 def test_any_seed_will_do(model, seed):
     assert score_groups(model, METHODS["random"], None, MethodOptions(random_seed=seed))[0]["mlp"].shape == (20,)

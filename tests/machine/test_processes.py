@@ -61,7 +61,7 @@ def test_two_processes_agree_with_one(folder, text, tmp_path, engine, method):
 
 
 def test_more_processes_than_batches_and_other_commands_are_refused(folder, text, tmp_path, monkeypatch, capsys):
-    options = ["--calibration", text, "--samples", 2, "--seq-len", 24, "--batch-size", 2]
+    options = ["--calibration", text, "--samples", 2, "--seq-len", 24, "--set", "run.batch_size=2"]
     done = torchrun("-m", "prunus", "score", folder, "--out", tmp_path / "two", *options)
     assert done.returncode != 0
     assert "2 processes cannot share 1 calibration batches" in done.stderr

@@ -134,13 +134,13 @@ def test_repair_can_be_left_out_and_brought_back(tmp_path):
     [
         ("ratio: 0.2\nscoring:\n  methd: wanda\n", "line 3: unknown key 'scoring.methd'; did you mean scoring.method?"),
         ("damping: 0.2\n", "line 1: unknown key 'damping'; did you mean repair.damping?"),
-        ("rounds: 2.5\n", "line 1: rounds is 2.5; it must be a whole number"),
-        ("rounds: true\n", "line 1: rounds is true; it must be a whole number"),
-        ("rounds: [2]\n", r"line 1: rounds is \[2\]; it must be a whole number"),
+        ("rounds: 2.5\n", "line 1: `rounds` is 2.5; it must be a whole number"),
+        ("rounds: true\n", "line 1: `rounds` is true; it must be a whole number"),
+        ("rounds: [2]\n", r"line 1: `rounds` is \[2\]; it must be a whole number"),
         ("scoring: wanda\n", "line 1: scoring is 'wanda'; it has keys: "),
         ("scoring:\n  normalize: layer_max\n", "line 2: .*it must be one of none, layer_sum, layer_mean"),
         ("repair:\n  damping: .inf\n", "line 2: repair.damping is .inf; it must be a number"),
-        ("ratio: 0.1\nratio: 0.2\n", "line 2: ratio is set twice"),
+        ("ratio: 0.1\nratio: 0.2\n", "line 2: `ratio` is set twice"),
         ("- ratio\n", "must be a mapping"),
         ("ratio: [\n", "is not YAML"),
         ("ratio: &a 0.1\nrounds: *a\n", "aliases"),
@@ -149,7 +149,7 @@ def test_repair_can_be_left_out_and_brought_back(tmp_path):
         ("? [a]\n: 1\n", "a key must be a word"),
         ("[" * 3000, "is not YAML|nested too deeply"),
         ("scoring:\n  x: {y: {z: 1}}\n", "unknown key 'scoring.x'"),
-        ("ratio: 2\n", "ratio is 2"),
+        ("ratio: 2\n", "`ratio` is 2"),
     ],
 )
 def test_what_is_wrong_with_a_file(tmp_path, text, message):
@@ -165,8 +165,8 @@ def test_what_is_wrong_with_a_file(tmp_path, text, message):
         ("damping", "write KEY=VALUE"),
         ("repair.dampin=1", "--set repair.dampin=1: unknown key 'repair.dampin'; did you mean repair.damping?"),
         ("scoring.method=[", "is not a YAML value"),
-        ("rounds=0", "rounds is 0"),
-        ("run.batch_size=0", "batch size is 0"),
+        ("rounds=0", "`rounds` is 0"),
+        ("run.batch_size=0", "`batch_size` is 0"),
     ],
 )
 def test_what_is_wrong_with_a_setting(setting, message):

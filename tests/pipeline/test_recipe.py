@@ -23,7 +23,7 @@ from prunus.selection.select import Constraints
 
 #: what is wrong, with 12 calibration sequences: changes to the recipe, and the ratio
 REFUSED = {
-    "ratio": ({}, 1.5, "ratio is 1.5"),
+    "ratio": ({}, 1.5, "`ratio` is 1.5"),
     "adaptive in rounds": (
         {"scoring": ScoringOptions(method="adaptive")},
         0.2,
@@ -105,7 +105,7 @@ def test_what_needs_calibration_sequences(ran, recipe, message):
 
 
 def test_rounds():
-    with pytest.raises(OptionError, match="rounds is 0"):
+    with pytest.raises(OptionError, match="`rounds` is 0"):
         Recipe(rounds=0)
     assert [step.share for step in Recipe(rounds=4).steps(0.2)] == pytest.approx([0.05, 0.1, 0.15, 0.2])
     assert [step.share for step in Recipe(selection=Constraints(shape="uniform")).steps(0.2)] == [0.2]

@@ -119,12 +119,12 @@ def test_killed_after_the_last_checkpoint(recover, pruned, tmp_path, monkeypatch
 
 def test_what_does_not_go_together_is_refused(refused, recover, pruned, tmp_path):
     out = tmp_path / "out"
-    assert "holds no checkpoints of an earlier run" in refused(pruned, "--out", out, *RUN, "--resume")
+    assert "holds no checkpoints of one" in refused(pruned, "--out", out, *RUN, "--resume")
     without_result(recover, pruned, out)
     assert "go on with --resume, or begin anew with --overwrite" in refused(pruned, "--out", out, *RUN)
     other = [word if word != "3e-3" else "1e-3" for word in RUN]
     message = refused(pruned, "--out", out, *other, "--resume")
-    assert "learning_rate 0.003, now it is 0.001" in message
+    assert "learning-rate 0.003, now it is 0.001" in message
     message = refused(pruned, "--out", out, *RUN, "--seed", "1", "--resume")
     assert "was begun with" in message
     facts = recover(pruned, "--out", out, *SHORT, "--max-steps", "2", "--overwrite")

@@ -24,7 +24,7 @@ def test_as_many_sequences_as_there_are(texts):
     fewer = calibration_from_texts(texts, tokenizer, samples=10_000, seq_len=32, fewer=True)
     exactly = calibration_from_texts(texts, tokenizer, samples=len(fewer), seq_len=32)
     assert torch.equal(fewer.input_ids, exactly.input_ids)
-    with pytest.raises(CalibrationError, match=f"at most --samples {len(fewer)}"):
+    with pytest.raises(CalibrationError, match=f"at most {len(fewer)}"):
         calibration_from_texts(texts, tokenizer, samples=len(fewer) + 1, seq_len=32)
     with pytest.raises(CalibrationError, match="too short"):
         calibration_from_texts("a few words", tokenizer, samples=3, seq_len=32, fewer=True)

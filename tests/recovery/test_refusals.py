@@ -115,7 +115,7 @@ def test_a_base_model_that_is_not_here(refused, recover, pruned, tmp_path):
     assert "--teacher" in message
     (moved / "prunus" / "metrics.json").unlink()
     message = refused(moved, "--out", tmp_path / "out", *SHORT, "--max-steps", "2")
-    assert "does not say which model" in message
+    assert "it is not known which model" in message
     # What the message advises works.
     facts = recover(moved, "--out", tmp_path / "out", *SHORT, "--max-steps", "2", "--kl-weight", 0, "--ce-weight", 1)
     assert facts["teacher"] is None

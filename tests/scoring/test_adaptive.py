@@ -139,7 +139,7 @@ def test_what_it_needs(model, calibration):
         score(model, None, plain_scoring(method="adaptive", adaptive=AdaptiveOptions(("magnitude",))), progress=False)
     with pytest.raises(OptionError, match="has 7 calibration sequences; it needs at least 8"):
         score(model, calibration_from_tokens(random_tokens(7, 12)), plain_scoring(method="adaptive"), progress=False)
-    with pytest.raises(OptionError, match="candidates are taylor, taylor"):
+    with pytest.raises(OptionError, match="`candidates` are taylor, taylor"):
         AdaptiveOptions(("taylor", "taylor"))
     with pytest.raises(OptionError, match="'adaptive' is made of other methods"):
         plain_scoring(method="adaptive", adaptive=AdaptiveOptions(("adaptive",)))

@@ -138,7 +138,10 @@ def test_profiles_of_other_models_are_refused(table):
     for change, message in (
         ({"hidden_size": 48}, "with hidden_size 96, the model has 48: run `prunus profile`"),
         ({"vocab_size": 50}, "with vocab_size 96, the model has 50"),
-        ({"intermediate_size": 8193}, "at most 8192 mlp groups for prefill, layer 0 of the model has 8193"),
+        (
+            {"intermediate_size": 8193},
+            "prefill times of wide with at most 8192 mlp groups, layer 0 of",
+        ),
     ):
         other = Geometry.of(make_model("llama", "gqa", **{"hidden_size": 96, "intermediate_size": 8192, **change}))
         with pytest.raises(PlanError, match=message):

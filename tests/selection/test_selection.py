@@ -342,7 +342,7 @@ def test_layer_ranges(table, geometry):
 @pytest.mark.parametrize("ratio", [-0.1, 1, 1.5, 25, math.nan, math.inf])
 def test_ratios_out_of_range(table, geometry, ratio):
     for call in (lambda: select(table, geometry, ratio), lambda: check_reachable(geometry, ratio)):
-        with pytest.raises(OptionError, match=f"ratio is {ratio}; .*must lie in"):
+        with pytest.raises(OptionError, match=f"`ratio` is {ratio}; .*must lie in"):
             call()
 
 
@@ -351,10 +351,10 @@ def test_ratios_out_of_range(table, geometry, ratio):
     [
         ({"axes": ()}, "axes"),
         ({"axes": ("attention", "experts")}, "experts"),
-        ({"layer_start": -1}, "layer_start is -1"),
-        ({"min_keep_attention": -1}, "min_keep_attention is -1"),
-        ({"min_keep_mlp": -1}, "min_keep_mlp is -1"),
-        ({"align": 0}, "align is 0"),
+        ({"layer_start": -1}, "`layer_start` is -1"),
+        ({"min_keep_attention": -1}, "`min_keep_attention` is -1"),
+        ({"min_keep_mlp": -1}, "`min_keep_mlp` is -1"),
+        ({"align": 0}, "`align` is 0"),
     ],
 )
 def test_constraints_that_cannot_be(options, message):
@@ -366,7 +366,7 @@ def test_constraints_that_cannot_be(options, message):
     "options", [{"layer_start": 4}, {"layer_end": 5}, {"layer_end": 0}, {"layer_start": 2, "layer_end": 2}]
 )
 def test_layer_ranges_outside_the_model(table, geometry, options):
-    with pytest.raises(OptionError, match="not a range within the model's 4 layers"):
+    with pytest.raises(OptionError, match="no range of the 4 layers"):
         select(table, geometry, 0.1, Constraints(**options))
 
 

@@ -63,7 +63,7 @@ def check_number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise WrongUsage(f"{name} is {text!r}, which is not a number such as 0.2") from None
+        raise WrongUsage(f"{name} is {text!r}; it takes a number such as 0.2") from None
 
 
 def check_whole_number(name: str, text: str) -> int:
@@ -73,7 +73,7 @@ def check_whole_number(name: str, text: str) -> int:
         WrongUsage: it is none.
     """
     if not _WHOLE.fullmatch(text):
-        raise WrongUsage(f"{name} is {text}; give a whole number")
+        raise WrongUsage(f"{name} is {text!r}; it takes a whole number")
     return int(text.partition(".")[0], 0)
 
 

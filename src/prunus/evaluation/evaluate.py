@@ -27,6 +27,7 @@ from prunus.evaluation.zero_shot import EncodedTask, Task, ZeroShotResult, encod
 from prunus.machine.memory import resident_set
 from prunus.model.layers import layers_of
 from prunus.model.tokens import check_tokens
+from prunus.option_names import options_named
 from prunus.option_values import check_utf8, check_whole
 from prunus.sweep.engine import ModelOptions, load_or_open, memory_needed, model_name
 from prunus.sweep.estimate import Workload, parse_bytes, show_bytes
@@ -189,14 +190,15 @@ def evaluate(
     tasks = load_tasks(options.tasks)
     if options.harness:
         check_harness(options.harness, options.harness_path)
-    speed = SpeedOptions(
-        prompt_tokens=options.speed_prompt,
-        new_tokens=options.speed_new,
-        repeats=options.speed_repeats,
-        memory=options.speed_memory,
-        device=model_options.device,
-        dtype=model_options.dtype,
-    )
+    with options_named(prompt_tokens="speed_prompt", new_tokens="speed_new", repeats="speed_repeats"):
+        speed = SpeedOptions(
+            prompt_tokens=options.speed_prompt,
+            new_tokens=options.speed_new,
+            repeats=options.speed_repeats,
+            memory=options.speed_memory,
+            device=model_options.device,
+            dtype=model_options.dtype,
+        )
     # Both are looked for, and everything is tokenised for both, before one is measured.
     compared = [name for name in (dense, model) if name is not None]
     asked = {name: _Asked.of(name, texts, tasks, options, speed if options.speed else None) for name in compared}

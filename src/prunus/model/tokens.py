@@ -68,8 +68,8 @@ def check_seq_len(config: Any, seq_len: int, name: str = "seq_len") -> None:
     longest = longest_context(config)
     if longest is not None and seq_len > longest:
         raise OptionError(
-            f"{name} is {seq_len}, and the model knows only {longest} positions (max_position_embeddings): use a "
-            f"{name} of at most {longest}"
+            f"`{name}` is {seq_len}, and the model knows only {longest} positions (max_position_embeddings): give at "
+            f"most {longest}"
         )
 
 

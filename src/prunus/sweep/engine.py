@@ -101,7 +101,7 @@ def load_or_open(
         if asked == "auto" and progress and is_first():
             bound = f"limit {show_bytes(limit)}" if limit else f"free {show_bytes(free)}" if free else "no limit known"
             print(
-                f"`engine` {engine}: about {show_bytes(needed.of(engine))} of memory (resident "
+                f"engine {engine}: about {show_bytes(needed.of(engine))} of memory (resident "
                 f"{show_bytes(needed.resident)}, streamed {show_bytes(needed.streamed)}, {bound})",
                 file=sys.stderr,
             )
