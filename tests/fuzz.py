@@ -694,11 +694,11 @@ def run_share(names: Sequence[tuple[str, int]], seed: int, whole: Path, place: P
     return tally
 
 
-def cases_of(total: int, kinds: Sequence[str]) -> list[tuple[str, int]]:
-    """So many cases over all kinds by their weight, and of each kind one of a file that is whole (number -1)."""
+def cases_of(total: int, kinds: Sequence[str], whole: bool) -> list[tuple[str, int]]:
+    """So many cases over all kinds by their weight; with `whole` one more of each, whose file is not damaged (-1)."""
     weight = sum(KINDS[name].weight for name in kinds)
     counts = {name: max(1, round(total * KINDS[name].weight / weight)) for name in kinds}
-    return [(name, -1) for name in kinds] + [(name, number) for name in kinds for number in range(counts[name])]
+    return [(name, number) for name in kinds for number in range(-1 if whole else 0, counts[name])]
 
 
 def bound_memory() -> None:
@@ -708,11 +708,20 @@ def bound_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (held + MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def fuzz(total: int, seed: int, kinds: Sequence[str], place: Path, workers: int = 1, *, show: bool = False) -> Tally:
-    """Damage files `total` times and tell what came of it. A kind whose whole file is refused is a finding, too."""
+def fuzz(
+    total: int,
+    seed: int,
+    kinds: Sequence[str],
+    place: Path,
+    workers: int = 1,
+    *,
+    whole_files: bool = True,
+    show: bool = False,
+) -> Tally:
+    """Damage files `total` times and tell what came of it. With `whole_files`, one that is refused is a finding, too."""
     whole, ended = in_child(lambda: build(place))
     assert whole is not None, ended
-    listed = cases_of(total, kinds)
+    listed = cases_of(total, kinds, whole_files)
     random.Random(seed).shuffle(listed)
     if workers == 1:
         return run_share(listed, seed, whole, place / "0", show)

@@ -14,8 +14,8 @@ QUICK = [name for name in fuzz.KINDS if not name.startswith(("recovery", "traine
 
 
 def test_a_slice(tmp_path):
-    tally = fuzz.fuzz(60, seed=7, kinds=QUICK, place=tmp_path)
-    assert tally.cases.total() >= 60
+    tally = fuzz.fuzz(60, seed=7, kinds=QUICK, place=tmp_path, whole_files=False)
+    assert tally.cases.total() >= 50
     assert not tally.findings, tally.findings
     assert 0 < tally.refused.total() < tally.cases.total()
 

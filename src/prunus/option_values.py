@@ -84,8 +84,9 @@ def check_utf8(name: str, value: str | None) -> None:
     try:
         (value or "").encode("utf-8")
     except UnicodeEncodeError as error:
+        called = name if " " in name else f"`{name}`"
         raise OptionError(
-            f"{name if ' ' in name else f'`{name}`'} is {value!r}, which is not UTF-8, and the result could not say what it was made from; rename it"
+            f"{called} is {value!r}, which is not UTF-8, and the result could not say what it was made from; rename it"
         ) from error
 
 
