@@ -718,7 +718,7 @@ def fuzz(
     whole_files: bool = True,
     show: bool = False,
 ) -> Tally:
-    """Damage files `total` times and tell what came of it. With `whole_files`, one that is refused is a finding, too."""
+    """Damage files `total` times, and tell what came of it; with `whole_files`, a refused whole file is a finding."""
     whole, ended = in_child(lambda: build(place))
     assert whole is not None, ended
     listed = cases_of(total, kinds, whole_files)
