@@ -72,6 +72,13 @@ def test_damaged_states(checkpoints, changes, message):
     assert str(path) in str(caught.value)
 
 
+def test_a_state_that_trainer_itself_cannot_read(checkpoints):
+    path = checkpoints.path / "checkpoint-4" / "trainer_state.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json cannot be read \(JSONDecodeError"):
+        checkpoints.last()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

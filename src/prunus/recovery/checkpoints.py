@@ -164,10 +164,9 @@ class Checkpoints:
             from transformers import TrainerState
 
             path = checkpoint / STATE_FILE
-            state = read_json(path)
-            step = check_content(_StateContent, state, str(path)).global_step
-            with readable(path):  # of a field that it does not know Trainer makes a TypeError
-                TrainerState(**state)
+            step = check_content(_StateContent, read_json(path), str(path)).global_step
+            with readable(path):  # Trainer itself fails at a field that it does not know, and at a byte order mark
+                TrainerState.load_from_json(str(path))
             if found.get(step) != checkpoint:
                 raise CheckpointError(
                     f"{path}: global_step is {step}, which is not its folder's; remove that checkpoint"
