@@ -31,6 +31,7 @@ def checkpoints(tmp_path) -> Checkpoints:
     for step in (2, 4):
         (made.path / f"checkpoint-{step}").mkdir()
         state = TrainerState(epoch=0.5, global_step=step, max_steps=8, log_history=[{"step": 2, "eval_loss": 3.0}])
+        state.stateful_callbacks = {"TrainerControl": {"args": {}, "attributes": {}}}
         state.save_to_json(str(made.path / f"checkpoint-{step}" / "trainer_state.json"))
     return made
 
@@ -60,6 +61,7 @@ def test_damaged_inputs(checkpoints, content):
         ({"log_history": [{"loss": 1.0}]}, "log_history.0.step is missing"),
         ({"epoch": "half"}, "epoch is"),
         ({"stateful_callbacks": 3}, "stateful_callbacks is 3"),
+        ({"stateful_callbacks": {}}, "stateful_callbacks.TrainerControl is missing"),
         ({"another": 3}, "another"),
     ],
     ids=repr,
@@ -96,6 +98,6 @@ def test_damaged_records_of_the_end(checkpoints, changes, message):
 
 
 def test_whatever_a_reader_raises_names_the_file(tmp_path):
-    message = r"optimizer\.pt cannot be read \(KeyError: 'state'\).*--overwrite"
+    message = r"optimizer\.pt cannot be read \(KeyError: 'state'\).*or begin anew"
     with pytest.raises(CheckpointError, match=message), readable(tmp_path / "optimizer.pt"):
         raise KeyError("state")

@@ -50,6 +50,11 @@ class _Logged(FileContent):
     loss: Number | None = None
 
 
+class _Callbacks(FileContent):
+    #: Trainer writes its control under this name again, and fails where it is not there
+    TrainerControl: dict[str, Any]
+
+
 class _StateContent(FileContent):
     """What Trainer's state must hold for a run to go on."""
 
@@ -70,7 +75,7 @@ class _StateContent(FileContent):
     is_local_process_zero: bool
     is_world_process_zero: bool
     is_hyper_param_search: bool
-    stateful_callbacks: dict[str, Any]
+    stateful_callbacks: _Callbacks
 
 
 @contextmanager
