@@ -100,12 +100,12 @@ def test_factors_on_scores(factor):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scoring": {"attention_weight": -1}}, "`attention_weight` is -1"),
-        ({"scoring": {"attention_weight": math.nan}}, "`attention_weight` is nan"),
-        ({"scoring": {"attention_weight": "2"}}, "`attention_weight` is '2'"),
-        ({"rounds": 1.5}, "`rounds` is 1.5"),
-        ({"target": {"target": "flops", "context": 10.9}}, "`context` is 10.9"),
-        ({"target": {"target": "flops", "context": math.inf}}, "`context` is inf"),
+        ({"scoring": {"attention_weight": -1}}, "scoring.attention_weight is -1; it must be greater than 0"),
+        ({"scoring": {"attention_weight": math.nan}}, "it holds NaN"),
+        ({"scoring": {"attention_weight": "2"}}, 'scoring.attention_weight is "2"; it must be a number'),
+        ({"rounds": 1.5}, "rounds is 1.5; it must be a whole number"),
+        ({"target": {"target": "flops", "context": 10.9}}, "context is 10.9; it must be a whole number"),
+        ({"target": {"target": "flops", "context": math.inf}}, "it holds Infinity"),
     ],
 )
 @pytest.mark.parametrize("words", [[], ["--normalize", "layer_sum"]])

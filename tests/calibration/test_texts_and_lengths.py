@@ -213,7 +213,7 @@ def test_a_broken_line_is_not_taken_for_a_short_text(tmp_path, llama, caplog):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--seq-len", "65"], "seq_len is 65, and the model knows only 64 positions"),
+        (["--seq-len", "65"], "--seq-len is 65, and the model knows only 64 positions"),
         (
             ["--eval-text", "TEXT", "--set", "evaluation.seq_len=65"],
             "evaluation.seq_len is 65, and the model knows only 64 positions",
@@ -240,7 +240,7 @@ def test_fractions_are_wrong_usage(capsys, folder, text, tmp_path, options):
     words = ["prune", folder, "--out", tmp_path / "out", "--calibration", text, *options]
     assert main([str(word) for word in words]) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert f"{options[0]} is {options[1]}; give a whole number" in message
+    assert f"{options[0]} is {options[1]!r}; it takes a whole number" in message
     assert not list(tmp_path.iterdir())
 
 
@@ -249,7 +249,7 @@ def test_fractions_are_wrong_usage(capsys, folder, text, tmp_path, options):
 def test_others_refuse_lengths_before_weights_are_read(capsys, folder, text, tmp_path, command):
     more = ["--methods", "taylor", "--ratios", "0.2"] if command == "compare" else []
     words = [command, folder, "--out", tmp_path / "out", "--calibration", text, *more]
-    assert "seq_len is 65, and the model knows only 64" in fails(capsys, *words, "--seq-len", "65")
+    assert "--seq-len is 65, and the model knows only 64" in fails(capsys, *words, "--seq-len", "65")
     assert not list(tmp_path.iterdir())
     if command == "score":
         few = [*words, "--samples", "7", "--seq-len", "24", "--method", "adaptive"]
@@ -334,7 +334,7 @@ def test_a_window_is_as_long_as_the_model_allows(llama):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--seq-len", "65"], "seq_len is 65"),
+        (["--seq-len", "65"], "--seq-len is 65"),
         (["--prompt", "x" * 64], "has 64 tokens"),
         (["--speed", "--speed-prompt", "60", "--speed-new", "5"], "more than the context"),
         (["--text", "ONE"], "has 1 token(s)"),

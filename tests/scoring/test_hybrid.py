@@ -63,7 +63,7 @@ def test_scoring_by_a_hybrid(scores):
         ([("taylor", 1.0), ("taylor", 2.0)], "name each once"),
         ([("tailor", 1.0)], "`method` 'tailor' is unknown"),
         ([("hybrid", 1.0)], "'hybrid' is made of other methods and cannot be a part"),
-        ([("taylor", 0.0)], "the weight of taylor in hybrid is 0"),
+        ([("taylor", 0.0)], "`hybrid.taylor` is 0"),
         ([("taylor", float("nan"))], "is nan; it must be a positive"),
     ],
 )

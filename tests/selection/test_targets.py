@@ -194,7 +194,7 @@ def test_depth_for_the_cache_takes_mlps_along(table, geometry):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "speed"}, "`target` 'speed' is unknown; choose one of params, flops, kv_cache, latency"),
+        ({"name": "speed"}, "target 'speed' is unknown; choose one of params, flops, kv_cache, latency"),
         ({"name": "latency"}, "`target` latency needs measured times: make them with `prunus profile"),
         ({"name": "flops", "context": 0}, "`context` is 0"),
         ({"phase": "warm-up"}, "`phase` 'warm-up' is unknown"),
@@ -295,7 +295,7 @@ def test_prune_and_plan_for_the_cache(capsys, tmp_path, folder, text):
 def test_wrong_ratios_are_refused_by_the_name_of_the_quantity(capsys, tmp_path, folder):
     words = ["prune", folder, "--out", tmp_path / "no", "--method", "magnitude", *PLAIN]
     message = fails(capsys, *words, "--target", "flops", "--ratio", "1.2")
-    assert "`ratio` is 1.2; it is a share of all FLOPs and must lie in" in message
+    assert "--ratio is 1.2; it is a share of all FLOPs and must lie in" in message
     message = fails(capsys, *words, "--target", "kv_cache", "--ratio", "0.9", "--set", "selection.min_keep_attention=1")
     assert "KV-cache bytes at a context of 2,048, but only" in message
     assert not (tmp_path / "no").exists()

@@ -33,16 +33,20 @@ def flags_of(app: App, words: Sequence[str]) -> dict[str, str]:
         argument for argument in command.assemble_argument_collection() if argument.parameter.parse is not False
     ]
     flags = {argument.field_info.name: argument.name for argument in arguments if argument.name != "*"}
-    return {**_settings(), **flags} if "set" in flags else flags
+    return {**_settings(flags), **flags} if "set" in flags else flags
 
 
-def _settings() -> dict[str, str]:
-    """`--set KEY` for every key of a recipe, by the key and, where only one key ends so, by its last word."""
+def _settings(flags: dict[str, str]) -> dict[str, str]:
+    """The command's flag or `--set KEY` for every key of a recipe, by the key and by its last word if no other has it.
+
+    Args:
+        flags: of the command, by the options' names in Python.
+    """
     from prunus.pipeline.job_file import job_keys
 
     last = Counter(path.rpartition(".")[2] for path in job_keys())
     names = {path: f"--set {path}" for path in job_keys()}
-    names |= {path: f"--{name.replace('_', '-')}" for name, path in KEYS.items()}
+    names |= {path: flags[name] for name, path in KEYS.items() if name in flags}
     return names | {word: names[path] for path in names if last[word := path.rpartition(".")[2]] == 1}
 
 

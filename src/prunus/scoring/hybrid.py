@@ -32,7 +32,7 @@ def check_weights(weights: Weights) -> None:
             f"`hybrid` names the methods {', '.join(names) or 'none'}; name each once, e.g. taylor=0.5,wanda=0.5"
         )
     for name, weight in weights:
-        check_positive(f"the weight of {name} in hybrid", weight)
+        check_positive(f"hybrid.{name}", weight)
 
 
 def mix(tables: Mapping[str, pd.DataFrame], weights: Weights) -> pd.DataFrame:
