@@ -509,8 +509,7 @@ def test_commands_calibrate_on_conversations(capsys, folder, tmp_path, command):
         out,
         "--calibration",
         path,
-        "--set",
-        "calibration.chat_column=talk",
+        *(["--set", "calibration.chat_column=talk"] if command == "score" else ["--chat-column", "talk"]),
         *SIZES,
         *more,
     ]

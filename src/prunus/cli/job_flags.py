@@ -22,6 +22,7 @@ KEYS = {
     "samples": "calibration.samples",
     "seq_len": "calibration.seq_len",
     "seed": "calibration.seed",
+    "chat_column": "calibration.chat_column",
     "eval_text": "evaluation.text",
     "device": "run.device",
     "max_memory": "run.max_memory",
@@ -65,12 +66,14 @@ class _Calibration:
         samples: number of sequences.
         seq_len: tokens per sequence.
         seed: decides which sequences are drawn, and everything else that is random.
+        chat_column: column that holds conversations in place of text.
     """
 
     calibration: str | None = None
     samples: int | None = None
     seq_len: int | None = None
     seed: int | None = None
+    chat_column: Annotated[str | None, UNLISTED] = None
 
 
 @dataclass(frozen=True)
