@@ -70,8 +70,8 @@ def draw_calibration(
             check_tokens(model.config, part.input_ids)
     if calibration is not None and calibration.provenance.tokens < FEW_TOKENS:
         logger.warning(
-            "importance is measured on %d tokens only: another text would rank the groups otherwise. Give more samples "
-            "or a longer seq_len; the defaults take %s tokens",
+            "importance is measured on %d tokens only: another text would rank the groups otherwise. Give more "
+            "`samples` or a longer `seq_len`; the defaults take %s tokens",
             calibration.provenance.tokens,
             f"{CalibrationOptions.samples * DEFAULT_CALIBRATION_LEN:,}",
         )
