@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from tiny_folder import fails
+from tiny_folder import fails, run
 
 from prunus.errors import CheckpointError
 from prunus.results.result_folder import add_evaluation, read_result
@@ -132,3 +132,12 @@ def test_comparisons(capsys, comparison, tmp_path, message, change):
     assert message in said
     assert str(copy / "comparison.json") in said
     assert not (copy / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda facts: facts["rows"][1].pop("seed"), set_row(recipe=None, method="wanda")], ids=["seed", "recipe"]
+)
+def test_comparisons_without_what_older_ones_lack(capsys, comparison, tmp_path, change):
+    copy = changed(comparison, tmp_path, "comparison.json", change)
+    run(capsys, "report", copy, "--overwrite")
+    assert (copy / "report.html").stat().st_size > 0

@@ -374,7 +374,7 @@ def comparison_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
 
 def row_name(row: Mapping[str, Any]) -> str:
     """What a row of a comparison is called; those of prunus 0.1 have a method, and whether it was repaired."""
-    if "recipe" in row:
+    if row.get("recipe") is not None:
         return str(row["recipe"])
     return f"{row['method']}, compensated" if row.get("compensated") else str(row["method"])
 

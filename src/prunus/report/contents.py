@@ -310,8 +310,8 @@ def _recipe_line(recipe: Mapping[str, Any]) -> str:
 
 def _plan_name(row: Mapping[str, Any]) -> str:
     """The file of a row's plan in the folder plans/; comparisons of prunus 0.1 named it in another way."""
-    if "recipe" in row:
-        return plan_name(row["recipe"], row["ratio"], row["seed"])
+    if row.get("recipe") is not None:
+        return plan_name(row["recipe"], row["ratio"], row.get("seed", 0))
     return f"{row['method']}-{row['ratio']:g}{'-compensated' * bool(row.get('compensated'))}.json"
 
 
