@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,7 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunus.errors import CheckpointError, PrunusError
 
-__all__ = ["Count", "FileContent", "Number", "check_content", "parse_json", "read_json", "read_json_if_whole"]
+__all__ = [
+    "Count",
+    "FileContent",
+    "Number",
+    "check_content",
+    "check_format",
+    "parse_json",
+    "read_json",
+    "read_json_if_whole",
+]
 
 #: far more than the plan of the largest model takes; nothing larger is read into memory
 MOST_BYTES = 64 * 2**20
@@ -112,6 +122,28 @@ def read_json_if_whole(path: Path) -> dict[str, Any] | None:
     except CheckpointError:
         return None
     return content
+
+
+def check_format(values: Any, name: str, version: int, what: str, where: str, error: type[PrunusError]) -> None:
+    """Check that what was read is of a format of prunus, and of the version that this prunus reads.
+
+    Args:
+        values: from `read_json` or `parse_json`.
+        name: of the format, which the field `format` holds.
+        version: what the field `version` must hold.
+        what: what messages call the format; its last word is what has a version.
+        where: what messages call the file.
+        error: what is raised.
+
+    Raises:
+        PrunusError: of the kind `error`: another format, or another version.
+    """
+    if not isinstance(values, Mapping) or values.get("format") != name:
+        raise error(f"{where}: not a {what}: the field 'format' must be {name!r}")
+    if values.get("version") != version:
+        raise error(
+            f"{where}: {what.split()[-1]} version {values.get('version')!r} is not {version}, which this prunus reads"
+        )
 
 
 def check_content(kind: type[Content], values: Any, where: str, error: type[PrunusError] = CheckpointError) -> Content:

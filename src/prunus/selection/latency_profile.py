@@ -27,7 +27,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from prunus.errors import PlanError
-from prunus.files.json_file import Count, FileContent, check_content, read_json
+from prunus.files.json_file import Count, FileContent, check_content, check_format, read_json
 from prunus.files.outputs import whole_file
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry
@@ -274,12 +274,7 @@ class LatencyProfile:
         Raises:
             PlanError: not a profile, a newer version, or fields that are missing or malformed.
         """
-        if not isinstance(values, Mapping) or values.get("format") != _FORMAT:
-            raise PlanError(f"{where}: not a latency profile: the field 'format' must be {_FORMAT!r}")
-        if values.get("version") != _VERSION:
-            raise PlanError(
-                f"{where}: profile version {values.get('version')!r} is not {_VERSION}, which this prunus reads"
-            )
+        check_format(values, _FORMAT, _VERSION, "latency profile", where, PlanError)
         content = check_content(_ProfileContent, values, where, PlanError)
         shape = ProfiledShape(**{field.name: getattr(content.shape, field.name) for field in fields(ProfiledShape)})
         times: dict[str, Any] = {

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from prunus.errors import PlanError
-from prunus.files.json_file import FileContent, check_content, read_json
+from prunus.files.json_file import FileContent, check_content, check_format, read_json
 from prunus.files.outputs import whole_file
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry, LayerWidths
@@ -222,12 +222,7 @@ class Plan:
         Raises:
             PlanError: not a plan, a newer version, kept groups that do not exist, or another model than `geometry`.
         """
-        if not isinstance(values, dict) or values.get("format") != _FORMAT:
-            raise PlanError(f"{where}: not a prunus plan: the field 'format' must be {_FORMAT!r}")
-        if values.get("version") != _VERSION:
-            raise PlanError(
-                f"{where}: plan version {values.get('version')!r} is not {_VERSION}, which this prunus reads"
-            )
+        check_format(values, _FORMAT, _VERSION, "prunus plan", where, PlanError)
         content = check_content(_PlanContent, values, where, PlanError)
         widths = tuple(LayerWidths(layer.attention.groups, layer.mlp.groups) for layer in content.layers)
         try:
