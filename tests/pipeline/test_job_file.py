@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import typing
 from pathlib import Path
 
@@ -165,6 +166,7 @@ def test_what_is_wrong_with_a_file(tmp_path, text, message):
         ("damping", "write KEY=VALUE"),
         ("repair.dampin=1", "--set repair.dampin=1: unknown key 'repair.dampin'; did you mean repair.damping?"),
         ("scoring.method=[", "is not a YAML value"),
+        ("scoring.method=" + "[" * 5000, "is not a YAML value"),
         ("rounds=0", "`rounds` is 0"),
         ("run.batch_size=0", "`batch_size` is 0"),
     ],
@@ -172,6 +174,16 @@ def test_what_is_wrong_with_a_file(tmp_path, text, message):
 def test_what_is_wrong_with_a_setting(setting, message):
     with pytest.raises(OptionError, match=message):
         read_job(None, [setting], {})
+
+
+def test_a_deeply_nested_file_is_refused_at_once(tmp_path):
+    """A scan of its tokens takes the square of their depth."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("[" * 200_000)
+    begun = time.process_time()
+    with pytest.raises(OptionError, match="nested too deeply"):
+        read_job(str(path), [], {})
+    assert time.process_time() - begun < 5
 
 
 def test_a_recipe_that_is_not_there(tmp_path):

@@ -36,6 +36,18 @@ SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_val
 #: other config fields that count something
 COUNTS = ("max_position_embeddings", "sliding_window")
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+#: other numbers that make no sense at 0 or below, and why; where a model does without one, it is null
+POSITIVE = {
+    "attn_logit_softcapping": "scores are divided by it",
+    "final_logit_softcapping": "logits are divided by it",
+    "logits_scaling": "logits are divided by it",
+    "query_pre_attn_scalar": "queries are divided by its root",
+    "rope_theta": "rotary frequencies are powers of it",
+    "rope_local_base_freq": "rotary frequencies are powers of it",
+    "factor": "rotary frequencies are divided by it",
+    "long_factor": "rotary frequencies are divided by it",
+    "short_factor": "rotary frequencies are divided by it",
+}
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.")
 #: the buffer that every decoder layer of old checkpoints has; transformers passes over it, too
 _OLD_BUFFERS = r"rotary_emb\.inv_freq"
@@ -215,8 +227,10 @@ def _check_every_number(path: Path, values: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {name} is {value!r:.60}; correct it, or fetch the config again")
         elif name == "partial_rotary_factor" and isinstance(value, int | float) and not 0 < value <= 1:
             raise CheckpointError(f"{path}: {name} is {value}; it is the share of a head that is rotated, from 0 to 1")
-        elif name == "query_pre_attn_scalar" and isinstance(value, int | float) and not value > 0:
-            raise CheckpointError(f"{path}: {name} is {value}; queries are divided by its root, so it must be positive")
+        elif name in POSITIVE and isinstance(value, int | float) and not value > 0:
+            raise CheckpointError(f"{path}: {name} is {value}; {POSITIVE[name]}, so it must be positive")
+        elif name.endswith("norm_eps") and isinstance(value, int | float) and not value >= 0:
+            raise CheckpointError(f"{path}: {name} is {value}; a norm takes the root of a sum with it: it is 0 or more")
 
 
 def _check_size(path: Path, name: str, value: Any, least: int, most: int | None) -> None:

@@ -118,7 +118,7 @@ def read_job(recipe: str | None, settings: Sequence[str], given: Mapping[str, An
             raise OptionError(f"{where}: write KEY=VALUE, e.g. --set repair.damping=0.1")
         try:
             raw = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             raise OptionError(f"{where}: {text!r} is not a YAML value; quote text with special characters") from None
         _overlay(values, dict(_leaves(path.strip(), raw, where)))
     for path, raw in given.items():
@@ -227,9 +227,10 @@ def _read_file(path: Path) -> tuple[dict[str, Any], Mapping[str, str]]:
             raise
         raise OptionError(f"recipe {path} cannot be read: {error}") from error
     try:
+        # First, as it gives up on what is nested deeply, on which the scan would take minutes.
+        node = yaml.compose(text, yaml.SafeLoader)
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
             raise OptionError(f"recipe {path} uses YAML aliases (*name); write the values out")
-        node = yaml.compose(text, yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode):
             raise OptionError(f"recipe {path} must be a mapping of keys to values, e.g. `ratio: 0.2`")
         values: dict[str, Any] = {}
