@@ -182,6 +182,11 @@ HOLDS = {
         UnsupportedModelError,
         r"adapter only.*merge_and_unload",
     ),
+    "an adapter beside a model": (
+        {"config__json": CONFIG, "model__safetensors": b"x", "adapter_config__json": b"{}"},
+        UnsupportedModelError,
+        r"adapter \(adapter_config\.json\) beside its weights.*merge_and_unload",
+    ),
     "other safetensors": (
         {"config__json": CONFIG, "consolidated__safetensors": b"x"},
         CheckpointError,

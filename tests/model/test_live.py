@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny_families import ONE_EACH, case_id, make_model, random_tokens, shared_model
 from tiny_folder import byte_tokenizer, save_tiny_folder
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import (
     AutoModelForCausalLM,
@@ -203,6 +204,15 @@ def test_layers_on_disk(tmp_path, calibration):
         prunus.prune(offloaded, RATIO, calibration)
     opened, _ = prunus.open_model(tmp_path / "model")
     assert live_model(opened) is opened
+
+
+def test_layers_on_several_devices():
+    """A device that this machine may not have; the weights there have a place and no values."""
+    spread = dense()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        spread.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.empty(4, 4, device="cuda:0"))
+    with refused(r"spread over cpu, cuda:0 \(device_map\).*open_model"):
+        live_model(spread)
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=case_id)

@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from prunus.checkpoint.architecture import empty_model
+from prunus.checkpoint.kind import ADAPTER
 from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError, UnsupportedModelError
 from prunus.model.families import FAMILIES, PRUNED_PREFIX, family_of
@@ -27,7 +28,6 @@ __all__ = ["check_no_adapter", "check_numbers", "check_tensors", "has_own_head",
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "adapter_config.json"
 #: dtypes of safetensors whose weights can be cut, and those that a model can be held in
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 HELD_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
-from prunus.checkpoint.kind import check_no_sentence_model
+from prunus.checkpoint.kind import ADAPTER, check_no_sentence_model
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 from prunus.errors import CheckpointError, OptionError, UnsupportedModelError
 
@@ -67,15 +67,20 @@ def check_repository(repository: str, revision: str | None) -> None:
     if any(fnmatch(name, "model*.safetensors") for name in files):
         if "config.json" not in files:
             raise CheckpointError(f"{repository} has no config.json: it is no model of transformers")
+        if ADAPTER in files:
+            raise UnsupportedModelError(
+                f"{repository} holds a PEFT adapter ({ADAPTER}) beside its weights, and transformers would add it to "
+                "them. Merge it (merge_and_unload, save_pretrained), and prune that folder"
+            )
         return
 
     def some(*patterns: str) -> str:
         found = [name for name in files if any(fnmatch(name, pattern) for pattern in patterns)]
         return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
-    if "adapter_config.json" in files:
+    if ADAPTER in files:
         raise UnsupportedModelError(
-            f"{repository} holds an adapter only (adapter_config.json): load it with its base model in PEFT, "
+            f"{repository} holds an adapter only ({ADAPTER}): load it with its base model in PEFT, "
             "merge_and_unload, save_pretrained, and prune that folder"
         )
     if gguf := some("*.gguf"):

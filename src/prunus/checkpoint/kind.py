@@ -12,8 +12,10 @@ from prunus.errors import CheckpointError, UnsupportedModelError
 from prunus.files.json_file import read_json
 from prunus.model.kind import check_architecture, check_attention, check_own_code
 
-__all__ = ["check_kind", "check_no_sentence_model"]
+__all__ = ["ADAPTER", "check_kind", "check_no_sentence_model"]
 
+#: what PEFT writes beside an adapter's weights
+ADAPTER = "adapter_config.json"
 #: what tells a sentence-transformers folder, whose modules stand behind the decoder
 SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "[0-9]*_Pooling")
 

@@ -20,9 +20,15 @@ def live_model(model: Any) -> Any:
 
     Raises:
         UnsupportedModelError: it is of another kind, see `causal_language_model`, or its weights are elsewhere:
-            offloaded by accelerate, or divided among processes.
+            offloaded by accelerate, on several devices, or divided among processes.
     """
     model = causal_language_model(model)
+    devices = {str(parameter.device) for parameter in model.parameters() if not parameter.is_meta}
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"the model is spread over {', '.join(sorted(devices))} (device_map). Load it on one device; if it does "
+            "not fit, open its folder with prunus.open_model, which holds one layer at a time"
+        )
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not layers_of(model).stored:
             raise UnsupportedModelError(
