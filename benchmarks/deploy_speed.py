@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, metavar=("PROGRAM", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        serve(*args.worker, args)
+        program, path = args.worker
+        serve(program, path, args)
         return
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
@@ -123,13 +124,14 @@ def measure(program: str, paths: dict[str, Path], args: argparse.Namespace) -> d
                 os.killpg(workers[name].pid, signal.SIGCONT)
                 workers[name].stdin.write("run\n")  # type: ignore[union-attr]
                 workers[name].stdin.flush()  # type: ignore[union-attr]
-                seconds[name].append(tuple(_answer(workers[name])))
+                prefill, decode = _answer(workers[name])
+                seconds[name].append((prefill, decode))
                 os.killpg(workers[name].pid, signal.SIGSTOP)
     finally:
         for worker in workers.values():
             os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()
-    found = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for name, runs in seconds.items():
         found[name] = {}
         for what, place, tokens in (("prefill", 0, args.prompt_tokens), ("decode", 1, args.new_tokens)):

@@ -38,6 +38,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +53,7 @@ from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 from prunus.files.tensor_file import TensorLayout, write_tensors
 from prunus.importance import METHODS, MethodOptions, get_method
 from prunus.importance.registry import statistics_for
-from prunus.machine.metering import metered, resident_set
+from prunus.machine.metering import metered
 from prunus.machine.processes import is_first, joined
 from prunus.model.layers import outside_layers
 from prunus.sweep import ENGINES, sweep
@@ -91,7 +92,7 @@ def main() -> None:
 def one(options: argparse.Namespace) -> None:
     """Run one job and print what it took as JSON."""
     torch.set_num_threads(options.threads)
-    before = resident_set() if options.device == "cpu" else 0
+    before = psutil.Process().memory_info().rss if options.device == "cpu" else 0
     generator = torch.Generator().manual_seed(0)
     with joined():
         work = tempfile.TemporaryDirectory(dir=options.scratch)
@@ -137,7 +138,9 @@ def measure_methods(options: argparse.Namespace) -> dict[str, Any]:
     jobs = [(name, "resident") for name in BASELINES]
     jobs += [(name, engine) for name in options.methods for engine in options.engines]
     found = interleaved([{**shared(options), "model": model, "job": job, "engine": e} for job, e in jobs], options)
-    rows = [{"job": job, "engine": engine, **cost} for (job, engine), cost in zip(jobs, found, strict=True)]
+    rows: list[dict[str, Any]] = [
+        {"job": job, "engine": engine, **cost} for (job, engine), cost in zip(jobs, found, strict=True)
+    ]
     base = next(row for row in rows if row["job"] == "forward+backward")
     for row in rows:
         row["time_ratio"] = row["seconds"] / base["seconds"]
@@ -153,7 +156,7 @@ def measure_scaling(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folders = {depth: make_model(Path(scratch) / f"depth-{depth}", depth, options) for depth in options.depths}
         first = folders[options.depths[0]]
-        cases = [{"layers": depth} for depth in options.depths]
+        cases: list[dict[str, int]] = [{"layers": depth} for depth in options.depths]
         cases += [{"sequences": count} for count in options.sequence_counts]
         cases += [{"processes": count} for count in options.processes]
         jobs = [(case, engine) for case in cases for engine in options.engines]
@@ -183,7 +186,12 @@ def measure_limit(options: argparse.Namespace) -> dict[str, Any]:
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         meta = empty_model(LlamaConfig.from_pretrained(folder), dtype_of(options))
         work = Workload(
-            get_method(options.method).needs, options.samples, options.seq_len, options.batch_size, compensate=True
+            get_method(options.method).needs,
+            options.samples,
+            options.seq_len,
+            options.batch_size,
+            repairs=True,
+            cuts=True,
         )
         needed = estimate(meta, dtype_of(options), work, torch.device("cpu"))
         limit = parse_bytes(options.limit) if options.limit else needed.streamed
@@ -225,6 +233,7 @@ def measure_limit(options: argparse.Namespace) -> dict[str, Any]:
 LIMITED = """
 import json, resource, sys
 limit, folder, out, engine, method, samples, seq_len, batch_size, threads = sys.argv[1:]
+import psutil
 import torch
 import prunus
 torch.set_num_threads(int(threads))
@@ -252,7 +261,8 @@ def kill(options: argparse.Namespace) -> dict[str, Any]:
     # Processes that are forked from one that has imported everything: a run begins at once, as in a process of its own.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["__main__"])
-    generator, rows = random.Random(options.seed), []
+    generator = random.Random(options.seed)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = make_model(Path(scratch) / "model", options.layers, options)
 
@@ -355,7 +365,7 @@ def in_a_process(job: dict[str, Any]) -> dict[str, float]:
 
 
 def make_model(folder: Path, layers: int, options: argparse.Namespace) -> Path:
-    """A Llama of random weights on disk, written tensor by tensor, with a tokenizer that has a token for every byte."""
+    """A Llama of random weights on disk, in the sizes that the options say."""
     config = LlamaConfig(
         vocab_size=options.vocab_size,
         hidden_size=options.hidden_size,
@@ -366,21 +376,26 @@ def make_model(folder: Path, layers: int, options: argparse.Namespace) -> Path:
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
-    config.dtype = dtype_of(options)
+    return save_random_llama(folder, config, dtype_of(options))
+
+
+def save_random_llama(folder: Path, config: LlamaConfig, dtype: torch.dtype, device: str = "cpu") -> Path:
+    """A Llama of random weights on disk, written tensor by tensor, with a tokenizer that has a token for every byte."""
+    config.dtype = dtype
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    model = empty_model(config, dtype_of(options))
+    model = empty_model(config, dtype)
     inside = {name: p for name, p in model.named_parameters() if name.startswith("model.layers.")}
     named = {**outside_layers(model), **inside}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in named.items():
             scale = 0.02 if parameter.ndim > 1 else 0.0
-            value = torch.empty(parameter.shape).normal_(
+            value = torch.empty(parameter.shape, device=device).normal_(
                 mean=1.0 if scale == 0 else 0.0, std=scale, generator=generator
             )
-            yield name, value.to(parameter.dtype)
+            yield name, value.to(parameter.dtype).cpu()
 
     layouts = {name: TensorLayout.of(parameter) for name, parameter in named.items()}
     write_tensors(folder / "model.safetensors", layouts, weights(), {"format": "pt"})

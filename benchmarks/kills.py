@@ -87,11 +87,13 @@ def make_jobs(place: Path) -> list[Job]:
     compare = ["compare", str(dense), *draw, *few, "--recipes", "original", "--methods"]
     recover = ["recover", str(pruned[0]), "--teacher", str(dense), *SHORT, "--samples", "32", "--max-steps"]
     export = [["export", str(folder), "--to"] for folder in pruned]
+
+    def prunes(engine: str) -> Job:
+        first, second = ([*prune, f"run.engine={engine}", "--ratio", ratio] for ratio in ("0.3", "0.1"))
+        return Job(f"prune, {engine}", first, second)
+
     return [
-        *(
-            Job(f"prune, {engine}", *([*prune, f"run.engine={engine}", "--ratio", ratio] for ratio in ("0.3", "0.1")))
-            for engine in ("resident", "streamed")
-        ),
+        *(prunes(engine) for engine in ("resident", "streamed")),
         Job("score", [*score, "gate_fisher"], [*score, "wanda"]),
         Job("compare", [*compare, "taylor,wanda", "--ratios", "0.1,0.3"], [*compare, "random", "--ratios", "0.1"]),
         Job("recover", [*recover, "16", "--checkpoints", "4"], [*recover, "2"]),
