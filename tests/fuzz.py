@@ -53,7 +53,9 @@ from prunus.model.geometry import layer_widths_of
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
 
+#: of the process itself; the clock may show eight times as many, as other work may run beside it
 SECONDS = 20
+PATIENCE = 8
 #: on top of what the process has mapped when it begins
 MEMORY = 3 * 2**30
 SHORT = ["--samples", "4", "--seq-len", "16"]
@@ -116,12 +118,13 @@ def changed_values(random_: random.Random, values: Any) -> Any:
         elif change == "rename" and isinstance(parent, dict):
             parent[random_.choice(TEXTS)[:50]] = parent.pop(key)
         elif change == "double" and isinstance(parent, list):
-            parent.insert(key, copy.deepcopy(parent[key]))
+            with contextlib.suppress(RecursionError):  # of what an earlier change has nested deeply
+                parent.insert(key, copy.deepcopy(parent[key]))
         elif change == "exchange":
             other, place = random_.choice(places)
             try:
                 parent[key] = copy.deepcopy(other[place])
-            except (KeyError, IndexError):
+            except (KeyError, IndexError, RecursionError):
                 continue
         elif change == "deep":
             parent[key] = nested(random_.choice([20, 90, 150, 600]))
@@ -618,12 +621,17 @@ def run_case(
     def ring(*_: Any) -> None:
         raise OutOfTime
 
+    def wait(seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
+
+    signal.signal(signal.SIGPROF, ring)
     signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    wait(SECONDS)
     try:
         status, case.said, err = said(kind.command, folder)
         if status == 0:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            wait(SECONDS)
             if kind.holds is not None:
                 try:
                     kind.holds(case)
@@ -637,7 +645,7 @@ def run_case(
             raise
         return find("traceback", traceback.format_exc()[-1500:])
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        wait(0)
     if number < 0:
         return find("whole file refused", err[-500:])
     if status != 1 or "error: " not in err or "Traceback" in err:
@@ -656,7 +664,9 @@ def in_child(work: Callable[[], Any]) -> tuple[Any, str]:
     if not child:
         try:
             os.close(reader)
-            faulthandler.dump_traceback_later(3 * SECONDS, exit=True)  # of a loop in which Python hears no signal
+            faulthandler.dump_traceback_later(
+                3 * PATIENCE * SECONDS, exit=True
+            )  # of a loop in which Python hears no signal
             with os.fdopen(writer, "wb") as pipe:
                 pickle.dump(work(), pipe)
             os._exit(0)

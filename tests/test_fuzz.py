@@ -25,9 +25,10 @@ def test_a_slice(tmp_path):
     [
         (lambda *_: 1 / 0, "traceback"),
         (lambda *_: fuzz.time.sleep(60), "hang"),
+        (lambda *_: all(number == 0 for number in iter(int, 1)), "hang"),
         (lambda *_: 2, "no message"),
     ],
-    ids=["traceback", "hang", "no message"],
+    ids=["traceback", "sleeps", "loops", "no message"],
 )
 def test_faults_are_found(tmp_path, monkeypatch, fault, found):
     (tmp_path / "whole").mkdir()
