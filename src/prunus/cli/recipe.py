@@ -17,17 +17,16 @@ def recipe(name: str | None = None, /, *, json: Flag = False) -> None:
     """
     from prunus.cli.printing import print_json
     from prunus.pipeline.job_file import job_keys, job_text, read_job
-    from prunus.pipeline.recipe_page import plain_default
 
     if name is not None:
         print(job_text(read_job(name, (), {})), end="")
     elif json:
         print_json(
             [
-                {"key": key.path, "default": plain_default(key), "allowed": key.allowed, "meaning": key.meaning}
+                {"key": key.path, "default": key.shown_default, "allowed": key.allowed, "meaning": key.meaning}
                 for key in job_keys().values()
             ]
         )
     else:
         for key in job_keys().values():
-            print(f"{key.path} = {plain_default(key)}\n    {key.meaning} ({key.allowed})")
+            print(f"{key.path} = {key.shown_default}\n    {key.meaning} ({key.allowed})")

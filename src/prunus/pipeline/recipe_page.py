@@ -5,13 +5,9 @@ python -m prunus.pipeline.recipe_page > docs/recipe.md
 
 from __future__ import annotations
 
-from typing import Any
-
-import yaml
-
 from prunus.pipeline.job_file import PRESETS, Key, job_keys
 
-__all__ = ["plain_default", "recipe_page"]
+__all__ = ["recipe_page"]
 
 HEAD = """# Recipes and settings
 
@@ -40,14 +36,6 @@ SECTIONS = {
 }
 
 
-def plain_default(key: Key) -> str:
-    """The default of a key as YAML has it."""
-    value: Any = dict(key.default) if key.path == "scoring.hybrid" else key.default
-    value = list(value) if isinstance(value, tuple) else value
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
-    return "required" if key.path == "model" else text
-
-
 def recipe_page() -> str:
     """The page as Markdown."""
     lines = [HEAD.format(names=", ".join(PRESETS))]
@@ -57,7 +45,7 @@ def recipe_page() -> str:
     for section, keys in by_section.items():
         lines += [f"## {SECTIONS[section]}", "", "| key | default | values | meaning |", "|---|---|---|---|"]
         for key in keys:
-            cells = (f"`{key.path}`", f"`{plain_default(key)}`", key.allowed, key.meaning)
+            cells = (f"`{key.path}`", f"`{key.shown_default}`", key.allowed, key.meaning)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
