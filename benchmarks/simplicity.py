@@ -54,7 +54,7 @@ def run(root: Path, *words: str) -> str:
 
 def options(root: Path, command: str) -> int:
     """Options that the help of a command lists, without the negations of switches."""
-    shown = re.findall(r"^│ +(?:\* +)?(--[a-z][a-z-]+)", run(root, command, "--help"), flags=re.MULTILINE)
+    shown = re.findall(r"^│ (?:[* ] {2})?(--[a-z][a-z-]+)", run(root, command, "--help"), flags=re.MULTILINE)
     return len({option for option in shown if not option.startswith("--no-")})
 
 

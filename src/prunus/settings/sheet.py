@@ -1,11 +1,11 @@
 """All settings of an option class: read from files and command lines, put together, and written.
 
-    class Job:                 key
-        ratio: float           ratio
-        scoring: Scoring
-            method: str        scoring.method
-        repair: Repair | None  repair (null), or
-            damping: float     repair.damping
+class Job:                 key
+ratio: float           ratio
+scoring: Scoring
+method: str        scoring.method
+repair: Repair | None  repair (null), or
+damping: float     repair.damping
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import difflib
 import os
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -76,7 +76,8 @@ class Sheet(Generic[T]):
             OptionError: an unknown key (the nearest is named), a value of the wrong type (with its line), or options
                 that exclude each other.
         """
-        start, record = self.default if base is None else base, {}
+        start = self.default if base is None else base
+        record: dict[str, str] = {}
         if source in self.presets:
             start = self.presets[str(source)]()
         values = self._values_of(start)
@@ -88,8 +89,7 @@ class Sheet(Generic[T]):
         for path, raw in given.items():
             if raw is not None:
                 self._overlay(values, {path: self.keys[path].value_of(raw)})
-        built = self._built(type(self.default), values, "")
-        return replace(built, **{RECORD: record})  # type: ignore[type-var]
+        return self._built(type(self.default), values, "", {RECORD: record} if self._recorded else {})
 
     def text(self, value: T, made_by: Mapping[str, str] | None = None) -> str:
         """An object as a file from which the same command makes the same result again.
@@ -149,9 +149,9 @@ class Sheet(Generic[T]):
                 values |= self._values_of(inner, self._section(path))
         return values
 
-    def _built(self, cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-        """An object of a class from the values of its keys."""
-        hints, arguments = typing.get_type_hints(cls), {}
+    def _built(self, cls: type, values: Mapping[str, Any], prefix: str, record: Mapping[str, Any] = {}) -> Any:
+        """An object of a class from the values of its keys, and of what is no setting."""
+        hints, arguments = typing.get_type_hints(cls), dict(record)
         for each in fields(cls):
             path = prefix + each.name
             if each.name == RECORD:
@@ -164,6 +164,11 @@ class Sheet(Generic[T]):
                 inner = _dataclass_of(hints[each.name]) or object
                 arguments[each.name] = self._built(inner, values, self._section(path))
         return cls(**arguments)
+
+    @cached_property
+    def _recorded(self) -> bool:
+        """Whether files may say what was made by them."""
+        return hasattr(self.default, RECORD)
 
     @cached_property
     def _optional(self) -> set[str]:
@@ -196,10 +201,13 @@ class Sheet(Generic[T]):
         record: dict[str, str] = {}
 
         def is_section(key: str) -> bool:
-            return key in self._sections or key.split(".")[0] == RECORD
+            return key in self._sections or is_record(key)
+
+        def is_record(key: str) -> bool:
+            return self._recorded and key.split(".")[0] == RECORD
 
         for key, value, line in read_nodes(path, is_section):
-            if key.split(".")[0] == RECORD:
+            if is_record(key):
                 record[key.partition(".")[2]] = str(value)
             else:
                 values |= dict(self._leaves(key, value, f"{path}, line {line}"))
@@ -257,4 +265,3 @@ class Sheet(Generic[T]):
 def _dataclass_of(annotation: Any) -> type | None:
     options = (annotation, *typing.get_args(annotation))
     return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
-
