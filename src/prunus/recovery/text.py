@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunus.calibration import Calibration, load_calibration
+from prunus.calibration import Calibration, Reading, load_calibration
 from prunus.errors import CalibrationError
 from prunus.recovery.options import TextOptions
 
@@ -40,9 +40,7 @@ def load_sequences(
         samples=samples,
         seq_len=options.seq_len,
         seed=options.seed,
-        text_column=options.text_column,
-        chat_column=options.chat_column,
-        fewer=True,
+        reading=Reading(options.text_column, options.chat_column, fewer=True),
     )
     if len(drawn) < options.held_out + batch_size:
         raise CalibrationError(

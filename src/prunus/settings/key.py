@@ -76,6 +76,8 @@ class Key:
             return self.form.read(raw, name)
         if isinstance(raw, bool) and bool not in (self.type, *typing.get_args(self.type)):
             raise OptionError(f"{name} is {shown(raw)}; it must be {self.allowed}")
+        if isinstance(raw, str) and typing.get_origin(self.type) is tuple:
+            raw = [raw]  # one is a list as well
         try:
             return TypeAdapter(self.type, config=ConfigDict(allow_inf_nan=False)).validate_python(raw)
         except ValidationError:
