@@ -187,4 +187,4 @@ def _is_the_command() -> bool:
 
 
 if not _is_the_command():
-    import_module("prunus.checkpoint")  # registers
+    import_module("prunus.auto_classes").register_when_asked()

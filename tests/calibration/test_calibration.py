@@ -520,9 +520,8 @@ def test_ptb_sentences_are_one_running_text(monkeypatch, tokenizer):
 
 def test_any_data_set_by_its_id(monkeypatch, tokenizer):
     _, calls = fake_datasets(monkeypatch, [{"body": "abc"}] * 100)
-    load_calibration(
-        "owner/name:small:validation", tokenizer, samples=2, seq_len=8, reading=Reading(text_column="body")
-    )
+    reading = Reading(text_column="body")
+    load_calibration("owner/name:small:validation", tokenizer, samples=2, seq_len=8, reading=reading)
     ((positional, named),) = calls
     assert positional == ("owner/name", "small")
     assert named["split"] == "validation"

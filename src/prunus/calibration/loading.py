@@ -47,7 +47,7 @@ def load_calibration(
     samples: int = 128,
     seq_len: int = 512,
     seed: int = 0,
-    reading: Reading = Reading(),
+    reading: Reading | None = None,
     model: PreTrainedModel | None = None,
     progress: bool = True,
 ) -> Calibration:
@@ -75,6 +75,7 @@ def load_calibration(
         TextTooShortError: the source has fewer tokens than asked for.
         CalibrationError: the source is missing, unreadable, of an unknown kind, or has no such column.
     """
+    reading = reading or Reading()
     check_counts(samples, seq_len)
     check_seed("seed", seed)
     check_utf8("the calibration source", source)
