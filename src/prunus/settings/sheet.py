@@ -221,7 +221,7 @@ class Sheet(Generic[T]):
             raise OptionError(f"{where}: write KEY=VALUE, e.g. --set {self.example}")
         try:
             raw = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             raise OptionError(f"{where}: {text!r} is not a YAML value; quote text with special characters") from None
         return dict(self._leaves(path.strip(), raw, where))
 

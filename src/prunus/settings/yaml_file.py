@@ -28,9 +28,10 @@ def read_nodes(path: Path, is_section: Callable[[str], bool]) -> Iterator[tuple[
     """
     text = _text_of(path)
     try:
+        # First, as it gives up on what is nested deeply, on which the scan would take minutes.
+        node = yaml.compose(text, yaml.SafeLoader)
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
             raise OptionError(f"recipe {path} uses YAML aliases (*name); write the values out")
-        node = yaml.compose(text, yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode):
             raise OptionError(f"recipe {path} must be a mapping of keys to values, e.g. `ratio: 0.2`")
         yield from _nodes(node, "", path, is_section)
