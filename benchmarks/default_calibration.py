@@ -21,7 +21,7 @@ from rich.table import Table
 
 import prunus
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL
-from prunus.evaluation import perplexity, read_text
+from prunus.evaluation.perplexity import perplexity, read_text
 from prunus.pipeline.recipe import Recipe
 from prunus.scoring.score import score
 from prunus.selection.select import select

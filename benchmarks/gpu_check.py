@@ -158,7 +158,7 @@ def recovery(sizes: Sizes, device: str, scratch: Path) -> list[dict[str, Any]]:
         out = scratch / f"recovered-{train}"
         words = ["recover", str(scratch / "pruned"), "--out", str(out), "--teacher", str(locate(sizes.model))]
         words += ["--text", "default", "--seq-len", str(sizes.seq_len), "--device", device]
-        command(*words, "--train", train, "--max-minutes", str(sizes.minutes), "--held-out", "4")
+        command(*words, "--train", train, "--max-minutes", str(sizes.minutes), "--set", "text.held_out=4")
         facts = json.loads((out / "prunus" / "recovery.json").read_text(encoding="utf-8"))
         loss, taken = facts["held_out_loss"], {key: facts[key] for key in ("tokens", "seconds")}
         rows.append({"train": train, **taken, "tokens_per_second": taken["tokens"] / taken["seconds"], **loss})

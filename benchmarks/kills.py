@@ -39,7 +39,8 @@ from prunus.cli import main as prunus
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over the lazy dog, {i * i} times.\n" for i in range(400))
 SIZES = ["--samples", "6", "--seq-len", "24"]
-SHORT = ["--text", "default", "--seq-len", "32", "--held-out", "8", "--batch-size", "4", "--micro-batch", "4"]
+SHORT = ["--text", "default", "--seq-len", "32", "--batch-size", "4"]
+SHORT += ["--set", "text.held_out=8", "--set", "recovery.micro_batch=4"]
 #: fields and columns that say how long something took, or how it was called
 CHANGING = ("seconds", "seconds_to_prune", "peak_bytes", "command")
 #: how a second run, or one that comes too late, is turned away
@@ -96,7 +97,7 @@ def make_jobs(place: Path) -> list[Job]:
         *(prunes(engine) for engine in ("resident", "streamed")),
         Job("score", [*score, "gate_fisher"], [*score, "wanda"]),
         Job("compare", [*compare, "taylor,wanda", "--ratios", "0.1,0.3"], [*compare, "random", "--ratios", "0.1"]),
-        Job("recover", [*recover, "16", "--checkpoints", "4"], [*recover, "2"]),
+        Job("recover", [*recover, "16", "--set", "recovery.checkpoints=4"], [*recover, "2"]),
         Job("export to gguf", [*export[0], "gguf"], [*export[1], "gguf"], "out.gguf"),
         Job("export to dense", [*export[0], "dense"], [*export[1], "dense"]),
     ]

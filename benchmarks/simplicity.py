@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 COMMANDS = ("prune", "score", "plan", "compare", "recover", "eval", "bench")
+IMPORTS = ("import transformers; transformers.AutoModelForCausalLM", "import prunus")
 
 
 def main() -> None:
@@ -36,8 +37,11 @@ def main() -> None:
                 "modules flat": len(list((root / "src" / "prunus").glob("[a-z]*.py"))),
                 "imports between folders": sum(imports.values()),
                 "upward": upward(imports),
-                "CPU seconds of --version": cpu_seconds(root, "--version"),
-                "CPU seconds of prune --help": cpu_seconds(root, "prune", "--help"),
+                "CPU seconds": {
+                    " ".join(words): cpu_seconds(root, "-m", "prunus", *words)
+                    for words in (["--version"], *([command, "--help"] for command in COMMANDS), ["recover", "--wrong"])
+                },
+                "CPU seconds of imports": {code: cpu_seconds(root, "-c", code) for code in IMPORTS},
             },
             indent=1,
             ensure_ascii=False,
@@ -46,15 +50,16 @@ def main() -> None:
 
 
 def run(root: Path, *words: str) -> str:
-    """What a command of a checkout prints."""
+    """What Python prints, with the package of a checkout."""
     environment = {**os.environ, "PYTHONPATH": str(root / "src"), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "prunus", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False).stdout
 
 
 def options(root: Path, command: str) -> int:
     """Options that the help of a command lists, without the negations of switches."""
-    shown = re.findall(r"^│ +(?:\* +)?(--[a-z][a-z-]+)", run(root, command, "--help"), flags=re.MULTILINE)
+    shown = re.findall(
+        r"^│ (?:[* ] {2})?(--[a-z][a-z-]+)", run(root, "-m", "prunus", command, "--help"), flags=re.MULTILINE
+    )
     return len({option for option in shown if not option.startswith("--no-")})
 
 

@@ -59,7 +59,7 @@ PATIENCE = 8
 #: on top of what the process has mapped when it begins
 MEMORY = 3 * 2**30
 SHORT = ["--samples", "4", "--seq-len", "16"]
-EVALUATED = ["--seq-len", "16", "--max-windows", "1"]
+EVALUATED = ["--seq-len", "16", "--windows", "1"]
 
 
 # --- damage ---
@@ -395,8 +395,9 @@ CARD = ["eval", "{}/small", "--update-card", "--text", "{}/text.txt", *EVALUATED
 ASK = ["eval", "{}/model", "--items", "2", "--json", "--tasks"]
 
 RECOVER = ["recover", "{}/small", "--out", "OUT", "--text", "{}/text.txt", "--teacher", "{}/model", "--seq-len", "16"]
-RECOVER += ["--held-out", "2", "--batch-size", "2", "--micro-batch", "2", "--max-steps", "4", "--checkpoints", "2"]
-RESUME = [*RECOVER, "--resume", "--work"]
+RECOVER += ["--set", "text.held_out=2", "--set", "recovery.micro_batch=2", "--set", "recovery.checkpoints=2"]
+RECOVER += ["--batch-size", "2", "--max-steps", "4", "--resume", "--set"]
+FINISHED, UNFINISHED = [*RECOVER, "output.work={}/finished"], [*RECOVER, "output.work={}/unfinished"]
 LAST = "unfinished/checkpoint-2"
 
 KINDS: dict[str, Kind] = {
@@ -455,13 +456,13 @@ KINDS: dict[str, Kind] = {
     "arc_easy": Kind("tasks/arc_easy.jsonl", [*ASK, "{}/tasks/arc_easy.jsonl"], damage_lines, is_json),
     "piqa": Kind("tasks/piqa.jsonl", [*ASK, "{}/tasks/piqa.jsonl"], damage_lines, is_json),
     "winogrande": Kind("tasks/winogrande.jsonl", [*ASK, "{}/tasks/winogrande.jsonl"], damage_lines, is_json),
-    "recovery inputs": Kind("finished/recovery-inputs.json", [*RESUME, "{}/finished"], holds=recovered, weight=0.5),
-    "recovery trained": Kind("finished/recovery-trained.json", [*RESUME, "{}/finished"], holds=recovered),
-    "trainer state": Kind(f"{LAST}/trainer_state.json", [*RESUME, "{}/unfinished"], holds=recovered),
-    "trainer optimizer": Kind(f"{LAST}/optimizer.pt", [*RESUME, "{}/unfinished"], damage_bytes, recovered, weight=0.5),
-    "trainer schedule": Kind(f"{LAST}/scheduler.pt", [*RESUME, "{}/unfinished"], damage_bytes, recovered, weight=0.5),
-    "trainer random": Kind(f"{LAST}/rng_state.pth", [*RESUME, "{}/unfinished"], damage_bytes, recovered, weight=0.5),
-    "trainer weights": Kind(f"{LAST}/model.safetensors", [*RESUME, "{}/unfinished"], damage_tensors, recovered),
+    "recovery inputs": Kind("finished/recovery-inputs.json", FINISHED, holds=recovered, weight=0.5),
+    "recovery trained": Kind("finished/recovery-trained.json", FINISHED, holds=recovered),
+    "trainer state": Kind(f"{LAST}/trainer_state.json", UNFINISHED, holds=recovered),
+    "trainer optimizer": Kind(f"{LAST}/optimizer.pt", UNFINISHED, damage_bytes, recovered, weight=0.5),
+    "trainer schedule": Kind(f"{LAST}/scheduler.pt", UNFINISHED, damage_bytes, recovered, weight=0.5),
+    "trainer random": Kind(f"{LAST}/rng_state.pth", UNFINISHED, damage_bytes, recovered, weight=0.5),
+    "trainer weights": Kind(f"{LAST}/model.safetensors", UNFINISHED, damage_tensors, recovered),
     "recipe": Kind("recipe.yaml", [*BY_RECIPE, "{}/recipe.yaml"], damage_yaml, pruned, weight=2),
     "recipe of a result": Kind("small/prunus/recipe.yaml", AGAIN, damage_yaml, pruned, weight=0.5),
     "inspect": Kind("small/prunus/plan.json", ["inspect", "{}/small", "--json"], holds=is_json),
@@ -540,8 +541,8 @@ def build(place: Path) -> Path:
         ["plan", "{}/scores", "--ratio", "0.3", "--out", "{}/plan.json"],
         ["prune", "{}/model", "--out", "{}/small", "--ratio", "0.15", *calibration, "--set", "evaluation.held_out=2"],
         ["eval", "{}/small", "--compare", "{}/model", "--update-card", "--text", "{}/text.txt", *EVALUATED, "--tasks",
-         "{}/tasks", "--samples", "--speed", "--speed-prompt", "4", "--speed-new", "2", "--speed-repeats", "1",
-         "--no-speed-memory"],
+         "{}/tasks", "--generate", "--speed", "--set", "speed.prompt_tokens=4", "--set", "speed.new_tokens=2",
+         "--set", "speed.repeats=1", "--set", "speed.memory=false"],
         ["compare", "{}/model", "--out", "{}/comparison", "--methods", "wanda,magnitude", "--ratios", "0.1,0.2",
          "--eval-text", "{}/text.txt", "--set", "evaluation.seq_len=16", "--set", "evaluation.windows=1",
          *calibration],
@@ -557,8 +558,8 @@ def build(place: Path) -> Path:
         job_text(read_job("original", ["evaluation.held_out=0", "output.report=false"], {}))
     )
     # A run that was killed before its result was written, and one that was killed half-way.
-    with mock.patch("prunus.recovery.run.save_checkpoint", side_effect=Killed), contextlib.suppress(Killed):
-        said([*RECOVER, "--work", "{}/finished"], whole)
+    with mock.patch("prunus.recovery.result.save_checkpoint", side_effect=Killed), contextlib.suppress(Killed):
+        said([word for word in FINISHED if word != "--resume"], whole)
     shutil.copytree(whole / "finished", whole / "unfinished")
     (whole / "unfinished" / "recovery-trained.json").unlink()
     shutil.rmtree(whole / "unfinished" / "checkpoint-4")

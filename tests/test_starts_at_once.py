@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_families import make_model, plan_keeping
+from tiny_folder import byte_tokenizer
 
 import prunus
 from prunus.cli import COMMANDS, app
+from prunus.model.geometry import Geometry
+from prunus.surgery import apply_plan
 
 HEAVY = ("torch", "transformers", "pandas", "matplotlib", "pyarrow", "numpy")
 PROGRAM = f"""
@@ -39,6 +43,48 @@ def test_nothing_heavy_is_imported(words, status, said):
     )
     assert done.stderr.splitlines()[-1] == f"{status} []"
     assert said in done.stdout + done.stderr
+
+
+LOADS_LATER = """
+import sys
+import prunus
+assert not {"transformers.modeling_utils", "prunus.checkpoint"} & sys.modules.keys(), "import prunus is to cost little"
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+assert type(AutoConfig.from_pretrained(sys.argv[1])).__module__ == "prunus.checkpoint.configuration_prunus"
+assert type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__ == "prunus.checkpoint.modeling_prunus"
+"""
+
+
+def test_importing_prunus_costs_little_and_pruned_folders_load(tmp_path):
+    model = make_model("llama", "gqa")
+    kept = [{"attention": range(1), "mlp": range(5)}, {"attention": range(2), "mlp": range(9)}]
+    smaller = apply_plan(model, plan_keeping(Geometry.of(model), kept))
+    prunus.save_checkpoint(smaller, byte_tokenizer(), tmp_path / "pruned", card="", extras={})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-c", LOADS_LATER, str(tmp_path / "pruned")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+EVERY_COMMAND = f"""
+import sys
+sys.argv[0] = "prunus"
+from prunus.cli import COMMANDS, main
+for name in COMMANDS:
+    for word, expected in (("--help", 0), ("--no-such-option", 2)):
+        status = main([name, word])
+        heavy = [module for module in {HEAVY!r} if module in sys.modules]
+        assert (status, heavy) == (expected, []), (name, word, status, heavy)
+"""
+
+
+def test_no_command_imports_anything_heavy_for_its_help_or_a_wrong_option():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_COMMAND], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Usage: prunus") == len(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -117,7 +117,7 @@ def test_words_that_are_too_many(capsys):
         ),
         (["recover", "m", "--out", "o", "--text", "t", "--max-steps", "0"], "error: --max-steps is 0; "),
         (["bench", "m", "--new-tokens", "1"], "error: --new-tokens is 1; "),
-        (["eval", "m", "--max-windows", "0"], "error: --max-windows is 0; "),
+        (["eval", "m", "--windows", "0"], "error: --windows is 0; "),
     ],
 )
 def test_a_value_that_cannot_work_is_named_by_its_flag(capsys, words, message):
@@ -164,5 +164,5 @@ def test_messages_mark_the_options_that_they_name():
         if flags := [flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)]:
             found[path.name] = flags
     # A file of settings says where a setting was read: --set is its place.
-    assert found.pop("job_file.py") == ["--set"]
+    assert found.pop("sheet.py") == ["--set"]
     assert found in ({}, {"packaged_model.py": ["--force-reinstall"]})

@@ -20,7 +20,13 @@ from prunus import errors
 from prunus.version import __version__
 
 if TYPE_CHECKING:
-    from prunus.calibration import Calibration, calibration_from_texts, calibration_from_tokens, load_calibration
+    from prunus.calibration import (
+        Calibration,
+        Reading,
+        calibration_from_texts,
+        calibration_from_tokens,
+        load_calibration,
+    )
     from prunus.calibration.self_text import text_for_repair
     from prunus.checkpoint import load_model, open_model, save_checkpoint
     from prunus.errors import PrunusError
@@ -60,6 +66,7 @@ __all__ = [
     "Plan",
     "PruneResult",
     "PrunusError",
+    "Reading",
     "Recipe",
     "RepairOptions",
     "Score",
@@ -94,6 +101,7 @@ __all__ = [
 _HOMES = {
     "prunus.calibration": (
         "Calibration",
+        "Reading",
         "calibration_from_texts",
         "calibration_from_tokens",
         "load_calibration",
@@ -179,4 +187,4 @@ def _is_the_command() -> bool:
 
 
 if not _is_the_command():
-    import_module("prunus.checkpoint")  # registers
+    import_module("prunus.auto_classes").register_when_asked()

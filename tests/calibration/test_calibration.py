@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from prunus.calibration import (
     Calibration,
     Provenance,
+    Reading,
     calibration_from_texts,
     calibration_from_tokens,
     load_calibration,
@@ -79,11 +80,12 @@ def test_sequences_begin_as_the_tokenizer_begins_a_text(tmp_path, kind):
     write_lines(tmp_path / "docs.jsonl", documents)
     model = tiny_model()
 
-    def made(tokenizer, seq_len, **options):
-        options |= {"samples": 6, "seq_len": seq_len, "seed": 2}
+    def made(tokenizer, seq_len, begin_token=True):
+        options = {"samples": 6, "seq_len": seq_len, "seed": 2}
         if kind in ("texts", "one text"):
             given = documents if kind == "texts" else " ".join(documents)
-            return calibration_from_texts(given, tokenizer, **options).input_ids
+            return calibration_from_texts(given, tokenizer, begin_token=begin_token, **options).input_ids
+        options["reading"] = Reading(begin_token=begin_token)
         source = {"lines": str(tmp_path / "docs.jsonl"), "text": str(tmp_path / "docs.txt"), "self": "self"}[kind]
         return load_calibration(source, tokenizer, model=model, **options).input_ids
 
@@ -100,7 +102,7 @@ def test_documents_are_joined_by_eos_without_special_tokens(tmp_path, tokenizer)
     documents = [f"<{i:03d}>" for i in range(40)]
     path = write_lines(tmp_path / "docs.jsonl", documents)
     begins = make_tokenizer(begin=True)  # it would put a special token before every document if it were let
-    calibration = load_calibration(str(path), begins, samples=7, seq_len=17, begin_token=False)
+    calibration = load_calibration(str(path), begins, samples=7, seq_len=17, reading=Reading(begin_token=False))
     assert calibration.input_ids.shape == (7, 17)
     assert calibration.input_ids.dtype == torch.int64
     assert calibration.attention_mask is None
@@ -278,7 +280,7 @@ def test_parquet_rows_are_read_once_over_all_row_groups(tmp_path, tokenizer):
     read = list(calibration_files.parquet_documents(path, column=TextColumn("body"), seed=0))
     assert Counter(read) == Counter(documents)
     assert read != documents
-    calibration = load_calibration(str(path), tokenizer, samples=3, seq_len=40, text_column="body")
+    calibration = load_calibration(str(path), tokenizer, samples=3, seq_len=40, reading=Reading(text_column="body"))
     assert calibration.provenance.kind == "parquet"
     assert calibration.provenance.source == "docs.parquet"
 
@@ -518,7 +520,8 @@ def test_ptb_sentences_are_one_running_text(monkeypatch, tokenizer):
 
 def test_any_data_set_by_its_id(monkeypatch, tokenizer):
     _, calls = fake_datasets(monkeypatch, [{"body": "abc"}] * 100)
-    load_calibration("owner/name:small:validation", tokenizer, samples=2, seq_len=8, text_column="body")
+    reading = Reading(text_column="body")
+    load_calibration("owner/name:small:validation", tokenizer, samples=2, seq_len=8, reading=reading)
     ((positional, named),) = calls
     assert positional == ("owner/name", "small")
     assert named["split"] == "validation"
@@ -603,7 +606,7 @@ def test_a_wrong_column_lists_the_columns(tmp_path, tokenizer, name):
     with pytest.raises(CalibrationError, match=r"no column 'text'. Columns: id, body"):
         load_calibration(str(path), tokenizer)
     with pytest.raises(CalibrationError, match=r"column 'id' holds .*int.*, not text"):
-        load_calibration(str(path), tokenizer, text_column="id")
+        load_calibration(str(path), tokenizer, reading=Reading(text_column="id"))
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path, tokenizer):

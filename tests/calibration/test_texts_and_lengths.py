@@ -21,7 +21,7 @@ import prunus.evaluation.evaluate as evaluate_module
 import prunus.pipeline.compare as comparison_module
 import prunus.pipeline.prune as pipeline_module
 import prunus.sweep.engine as engine_module
-from prunus.calibration import calibration_from_tokens, load_calibration
+from prunus.calibration import Reading, calibration_from_tokens, load_calibration
 from prunus.calibration import files as calibration_files
 from prunus.calibration.columns import TextColumn
 from prunus.cli import main
@@ -36,6 +36,7 @@ from prunus.pipeline.prune import prune
 from prunus.pipeline.rounds import schedule
 from prunus.recovery.options import TextOptions
 from prunus.scoring.score import score
+from prunus.sweep.engine import ModelOptions
 from prunus.sweep.estimate import Workload, estimate
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -308,8 +309,8 @@ def test_counts_from_python_are_whole_numbers(value, llama):
         lambda: CalibrationOptions(seq_len=value),
         lambda: EvaluationOptions(seq_len=value),
         lambda: EvaluationOptions(windows=value),
-        lambda: EvalOptions(batch_size=value),
-        lambda: EvalOptions(max_windows=value),
+        lambda: ModelOptions(batch_size=value),
+        lambda: EvalOptions(windows=value),
         lambda: TextOptions("default", samples=value),
         lambda: schedule(0.2, value),
         lambda: load_calibration(None, byte_tokenizer(), samples=value),
@@ -336,7 +337,7 @@ def test_a_window_is_as_long_as_the_model_allows(llama):
     [
         (["--seq-len", "65"], "--seq-len is 65"),
         (["--prompt", "x" * 64], "has 64 tokens"),
-        (["--speed", "--speed-prompt", "60", "--speed-new", "5"], "more than the context"),
+        (["--speed", "--set", "speed.prompt_tokens=60", "--set", "speed.new_tokens=5"], "more than the context"),
         (["--text", "ONE"], "has 1 token(s)"),
     ],
 )
@@ -363,7 +364,7 @@ def test_eval_says_what_it_will_do_before_the_memory_is_estimated(monkeypatch, c
         return real(source, options, workload, **more)
 
     monkeypatch.setattr(evaluate_module, "load_or_open", noted)
-    run_json(capsys, "eval", folder, "--text", text, "--seq-len", "32", "--batch-size", "4", "--max-windows", "8")
+    run_json(capsys, "eval", folder, "--text", text, "--seq-len", "32", "--batch-size", "4", "--windows", "8")
     assert seen == [Workload(evaluation_tokens=8 * 32, evaluation_window=4 * 32)]
 
 
@@ -385,9 +386,9 @@ def test_evaluation_and_a_second_model_are_in_the_estimate(monkeypatch):
 
 
 def test_eval_with_speed_counts_both_models(capsys, folder, text):
-    words = ["eval", folder, "--compare", folder, "--speed", "--speed-prompt", "16", "--speed-new", "4"]
-    message = fails(capsys, *words, "--text", text, "--max-memory", "10MB")
-    assert "--speed holds 2 models at once" in message
+    words = ["eval", folder, "--compare", folder, "--speed", "--set", "speed.prompt_tokens=16", "--text", text]
+    message = fails(capsys, *words, "--max-memory", "10MB")
+    assert "timing holds 2 models at once, which takes" in message
 
 
 # --- figures on little text ----------------------------------------------------------------------------------------
@@ -438,7 +439,7 @@ def test_all_forms_of_conversations_are_the_text_of_the_template(tmp_path):
         path.write_text(json.dumps(list(rows(form))), encoding="utf-8")
         table = tmp_path / f"{form}.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(list(rows(form))), table)
-        how = {} if form == "text" else {"chat_column": "talk"}
+        how = {} if form == "text" else {"reading": Reading(chat_column="talk")}
         for source in (path, table):
             made = load_calibration(str(source), chat_tokenizer(), samples=20, seq_len=48, seed=3, **how)
             drawn[form, source.suffix] = made.input_ids
@@ -452,7 +453,7 @@ def test_instructions_with_an_input_and_a_system_prompt(tmp_path):
     row = {"instruction": "Add.", "input": "2 and 3", "output": "5", "system": "Be brief."}
     path.write_text(json.dumps(row))
     expected = "[system] Be brief.\n[user] Add.\n\n2 and 3\n[assistant] 5\n"
-    how = {"samples": 1, "seq_len": len(expected), "chat_column": "instruction"}
+    how = {"samples": 1, "seq_len": len(expected), "reading": Reading(chat_column="instruction")}
     made = load_calibration(str(path), chat_tokenizer(), **how)
     assert chat_tokenizer().decode(made.input_ids[0].tolist()) == expected
 
@@ -472,21 +473,21 @@ def test_rows_that_are_no_conversation(tmp_path, row, named):
     path = tmp_path / "chat.jsonl"
     path.write_text("\n".join(json.dumps(each) for each in [next(rows("messages")), row]))
     with pytest.raises(CalibrationError, match=named):
-        load_calibration(str(path), chat_tokenizer(), samples=20, seq_len=48, chat_column="talk")
+        load_calibration(str(path), chat_tokenizer(), samples=20, seq_len=48, reading=Reading(chat_column="talk"))
 
 
 def test_sources_and_tokenizers_without_conversations(tmp_path, text):
     path = tmp_path / "chat.jsonl"
     path.write_text("\n".join(map(json.dumps, rows("messages"))))
     with pytest.raises(OptionError, match="no chat template"):
-        load_calibration(str(path), byte_tokenizer(), samples=2, seq_len=48, chat_column="talk")
+        load_calibration(str(path), byte_tokenizer(), samples=2, seq_len=48, reading=Reading(chat_column="talk"))
     for source in (str(text), "default", "self"):
         with pytest.raises(CalibrationError, match="conversations come from"):
-            load_calibration(source, chat_tokenizer(), samples=2, seq_len=48, chat_column="talk")
+            load_calibration(source, chat_tokenizer(), samples=2, seq_len=48, reading=Reading(chat_column="talk"))
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(CalibrationError, match=r"line \d+: the chat template does not take .* roles must alternate"):
-        load_calibration(str(path), tokenizer, samples=2, seq_len=48, chat_column="talk")
+        load_calibration(str(path), tokenizer, samples=2, seq_len=48, reading=Reading(chat_column="talk"))
 
 
 @pytest.mark.parametrize("command", ["prune", "score", "compare"])

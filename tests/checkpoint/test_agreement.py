@@ -59,7 +59,7 @@ def commands(folder: Path, tmp_path: Path) -> dict[str, list[object]]:
         "prune streamed": ["prune", folder, "--ratio", "0.2", "--set", "run.engine=streamed", *calibration, *out],
         "score": ["score", folder, *calibration, *out],
         "compare": ["compare", folder, "--recipes", "original", "--ratios", "0.2", *calibration, *out],
-        "eval": ["eval", folder, "--text", text, "--seq-len", "24", "--max-windows", "1"],
+        "eval": ["eval", folder, "--text", text, "--seq-len", "24", "--windows", "1"],
         "bench": ["bench", folder, "--prompt-tokens", "4", "--new-tokens", "2"],
         "gguf": ["export", folder, "--to", "gguf", *out],
         "dense": ["export", folder, "--to", "dense", *out],

@@ -193,7 +193,7 @@ def test_figures_are_of_one_model(model, text, monkeypatch):
     monkeypatch.setattr("prunus.sweep.engine.choose_engine", lambda *_: "streamed")
     monkeypatch.setattr(TensorFile, "read", last)
     with pytest.raises(CheckpointError, match=WEIGHTS):
-        evaluate(str(model), EvalOptions(text=(text,), seq_len=24, max_windows=1), progress=False)
+        evaluate(str(model), EvalOptions(text=(text,), seq_len=24, windows=1), progress=False)
 
 
 def test_a_model_left_alone_is_read_as_often_as_one_likes(model, tmp_path):

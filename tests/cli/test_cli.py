@@ -101,7 +101,7 @@ def test_repair_changes_weights_but_not_the_plan(capsys, tmp_path, folder, text)
 
 
 def test_eval_reports_what_programs_read(capsys, folder, text):
-    facts = run_json(capsys, "eval", folder, "--text", text, "--seq-len", "32", "--max-windows", "3")
+    facts = run_json(capsys, "eval", folder, "--text", text, "--seq-len", "32", "--windows", "3")
     assert facts["tokens"] == len(TEXT)
     assert facts["windows"] == 3
     assert facts["perplexity"] > 1

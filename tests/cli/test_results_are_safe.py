@@ -24,11 +24,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and limit
 QUICK = ["--ratio", "0.1", *PLAIN, "--method", "magnitude", *UNMEASURED]
 QUIET, STREAMED = ["--set", "output.report=false"], ["--set", "run.engine=streamed"]
 RANDOM = ["--recipes", "original", "--methods", "random"]
-TRAIN = ["--text", "default", "--seq-len", "16", "--held-out", "2", "--batch-size", "2", "--max-steps", "2"]
+TRAIN = ["--text", "default", "--seq-len", "16", "--set", "text.held_out=2", "--batch-size", "2", "--max-steps", "2"]
 LOADING = [
     ("prunus.pipeline.inputs", "load_or_open"),
     ("prunus.pipeline.score", "load_or_open"),
-    ("prunus.recovery.run", "load_model"),
+    ("prunus.recovery.training", "load_model"),
 ]
 
 
@@ -133,7 +133,7 @@ def test_what_is_written_into_a_result(capsys, tmp_path, pruned, text):
     try:
         assert "is being worked on" in fails(capsys, "report", out, "--overwrite")
         before = contents(out)
-        status = main(["eval", str(out), "--text", str(text), "--max-windows", "1", "--seq-len", "16", "--update-card"])
+        status = main(["eval", str(out), "--text", str(text), "--windows", "1", "--seq-len", "16", "--update-card"])
         said = capsys.readouterr()
         assert status == 1
         assert "is being worked on" in said.err
@@ -153,7 +153,7 @@ def test_what_is_written_into_a_result(capsys, tmp_path, pruned, text):
         ("prune", "prunus.pipeline.prune.try_report"),
         ("prune, streamed", "prunus.pipeline.work_folder.WorkFolder.remove"),
         ("score", "prunus.pipeline.work_folder.WorkFolder.remove"),
-        ("recover", "prunus.recovery.run.save_checkpoint"),
+        ("recover", "prunus.recovery.result.save_checkpoint"),
     ],
 )
 def test_the_same_command_does_what_was_left(capsys, tmp_path, commands, name, then, monkeypatch):
@@ -311,7 +311,7 @@ def test_figures_are_shown_where_they_cannot_be_kept(capsys, tmp_path, pruned, t
 
     out = shutil.copytree(pruned, tmp_path / "out")
     monkeypatch.setattr(sys.modules["prunus.cli.evaluate"], "add_evaluation", full)
-    words = ["eval", out, "--text", text, "--max-windows", "1", "--seq-len", "16", "--update-card", "--json"]
+    words = ["eval", out, "--text", text, "--windows", "1", "--seq-len", "16", "--update-card", "--json"]
     assert main([str(word) for word in words]) == 1
     said = capsys.readouterr()
     assert json.loads(said.out)["perplexity"] > 1

@@ -29,7 +29,7 @@ import prunus  # noqa: F401 (registers the classes of ragged models, as any page
 from prunus.cli import app, main
 from prunus.evaluation.memory import PeakMemory
 from prunus.importance import METHODS
-from prunus.pipeline.job_file import job_keys
+from prunus.pipeline.recipe_page import SHEETS
 
 ROOT = Path(__file__).parents[2]
 ENGLISH = "GLOBAL_PRUNING_GUIDE.md"
@@ -61,23 +61,22 @@ SMALL = {
     "--num_samples": "6",
     "--seq-len": "24",
     "--seq_len": "24",
-    "--held-out": "2",
-    "--max-windows": "2",
+    "--windows": "2",
     "--items": "1",
     "--prompt-tokens": "8",
     "--new-tokens": "3",
     "--repeats": "1",
     "--warm-up": "0",
-    "--speed-prompt": "8",
-    "--speed-new": "3",
-    "--speed-repeats": "1",
     "--max-steps": "2",
     "--max-minutes": "0.005",
-    "--checkpoints": "1",
 }
 #: settings that a command gets after its own
 SET = ["evaluation.held_out=2", "evaluation.windows=2", "evaluation.seq_len=24"]
 SETTINGS = [word for setting in SET for word in ("--set", setting)]
+SPEED_SET = ["speed.prompt_tokens=8", "speed.new_tokens=3", "speed.repeats=1", "speed.warm_up=0"]
+SPEED_SETTINGS = [word for setting in SPEED_SET for word in ("--set", setting)]
+RECOVERY_SET = ["text.held_out=2", "recovery.checkpoints=1"]
+RECOVERY_SETTINGS = [word for setting in RECOVERY_SET for word in ("--set", setting)]
 #: command → options of `SMALL` that it gets where the page leaves them at their defaults, and others as well
 SIZES = ["--samples", "--seq-len"]
 SPEED = ["--prompt-tokens", "--new-tokens", "--repeats", "--warm-up"]
@@ -85,8 +84,8 @@ GIVEN = {
     "prune": SIZES,
     "score": SIZES,
     "compare": SIZES,
-    "eval": ["--seq-len", "--max-windows"],
-    "recover": ["--seq-len", "--held-out", "--checkpoints"],
+    "eval": ["--seq-len", "--windows"],
+    "recover": ["--seq-len"],
     "profile": SPEED,
     "bench": SPEED,
     "llama3_global_pruning.py": ["--num_samples", "--seq_len"],
@@ -96,6 +95,8 @@ GIVEN = {
 ALWAYS = {
     "prune": SETTINGS,
     "compare": SETTINGS,
+    "eval": SPEED_SETTINGS,
+    "recover": RECOVERY_SETTINGS,
     "demo_global_pruning.py": ["--base_model", "dense"],
     "examples/python_api.py": ["--model", "dense"],
 }
@@ -220,7 +221,7 @@ def small(words: list[str], page: str = "") -> list[str]:
     """A command of a page with what stands for its model, its texts and its numbers."""
     given = [WORDS.get(word, word) for word in words]
     for number, word in enumerate(given[:-1]):
-        if word in SMALL and not given[number + 1].startswith("--"):  # `eval --samples` takes no number
+        if word in SMALL and not given[number + 1].startswith("--"):  # `eval --speed` takes no number
             given[number + 1] = SMALL[word]
     for option in GIVEN.get(words[1], []):
         if option not in given:
@@ -395,11 +396,12 @@ def test_commands_and_options_in_running_text_exist():
 
 
 def test_settings_in_running_text_exist():
-    sections = {path.split(".")[0] for path in job_keys() if "." in path}
+    known = {path for sheet in SHEETS.values() for path in sheet.keys}
+    sections = {path.split(".")[0] for path in known if "." in path}
     for page in (*PAGES, *CHINESE):
         for span in re.findall(r"`([^`]+)`", prose(page)):
             keys = re.findall(r"(?:^|--set )((\w+)\.[\w.]+?)(?:=|$)", span)
-            assert [key for key, section in keys if section in sections and key not in job_keys()] == [], (page, span)
+            assert [key for key, section in keys if section in sections and key not in known] == [], (page, span)
 
 
 def anchors(path: Path) -> set[str]:

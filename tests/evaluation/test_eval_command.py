@@ -52,21 +52,21 @@ def run(capsys, *words) -> str:
 def test_everything_beside_the_dense_model_and_in_the_card(capsys, place):
     small = place / "small"
     assert "## Evaluation" not in (small / "README.md").read_text()
-    short = ["--max-windows", "2", "--json", "--seq-len"]
+    short = ["--windows", "2", "--json", "--seq-len"]
     words = ["eval", small, "--compare", place / "dense", "--text", place / "one.txt", place / "two.txt", *short, "32"]
     more = [
         "--tasks",
         place / "tasks",
         "--items",
         "2",
-        "--samples",
+        "--generate",
         "--speed",
-        "--speed-prompt",
-        "8",
-        "--speed-new",
-        "4",
+        "--set",
+        "speed.prompt_tokens=8",
+        "--set",
+        "speed.new_tokens=4",
     ]
-    facts = json.loads(run(capsys, *words, *more, "--speed-repeats", "1", "--update-card"))
+    facts = json.loads(run(capsys, *words, *more, "--set", "speed.repeats=1", "--update-card"))
 
     model, tokenizer = prunus.load_model(small)
     dense, _ = prunus.load_model(place / "dense")
@@ -122,7 +122,7 @@ def test_a_table_for_people(capsys, place):
         (["--tasks", "missing"], "missing names no task"),
         (["--items", "0"], "items is 0"),
         (["--compare", "missing"], "missing"),
-        (["--speed", "--speed-repeats", "0"], "--speed-repeats is 0"),
+        (["--speed", "--set", "speed.repeats=0"], "--set speed.repeats is 0"),
     ],
 )
 def test_wrong_values_are_named(capsys, place, words, message):
@@ -134,6 +134,7 @@ def test_wrong_values_are_named(capsys, place, words, message):
 
 def test_speed_without_memory_loads_no_model_again(capsys, place, monkeypatch):
     monkeypatch.setattr("prunus.evaluation.speed.peak_memory", lambda *args, **options: pytest.fail("loaded again"))
-    words = ["eval", str(place / "small"), "--json", "--speed", "--speed-prompt", "4", "--speed-new", "2"]
-    facts = json.loads(run(capsys, *words, "--speed-repeats", "1", "--no-speed-memory"))
+    short = ("prompt_tokens=4", "new_tokens=2", "repeats=1", "memory=false")
+    settings = [word for setting in short for word in ("--set", f"speed.{setting}")]
+    facts = json.loads(run(capsys, "eval", str(place / "small"), "--json", "--speed", *settings))
     assert [one["memory"] for one in facts["speed"]["results"]] == [None]

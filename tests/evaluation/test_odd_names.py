@@ -17,7 +17,7 @@ def test_an_evaluation_text_of_any_name_ends_in_the_card(capsys, tmp_path):
     run(capsys, "prune", model, "--out", out, *quick)
     text = tmp_path / os.fsdecode(b"te\x1b[31mxt|# a\n.txt")
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    said = run(capsys, "eval", out, "--text", text, "--seq-len", "32", "--max-windows", "2", "--update-card")
+    said = run(capsys, "eval", out, "--text", text, "--seq-len", "32", "--windows", "2", "--update-card")
     assert UNSEEN.search(said.out + said.err) is None
     assert "te\\x1b[31mxt" in said.out
     kept = json.loads((out / "prunus" / "evaluation.json").read_text())

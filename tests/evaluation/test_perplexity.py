@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from prunus.errors import NonFiniteError, OptionError
-from prunus.evaluation import perplexity, read_text
+from prunus.evaluation.perplexity import perplexity, read_text
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
 from prunus.sweep.sequence_loss import perplexity_of_windows

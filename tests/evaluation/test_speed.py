@@ -20,15 +20,17 @@ from prunus.errors import CheckpointError, NonFiniteError, OptionError
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.kv_cache import kv_cache_bytes
 from prunus.evaluation.memory import PeakMemory, peak_memory
-from prunus.evaluation.speed import SpeedOptions, Spread, Timing, _result, bench, time_in_turn
+from prunus.evaluation.speed import Spread, Timing, _result, bench, time_in_turn
+from prunus.evaluation.speed_options import SpeedOptions
 from prunus.model.geometry import Geometry
 from prunus.selection.plan import KeptGroups, Plan
 from prunus.surgery import apply_plan
+from prunus.sweep.engine import ModelOptions
 
 NEW = 9
 #: what else is known of a model, besides its timings
 FIGURES = ("parameters", "dtype", "kv_cache_bytes_per_token", "kv_cache_bytes", "kv_cache_bytes_full")
-SMALL = {"prompt_tokens": 6, "new_tokens": 3, "device": "cpu"}
+SMALL = {"prompt_tokens": 6, "new_tokens": 3}
 
 
 def cut(model, heads, channels=(8, 20)):
@@ -161,7 +163,7 @@ def test_bad_options(field, value):
 @pytest.mark.parametrize(("field", "value"), [("device", "abacus"), ("dtype", "int3")])
 def test_bad_device_and_dtype(field, value):
     with pytest.raises(OptionError, match=value):
-        SpeedOptions(**{field: value})
+        bench(["nowhere"], model_options=ModelOptions(**{field: value}))
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +194,9 @@ def test_longer_than_the_context(folders, tmp_path):
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32}))
     models = [str(damaged), str(short)]
     with pytest.raises(OptionError, match=r"33 tokens.*context of short, 32"):
-        bench(models, SpeedOptions(prompt_tokens=28, new_tokens=5, device="cpu"))
+        bench(models, SpeedOptions(prompt_tokens=28, new_tokens=5))
     with pytest.raises(NonFiniteError, match=r"model\.norm"):
-        bench(models, SpeedOptions(prompt_tokens=27, new_tokens=5, device="cpu"))
+        bench(models, SpeedOptions(prompt_tokens=27, new_tokens=5))
 
 
 def test_memory_that_could_not_be_measured_is_not_known(tmp_path, caplog, monkeypatch):

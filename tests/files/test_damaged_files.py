@@ -231,7 +231,7 @@ def test_configs_that_cannot_be(folder, pruned, tmp_path, fields, kind):
         fields = {**fields, "layer_widths": None}  # the field by itself is of the dense model
     config = {**json.loads((source / "config.json").read_text()), **fields}
     copy = copy_with(source, tmp_path / "model", "config.json", json.dumps(config).encode())
-    result = outcome("eval", copy, "--max-windows", "1", "--seq-len", "8")
+    result = outcome("eval", copy, "--windows", "1", "--seq-len", "8")
     assert refused(result, "config.json", "the config", "model type", "quantised", "cannot be loaded")
     with pytest.raises(PrunusError):
         open_model(copy)

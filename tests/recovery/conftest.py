@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tiny_families import make_model
-from tiny_recovery import SHORT, chat_tokenizer, last_wins
+from tiny_recovery import ALONE, SHORT, chat_tokenizer, last_wins
 
 from prunus.cli import main
 
@@ -20,11 +20,9 @@ def dense(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("models")
     make_model("llama", "gqa", num_hidden_layers=3, vocab_size=260).save_pretrained(place / "random")
     chat_tokenizer().save_pretrained(place / "random")
-    learn = ["--train", "full", "--kl-weight", "0", "--ce-weight", "1", "--learning-rate", "1e-2", "--max-steps", "150"]
-    assert (
-        main(["recover", str(place / "random"), "--out", str(place / "dense"), *SHORT, *learn, "--checkpoints", "1"])
-        == 0
-    )
+    learn = ["--train", "full", *ALONE, "--learning-rate", "1e-2", "--max-steps", "150"]
+    learn += ["--set", "recovery.checkpoints=1"]
+    assert main(["recover", str(place / "random"), "--out", str(place / "dense"), *SHORT, *learn]) == 0
     return place / "dense"
 
 

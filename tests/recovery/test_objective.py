@@ -12,7 +12,7 @@ from tiny_recovery import cut
 from torch import nn
 
 from prunus.model.loss import IGNORE_INDEX, head_function, next_token_labels
-from prunus.recovery.objective import hidden_state_loss, token_loss
+from prunus.recovery.objective import BeforeHead, TokenWeights, hidden_state_loss, token_loss
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.student import Student, Teacher
 
@@ -71,16 +71,10 @@ def test_loss_and_gradients_are_those_written_out(parts, weights, chunk):
     (3 * expected).backward()
 
     hidden.requires_grad_()
-    loss = token_loss(
-        hidden,
-        head,
-        labels,
-        teacher_hidden=teacher_hidden,
-        teacher_head=teacher_head,
-        head_parameters=list(head.parameters()),
-        chunk=chunk,
-        **weights,
-    )
+    student = BeforeHead(hidden, head, list(head.parameters()))
+    names = {"kl_weight": "kl", "ce_weight": "ce", "temperature": "temperature"}
+    given = TokenWeights(**{names[name]: value for name, value in weights.items()})
+    loss = token_loss(student, labels, given, BeforeHead(teacher_hidden, teacher_head), chunk)
     (3 * loss).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(hidden.grad.double(), oracle_hidden.grad, rtol=1e-4, atol=1e-6)
@@ -91,7 +85,8 @@ def test_loss_and_gradients_are_those_written_out(parts, weights, chunk):
 
 def test_the_divergence_of_equal_distributions_is_zero(parts):
     head, hidden, labels, _, _ = parts
-    loss = token_loss(hidden, head, labels, teacher_hidden=hidden, teacher_head=head, kl_weight=1.0, ce_weight=0.0)
+    same = BeforeHead(hidden, head)
+    loss = token_loss(same, labels, TokenWeights(kl=1.0, ce=0.0), same)
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
@@ -105,9 +100,9 @@ def test_nothing_of_the_size_of_all_logits_is_kept(parts):
         return tensor
 
     hidden.requires_grad_()
-    given = {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head, "chunk": 2}
+    student, teacher = BeforeHead(hidden, head, list(head.parameters())), BeforeHead(teacher_hidden, teacher_head)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = token_loss(hidden, head, labels, kl_weight=1.0, head_parameters=list(head.parameters()), **given)
+        loss = token_loss(student, labels, TokenWeights(kl=1.0), teacher, chunk=2)
     assert loss.requires_grad
     assert max(sizes) == max(hidden.numel(), head.weight.numel()) < BATCH * LENGTH * VOCABULARY_HERE
 
@@ -119,8 +114,9 @@ def test_mixed_precision_with_a_trained_head(parts):
     for chunk in (3, 1000):
         head.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            given = {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head, "chunk": chunk}
-            loss = token_loss(hidden, head, labels, kl_weight=1.0, head_parameters=list(head.parameters()), **given)
+            student = BeforeHead(hidden, head, list(head.parameters()))
+            teacher = BeforeHead(teacher_hidden, teacher_head)
+            loss = token_loss(student, labels, TokenWeights(kl=1.0), teacher, chunk)
         loss.backward()
         gradients.append(head.weight.grad.clone())
     assert gradients[0].dtype == torch.float32

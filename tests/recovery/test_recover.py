@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_families import ONE_EACH, case_id, logits, make_model, random_tokens
-from tiny_recovery import ENVIRONMENT, SHORT, chat_tokenizer, cut
+from tiny_recovery import ALONE, ENVIRONMENT, SHORT, chat_tokenizer, cut
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
@@ -23,7 +23,7 @@ from prunus.recovery.student import add_adapters, merge_adapters
 from prunus.results.result_folder import read_result
 from prunus.sweep.sequence_loss import perplexity_of_windows
 
-FAST = ["--learning-rate", "5e-3", "--max-steps", "40", "--checkpoints", "4"]
+FAST = ["--learning-rate", "5e-3", "--max-steps", "40", "--set", "recovery.checkpoints=4"]
 
 
 def held_out_loss(folder, facts, samples):
@@ -59,7 +59,7 @@ def test_the_result_is_a_folder_of_the_same_kind(recover, pruned, tmp_path):
     before = {path.relative_to(pruned).as_posix() for path in pruned.rglob("*") if path.is_file()}
     after = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     # What the pruned model wrote and what its report says is not the recovered one's.
-    assert after == before - {"prunus/samples.json", "report.html"} | {"prunus/recovery.json"}
+    assert after == before - {"prunus/samples.json", "report.html"} | {"prunus/recovery.json", "prunus/recovery.yaml"}
     for name in ("plan.json", "groups.csv", "score.json"):
         assert (out / "prunus" / name).read_bytes() == (pruned / "prunus" / name).read_bytes()
     own, old = (json.loads((folder / "prunus" / "metrics.json").read_text()) for folder in (out, pruned))
@@ -164,7 +164,7 @@ def test_merging_into_half_precision_rounds_once():
 
 def test_the_best_checkpoint_is_kept_and_not_the_last(recover, pruned, tmp_path):
     """Many steps on few sequences: they are learned by heart, and the held-out loss turns around."""
-    learn = ["--kl-weight", 0, "--ce-weight", 1, "--train", "full", "--decay", "constant", "--learning-rate", "3e-3"]
+    learn = [*ALONE, "--train", "full", "--set", "recovery.decay=constant", "--learning-rate", "3e-3"]
     facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *learn, "--samples", 16, "--max-steps", 60)
     losses = {entry["step"]: entry["held_out_loss"] for entry in facts["history"]}
     best = min(losses, key=losses.get)
@@ -185,7 +185,7 @@ def test_a_model_that_training_only_harms_comes_out_as_it_was(recover, pruned, t
 
 
 def test_an_absurd_learning_rate_stops_with_the_step(refused, pruned, tmp_path):
-    options = ["--max-steps", 20, "--train", "full", "--learning-rate", "1e38", "--max-grad-norm", "1e30"]
+    options = ["--max-steps", 20, "--train", "full", "--learning-rate", "1e38", "--set", "recovery.max_grad_norm=1e30"]
     message = refused(pruned, "--out", tmp_path / "out", *SHORT, *options)
     assert "of step 2 is not finite" in message or "of step 1 is not finite" in message
     assert "lower --learning-rate" in message
@@ -193,7 +193,7 @@ def test_an_absurd_learning_rate_stops_with_the_step(refused, pruned, tmp_path):
 
 
 def test_the_clock_ends_a_run(recover, pruned, tmp_path):
-    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, "--max-minutes", 0.05, "--checkpoints", 2)
+    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, "--max-minutes", 0.05, "--set", "recovery.checkpoints=2")
     assert 0 < facts["seconds"] <= 3.0
     assert facts["history"][-1]["step"] == facts["steps"] > 1
 
@@ -205,7 +205,8 @@ def test_one_pass_over_the_text_without_limits(recover, pruned, tmp_path):
 
 
 def test_hidden_states_bfloat16_and_gradient_checkpointing(recover, pruned, tmp_path):
-    options = ["--hidden-weight", 0.5, "--precision", "bfloat16", "--gradient-checkpointing"]
+    changed = ("hidden_weight=0.5", "precision=bfloat16", "gradient_checkpointing=true")
+    options = [word for setting in changed for word in ("--set", f"recovery.{setting}")]
     facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *FAST, *options)
     assert facts["held_out_loss"]["after"] < facts["held_out_loss"]["before"]
     assert facts["options"]["precision"] == "bfloat16"
@@ -213,10 +214,10 @@ def test_hidden_states_bfloat16_and_gradient_checkpointing(recover, pruned, tmp_
 
 
 def test_gradient_checkpointing_changes_memory_and_not_the_result(recover, pruned, tmp_path):
-    steps = [*SHORT, "--max-steps", 4, "--hidden-weight", 0.5]
+    steps = [*SHORT, "--max-steps", 4, "--set", "recovery.hidden_weight=0.5"]
     facts = [
         recover(pruned, "--out", tmp_path / name, *steps, *options)
-        for name, options in (("plain", []), ("checkpointed", ["--gradient-checkpointing"]))
+        for name, options in (("plain", []), ("checkpointed", ["--set", "recovery.gradient_checkpointing=true"]))
     ]
     assert facts[0]["training_losses"] == facts[1]["training_losses"]
 
@@ -224,7 +225,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(recover, prune
 def test_micro_batches_add_up_to_the_batch(recover, pruned, tmp_path):
     losses = []
     for size in (1, 4):
-        words = [*SHORT[:-1], size, "--max-steps", 5, "--learning-rate", 1e-3]
+        words = [*SHORT, "--set", f"recovery.micro_batch={size}", "--max-steps", 5, "--learning-rate", 1e-3]
         facts = recover(pruned, "--out", tmp_path / str(size), *words)
         losses.append([entry["loss"] for entry in facts["training_losses"]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -241,7 +242,8 @@ def test_conversations(recover, pruned, tmp_path):
     facts = recover(pruned, "--out", tmp_path / "out", *words, "--chat-column", "messages", "--max-steps", 10)
     assert (facts["text"]["source"], facts["text"]["kind"]) == ("chat.jsonl", "chat")
     tokenizer = AutoTokenizer.from_pretrained(pruned)
-    drawn = prunus.load_calibration(str(path), tokenizer, samples=56, seq_len=32, seed=0, chat_column="messages")
+    reading = prunus.Reading(chat_column="messages")
+    drawn = prunus.load_calibration(str(path), tokenizer, samples=56, seq_len=32, reading=reading)
     assert facts["text"]["sha256"] == drawn.split(16)[0].provenance.sha256
     whole = {f"[user] What is {n} + {n}?\n[assistant] {2 * n}" for n in range(200)}
     found = re.findall(r"\[user\][^\[]*\[assistant\] \d+(?=\n)", tokenizer.decode(drawn.input_ids.flatten()))
@@ -251,7 +253,8 @@ def test_conversations(recover, pruned, tmp_path):
 
 def test_two_processes(recover, pruned, tmp_path):
     """torchrun with gloo: the same batches in other hands."""
-    options = [*SHORT[:-1], "2", "--max-steps", "6", "--checkpoints", "2", "--learning-rate", "1e-3", "--json"]
+    options = [*SHORT, "--set", "recovery.micro_batch=2", "--set", "recovery.checkpoints=2"]
+    options += ["--max-steps", "6", "--learning-rate", "1e-3", "--json"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ["-m", "prunus", "recover", str(pruned), "--out", str(tmp_path / "two"), *options]
     done = subprocess.run([*launcher, *words], capture_output=True, text=True, env=ENVIRONMENT, check=False)

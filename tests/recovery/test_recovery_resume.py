@@ -18,7 +18,7 @@ from prunus.cli import main
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
 
 #: more than one pass over the 120 sequences, so that the second one's order counts too
-RUN = [*SHORT, "--samples", "120", "--max-steps", "60", "--checkpoints", "12", "--learning-rate", "3e-3"]
+RUN = [*SHORT, "--samples", "120", "--max-steps", "60", "--set", "recovery.checkpoints=12", "--learning-rate", "3e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ class Killed(BaseException):
 def without_result(recover, pruned, out):
     """A run that is killed when only its result is left to be written."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunus.recovery.run.save_checkpoint", killed)
+        patch.setattr("prunus.recovery.result.save_checkpoint", killed)
         with pytest.raises(Killed):
             recover(pruned, "--out", out, *RUN)
     assert not out.exists()
@@ -106,7 +106,7 @@ def test_killed_when_only_the_result_was_left_to_write(recover, pruned, expected
 
 def test_killed_after_the_last_checkpoint(recover, pruned, tmp_path, monkeypatch):
     """In the middle of a pass over the text: nothing is left to train."""
-    run = [*SHORT, "--samples", "120", "--max-steps", "7", "--checkpoints", "1"]
+    run = [*SHORT, "--samples", "120", "--max-steps", "7", "--set", "recovery.checkpoints=1"]
     expected = recover(pruned, "--out", tmp_path / "expected", *run)
     with monkeypatch.context() as patch:
         patch.setattr("prunus.recovery.checkpoints.Checkpoints.finish", killed)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from tiny_families import make_model
-from tiny_recovery import SHORT, chat_tokenizer
+from tiny_recovery import ALONE, SHORT, chat_tokenizer
 from transformers import AutoModelForCausalLM
 
 from prunus.cli import main
@@ -18,14 +18,14 @@ from prunus.cli import main
     [
         (["--max-steps", "0"], "--max-steps is 0"),
         (["--max-minutes", "-1"], "--max-minutes is -1.0"),
-        (["--learning-rate", "nan"], "--learning-rate is nan"),
-        (["--temperature", "0"], "temperature is 0.0"),
-        (["--kl-weight", "-0.5"], "--kl-weight is -0.5"),
-        (["--kl-weight", "0"], "nothing to learn from"),
-        (["--warmup", "1"], "--warmup is 1.0"),
-        (["--train", "full", "--lora-alpha", "3"], "--lora-alpha goes with --train lora"),
-        (["--micro-batch", "3"], "--micro-batch is 3; it must divide --batch-size, 4"),
-        (["--held-out", "0"], "--held-out is 0"),
+        (["--learning-rate", "nan"], "--learning-rate is .nan; it must be a number"),
+        (["--set", "recovery.temperature=0"], "temperature is 0.0"),
+        (["--set", "recovery.kl_weight=-0.5"], "--set recovery.kl_weight is -0.5"),
+        (["--set", "recovery.kl_weight=0"], "nothing to learn from"),
+        (["--set", "recovery.warmup=1"], "--set recovery.warmup is 1.0"),
+        (["--train", "full", "--set", "recovery.lora_alpha=3"], "--set recovery.lora_alpha goes with --train lora"),
+        (["--set", "recovery.micro_batch=3"], "--set recovery.micro_batch is 3; it must divide --batch-size, 4"),
+        (["--set", "text.held_out=0"], "--set text.held_out is 0"),
         (["--samples", "0"], "--samples is 0"),
         (["--seq-len", "1"], "--seq-len is 1"),
         (["--seq-len", "65"], "knows only 64 positions"),
@@ -54,7 +54,7 @@ def test_neither_model_is_replaced_by_the_result(refused, pruned, dense):
 
 def test_checkpoints_of_somebody_else_are_left_alone(refused, pruned, tmp_path):
     (tmp_path / "runs" / "checkpoint-500").mkdir(parents=True)
-    words = [pruned, "--out", tmp_path / "out", *SHORT, "--work", tmp_path / "runs", "--overwrite"]
+    words = [pruned, "--out", tmp_path / "out", *SHORT, "--set", f"output.work={tmp_path / 'runs'}", "--overwrite"]
     assert "checkpoints that are not of a recovery run" in refused(*words)
     assert (tmp_path / "runs" / "checkpoint-500").is_dir()
 
@@ -73,7 +73,7 @@ def test_a_card_that_cannot_be_read_stops_before_training(refused, pruned, tmp_p
     copy = tmp_path / "copy"
     shutil.copytree(pruned, copy)
     (copy / "README.md").write_bytes(card)
-    options = [*SHORT, "--max-steps", "2", "--kl-weight", "0", "--ce-weight", "1", "--work", tmp_path / "work"]
+    options = [*SHORT, "--max-steps", "2", *ALONE, "--set", f"output.work={tmp_path / 'work'}"]
     assert "card of the pruned model" in refused(copy, "--out", tmp_path / "out", *options)
     assert not (tmp_path / "work").exists()
 
@@ -84,7 +84,7 @@ def test_tokens_beyond_the_embedding_stop_before_training(refused, pruned, tmp_p
     chat_tokenizer(" the", "x1", "x2").save_pretrained(copy)
     (tmp_path / "text.txt").write_text("a word x2 of many, " * 300)
     words = [tmp_path / "text.txt" if word == "default" else word for word in SHORT]
-    options = [*words, "--max-steps", "2", "--kl-weight", "0", "--ce-weight", "1"]
+    options = [*words, "--max-steps", "2", *ALONE]
     assert "makes token id 260" in refused(copy, "--out", tmp_path / "out", *options)
 
 
@@ -102,7 +102,7 @@ def test_teachers(refused, pruned, dense, tmp_path):
     deeper = tmp_path / "deeper"
     make_model("llama", "gqa", num_hidden_layers=5, vocab_size=260).save_pretrained(deeper)
     chat_tokenizer().save_pretrained(deeper)
-    message = refused(pruned, *options, "--teacher", deeper, "--hidden-weight", "1")
+    message = refused(pruned, *options, "--teacher", deeper, "--set", "recovery.hidden_weight=1")
     assert "5 layers" in message
     assert "is not what" in message
 
@@ -117,7 +117,7 @@ def test_a_base_model_that_is_not_here(refused, recover, pruned, tmp_path):
     message = refused(moved, "--out", tmp_path / "out", *SHORT, "--max-steps", "2")
     assert "it is not known which model" in message
     # What the message advises works.
-    facts = recover(moved, "--out", tmp_path / "out", *SHORT, "--max-steps", "2", "--kl-weight", 0, "--ce-weight", 1)
+    facts = recover(moved, "--out", tmp_path / "out", *SHORT, "--max-steps", "2", *ALONE)
     assert facts["teacher"] is None
 
 
@@ -139,7 +139,7 @@ def test_conversations_that_are_none(refused, pruned, tmp_path):
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(bare)
-    assert "no chat template" in refused(bare, *given[1:], "--kl-weight", "0", "--ce-weight", "1")
+    assert "no chat template" in refused(bare, *given[1:], *ALONE)
 
 
 def test_other_commands_still_refuse_many_processes(monkeypatch, capsys, pruned, tmp_path):

@@ -16,7 +16,10 @@ from prunus.model.geometry import Geometry
 from prunus.surgery import apply_plan
 
 #: one step is four sequences of 32 tokens of the manual in Python's standard library
-SHORT = ["--text", "default", "--seq-len", "32", "--held-out", "16", "--batch-size", "4", "--micro-batch", "4"]
+SHORT = ["--text", "default", "--seq-len", "32", "--batch-size", "4"]
+SHORT += ["--set", "text.held_out=16", "--set", "recovery.micro_batch=4"]
+#: the text alone
+ALONE = ["--set", "recovery.kl_weight=0", "--set", "recovery.ce_weight=1"]
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": f"{Path(prunus.__file__).parents[1]}:{Path(__file__).parents[1]}",
@@ -27,12 +30,13 @@ PRUNUS = [sys.executable, "-m", "prunus"]
 
 
 def last_wins(words: Iterable[object]) -> list[str]:
-    """A command line in which an option that is given twice has its last value."""
+    """A command line in which an option that is given twice has its last value, as `--set` has by itself."""
     given = [str(word) for word in words]
     kept: list[str] = []
     for number, word in enumerate(given):
-        again = word.startswith("--") and word in given[number + 1 :]
-        follows_dropped = number and given[number - 1].startswith("--") and given[number - 1] in given[number:]
+        before = given[number - 1] if number else ""
+        again = word.startswith("--") and word != "--set" and word in given[number + 1 :]
+        follows_dropped = before.startswith("--") and before != "--set" and before in given[number:]
         if not again and not (follows_dropped and not word.startswith("--")):
             kept.append(word)
     return kept

@@ -15,7 +15,7 @@ from tiny_families import ONE_EACH, case_id, logits, make_model, random_tokens
 
 from prunus.errors import OptionError, PlanError
 from prunus.evaluation.profiling import _marked, profile, widths_to_measure
-from prunus.evaluation.speed import SpeedOptions
+from prunus.evaluation.speed_options import SpeedOptions
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.selection.latency_profile import PHASES, LatencyProfile, PhaseTimes, never_falling

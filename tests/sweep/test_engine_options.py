@@ -79,7 +79,7 @@ def test_other_commands_under_a_limit(capsys, tmp_path, deep, text, command, mon
     sizes = ["--calibration", text, *SIZES, "--set", "evaluation.held_out=2"]
     words = {
         "compare": ["compare", deep, "--methods", "taylor,wanda", "--ratios", "0.2", *sizes],
-        "eval": ["eval", deep, "--text", text, "--seq-len", 32, "--max-windows", 3, "--json"],
+        "eval": ["eval", deep, "--text", text, "--seq-len", 32, "--windows", 3, "--json"],
         "apply": ["apply", deep, tmp_path / "small" / "prunus" / "plan.json"],
     }[command]
     if command == "apply":

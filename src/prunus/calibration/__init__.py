@@ -13,11 +13,13 @@ Sources, as `load_calibration` (and `--calibration`) takes them:
 
 from prunus.calibration.batches import Batch, Calibration, Provenance
 from prunus.calibration.loading import calibration_from_texts, calibration_from_tokens, load_calibration
+from prunus.calibration.reading import Reading
 
 __all__ = [
     "Batch",
     "Calibration",
     "Provenance",
+    "Reading",
     "calibration_from_texts",
     "calibration_from_tokens",
     "load_calibration",

@@ -13,14 +13,13 @@ from torch import Tensor
 from prunus.calibration.batches import Calibration, Provenance, hash_tokens
 from prunus.calibration.begin_token import begin_token_of
 from prunus.calibration.columns import column_of
-from prunus.calibration.embedded import embedded_documents, embedded_name
-from prunus.calibration.files import TEXT_KINDS, json_documents, parquet_documents, text_readings
-from prunus.calibration.hub import HUB_NAMES, hub_documents, hub_text
+from prunus.calibration.embedded import embedded_name
+from prunus.calibration.files import TEXT_KINDS
+from prunus.calibration.hub import HUB_NAMES
 from prunus.calibration.packing import Packed, pack_documents, pack_windows
-from prunus.calibration.sampled import sample_from_model
+from prunus.calibration.reading import READERS, Reading, Wanted, shuffled
 from prunus.errors import CalibrationError, OptionError
 from prunus.files.user_path import expanded
-from prunus.model.live import live_model
 from prunus.option_values import check_seed, check_utf8, check_whole
 
 if TYPE_CHECKING:
@@ -48,11 +47,8 @@ def load_calibration(
     samples: int = 128,
     seq_len: int = 512,
     seed: int = 0,
-    text_column: str = "text",
-    chat_column: str | None = None,
+    reading: Reading | None = None,
     model: PreTrainedModel | None = None,
-    begin_token: bool = True,
-    fewer: bool = False,
     progress: bool = True,
 ) -> Calibration:
     """Make `samples` sequences of `seq_len` tokens from a source of text.
@@ -70,13 +66,8 @@ def load_calibration(
         samples: number of sequences.
         seq_len: tokens in each.
         seed: of the shuffling, and of the sampling for `self`.
-        text_column: column with the text in JSON lines, parquet, and data sets given by owner and name.
-        chat_column: column with conversations in place of text: lists of messages, of ShareGPT's turns, or the
-            instruction of Alpaca's rows. They become text by the tokenizer's chat template, see
-            `prunus.calibration.columns`.
+        reading: which column is text or conversations, and what a sequence begins with.
         model: needed only for `self`.
-        begin_token: where the tokenizer puts a token before every text (Llama 3, Gemma), begin each sequence with it.
-        fewer: do with as many sequences as the source has, where it has fewer than `samples`.
         progress: show a bar on a terminal where it takes long (`self`).
 
     Raises:
@@ -84,56 +75,28 @@ def load_calibration(
         TextTooShortError: the source has fewer tokens than asked for.
         CalibrationError: the source is missing, unreadable, of an unknown kind, or has no such column.
     """
+    reading = reading or Reading()
     check_counts(samples, seq_len)
     check_seed("seed", seed)
     check_utf8("the calibration source", source)
-    if source is None or source == DEFAULT_SOURCE:
-        source, kind = embedded_name(), "embedded"
-    elif source == SELF_SOURCE:
-        kind = "model"
-    else:
-        kind = _kind_of(source)
-
-    column = column_of(text_column, chat_column, tokenizer)
-    if chat_column is not None and kind not in RECORD_KINDS:
+    kind = _kind_of(source)
+    name = embedded_name() if kind == "embedded" else str(source)
+    column = column_of(reading.text_column, reading.chat_column, tokenizer)
+    if reading.chat_column is not None and kind not in RECORD_KINDS:
         raise CalibrationError(
-            f"conversations come from .jsonl, .json, .parquet or a data set of the hub, and {source} is neither; leave "
+            f"conversations come from .jsonl, .json, .parquet or a data set of the hub, and {name} is neither; leave "
             "chat_column out, or give one of these"
         )
-    sizes: dict[str, Any] = {"samples": samples, "seq_len": seq_len}
-    how: dict[str, Any] = {**sizes, "name": source, "fewer": fewer}
-    how["begin"] = begin = begin_token_of(tokenizer) if begin_token else None
-    if kind == "model":
-        if model is None:
-            raise CalibrationError(
-                f"the source {SELF_SOURCE!r} samples text from the model: give it as the argument `model`"
-            )
-        ids = sample_from_model(live_model(model), **sizes, seed=seed, begin=begin, progress=progress)
-        return _calibration(Packed(ids, samples), "sampled from the model", kind, seed)
-    path = expanded(source)
-    documents: Iterable[str]
+    path, begin = expanded(name), begin_token_of(tokenizer) if reading.begin_token else None
+    wanted = Wanted(
+        name, path, column, tokenizer, samples, seq_len, seed, begin, reading.fewer, model=model, progress=progress
+    )
     try:
-        if kind == "text":
-            packed = pack_windows(text_readings(path, **sizes, seed=seed), tokenizer, seed=seed, **how)
-        else:
-            running_text = False
-            if kind == "embedded":
-                documents = _shuffled(embedded_documents(), seed)
-            elif kind == "hub":
-                text = hub_text(source, column)
-                documents, running_text = hub_documents(text, seed=seed), text.joiner is not None
-            elif kind == "jsonl":
-                documents = json_documents(path, column=column, seed=seed)
-            else:
-                documents = parquet_documents(path, column=column, seed=seed)
-            if running_text:
-                packed = pack_windows([(documents, None)], tokenizer, seed=seed, **how)
-            else:
-                packed = pack_documents(documents, tokenizer, **how)
+        packed = READERS[kind](wanted)
     except OSError as error:
-        raise CalibrationError(f"cannot read the calibration text {source}: {error.strerror or error}") from error
-    source = path.name if kind in TEXT_KINDS.values() else source
-    return _calibration(packed, source, kind if chat_column is None else "chat", seed)
+        raise CalibrationError(f"cannot read the calibration text {name}: {error.strerror or error}") from error
+    shown = {"model": "sampled from the model", **dict.fromkeys(TEXT_KINDS.values(), path.name)}.get(kind, name)
+    return _calibration(packed, shown, kind if reading.chat_column is None else "chat", seed)
 
 
 def calibration_from_texts(
@@ -177,7 +140,7 @@ def calibration_from_texts(
     if len(documents) == 1:
         packed = pack_windows([(documents, None)], tokenizer, seed=seed, **how)
     else:
-        packed = pack_documents(_shuffled(documents, seed), tokenizer, **how)
+        packed = pack_documents(shuffled(documents, seed), tokenizer, **how)
     return _calibration(packed, source, "texts", seed)
 
 
@@ -250,7 +213,12 @@ def check_counts(samples: int, seq_len: int) -> None:
         )
 
 
-def _kind_of(source: str) -> str:
+def _kind_of(source: str | None) -> str:
+    """The kind of a source, a key of `READERS`."""
+    if source is None or source == DEFAULT_SOURCE:
+        return "embedded"
+    if source == SELF_SOURCE:
+        return "model"
     if source in HUB_NAMES:
         return "hub"
     path = expanded(source)
@@ -275,8 +243,3 @@ def _kind_of(source: str) -> str:
             f"{hint} Give a file ({extensions}), one of these names, or owner/name of a data set on the hub."
         )
     return "hub"
-
-
-def _shuffled(documents: list[str], seed: int) -> list[str]:
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [documents[index] for index in order]

@@ -93,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_command(words)
         try:
             command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+            if command.__module__.startswith("prunus."):  # not --help or --version
+                check_processes(words)
+                quiet_transformers()
+            return command(*bound.args, **bound.kwargs)
         except WrongUsage as error:
-            raise CycloptsError(msg=str(error)) from error
-        if command.__module__.startswith("prunus."):  # not --help or --version
-            check_processes(words)
-            quiet_transformers()
-        return command(*bound.args, **bound.kwargs)
+            raise CycloptsError(msg=str(error), command_chain=tuple(words[:1])) from error
 
     try:
         return run_command(work, lambda: flags_of(app, words))

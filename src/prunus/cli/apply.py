@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunus.cli.flags import Flag, ModelName
-from prunus.cli.option_flags import ModelFlags, Where
-from prunus.cli.printing import print_json, print_rows, typed_command
-from prunus.files.outputs import check_inputs
-from prunus.pipeline.inspection import geometry_of
-from prunus.pipeline.prune import apply_checkpoint
-from prunus.selection.plan import Plan
+from prunus.cli.place_flags import NO_DEVICE, DeviceFlags, model_options
 
 __all__ = ["apply"]
 
@@ -21,7 +16,7 @@ def apply(
     /,
     *,
     out: Path,
-    where: ModelFlags = Where(),
+    device: DeviceFlags = NO_DEVICE,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -34,13 +29,19 @@ def apply(
         overwrite: replace an earlier result in the folder.
         json: print the metrics as JSON.
     """
+    from prunus.cli.printing import print_json, print_rows, typed_command
+    from prunus.files.outputs import check_inputs
+    from prunus.pipeline.inspection import geometry_of
+    from prunus.pipeline.prune import apply_checkpoint
+    from prunus.selection.plan import Plan
+
     check_inputs(out, plan)
     # With the model's shape, so that a plan for another one is refused before its ranges are unfolded.
     metrics = apply_checkpoint(
         model,
         Plan.load(plan, geometry_of(model)),
         out,
-        model_options=where,
+        model_options=model_options(device),
         overwrite=overwrite,
         command=typed_command(),
     )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prunus.cli.flags import Flag, ModelName
-from prunus.cli.option_flags import SpeedFlags
-from prunus.cli.printing import print_json, print_rows
-from prunus.evaluation.speed import SpeedOptions, SpeedReport, SpeedResult, Spread
-from prunus.evaluation.speed import bench as bench_models
+from prunus.cli.place_flags import NO_PLACE, PlaceFlags, model_options
+from prunus.cli.speed_flags import SpeedFlags
+from prunus.evaluation.speed_options import SpeedOptions
+
+if TYPE_CHECKING:
+    from prunus.evaluation.speed import SpeedReport, SpeedResult, Spread
 
 __all__ = ["bench", "speed_rows"]
 
 
-def bench(*models: ModelName, speed: SpeedFlags = SpeedOptions(), json: Flag = False) -> None:
+def bench(
+    *models: ModelName, speed: SpeedFlags = SpeedOptions(), place: PlaceFlags = NO_PLACE, json: Flag = False
+) -> None:
     """Measure how fast models are, and what memory they need, on transformers, against the first one.
 
     All are loaded, and run in turn, A, B, B, A, A, B, …, so that a slow moment of the machine falls on all alike.
@@ -22,7 +28,10 @@ def bench(*models: ModelName, speed: SpeedFlags = SpeedOptions(), json: Flag = F
         models: folders, Hub ids or `smollm2-135m`, the dense model first. One that is named twice shows the noise.
         json: print the result as JSON.
     """
-    report = bench_models(models, speed)
+    from prunus.cli.printing import print_json, print_rows
+    from prunus.evaluation.speed import bench as bench_models
+
+    report = bench_models(models, speed, model_options(place))
     if json:
         print_json(report.to_dict())
         return

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prunus.cli.bench import speed_rows
-from prunus.cli.flags import Flag, ModelName
-from prunus.cli.option_flags import EvalFlags, EvalSettings, ModelFlags, Where
-from prunus.cli.printing import print_json, print_rows, typed_command
-from prunus.evaluation.evaluate import Evaluation
-from prunus.evaluation.evaluate import evaluate as evaluate_model
-from prunus.files.user_path import expanded
-from prunus.report import try_report
-from prunus.report.page import FILE_NAME
-from prunus.results.result_folder import add_evaluation, check_updatable
+from prunus.cli.eval_flags import KEYS, NO_FILE, NO_MEASURE, FileFlags, MeasureFlags
+from prunus.cli.flags import Flag, OptionalModel
+from prunus.cli.job_flags import NO_DEVICE, DeviceFlags, given
+from prunus.cli.values import check_given
+
+if TYPE_CHECKING:
+    from prunus.evaluation.evaluate import Evaluation
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: ModelName,
+    model: OptionalModel = None,
     /,
     *,
     compare: str | None = None,
-    evaluation: EvalFlags = EvalSettings(),
-    where: ModelFlags = Where(),
+    file: FileFlags = NO_FILE,
+    measure: MeasureFlags = NO_MEASURE,
+    device: DeviceFlags = NO_DEVICE,
     update_card: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -34,19 +35,32 @@ def evaluate(
         update_card: keep the figures in the pruned folder, its model card and its report.
         json: print the result as JSON.
     """
+    from prunus.cli.printing import typed_command
+    from prunus.evaluation.evaluate import evaluate as evaluate_model
+    from prunus.evaluation.job import EVALUATION
+    from prunus.files.user_path import expanded
+    from prunus.report import try_report
+    from prunus.report.page import FILE_NAME
+    from prunus.results.result_folder import add_evaluation, check_updatable
+
+    direct = {"model": model, "compare": compare, **given(measure, device, keys=KEYS)}
+    job = EVALUATION.read(file.recipe, file.set, direct)
+    check_given(MODEL=job.model)
     if update_card:
-        check_updatable(model)
-    result = evaluate_model(model, evaluation, dense=compare, model_options=where)
+        check_updatable(job.model)
+    result = evaluate_model(job.model, job.evaluation, dense=job.compare, speed=job.speed, model_options=job.run)
     try:
         if update_card:
-            add_evaluation(model, result.to_dict(), typed_command())
-            if (expanded(model) / FILE_NAME).is_file():
-                try_report(model)
+            add_evaluation(job.model, result.to_dict(), typed_command())
+            if (expanded(job.model) / FILE_NAME).is_file():
+                try_report(job.model)
     finally:  # what was measured is shown, also where it could not be kept
         _show(result, json)
 
 
 def _show(result: Evaluation, json: bool) -> None:
+    from prunus.cli.printing import print_json, print_rows
+
     facts = result.to_dict()
     if json:
         # Fields of the first text stand at the top as well, for programs that read one figure.

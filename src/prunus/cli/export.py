@@ -8,8 +8,6 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter
 
 from prunus.cli.flags import Flag, ModelName
-from prunus.cli.printing import print_json, print_rows, short
-from prunus.export import GgufType, export_dense, export_gguf
 
 __all__ = ["export"]
 
@@ -22,8 +20,9 @@ def export(
     *,
     to: Literal["gguf", "dense"],
     out: Path,
-    type: Annotated[GgufType, Parameter(group=_GGUF)] = "f16",
+    type: Annotated[Literal["f32", "f16", "bf16", "q8_0"], Parameter(group=_GGUF)] = "f16",
     mlp_multiple: Annotated[int, Parameter(group=_GGUF)] = 1,
+    max_memory: str | None = None,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -39,13 +38,23 @@ def export(
         out: the file (gguf) or folder (dense) to write; it appears when it is complete.
         type: of the matrices: f32, f16, bf16 or q8_0; norms and biases are f32 in each.
         mlp_multiple: fill MLP widths up to multiples of this with zeros, 256 for llama.cpp's K-quants.
+        max_memory: memory that may be used, e.g. 8GB. Models estimated to need more are rejected, naming the smallest
+            sufficient limit.
         overwrite: replace an earlier result.
         json: print what was written as JSON.
     """
+    from prunus.cli.printing import print_json, print_rows, short
+
     if to == "gguf":
-        facts = export_gguf(model, out, type=type, mlp_multiple=mlp_multiple, overwrite=overwrite)
+        from prunus.export import export_gguf
+
+        facts = export_gguf(
+            model, out, type=type, mlp_multiple=mlp_multiple, max_memory=max_memory, overwrite=overwrite
+        )
     else:
-        facts = export_dense(model, out, overwrite=overwrite)
+        from prunus.export import export_dense
+
+        facts = export_dense(model, out, max_memory=max_memory, overwrite=overwrite)
     if json:
         print_json(facts)
         return

@@ -9,9 +9,10 @@ from cyclopts import Parameter, Token
 
 from prunus.cli.values import check_number, check_whole_number
 
-__all__ = ["Flag", "ModelName", "split_commas", "split_numbers", "split_whole_numbers"]
+__all__ = ["Flag", "ModelName", "OptionalModel", "split_commas", "split_numbers", "split_whole_numbers"]
 
 ModelName = Annotated[str, Parameter(name="MODEL")]
+OptionalModel = Annotated[str | None, Parameter(name="MODEL")]
 Flag = Annotated[bool, Parameter(negative="")]
 
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunus.cli.flags import Flag, ModelName
-from prunus.cli.printing import print_json, print_rows, short
-from prunus.model.families import AXES
-from prunus.pipeline.inspection import inspect as inspect_model
-from prunus.pipeline.inspection import inspect_group
 
 __all__ = ["inspect"]
 
@@ -32,6 +28,11 @@ def inspect(
         table: groups.csv, or the folder that `prunus score` wrote: importance, score and rank of the group.
         json: print the facts as JSON.
     """
+    from prunus.cli.printing import print_json, print_rows, short
+    from prunus.model.families import AXES
+    from prunus.pipeline.inspection import inspect as inspect_model
+    from prunus.pipeline.inspection import inspect_group
+
     if group is not None:
         facts = inspect_group(model, group, table)
         if json:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-__all__ = ["KEYS", "CalibrationFlags", "DeviceFlags", "EvaluationFlags", "RecipeFlags", "given"]
+__all__ = ["KEYS", "UNLISTED", "CalibrationFlags", "DeviceFlags", "EvaluationFlags", "RecipeFlags", "given"]
 
 #: taken, and not listed by --help: a recipe key and `owner/name@revision` say the same
 UNLISTED = Parameter(show=False)
@@ -114,14 +115,12 @@ DeviceFlags = Annotated[_Device, Parameter(name="*", group=Group("Model", sort_k
 NO_RECIPE, NO_CALIBRATION, NO_EVALUATION, NO_DEVICE = _Recipe(), _Calibration(), _Evaluation(), _Device()
 
 
-def given(*flags: _Recipe | _Calibration | _Evaluation | _Device) -> dict[str, object]:
+def given(*flags: object, keys: Mapping[str, str] = KEYS) -> dict[str, object]:
     """Key → value of the options that were given.
 
     Args:
-        flags: of one command.
+        flags: of one command, each a dataclass.
+        keys: option → the key that it sets; options that set none are left out.
     """
-    options = {name: value for each in flags for name, value in asdict(each).items() if name in KEYS}
-    values = {KEYS[name]: value for name, value in options.items() if value is not None}
-    if "selection.align" in values and str(values["selection.align"]).lstrip("-").isdigit():
-        values["selection.align"] = int(str(values["selection.align"]))
-    return values
+    options = [(field.name, getattr(each, field.name)) for each in flags for field in fields(each)]  # type: ignore[arg-type]
+    return {keys[name]: value for name, value in options if name in keys and value not in (None, ())}

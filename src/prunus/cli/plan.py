@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from prunus.cli.flags import Flag
 from prunus.cli.job_flags import NO_RECIPE, RecipeFlags, given
-from prunus.cli.printing import print_json, print_rows
-from prunus.files.outputs import check_output_file, output_file
-from prunus.model.families import AXES
-from prunus.pipeline.job import Job
-from prunus.pipeline.job_file import read_job
-from prunus.pipeline.recipe import Recipe
-from prunus.scoring.score import Score
-from prunus.selection.plan import MARK
-from prunus.selection.select import select
-from prunus.selection.table import Normalization
 
 __all__ = ["plan"]
 
@@ -26,7 +17,7 @@ def plan(
     *,
     ratio: float,
     out: Path = Path("plan.json"),
-    normalize: Normalization | None = None,
+    normalize: Literal["none", "layer_sum", "layer_mean"] | None = None,
     recipe: RecipeFlags = NO_RECIPE,
     overwrite: Flag = False,
     json: Flag = False,
@@ -42,6 +33,16 @@ def plan(
         overwrite: replace an existing file.
         json: print a summary as JSON.
     """
+    from prunus.cli.printing import print_json, print_rows
+    from prunus.files.outputs import check_output_file, output_file
+    from prunus.model.families import AXES
+    from prunus.pipeline.job import Job
+    from prunus.pipeline.job_file import read_job
+    from prunus.pipeline.recipe import Recipe
+    from prunus.scoring.score import Score
+    from prunus.selection.plan import MARK
+    from prunus.selection.select import select
+
     check_output_file(out, "plan.json", MARK, overwrite)
     result = Score.load(table)
     # Another target has a context and a phase of its own.

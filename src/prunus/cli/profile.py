@@ -5,12 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunus.cli.flags import Flag, ModelName
-from prunus.cli.option_flags import ProfileFlags, ProfileRuns
-from prunus.cli.printing import print_json, print_rows, typed_command
-from prunus.evaluation.profiling import profile as profile_model
-from prunus.files.outputs import check_output_file, claimed, output_file
-from prunus.model.families import AXES
-from prunus.selection.latency_profile import MARK, PHASES, LatencyProfile
+from prunus.cli.place_flags import NO_KIND, KindFlags, model_options
+from prunus.cli.speed_flags import ProfileFlags, ProfileRuns
 
 __all__ = ["profile"]
 
@@ -21,6 +17,7 @@ def profile(
     *,
     out: Path = Path("profile.json"),
     speed: ProfileFlags = ProfileRuns(),
+    place: KindFlags = NO_KIND,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -35,12 +32,19 @@ def profile(
         overwrite: replace an existing file.
         json: print the profile as JSON.
     """
-    with claimed(out, is_file=True, run=("profile", model, speed, overwrite), command=typed_command()) as claim:
+    from prunus.cli.printing import print_json, print_rows, typed_command
+    from prunus.evaluation.profiling import profile as profile_model
+    from prunus.files.outputs import check_output_file, claimed, output_file
+    from prunus.model.families import AXES
+    from prunus.selection.latency_profile import MARK, PHASES, LatencyProfile
+
+    asked = "profile", model, speed, place, overwrite
+    with claimed(out, is_file=True, run=asked, command=typed_command()) as claim:
         if claim.finished:
             measured = LatencyProfile.load(claim.path)
         else:
             check_output_file(out, "profile.json", MARK, overwrite)
-            measured = profile_model(model, speed)
+            measured = profile_model(model, speed, model_options(place))
             with output_file(out, "profile.json", MARK, overwrite=overwrite) as partial:
                 partial.write_text(measured.to_json(), encoding="utf-8")
     if json:

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from prunus.cli.flags import Flag
 
 __all__ = ["recipe"]
 
 
-def recipe(name: str | None = None, /, *, json: Flag = False) -> None:
+def recipe(
+    name: str | None = None, /, *, command: Literal["prune", "recover", "eval"] = "prune", json: Flag = False
+) -> None:
     """List every setting with its meaning and default, or write a recipe out.
 
     Args:
         name: default, original, fast, or a YAML file: print it with all its settings, ready to be edited and given to
             `prunus prune --recipe`.
+        command: whose settings these are; `score`, `plan` and `compare` share those of `prune`.
         json: print the settings as JSON.
     """
     from prunus.cli.printing import print_json
-    from prunus.pipeline.job_file import job_keys, job_text, read_job
-    from prunus.pipeline.recipe_page import plain_default
+    from prunus.pipeline.recipe_page import SHEETS
 
+    sheet = SHEETS[command]
     if name is not None:
-        print(job_text(read_job(name, (), {})), end="")
+        print(sheet.text(sheet.read(name, (), {})), end="")
     elif json:
         print_json(
             [
-                {"key": key.path, "default": plain_default(key), "allowed": key.allowed, "meaning": key.meaning}
-                for key in job_keys().values()
+                {"key": key.path, "default": key.shown_default, "allowed": key.allowed, "meaning": key.meaning}
+                for key in sheet.keys.values()
             ]
         )
     else:
-        for key in job_keys().values():
-            print(f"{key.path} = {plain_default(key)}\n    {key.meaning} ({key.allowed})")
+        for key in sheet.keys.values():
+            print(f"{key.path} = {key.shown_default}\n    {key.meaning} ({key.allowed})")

@@ -5,25 +5,35 @@ from __future__ import annotations
 from math import exp
 from pathlib import Path
 
-from prunus.cli.flags import Flag, ModelName
-from prunus.cli.option_flags import RecoveryFlags, TextFlags
-from prunus.cli.printing import print_json, print_rows, short, typed_command
-from prunus.recovery import RecoveryOptions, recover_checkpoint
+from prunus.cli.flags import Flag, OptionalModel
+from prunus.cli.job_flags import given
+from prunus.cli.recovery_flags import (
+    KEYS,
+    NO_FILE,
+    NO_PLACE,
+    NO_TEXT,
+    NO_TRAINING,
+    FileFlags,
+    PlaceFlags,
+    TextFlags,
+    TrainingFlags,
+)
+from prunus.cli.values import check_given
 
 __all__ = ["recover"]
 
 
 def recover(
-    model: ModelName,
+    model: OptionalModel = None,
     /,
     *,
     out: Path,
-    text: TextFlags,
-    options: RecoveryFlags = RecoveryOptions(),
     teacher: str | None = None,
-    device: str = "auto",
+    file: FileFlags = NO_FILE,
+    text: TextFlags = NO_TEXT,
+    training: TrainingFlags = NO_TRAINING,
+    place: PlaceFlags = NO_PLACE,
     resume: Flag = False,
-    work: Path | None = None,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -34,27 +44,21 @@ def recover(
     one device, or on many under `torchrun` or `accelerate launch` with `-m prunus recover …`.
 
     Args:
-        model: folder of a pruned model.
+        model: folder of a pruned model; a recipe file of an earlier result knows its own.
         out: folder for the result; it appears when it is complete.
         teacher: the dense model, folder or Hub id; by default the one that MODEL was cut from, if it is here.
-        device: auto, cpu, cuda or mps.
         resume: go on from the last checkpoint of a run that was killed or interrupted; give the same options.
-        work: folder for checkpoints; by default OUT.work. Removed at the end.
         overwrite: replace an earlier result in the folder, and earlier checkpoints.
         json: print what was done and measured as JSON.
     """
-    facts = recover_checkpoint(
-        model,
-        out,
-        text,
-        options,
-        teacher=teacher,
-        device=device,
-        resume=resume,
-        work=work,
-        overwrite=overwrite,
-        command=typed_command(),
-    )
+    from prunus.cli.printing import print_json, print_rows, short, typed_command
+    from prunus.recovery.job import RECOVERY
+    from prunus.recovery.run import recover_job
+
+    direct = {"model": model, "teacher": teacher, **given(text, training, place, keys=KEYS)}
+    job = RECOVERY.read(file.recipe, file.set, direct)
+    check_given(MODEL=job.model, text=job.text.source)
+    facts = recover_job(job, out, resume=resume, overwrite=overwrite, command=typed_command())
     if not facts:
         return  # another process prints
     if json:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunus.cli.flags import Flag
-from prunus.cli.printing import print_json
-from prunus.cli.terminal import say
-from prunus.report import write_report
 
 __all__ = ["report"]
 
@@ -21,6 +18,10 @@ def report(folder: Path, /, *, out: Path | None = None, overwrite: Flag = False,
         overwrite: replace an earlier report.
         json: print where it is as JSON.
     """
+    from prunus.cli.printing import print_json
+    from prunus.cli.terminal import say
+    from prunus.report import write_report
+
     path = write_report(folder, out, overwrite=overwrite)
     if json:
         print_json({"report": str(path), "bytes": path.stat().st_size})

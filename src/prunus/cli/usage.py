@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any, get_args
 
-from cyclopts import App, CoercionError, CycloptsError, UnusedCliTokensError
+from cyclopts import App, CoercionError, CycloptsError, UnknownOptionError, UnusedCliTokensError
 
-from prunus.cli.job_flags import KEYS
+from prunus.cli import eval_flags, job_flags, recovery_flags
 
 __all__ = ["flags_of", "shown_default", "usage_message"]
+
+#: command → which of its options set which key, and where its keys are described; all others have those of a job
+_SETTINGS: Mapping[str, tuple[Mapping[str, str], str]] = {
+    "recover": (recovery_flags.KEYS, "prunus.recovery.job:RECOVERY"),
+    "eval": (eval_flags.KEYS, "prunus.evaluation.job:EVALUATION"),
+}
+_JOB = job_flags.KEYS, "prunus.pipeline.job_file:JOB"
 
 #: what a value is, for those who do not know Python
 _KINDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "yes or no"}
@@ -33,20 +41,24 @@ def flags_of(app: App, words: Sequence[str]) -> dict[str, str]:
         argument for argument in command.assemble_argument_collection() if argument.parameter.parse is not False
     ]
     flags = {argument.field_info.name: argument.name for argument in arguments if argument.name != "*"}
-    return {**_settings(flags), **flags} if "set" in flags else flags
+    if "set" not in flags:
+        return flags
+    keys, sheet = _SETTINGS.get(words[0], _JOB)
+    module, _, name = sheet.partition(":")
+    return {**_settings(flags, keys, list(getattr(import_module(module), name).keys)), **flags}
 
 
-def _settings(flags: dict[str, str]) -> dict[str, str]:
-    """The command's flag or `--set KEY` for every key of a recipe, by the key and by its last word if no other has it.
+def _settings(flags: Mapping[str, str], keys: Mapping[str, str], paths: Sequence[str]) -> dict[str, str]:
+    """The flag or `--set KEY` for every key of a command, by the key and by its last word if no other has it.
 
     Args:
         flags: of the command, by the options' names in Python.
+        keys: option → the key that it sets.
+        paths: all keys.
     """
-    from prunus.pipeline.job_file import job_keys
-
-    last = Counter(path.rpartition(".")[2] for path in job_keys())
-    names = {path: f"--set {path}" for path in job_keys()}
-    names |= {path: flags[name] for name, path in KEYS.items() if name in flags}
+    last = Counter(path.rpartition(".")[2] for path in paths)
+    names = {path: f"--set {path}" for path in paths}
+    names |= {path: flags[name] for name, path in keys.items() if name in flags}
     return names | {word: names[path] for path in names if last[word := path.rpartition(".")[2]] == 1}
 
 
@@ -74,5 +86,7 @@ def usage_message(error: CycloptsError) -> str:
         message = f"{name} is {error.token.value!r}; it takes {kind}."
     else:
         message = str(error)
+    if isinstance(error, UnknownOptionError) and error.argument_collection.get("--set", None) is not None:
+        message += " Settings without an option of their own are given as --set KEY=VALUE."
     end = "" if message.endswith(("?", ".")) else "."
     return f"{message}{end} See {command} --help."

@@ -10,7 +10,7 @@ from cyclopts import App, ArgumentCollection
 
 from prunus.errors import OptionError
 
-__all__ = ["WrongUsage", "check_number", "check_values", "check_whole_number"]
+__all__ = ["WrongUsage", "check_given", "check_number", "check_values", "check_whole_number"]
 
 
 class WrongUsage(OptionError):
@@ -50,6 +50,21 @@ def check_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
         if converter := argument.parameter.converter:
             # Here its errors come out as they are; later they would be wrapped.
             converter(argument.hint, argument.tokens)  # type: ignore[operator]
+
+
+def check_given(**values: str) -> None:
+    """Check that what a command cannot do without was typed, or stands in a recipe.
+
+    Args:
+        **values: name of an argument or option → its value, empty where it is missing.
+
+    Raises:
+        WrongUsage: naming what is missing.
+    """
+    for name, value in values.items():
+        if not value:
+            typed = name if name.isupper() else f"--{name}"
+            raise WrongUsage(f"{typed} is missing: give one, or a recipe file that has it")
 
 
 def check_number(name: str, text: str) -> float:

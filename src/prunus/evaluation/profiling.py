@@ -29,11 +29,13 @@ from tqdm import tqdm
 
 from prunus.checkpoint import empty_model, locate, pruned_config, read_config, resolve_device, resolve_dtype
 from prunus.evaluation.greedy import greedy_run
-from prunus.evaluation.speed import SpeedOptions, check_context
+from prunus.evaluation.speed import check_context
+from prunus.evaluation.speed_options import SpeedOptions
 from prunus.files.user_path import expanded
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry, LayerWidths, submodule
 from prunus.selection.latency_profile import LatencyProfile, PhaseTimes, ProfiledShape
+from prunus.sweep.engine import ModelOptions
 
 __all__ = ["profile", "widths_to_measure"]
 
@@ -45,12 +47,19 @@ BUSY = 0.9
 logger = logging.getLogger(__name__)
 
 
-def profile(model: str, options: SpeedOptions | None = None, *, progress: bool = True) -> LatencyProfile:
+def profile(
+    model: str,
+    options: SpeedOptions | None = None,
+    model_options: ModelOptions | None = None,
+    *,
+    progress: bool = True,
+) -> LatencyProfile:
     """Measure how long the blocks of a model take on this machine, by their width. Reads no weights.
 
     Args:
         model: a folder, a Hub id, or `smollm2-135m`.
         options: what is run, and how often.
+        model_options: device and dtype.
         progress: show a bar on a terminal.
 
     Raises:
@@ -58,11 +67,11 @@ def profile(model: str, options: SpeedOptions | None = None, *, progress: bool =
         OptionError: prompt and new tokens are more than the model's context.
         UnsupportedModelError: the family is not described.
     """
-    options = options or SpeedOptions()
+    options, model_options = options or SpeedOptions(), model_options or ModelOptions()
     folder = locate(model)
     config = read_config(folder)
     check_context(options, config, folder.name)
-    device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
+    device, dtype = resolve_device(model_options.device), resolve_dtype(model_options.dtype)
     held_in: torch.dtype = config.dtype if dtype == "auto" else dtype
     geometry = Geometry.of(empty_model(config, held_in))
     prompts = torch.randint(

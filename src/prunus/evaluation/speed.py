@@ -23,52 +23,23 @@ from prunus.errors import OptionError
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.kv_cache import kv_cache_bytes
 from prunus.evaluation.memory import PeakMemory, peak_memory
-from prunus.option_values import check_seed, check_whole
-from prunus.sweep.engine import model_name
+from prunus.evaluation.speed_options import SpeedOptions
+from prunus.machine.memory import resident_set
+from prunus.sweep.engine import ModelOptions, memory_needed, model_name
+from prunus.sweep.estimate import Workload, check_limit, parse_bytes
 
-__all__ = ["SpeedOptions", "SpeedReport", "SpeedResult", "Spread", "Timing", "bench", "check_context", "time_in_turn"]
+__all__ = [
+    "SpeedReport",
+    "SpeedResult",
+    "Spread",
+    "Timing",
+    "bench",
+    "check_context",
+    "check_memory",
+    "time_in_turn",
+]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SpeedOptions:
-    """What is run, and how often.
-
-    Attributes:
-        prompt_tokens: tokens of each prompt; random ones, the same for all models.
-        new_tokens: tokens made after each prompt, greedily, past any end-of-text token.
-        batch_size: prompts at a time.
-        repeats: rounds that count; each runs every model once.
-        warm_up: rounds before them that do not count.
-        seed: of the prompts.
-        memory: also measure peak memory, for which each model is loaded once more in a process of its own.
-        device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
-        dtype: auto keeps each checkpoint's own; else float32, bfloat16 or float16.
-    """
-
-    prompt_tokens: int = 512
-    new_tokens: int = 128
-    batch_size: int = 1
-    repeats: int = 5
-    warm_up: int = 1
-    seed: int = 0
-    memory: bool = True
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, smallest, why in (
-            ("prompt_tokens", 1, "a prompt has at least one token"),
-            ("new_tokens", 2, "the first new token belongs to prefill, and decode needs one more"),
-            ("batch_size", 1, "at least one prompt is run"),
-            ("repeats", 1, "at least one round is measured"),
-            ("warm_up", 0, "use 0 for no warm-up"),
-        ):
-            check_whole(name, getattr(self, name), smallest=smallest, why=why)
-        check_seed("seed", self.seed)
-        resolve_device(self.device)
-        resolve_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -151,7 +122,13 @@ class SpeedReport:
         return asdict(self)
 
 
-def bench(models: Sequence[str], options: SpeedOptions | None = None, *, progress: bool = True) -> SpeedReport:
+def bench(
+    models: Sequence[str],
+    options: SpeedOptions | None = None,
+    model_options: ModelOptions | None = None,
+    *,
+    progress: bool = True,
+) -> SpeedReport:
     """Measure the speed and the memory of models on transformers, against the first of them.
 
     All models are in memory at once while they are timed. Peak memory is measured after that, with one fresh process
@@ -160,21 +137,25 @@ def bench(models: Sequence[str], options: SpeedOptions | None = None, *, progres
     Args:
         models: folders, Hub ids or `smollm2-135m`.
         options: what is run, and how often.
+        model_options: device, dtype and memory.
         progress: show a bar on a terminal.
 
     Raises:
-        OptionError: no model is given, or prompt and new tokens are more than a model's context.
+        OptionError: no model is given, prompt and new tokens are more than a model's context, or the models together
+            need more than `max_memory`.
         PrunusError: a model cannot be loaded, see `load_model`.
     """
-    options = options or SpeedOptions()
+    options, model_options = options or SpeedOptions(), model_options or ModelOptions()
+    device = resolve_device(model_options.device)
+    resolve_dtype(model_options.dtype)
     if not models:
         raise OptionError("no model was given; name at least one, and the dense one first to compare others with it")
     folders = [locate(model) for model in models]
     vocabulary = min(_check(folder, options) for folder in folders)
+    check_memory(models, options, model_options)
     names = [model_name(model) for model in models]
-    figures = list(_loaded_and_timed(folders, vocabulary, options, progress))
+    figures = list(_loaded_and_timed(folders, vocabulary, options, model_options, progress))
     # The models are gone by now; on an accelerator their memory has to be given back for another process to have it.
-    device = resolve_device(options.device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     first = figures[0]["timings"]
@@ -187,8 +168,8 @@ def bench(models: Sequence[str], options: SpeedOptions | None = None, *, progres
                 prompt_tokens=options.prompt_tokens,
                 new_tokens=options.new_tokens,
                 batch_size=options.batch_size,
-                device=options.device,
-                dtype=options.dtype,
+                device=model_options.device,
+                dtype=model_options.dtype,
             )
         results.append(_result(name, figure, first, memory, options))
     return SpeedReport(
@@ -244,6 +225,25 @@ def check_context(options: SpeedOptions, config: Any, name: str) -> None:
         )
 
 
+def check_memory(models: Sequence[str], options: SpeedOptions, model_options: ModelOptions) -> None:
+    """Check that all models fit into the memory that may be used, together, as they are timed in turn.
+
+    Raises:
+        OptionError: they do not.
+    """
+    if model_options.max_memory is None:
+        return
+    tokens = options.batch_size * options.prompt_tokens
+    running = Workload(evaluation_tokens=tokens, evaluation_window=tokens)
+    needed = [memory_needed(model, model_options, running).resident for model in models]
+    # What the process has already is in every estimate.
+    once = resident_set() if resolve_device(model_options.device).type == "cpu" else 0
+    together = sum(needed) - once * (len(models) - 1)
+    what = f"timing holds {len(models)} models at once, which takes" if len(models) > 1 else "timing takes"
+    less = ". Fewer `prompt_tokens`, a smaller `batch_size` or bfloat16 needs less"
+    check_limit(together, parse_bytes(model_options.max_memory), what, less)
+
+
 def _check(folder: Path, options: SpeedOptions) -> int:
     """Check all that needs no weights; returns the size of the vocabulary."""
     config, _ = check_folder(folder)
@@ -253,10 +253,10 @@ def _check(folder: Path, options: SpeedOptions) -> int:
 
 
 def _loaded_and_timed(
-    folders: Sequence[Path], vocabulary: int, options: SpeedOptions, progress: bool
+    folders: Sequence[Path], vocabulary: int, options: SpeedOptions, model_options: ModelOptions, progress: bool
 ) -> Iterator[dict[str, Any]]:
     """Each model's timings, and what else is read off it; the models do not outlive the iteration."""
-    models = [load_model(folder, dtype=options.dtype, device=options.device)[0] for folder in folders]
+    models = [load_model(folder, dtype=model_options.dtype, device=model_options.device)[0] for folder in folders]
     if len(dtypes := {str(model.dtype) for model in models}) > 1:
         logger.warning("the models differ in dtype (%s): give one for all to compare them", ", ".join(sorted(dtypes)))
     prompts = torch.randint(

@@ -8,9 +8,19 @@ from typing import Any
 
 import torch
 
-from prunus.checkpoint import config_as_weighted, empty_model, is_ragged, load_model, locate, save_checkpoint
+from prunus.checkpoint import (
+    config_as_weighted,
+    empty_model,
+    is_ragged,
+    load_model,
+    locate,
+    model_bytes,
+    read_config,
+    save_checkpoint,
+)
 from prunus.errors import OptionError
 from prunus.export.fill import fill_config, fill_tensors, largest_widths
+from prunus.export.memory import check_export_memory
 from prunus.files.json_file import read_json
 from prunus.files.outputs import check_disk, check_output, claimed
 from prunus.model.geometry import layer_widths_of
@@ -21,7 +31,9 @@ __all__ = ["export_dense", "fill_model"]
 FACTS = "export.json"
 
 
-def export_dense(source: str, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+def export_dense(
+    source: str, out: str | Path, *, max_memory: str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
     """Write a ragged model as a folder of its family's stock class, its layers filled up with zero groups.
 
     The folder loads with no code of prunus in transformers, vLLM, SGLang, … and gives the same logits up to rounding.
@@ -30,6 +42,7 @@ def export_dense(source: str, out: str | Path, *, overwrite: bool = False) -> di
     Args:
         source: folder or Hub id of a model that prunus cut.
         out: the folder to write; complete or not there at all.
+        max_memory: memory that may be used, e.g. 8GB; None = as much as there is.
         overwrite: replace an earlier output.
 
     Returns:
@@ -44,12 +57,15 @@ def export_dense(source: str, out: str | Path, *, overwrite: bool = False) -> di
             return read_json(claim.path / "prunus" / FACTS)
         check_output(out, overwrite, source)
         folder = locate(source)
-        model, tokenizer = load_model(folder)
-        if not is_ragged(model.config):
+        config = read_config(folder)
+        if not is_ragged(config):
             raise OptionError(
-                f"the layers of {source} have equal widths already: it is a {model.config.model_type!r} model that "
-                "loads anywhere as it is"
+                f"the layers of {source} have equal widths already: it is a {config.model_type!r} model that loads "
+                "anywhere as it is"
             )
+        equal = fill_config(config, largest_widths(layer_widths_of(config)))
+        check_export_memory(source, max_memory, model_bytes(empty_model(equal, config.dtype)))
+        model, tokenizer = load_model(folder)
         filled = fill_model(model)
         facts = {
             "source": Path(source).name,

@@ -21,6 +21,7 @@ from prunus.export.fill import fill_tensors
 from prunus.export.gguf_rope import Rope, rope_of
 from prunus.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from prunus.export.llama_cpp import Architecture, candidates, choose_architecture, widths_to_write
+from prunus.export.memory import check_export_memory
 from prunus.files.outputs import check_disk, check_output_file, claimed, output_file
 from prunus.files.user_path import expanded
 from prunus.installing import install_command
@@ -37,6 +38,8 @@ GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 MARK = b"GGUF"
 #: values per block of q8_0
 _BLOCK = 32
+#: of the largest tensor, the embeddings, while it is written: in float32, and what is made of that
+_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def export_gguf(
     *,
     type: GgufType = "f16",
     mlp_multiple: int = 1,
+    max_memory: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -74,6 +78,7 @@ def export_gguf(
         type: of the matrices: f32, f16, bf16 or q8_0 (blocks of 32 values with a scale).
         mlp_multiple: fill MLP widths up to multiples of this with channels of zeros; llama.cpp's K-quants need 256 to
             apply to every matrix. With q8_0 it is 32 at least.
+        max_memory: memory that may be used, e.g. 8GB; None = as much as there is.
         overwrite: replace an existing file.
         progress: show a bar on a terminal.
 
@@ -94,7 +99,9 @@ def export_gguf(
         check_output_file(out, "model.gguf", MARK, overwrite)
         gguf = _gguf_package()
         folder = locate(source)
-        candidates(read_config(folder))  # before the weights are read
+        config = read_config(folder)
+        candidates(config)  # before the weights are read
+        check_export_memory(source, max_memory, _COPIES * 4 * config.vocab_size * config.hidden_size)
         model, tokenizer = load_model(folder)
         config = model.config
         geometry = Geometry.of(model)

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from prunus.calibration import Calibration, load_calibration
+from prunus.calibration import Calibration, Reading, load_calibration
 from prunus.checkpoint import (
     locate,
     model_bytes,
@@ -25,7 +25,7 @@ from prunus.evaluation.perplexity import (
     warn_of_few_tokens,
     window_length,
 )
-from prunus.evaluation.zero_shot import EncodedTask, encode_task, load_tasks, zero_shot_of
+from prunus.evaluation.zero_shot import EncodedTask, Task, encode_task, load_tasks, zero_shot_of
 from prunus.files.outputs import check_disk, check_output
 from prunus.model.geometry import Geometry
 from prunus.model.tokens import check_tokens
@@ -92,9 +92,7 @@ def _draw(
         tokenizer,
         seq_len=options.length(model.config),
         seed=options.seed,
-        text_column=options.text_column,
-        chat_column=options.chat_column,
-        begin_token=options.begin_token,
+        reading=Reading(options.text_column, options.chat_column, options.begin_token),
         model=model,
         progress=progress,
     )
@@ -210,31 +208,8 @@ def open_inputs(
     Raises:
         PrunusError: whatever is wrong with options, model, text or folder.
     """
-    calibration, evaluation = job.calibration, job.evaluation
-    calibrate = any(recipe.needs_calibration for recipe in recipes)
-    for recipe, ratio in product(recipes, ratios):
-        recipe.check(ratio, sequences=calibration.samples if calibrate else None)
-    check_utf8("model", str(job.model))
-    check_output(out, overwrite, job.model, job.calibration.source, job.evaluation.text)
-    if save_model:
-        lineage_of(locate(job.model))  # damaged records are refused before the weights are read
-    text = read_text(evaluation.text) if evaluation.text else None
-    tasks = load_tasks(evaluation.tasks) if evaluation.tasks else ()
-    config = config_of(job.model)
-    seq_len = calibration.length(config)
-    window = evaluation.window(text, seq_len, config)
-    workload = Workload(
-        frozenset[str]().union(*(recipe.scoring.needs for recipe in recipes)),
-        sequences=calibration.samples if calibrate else 0,
-        seq_len=seq_len,
-        batch_size=job.run.batch_size,
-        repairs=any(recipe.repair is not None for recipe in recipes),
-        writes_text=any(recipe.writes_text for recipe in recipes),
-        cuts=True,
-        evaluation_tokens=evaluation.tokens(text, seq_len),
-        evaluation_window=window,
-        inputs_on_disk=work is not None,
-    )
+    text, tasks = _checked(job, ratios, recipes, out, save_model, overwrite)
+    workload = _workload(job, recipes, text, inputs_on_disk=work is not None)
     dense, tokenizer, engine = load_or_open(job.model, job.run, workload, scratch=work, progress=progress)
     geometry = Geometry.of(dense)
     for recipe, ratio in product(recipes, ratios):
@@ -243,25 +218,68 @@ def open_inputs(
         # How many parameters another target leaves is not known before groups are ranked.
         in_parameters = all(recipe.target.name == "params" for recipe in recipes)
         check_disk(out, int(model_bytes(dense) * (1 - min(ratios) if in_parameters else 1)))
-    name, windows = f"held-out calibration sequences ({Path(calibration.source).name})", None
-    if text is not None:
-        name = Path(str(evaluation.text)).name
-        windows = cut_text(
-            tokenizer,
-            text,
-            seq_len=window_length(config, evaluation.seq_len),
-            max_windows=evaluation.windows,
-            begin_token=evaluation.begin_token,
-        )
-        check_tokens(config, windows.ids, "evaluation.seq_len")
-        warn_of_few_tokens(name, windows.ids.numel() - len(windows.ids))
-    encoded = [encode_task(config, tokenizer, task, limit=evaluation.items) for task in tasks]
+    name, windows = _windows(dense.config, tokenizer, text, job)
+    encoded = [encode_task(dense.config, tokenizer, task, limit=job.evaluation.items) for task in tasks]
     sequences, held_out = draw_calibration(
         dense,
         tokenizer,
-        calibration,
-        held_out=0 if text else evaluation.held_out,
-        needed=calibrate,
+        job.calibration,
+        held_out=0 if text else job.evaluation.held_out,
+        needed=_calibrates(recipes),
         progress=progress,
     )
     return Inputs(job.model, dense, tokenizer, engine, geometry, sequences, held_out, windows, name, encoded)
+
+
+def _calibrates(recipes: Sequence[Recipe]) -> bool:
+    return any(recipe.needs_calibration for recipe in recipes)
+
+
+def _checked(
+    job: Job, ratios: Sequence[float], recipes: Sequence[Recipe], out: str | Path, save_model: bool, overwrite: bool
+) -> tuple[str | None, Sequence[Task]]:
+    """The evaluation text and the tasks, after all checks that need neither config nor weights."""
+    sequences = job.calibration.samples if _calibrates(recipes) else None
+    for recipe, ratio in product(recipes, ratios):
+        recipe.check(ratio, sequences=sequences)
+    check_utf8("model", str(job.model))
+    check_output(out, overwrite, job.model, job.calibration.source, job.evaluation.text)
+    if save_model:
+        lineage_of(locate(job.model))  # damaged records are refused before the weights are read
+    text = read_text(job.evaluation.text) if job.evaluation.text else None
+    return text, load_tasks(job.evaluation.tasks) if job.evaluation.tasks else ()
+
+
+def _workload(job: Job, recipes: Sequence[Recipe], text: str | None, *, inputs_on_disk: bool) -> Workload:
+    """What will be done with the model, for the estimate of memory."""
+    config = config_of(job.model)
+    seq_len = job.calibration.length(config)
+    return Workload(
+        frozenset[str]().union(*(recipe.scoring.needs for recipe in recipes)),
+        sequences=job.calibration.samples if _calibrates(recipes) else 0,
+        seq_len=seq_len,
+        batch_size=job.run.batch_size,
+        repairs=any(recipe.repair is not None for recipe in recipes),
+        writes_text=any(recipe.writes_text for recipe in recipes),
+        cuts=True,
+        evaluation_tokens=job.evaluation.tokens(text, seq_len),
+        evaluation_window=job.evaluation.window(text, seq_len, config),
+        inputs_on_disk=inputs_on_disk,
+    )
+
+
+def _windows(config: Any, tokenizer: Any, text: str | None, job: Job) -> tuple[str, TextWindows | None]:
+    """What perplexity is measured on, for a reader, and its windows; None for held-out sequences."""
+    if text is None:
+        return f"held-out calibration sequences ({Path(job.calibration.source).name})", None
+    evaluation, name = job.evaluation, Path(str(job.evaluation.text)).name
+    windows = cut_text(
+        tokenizer,
+        text,
+        seq_len=window_length(config, evaluation.seq_len),
+        max_windows=evaluation.windows,
+        begin_token=evaluation.begin_token,
+    )
+    check_tokens(config, windows.ids, "evaluation.seq_len")
+    warn_of_few_tokens(name, windows.ids.numel() - len(windows.ids))
+    return name, windows

@@ -5,13 +5,18 @@ python -m prunus.pipeline.recipe_page > docs/recipe.md
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import yaml
+from prunus.evaluation.job import EVALUATION
+from prunus.pipeline.job_file import JOB, PRESETS
+from prunus.recovery.job import RECOVERY
+from prunus.settings import Key, Sheet
 
-from prunus.pipeline.job_file import PRESETS, Key, job_keys
+__all__ = ["SHEETS", "recipe_page"]
 
-__all__ = ["plain_default", "recipe_page"]
+#: command → its settings
+SHEETS: Mapping[str, Sheet[Any]] = {"prune": JOB, "recover": RECOVERY, "eval": EVALUATION}
 
 HEAD = """# Recipes and settings
 
@@ -23,43 +28,71 @@ with all its keys, and every result holds prunus/recipe.yaml, from which the sam
 prunus prune --recipe RESULT/prunus/recipe.yaml --out again
 ```
 
+[`prunus recover`](#prunus-recover) and [`prunus eval`](#prunus-eval) take `--recipe FILE` and `--set KEY=VALUE` with
+keys of their own; `prunus recipe --command recover` lists them.
+
 The same keys are the fields of the classes in Python: `Recipe(rounds=1, scoring=ScoringOptions(method="taylor"))`.
 This page is generated: `python -m prunus.pipeline.recipe_page > docs/recipe.md`.
 """
 
+#: command → section → what it is about
 SECTIONS = {
-    "": "Job",
-    "scoring": "How groups are ranked",
-    "selection": "Which groups may be cut",
-    "target": "What the ratio is a share of",
-    "repair": "How the remaining weights are repaired (`repair: null` = plain slicing)",
-    "calibration": "The text that importance is measured on",
-    "evaluation": "How the models before and after are compared",
-    "run": "Where and how the model runs",
-    "output": "What is kept beside the result",
+    "prune": {
+        "": "Job",
+        "scoring": "How groups are ranked",
+        "selection": "Which groups may be cut",
+        "target": "What the ratio is a share of",
+        "repair": "How the remaining weights are repaired (`repair: null` = plain slicing)",
+        "calibration": "The text that importance is measured on",
+        "evaluation": "How the models before and after are compared",
+        "run": "Where and how the model runs",
+        "output": "What is kept beside the result",
+    },
+    "recover": {
+        "": "Models",
+        "text": "The text to train on",
+        "recovery": "How the pruned model is trained",
+        "run": "Where it is trained",
+        "output": "What is kept meanwhile",
+    },
+    "eval": {
+        "": "Models",
+        "evaluation": "What is measured",
+        "speed": "How speed is measured",
+        "run": "Where and how the models run",
+    },
 }
 
+#: what stands above the tables of a command other than `prune`
+HEADS = {
+    "recover": """## `prunus recover`
 
-def plain_default(key: Key) -> str:
-    """The default of a key as YAML has it."""
-    value: Any = dict(key.default) if key.path == "scoring.hybrid" else key.default
-    value = list(value) if isinstance(value, tuple) else value
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
-    return "required" if key.path == "model" else text
+[Recovery training](recovery.md). Every result holds prunus/recovery.yaml, from which the same command makes it again:
+`prunus recover --recipe RESULT/prunus/recovery.yaml --out again`.
+""",
+    "eval": """## `prunus eval`
+
+[Evaluation](evaluation.md).
+""",
+}
 
 
 def recipe_page() -> str:
     """The page as Markdown."""
     lines = [HEAD.format(names=", ".join(PRESETS))]
-    by_section: dict[str, list[Key]] = {}
-    for key in job_keys().values():
-        by_section.setdefault(key.path.split(".")[0] if "." in key.path else "", []).append(key)
-    for section, keys in by_section.items():
-        lines += [f"## {SECTIONS[section]}", "", "| key | default | values | meaning |", "|---|---|---|---|"]
-        for key in keys:
-            cells = (f"`{key.path}`", f"`{plain_default(key)}`", key.allowed, key.meaning)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        lines.append("")
+    for command, sheet in SHEETS.items():
+        lines += [HEADS[command]] if command in HEADS else []
+        mark = "###" if command in HEADS else "##"
+        by_section: dict[str, list[Key]] = {}
+        for key in sheet.keys.values():
+            by_section.setdefault(key.path.split(".")[0] if "." in key.path else "", []).append(key)
+        for section, keys in by_section.items():
+            lines += [f"{mark} {SECTIONS[command][section]}", "", "| key | default | values | meaning |"]
+            lines += ["|---|---|---|---|"]
+            for key in keys:
+                cells = (f"`{key.path}`", f"`{key.shown_default}`", key.allowed, key.meaning)
+                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 

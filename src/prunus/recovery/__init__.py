@@ -6,6 +6,7 @@
 
 Data flow, one file each:
 
+    job                  everything that is asked for, as an object and as a file
     text                 sequences to train on, and others that are held out
     objective            the loss: forward KL from the dense model, next tokens, hidden states
     student              the pruned model as it is trained: which weights, in which dtype, and back to a checkpoint
@@ -13,10 +14,15 @@ Data flow, one file each:
     trainer              transformers' Trainer with this loss and this pace
     checkpoints          what a killed run goes on from
     teacher              which dense model, and whether it fits
+    memory               what training takes
+    prepared             all checks before weights are read
+    training             load, measure, train, and the best step
+    result               the model of that step, its card and its record
     run                  all of it, top to bottom
 """
 
+from prunus.recovery.job import PlaceOptions, RecoveryJob
 from prunus.recovery.options import RecoveryOptions, TextOptions
-from prunus.recovery.run import recover_checkpoint
+from prunus.recovery.run import recover_checkpoint, recover_job
 
-__all__ = ["RecoveryOptions", "TextOptions", "recover_checkpoint"]
+__all__ = ["PlaceOptions", "RecoveryJob", "RecoveryOptions", "TextOptions", "recover_checkpoint", "recover_job"]

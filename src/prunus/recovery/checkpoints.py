@@ -148,10 +148,11 @@ class Checkpoints:
             return
         before = read_json(self._inputs_path, error=OptionError)
         for name in [*inputs, *before]:
-            if before.get(name) != inputs.get(name):
+            old, new = ("none" if value is None else value for value in (before.get(name), inputs.get(name)))
+            if old != new:
                 raise OptionError(
-                    f"{self.path} was begun with `{name}` {before.get(name)}, now it is {inputs.get(name)}: a run goes "
-                    "on with what it was begun with. Give the same options, or begin anew with `overwrite`"
+                    f"{self.path} was begun with `{name}` {old}, now it is {new}: a run goes on with what it was begun "
+                    "with. Give the same options, or begin anew with `overwrite`"
                 )
         for path in self._found().values():
             if not self._is_whole(path):

@@ -9,6 +9,7 @@ pass, so that nothing of a piece is kept and, unlike with activation checkpointi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,23 +18,44 @@ from torch.nn import functional
 
 from prunus.model.loss import IGNORE_INDEX
 
-__all__ = ["hidden_state_loss", "token_loss"]
+__all__ = ["BeforeHead", "TokenWeights", "hidden_state_loss", "token_loss"]
 
 Head = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class TokenWeights:
+    """What the loss of a token is made of.
+
+    Attributes:
+        kl: a, of the distillation loss.
+        ce: b, of the next-token loss.
+        temperature: T, of both distributions in the distillation loss.
+    """
+
+    kl: float = 0.0
+    ce: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class BeforeHead:
+    """A model's output before its head, which gives logits a piece at a time.
+
+    Attributes:
+        hidden: hidden states after the final norm, shape (batch, seq_len, hidden_size).
+        head: hidden states → logits.
+        trained: parameters of `head` that are trained. They get their gradient in the loss, and must not be reached
+            through `head` in any other way.
+    """
+
+    hidden: Tensor
+    head: Head
+    trained: Sequence[nn.Parameter] = ()
+
+
 def token_loss(
-    hidden: Tensor,
-    head: Head,
-    labels: Tensor,
-    *,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Head | None = None,
-    kl_weight: float = 0.0,
-    ce_weight: float = 1.0,
-    temperature: float = 1.0,
-    head_parameters: Sequence[nn.Parameter] = (),
-    chunk: int = 256,
+    student: BeforeHead, labels: Tensor, weights: TokenWeights, teacher: BeforeHead | None = None, chunk: int = 256
 ) -> Tensor:
     r"""Distillation and next-token loss, each a mean over tokens.
 
@@ -43,45 +65,40 @@ def token_loss(
     count in the first term, those with a label in the second. Softmax is in float32 whatever dtype the logits have.
 
     Args:
-        hidden: hidden states after the final norm, shape (batch, seq_len, hidden_size).
-        head: hidden states → logits.
+        student: the model's output.
         labels: int64, shape (batch, seq_len), see `prunus.model.loss.next_token_labels`.
-        teacher_hidden: the dense model's, shape (batch, seq_len, its hidden_size); needed with `kl_weight`.
-        teacher_head: its head.
-        kl_weight: a.
-        ce_weight: b.
-        temperature: T.
-        head_parameters: parameters of `head` that are trained. They get their gradient here, and must not be reached
-            through `head` in any other way.
+        weights: a, b and T.
+        teacher: the dense model's output; needed where a is not 0.
         chunk: tokens at a time. It changes memory, and the result only by rounding.
 
     Returns:
-        float32 scalar. Differentiable by `hidden` and `head_parameters`, once.
+        float32 scalar. Differentiable by the student's `hidden` and `trained`, once.
 
     Source:
         Hinton et al., "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531 (with T²).
     """
     flat_labels = labels.flatten()
     positions, predicted = flat_labels.numel(), int((flat_labels != IGNORE_INDEX).sum())
-    flat_teacher = None if teacher_hidden is None else teacher_hidden.detach().flatten(0, 1)
+    flat_teacher = None if teacher is None else teacher.hidden.detach().flatten(0, 1)
+    temperature = weights.temperature
 
     def loss_of(part: Tensor, where: slice) -> Tensor:
-        logits = head(part).float()
+        logits = student.head(part).float()
         total = logits.new_zeros(())
-        if ce_weight and predicted:
+        if weights.ce and predicted:
             losses = functional.cross_entropy(logits, flat_labels[where], ignore_index=IGNORE_INDEX, reduction="sum")
-            total = total + losses * (ce_weight / predicted)
-        if kl_weight:
+            total = total + losses * (weights.ce / predicted)
+        if weights.kl:
+            assert teacher is not None
             assert flat_teacher is not None
-            assert teacher_head is not None
             with torch.no_grad():
-                target = functional.log_softmax(teacher_head(flat_teacher[where]).float() / temperature, dim=-1)
+                target = functional.log_softmax(teacher.head(flat_teacher[where]).float() / temperature, dim=-1)
             own = functional.log_softmax(logits / temperature, dim=-1)
             divergence = functional.kl_div(own, target, reduction="sum", log_target=True)
-            total = total + divergence * (kl_weight * temperature**2 / positions)
+            total = total + divergence * (weights.kl * temperature**2 / positions)
         return total
 
-    loss: Tensor = _ByChunks.apply(loss_of, chunk, hidden.flatten(0, 1), *head_parameters)
+    loss: Tensor = _ByChunks.apply(loss_of, chunk, student.hidden.flatten(0, 1), *student.trained)
     return loss
 
 

@@ -25,8 +25,8 @@ class TextOptions:
     """The text to train on.
 
     Attributes:
-        text: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for the text
-            that ships with Python.
+        source: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for the
+            text that ships with Python.
         samples: train on at most so many sequences; by default as many as the steps need, or as the text has.
         seq_len: tokens per sequence.
         held_out: sequences that are not trained on and choose the best checkpoint.
@@ -37,7 +37,7 @@ class TextOptions:
             chat template.
     """
 
-    text: str
+    source: str
     samples: int | None = None
     seq_len: int = 512
     held_out: int = 16
@@ -50,8 +50,8 @@ class TextOptions:
         check_whole("held_out", self.held_out, why="without held-out sequences no checkpoint is the best")
         check_seed("seed", self.seed)
         if not 0 <= self.seed < 2**32:
-            raise OptionError(f"seed is {self.seed}; training seeds NumPy, too, which takes 0 to {2**32 - 1:,}")
-        check_utf8("text", self.text)
+            raise OptionError(f"`seed` is {self.seed}; training seeds NumPy, too, which takes 0 to {2**32 - 1:,}")
+        check_utf8("text", self.source)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,19 @@ from torch import Tensor, nn
 from prunus.model.families import family_of
 from prunus.model.geometry import submodule
 from prunus.model.loss import chunked_cross_entropy, head_function, next_token_labels
-from prunus.recovery.objective import hidden_state_loss, token_loss
+from prunus.recovery.objective import BeforeHead, TokenWeights, hidden_state_loss, token_loss
 from prunus.recovery.options import RecoveryOptions
 
-__all__ = ["Student", "Teacher", "add_adapters", "merge_adapters"]
+__all__ = ["Student", "Teacher", "add_adapters", "logits_at_once", "merge_adapters"]
 
 #: logits in memory at a time, by kind of device: on a CPU the pieces should stay in its caches
 LOGITS_AT_ONCE = {"cpu": 2**23}
 LOGITS_AT_ONCE_ELSEWHERE = 2**26
+
+
+def logits_at_once(device: torch.device) -> int:
+    """Logits that the loss holds in memory at a time."""
+    return LOGITS_AT_ONCE.get(device.type, LOGITS_AT_ONCE_ELSEWHERE)
 
 
 def add_adapters(model: Any, rank: int, alpha: float, seed: int) -> Any:
@@ -150,24 +155,19 @@ class Student(nn.Module):
         hidden = output.last_hidden_state
         loss = hidden.new_zeros((), dtype=torch.float32)
         if options.kl_weight or options.ce_weight:
-            loss = loss + token_loss(
-                hidden,
-                head,
-                next_tokens,
-                teacher_hidden=None if target is None else target.last_hidden_state,
-                teacher_head=None if teacher is None else head_function(teacher.model),
-                kl_weight=options.kl_weight,
-                ce_weight=options.ce_weight,
-                temperature=options.temperature,
-                head_parameters=[p for p in self.model.get_output_embeddings().parameters() if p.requires_grad],
-                chunk=self._chunk(hidden),
-            )
+            trained = [p for p in self.model.get_output_embeddings().parameters() if p.requires_grad]
+            dense = None
+            if teacher is not None:
+                dense = BeforeHead(target.last_hidden_state, head_function(teacher.model))
+            weights = TokenWeights(options.kl_weight, options.ce_weight, options.temperature)
+            own = BeforeHead(hidden, head, trained)
+            loss = loss + token_loss(own, next_tokens, weights, dense, self._chunk(hidden))
         if with_states:
             assert teacher is not None
             # Entry l + 1 is what layer l leaves; the last is behind the final norm, in both models.
-            own = [*output.hidden_states[1:-1], hidden]
+            states = [*output.hidden_states[1:-1], hidden]
             wanted = [target.hidden_states[layer_idx + 1] for layer_idx in teacher.layers[:-1]]
-            loss = loss + options.hidden_weight * hidden_state_loss(own, [*wanted, target.last_hidden_state])
+            loss = loss + options.hidden_weight * hidden_state_loss(states, [*wanted, target.last_hidden_state])
         return {"loss": loss}
 
     def _decoder(self, model: Any) -> Callable[..., Any]:
@@ -175,8 +175,8 @@ class Student(nn.Module):
         return decoder
 
     def _chunk(self, hidden: Tensor) -> int:
-        at_once = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE_ELSEWHERE)
-        return max(16, at_once // int(self.model.config.vocab_size))
+
+        return max(16, logits_at_once(hidden.device) // int(self.model.config.vocab_size))
 
     def trained_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The weights that are trained, by name.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunus.calibration import Calibration, load_calibration
+from prunus.calibration import Calibration, Reading, load_calibration
 from prunus.errors import CalibrationError
 from prunus.recovery.options import TextOptions
 
@@ -35,19 +35,17 @@ def load_sequences(
     samples = options.samples if options.samples is not None else min(needed or MOST_SAMPLES, MOST_SAMPLES)
     samples += options.held_out
     drawn = load_calibration(
-        options.text,
+        options.source,
         tokenizer,
         samples=samples,
         seq_len=options.seq_len,
         seed=options.seed,
-        text_column=options.text_column,
-        chat_column=options.chat_column,
-        fewer=True,
+        reading=Reading(options.text_column, options.chat_column, fewer=True),
     )
     if len(drawn) < options.held_out + batch_size:
         raise CalibrationError(
-            f"the text {options.text} holds {len(drawn)} sequences of {options.seq_len} tokens, and {options.held_out} "
-            f"held out with one step of {batch_size} need {options.held_out + batch_size}. Give more text, or smaller "
-            "`seq_len`, `held_out` or `batch_size`"
+            f"the text {options.source} holds {len(drawn)} sequences of {options.seq_len} tokens, and "
+            f"{options.held_out} held out with one step of {batch_size} need {options.held_out + batch_size}. Give "
+            "more text, or smaller `seq_len`, `held_out` or `batch_size`"
         )
     return drawn.split(options.held_out)

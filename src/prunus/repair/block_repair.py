@@ -66,11 +66,10 @@ class RepairOptions:
         damping: ridge towards the old weights, as a share of the mean diagonal of XᵀX.
         residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
         noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair
-            holds for other text as well, see `prunus.calibration.noise`.
+            holds for other text as well.
         self_text: share of the sequences that the dense model writes itself, so that the repair holds for other kinds
-            of text, see `prunus.calibration.self_text`; not read by a repair on given batches.
-        fit_logits: at the end, multiply the logits by the factor that minimises the loss, see
-            `prunus.repair.temperature`.
+            of text; not read by a repair on given batches.
+        fit_logits: at the end, multiply the logits by the factor that minimises the loss.
     """
 
     damping: float = 1e-1

@@ -73,9 +73,9 @@ class ScoringOptions(MethodOptions):
         attention_weight: factor on the scores of attention groups. Repair makes up for lost channels better than for
             lost attention, so that a factor above 1 goes with a repair.
         noise: share of the tokens that are replaced by random ones in half of the sequences, so that scores hold
-            for other text as well, see `prunus.calibration.noise`.
+            for other text as well.
         hessian: estimate of the Hessian's diagonal in taylor_2nd (and gate_fisher): mean_loss, empirical_fisher or
-            sampled_fisher, see `prunus.MethodOptions`.
+            sampled_fisher.
         activation: the statistic of activations that wanda multiplies weights with.
         random_seed: of noise, sampled labels and the random control; null = the seed that the calibration sequences
             were drawn with.

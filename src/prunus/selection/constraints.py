@@ -26,7 +26,7 @@ class Constraints:
     Attributes:
         axes: the kinds of group that may be cut.
         layer_start: first decoder layer that may be cut.
-        layer_end: one past the last decoder layer that may be cut; None = all.
+        layer_end: one past the last decoder layer that may be cut; null = up to the last.
         min_keep_attention: attention groups that every layer keeps at least.
         min_keep_mlp: MLP channels that every layer keeps at least.
         align: kept MLP widths are multiples of this, unless the layer is not cut at all; on the command line also gpu

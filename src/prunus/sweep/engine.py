@@ -42,7 +42,7 @@ class ModelOptions:
         engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
             time, which takes longer, reads weights from disk when they are needed and holds the gradients of one layer
             only; auto is resident if that fits into memory.
-        batch_size: calibration sequences per pass. It changes time and memory, and results only by rounding.
+        batch_size: sequences per pass. It changes time and memory, and results only by rounding.
         revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
     """
 

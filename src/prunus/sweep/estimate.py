@@ -43,8 +43,10 @@ from prunus.sweep.blocks import TOKENS_AT_ONCE
 __all__ = [
     "Estimate",
     "Workload",
+    "activation_bytes",
     "available_memory",
     "bytes_of_a_cut",
+    "check_limit",
     "choose_engine",
     "estimate",
     "free_memory",
@@ -127,7 +129,7 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     gradients = bool(workload.needs & {"gradients", "squares"})
     backward = gradients or "gates" in workload.needs
     tokens = min(workload.batch_size, workload.sequences) * workload.seq_len
-    each_token = w * (12 * hidden + 4 * query + 4 * key_value + 6 * channels) + 24 * hidden
+    each_token = activation_bytes(hidden, query, key_value, channels, w)
     activations = tokens * each_token
     vocabulary = int(model.config.vocab_size)
     head = min(512, tokens) * vocabulary * (2 * w + 12) if backward else 0
@@ -162,6 +164,19 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
         process = resident_set() + FIRST_USE + FIRST_SOLUTION * workload.repairs
         process += GROUP_BYTES * groups if workload.needs else 0
     return Estimate(process + int(resident * SLACK), process + int(streamed * SLACK))
+
+
+def activation_bytes(hidden: int, query: int, key_value: int, channels: int, w: int) -> int:
+    """What a layer keeps of one token for its backward pass: `a` of the formulas above, by b and T.
+
+    Args:
+        hidden: H.
+        query: Q.
+        key_value: K.
+        channels: C.
+        w: bytes of a number.
+    """
+    return w * (12 * hidden + 4 * query + 4 * key_value + 6 * channels) + 24 * hidden
 
 
 def bytes_of_a_cut(model: Any, parameters: int, tokens: int) -> int:
@@ -200,16 +215,31 @@ def choose_engine(
     bound = limit if limit is not None else free
     fitting: Literal["resident", "streamed"] = "resident" if bound is None or needed.resident <= bound else "streamed"
     engine = fitting if asked == "auto" else asked
-    if limit is not None and needed.of(engine) > limit:
-        other = ""
-        if engine == "resident" and needed.streamed < needed.resident:
-            other = f"; `engine` streamed needs {show_bytes(needed.streamed)}"
-        raise OptionError(
-            f"`max_memory` is {show_bytes(limit)}, and the {engine} engine needs about {show_bytes(needed.of(engine))} "
-            f"for this model and these options: the smallest `max_memory` that would do is "
-            f"{show_bytes(needed.of(engine))}{other}. A smaller `batch_size` or `seq_len`, or bfloat16, needs less"
-        )
+    other = ""
+    if engine == "resident" and needed.streamed < needed.resident:
+        other = f"; `engine` streamed needs {show_bytes(needed.streamed)}"
+    less = f"{other}. A smaller `batch_size` or `seq_len`, or bfloat16, needs less"
+    check_limit(needed.of(engine), limit, f"the {engine} engine needs", less)
     return engine
+
+
+def check_limit(needed: int, limit: int | None, what: str, less: str) -> None:
+    """Check an estimate against the memory that may be used.
+
+    Args:
+        needed: estimated bytes.
+        limit: bytes that the user allows; None = as many as there are.
+        what: needs them, with its verb.
+        less: end of the message: what needs less.
+
+    Raises:
+        OptionError: the estimate is larger, with the smallest limit that would do.
+    """
+    if limit is not None and needed > limit:
+        raise OptionError(
+            f"`max_memory` is {show_bytes(limit)}, and {what} about {show_bytes(needed)} for this model and these "
+            f"options: the smallest `max_memory` that would do is {show_bytes(needed)}{less}"
+        )
 
 
 def parse_bytes(text: str) -> int:

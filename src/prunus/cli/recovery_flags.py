@@ -1,0 +1,105 @@
+"""Options of `prunus recover`: a file, single settings, and the settings used most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+from prunus.cli.job_flags import UNLISTED
+
+__all__ = ["KEYS", "FileFlags", "PlaceFlags", "TextFlags", "TrainingFlags"]
+
+#: option → the key that it sets
+KEYS = {
+    "model": "model",
+    "teacher": "teacher",
+    "text": "text.source",
+    "samples": "text.samples",
+    "seq_len": "text.seq_len",
+    "seed": "text.seed",
+    "chat_column": "text.chat_column",
+    "max_steps": "recovery.max_steps",
+    "max_minutes": "recovery.max_minutes",
+    "train": "recovery.train",
+    "learning_rate": "recovery.learning_rate",
+    "batch_size": "recovery.batch_size",
+    "device": "run.device",
+    "max_memory": "run.max_memory",
+}
+
+
+@dataclass(frozen=True)
+class _File:
+    """All settings.
+
+    Attributes:
+        recipe: a YAML file, such as prunus/recovery.yaml of an earlier result.
+        set: any other setting, e.g. `--set recovery.lora_rank=16`; `prunus recipe --command recover` lists the keys.
+    """
+
+    recipe: str | None = None
+    set: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The text to train on.
+
+    Attributes:
+        text: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for the
+            text that ships with Python. Required, unless a recipe names one.
+        samples: train on at most so many sequences; by default as many as the steps need, or as the text has.
+        seq_len: tokens per sequence; 512 by default.
+        seed: decides which sequences are drawn, their order, and how adapters begin.
+        chat_column: column that holds conversations in place of text.
+    """
+
+    text: str | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    seed: int | None = None
+    chat_column: Annotated[str | None, UNLISTED] = None
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How the pruned model is trained.
+
+    Attributes:
+        max_steps: optimizer steps.
+        max_minutes: stop after so many minutes of training. With neither limit, one pass over the text; with both,
+            whichever comes first.
+        train: lora = adapters of low rank on every projection, merged at the end; full = all weights. lora by default.
+        learning_rate: its peak; by default 1e-3 for lora, 2e-4 for full.
+        batch_size: sequences per optimizer step, over all processes; 8 by default.
+    """
+
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    train: str | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the model is trained.
+
+    Attributes:
+        device: auto, cpu, cuda or mps; auto is the first of cuda, mps, cpu that there is.
+        max_memory: memory that each process may use, e.g. 8GB. Jobs estimated to exceed it are rejected, naming the
+            smallest sufficient limit.
+    """
+
+    device: str | None = None
+    max_memory: str | None = None
+
+
+FileFlags = Annotated[_File, Parameter(name="*", group=Group("Recipe", sort_key=1))]
+TextFlags = Annotated[_Text, Parameter(name="*", group=Group("Text", sort_key=2))]
+TrainingFlags = Annotated[_Training, Parameter(name="*", group=Group("Training", sort_key=3))]
+PlaceFlags = Annotated[_Place, Parameter(name="*", group=Group("Model", sort_key=4))]
+
+NO_FILE, NO_TEXT, NO_TRAINING, NO_PLACE = _File(), _Text(), _Training(), _Place()

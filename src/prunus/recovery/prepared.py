@@ -1,0 +1,166 @@
+"""Everything about a recovery that is checked, and can be known, before weights are read."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.calibration import Calibration
+from prunus.checkpoint import locate, resolve_device
+from prunus.checkpoint.load import read_small_files
+from prunus.errors import OptionError
+from prunus.installing import install_command
+from prunus.machine.processes import is_first, number_of_processes
+from prunus.model.tokens import check_seq_len, check_token_ids
+from prunus.recovery.card import card_without_figures
+from prunus.recovery.job import RecoveryJob
+from prunus.recovery.memory import check_memory
+from prunus.recovery.options import RecoveryOptions
+from prunus.recovery.teacher import check_vocabulary, find_teacher, layers_behind
+from prunus.recovery.text import MOST_SAMPLES, load_sequences
+
+__all__ = ["Prepared", "require_packages"]
+
+logger = logging.getLogger(__name__)
+
+#: sequences per forward pass, at most, by kind of device
+MICRO_BATCHES = {"cpu": 2}
+MICRO_BATCHES_ELSEWHERE = 8
+#: names of CPU instructions that make bfloat16 faster than float32
+FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recovery job with everything that it leaves open decided.
+
+    Attributes:
+        job: what was asked for.
+        folder: of the pruned model.
+        tokenizer: its tokenizer.
+        teacher: folder of the dense model; None where the loss needs none.
+        layers: the dense model's layer behind each of the pruned model's; empty where the loss does not ask.
+        train_on: sequences to train on.
+        held_out: sequences to measure on.
+        steps: optimizer steps; None where only the clock ends the run.
+        device: where.
+        bfloat16: dtype of forward and backward passes; else float32.
+        micro_batch: sequences per forward pass.
+    """
+
+    job: RecoveryJob
+    folder: Path
+    tokenizer: Any
+    teacher: Path | None
+    layers: tuple[int, ...]
+    train_on: Calibration
+    held_out: Calibration
+    steps: int | None
+    device: torch.device
+    bfloat16: bool
+    micro_batch: int
+
+    @classmethod
+    def of(cls, job: RecoveryJob) -> Prepared:
+        """Check what can be checked without weights, and draw the text.
+
+        Raises:
+            PrunusError: whatever is wrong with options, models or text.
+        """
+        options = job.recovery
+        device = _place(job.run.device)
+        micro_batch = _micro_batch(options, device)
+        folder = locate(job.model)
+        config, tokenizer = read_small_files(folder)
+        check_seq_len(config, job.text.seq_len)
+        card_without_figures(folder)  # or the result of the training could not be described
+        teacher, layers = _teacher(job, folder, config, tokenizer)
+        bfloat16 = _fast_in_bfloat16(device, config) if options.precision == "auto" else options.precision == "bfloat16"
+        check_memory(job, folder, teacher, device, bfloat16=bfloat16, tokens=micro_batch * job.text.seq_len)
+        train_on, held_out = _sequences(job, config, tokenizer)
+        steps = options.max_steps
+        if steps is None and options.max_minutes is None:
+            steps = len(train_on) // options.batch_size
+        return cls(job, folder, tokenizer, teacher, layers, train_on, held_out, steps, device, bfloat16, micro_batch)
+
+    @property
+    def expected_bytes(self) -> int:
+        """Room that result and checkpoints take: of the checkpoints, two with weights and both moments in float32."""
+        weights = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        return weights * (1 + 2 * (6 if self.job.recovery.train == "full" else 1))
+
+
+def require_packages() -> None:
+    """Check that the packages of training are installed.
+
+    Raises:
+        OptionError: naming those that are not, and how to get them.
+    """
+    missing = [name for name in ("accelerate", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OptionError(
+            f"recovery needs {' and '.join(missing)}, not installed here. Run: {install_command(*missing)}"
+        )
+
+
+def _teacher(job: RecoveryJob, folder: Path, config: Any, tokenizer: Any) -> tuple[Path | None, tuple[int, ...]]:
+    """The dense model's folder, and which of its layers the pruned model's come from, as far as the loss asks."""
+    if not job.recovery.needs_teacher:
+        return None, ()
+    dense = locate(job.teacher) if job.teacher is not None else Path(find_teacher(folder))
+    dense_config, dense_tokenizer = read_small_files(dense)
+    check_vocabulary(config, tokenizer, dense_config, dense_tokenizer, str(dense))
+    check_seq_len(dense_config, job.text.seq_len)
+    return dense, layers_behind(folder, config, dense_config, str(dense)) if job.recovery.hidden_weight else ()
+
+
+def _sequences(job: RecoveryJob, config: Any, tokenizer: Any) -> tuple[Calibration, Calibration]:
+    """Sequences to train on, and those that are held out, checked against the model."""
+    options = job.recovery
+    needed = options.max_steps * options.batch_size if options.max_steps else None
+    train_on, held_out = load_sequences(job.text, tokenizer, needed, options.batch_size)
+    for part in (train_on, held_out):
+        check_token_ids(config, part.input_ids)
+    if len(train_on) == MOST_SAMPLES and job.text.samples is None and is_first():
+        logger.warning("training goes through %d sequences of the text; more with `samples`", MOST_SAMPLES)
+    return train_on, held_out
+
+
+def _place(device: str) -> torch.device:
+    place = resolve_device(device)
+    if place.index is not None:
+        raise OptionError(
+            f"`device` {device!r}: recovery takes a kind of device. Choose one by CUDA_VISIBLE_DEVICES={place.index} "
+            "and `device` cuda"
+        )
+    # Of several processes each has been given its own.
+    return torch.device("cuda", torch.cuda.current_device()) if place.type == "cuda" else place
+
+
+def _micro_batch(options: RecoveryOptions, device: torch.device) -> int:
+    processes = number_of_processes()
+    own, left = divmod(options.batch_size, processes)
+    if left:
+        raise OptionError(f"`batch_size` is {options.batch_size}; it must be a multiple of the {processes} processes")
+    if options.micro_batch is not None:
+        if own % options.micro_batch:
+            raise OptionError(
+                f"`micro_batch` is {options.micro_batch}; it must divide the {own} sequences per step of each process"
+            )
+        return options.micro_batch
+    most = MICRO_BATCHES.get(device.type, MICRO_BATCHES_ELSEWHERE)
+    return max(size for size in range(1, own + 1) if own % size == 0 and size <= most)
+
+
+def _fast_in_bfloat16(device: torch.device, config: Any) -> bool:
+    if (config.dtype or torch.float32) == torch.float32:
+        return False
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(capabilities.get(name) for name in FAST_BFLOAT16)
