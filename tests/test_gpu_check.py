@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
 
 
 def test_small_on_a_cpu(tmp_path):
     out = tmp_path / "report.json"
     words = [sys.executable, "benchmarks/gpu_check.py", "--device", "cpu", "--small", "--out", str(out)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(out.read_text())
     rows = {(row["pass"], row["engine"]): row for row in report["methods"]}
@@ -34,7 +36,12 @@ def test_small_on_a_cpu(tmp_path):
     assert "**recovery**" in done.stdout
     # A device that is not there is refused before a model is made.
     refused = subprocess.run(
-        words[:2], cwd=ROOT, capture_output=True, text=True, check=False, env={"CUDA_VISIBLE_DEVICES": ""}
+        words[:2],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert refused.returncode == 2
     assert "--device cpu --small" in refused.stderr
