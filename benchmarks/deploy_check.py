@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunus
 from prunus.export import export_gguf
 from prunus.model.geometry import Geometry
-from prunus.pipeline.prune import apply_checkpoint
+from prunus.pipeline.apply import apply_checkpoint
 from prunus.selection.plan import KeptGroups, Plan
 from prunus.selection.select import select
 

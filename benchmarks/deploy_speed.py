@@ -76,7 +76,7 @@ def make_models(model: str, work: Path, programs: list[str]) -> dict[str, dict[s
     """Cut the model in every way; program → name → what the program loads."""
     import prunus
     from prunus.export import export_gguf
-    from prunus.pipeline.prune import apply_checkpoint
+    from prunus.pipeline.apply import apply_checkpoint
     from prunus.selection.constraints import Constraints
 
     live, tokenizer = prunus.load_model(model)

@@ -53,11 +53,12 @@ from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 from prunus.files.tensor_file import TensorLayout, write_tensors
 from prunus.importance import METHODS, MethodOptions, get_method
 from prunus.importance.registry import statistics_for
+from prunus.machine.byte_sizes import parse_bytes, show_bytes
 from prunus.machine.metering import metered
 from prunus.machine.processes import is_first, joined
 from prunus.model.layers import outside_layers
 from prunus.sweep import ENGINES, sweep
-from prunus.sweep.estimate import Workload, estimate, parse_bytes, show_bytes
+from prunus.sweep.estimate import Workload, estimate
 
 #: passes as a user would write them, against which the others are measured
 BASELINES = ("forward", "forward+backward")

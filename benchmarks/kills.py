@@ -42,7 +42,7 @@ SIZES = ["--samples", "6", "--seq-len", "24"]
 SHORT = ["--text", "default", "--seq-len", "32", "--batch-size", "4"]
 SHORT += ["--set", "text.held_out=8", "--set", "recovery.micro_batch=4"]
 #: fields and columns that say how long something took, or how it was called
-CHANGING = ("seconds", "seconds_to_prune", "peak_bytes", "command")
+CHANGING = ("seconds", "seconds_to_prune", "peak_bytes", "stages", "command")
 #: how a second run, or one that comes too late, is turned away
 REFUSALS = ("is being worked on by process", "is not empty", "exists; choose another", "go on with --resume")
 

@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from prunus.export import export_dense, export_gguf
     from prunus.importance import METHODS, MethodOptions
     from prunus.model.geometry import Geometry
+    from prunus.pipeline.apply import apply_checkpoint
     from prunus.pipeline.compare import compare
     from prunus.pipeline.job import Job, OutputOptions
     from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
-    from prunus.pipeline.prune import PruneResult, apply_checkpoint, prune, prune_checkpoint, prune_job
+    from prunus.pipeline.prune import PruneResult, prune, prune_checkpoint, prune_job
     from prunus.pipeline.recipe import Recipe
     from prunus.repair.block_repair import RepairOptions, repair_
     from prunus.scoring.score import Score, ScoringOptions, score
@@ -124,6 +125,7 @@ _HOMES = {
         "MethodOptions",
     ),
     "prunus.model.geometry": ("Geometry",),
+    "prunus.pipeline.apply": ("apply_checkpoint",),
     "prunus.pipeline.compare": ("compare",),
     "prunus.pipeline.options": (
         "CalibrationOptions",
@@ -135,7 +137,6 @@ _HOMES = {
     ),
     "prunus.pipeline.prune": (
         "PruneResult",
-        "apply_checkpoint",
         "prune",
         "prune_checkpoint",
         "prune_job",

@@ -27,7 +27,6 @@ RANDOM = ["--recipes", "original", "--methods", "random"]
 TRAIN = ["--text", "default", "--seq-len", "16", "--set", "text.held_out=2", "--batch-size", "2", "--max-steps", "2"]
 LOADING = [
     ("prunus.pipeline.inputs", "load_or_open"),
-    ("prunus.pipeline.score", "load_or_open"),
     ("prunus.recovery.training", "load_model"),
 ]
 
@@ -100,7 +99,7 @@ def held(out: Path) -> int:
 @pytest.mark.parametrize("name", ALL)
 def test_the_second_of_two_runs_stops_at_once(capsys, tmp_path, commands, name, monkeypatch):
     for module, long in (*LOADING, ("prunus.cli.profile", "profile_model")):
-        monkeypatch.setattr(sys.modules[module], long, killed)
+        monkeypatch.setattr(importlib.import_module(module), long, killed)
     out = tmp_path / "out"
     child = held(out)
     try:
@@ -167,7 +166,7 @@ def test_the_same_command_does_what_was_left(capsys, tmp_path, commands, name, t
     saved = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert saved
     for module, long in LOADING:
-        monkeypatch.setattr(sys.modules[module], long, killed)
+        monkeypatch.setattr(importlib.import_module(module), long, killed)
     run(capsys, *words)
     assert all(path.stat().st_mtime_ns == written for path, written in saved.items()), "nothing is made twice"
     assert sorted(os.listdir(tmp_path)) == ["out", "straight"]

@@ -14,10 +14,10 @@ from tiny_recovery import SHORT, chat_tokenizer
 
 from prunus.cli import main
 from prunus.errors import OptionError
+from prunus.machine.byte_sizes import parse_bytes
 from prunus.recovery import PlaceOptions, RecoveryJob, RecoveryOptions, TextOptions
 from prunus.recovery.job import RECOVERY, WorkOptions
 from prunus.recovery.memory import training_bytes
-from prunus.sweep.estimate import parse_bytes
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)
 jobs = st.builds(

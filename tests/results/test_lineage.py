@@ -178,7 +178,7 @@ def test_records_that_cannot_be_read_are_refused_before_long_work(name, text, sa
     plan = prunus.Plan.load(once / "prunus" / "plan.json")
     (once / "prunus" / name).write_text(text)
     monkeypatch.setattr("prunus.pipeline.inputs.load_or_open", None)
-    monkeypatch.setattr("prunus.pipeline.prune.load_or_open", None)
+    monkeypatch.setattr("prunus.pipeline.apply.load_or_open", None)
     with pytest.raises(CheckpointError, match=r"its records cannot be read .* remove that folder"):
         prune(once, twice, 0.1)
     with pytest.raises(CheckpointError, match="its records cannot be read"):

@@ -12,7 +12,7 @@ from tiny_folder import SIZES, fails, run, save_tiny_folder
 
 import prunus
 from prunus.cli import main
-from prunus.sweep.estimate import parse_bytes
+from prunus.machine.byte_sizes import parse_bytes
 
 SMALLEST = r"smallest --max-memory that would do is ([\d.]+[MG]B)"
 

@@ -16,6 +16,7 @@ from tiny_families import make_model
 import prunus
 from prunus.checkpoint import open_model
 from prunus.errors import OptionError
+from prunus.machine.byte_sizes import parse_bytes, show_bytes
 from prunus.sweep import estimate as module
 from prunus.sweep.estimate import (
     Estimate,
@@ -24,8 +25,6 @@ from prunus.sweep.estimate import (
     choose_engine,
     estimate,
     free_memory,
-    parse_bytes,
-    show_bytes,
 )
 
 CPU = torch.device("cpu")

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from prunus.calibration.begin_token import begin_with
 from prunus.errors import NonFiniteError
+from prunus.machine.bars import Bar
 from prunus.model.evaluation_mode import evaluation_mode
 
-__all__ = ["PIECES_AT_ONCE", "PIECE_LENGTH", "sample_from_model"]
+__all__ = ["PIECES_AT_ONCE", "PIECE_LENGTH", "cache_argument", "draw_tokens", "sample_from_model"]
 
 #: tokens that are written from one first token; a token costs the more, the more tokens stand before it
 PIECE_LENGTH = 256
@@ -58,12 +58,11 @@ def sample_from_model(
     length = min(wanted, PIECE_LENGTH)
     pieces = -(-samples * wanted // length)
     vocabulary = model.config.get_text_config().vocab_size
-    # transformers renames this argument in the course of version 5.
-    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache_name = cache_argument(model)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(vocabulary, (pieces, 1), generator=generator)
     written: list[Tensor] = []
-    bar = tqdm(total=pieces * length, desc="sampling text", unit="token", disable=None if progress else True)
+    bar = Bar("writing text", total=pieces * length, unit="token", progress=progress)
     with evaluation_mode(model), bar:
         for first in starts.split(PIECES_AT_ONCE):
             tokens, cache = [first], {cache_name: DynamicCache()}
@@ -71,14 +70,19 @@ def sample_from_model(
             read = begin_with(begin, first)
             for _ in range(length - 1):
                 output = model(input_ids=read.to(model.device), **cache, use_cache=True, logits_to_keep=1)
-                tokens.append(_draw(output.logits[:, -1].float().cpu(), generator))
+                tokens.append(draw_tokens(output.logits[:, -1].float().cpu(), generator))
                 read = tokens[-1]
                 bar.update(len(first))
             written.append(torch.cat(tokens, dim=1))
     return begin_with(begin, torch.cat(written).flatten()[: samples * wanted].view(samples, wanted))
 
 
-def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+def cache_argument(model: Any) -> str:
+    """What a model calls the argument for keys and values; transformers renames it in the course of version 5."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A token from each row of logits, (rows, 1), by inverting the distribution function: one draw per row."""
     if not logits.isfinite().all():
         raise NonFiniteError("the model's logits are not finite: check its weights for NaN")

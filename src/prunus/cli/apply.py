@@ -31,8 +31,8 @@ def apply(
     """
     from prunus.cli.printing import print_json, print_rows, typed_command
     from prunus.files.outputs import check_inputs
+    from prunus.pipeline.apply import apply_checkpoint
     from prunus.pipeline.inspection import geometry_of
-    from prunus.pipeline.prune import apply_checkpoint
     from prunus.selection.plan import Plan
 
     check_inputs(out, plan)

@@ -36,6 +36,7 @@ def compare(
     evaluation: EvaluationFlags = NO_EVALUATION,
     device: DeviceFlags = NO_DEVICE,
     overwrite: Flag = False,
+    dry_run: Flag = False,
     json: Flag = False,
 ) -> None:
     """Prune by several recipes at several ratios and measure each: a table and a report.
@@ -50,10 +51,13 @@ def compare(
         seeds: draw the calibration sequences with each of these seeds, e.g. `0,1`.
         set: a setting for all recipes, e.g. `--set scoring.normalize=layer_sum`; `prunus recipe` lists the keys.
         overwrite: replace an earlier comparison in the folder.
+        dry_run: say what would be removed, and what memory, disk and time it would take; nothing is written.
         json: print the rows as JSON.
     """
+    from prunus.cli.forecast import show_forecast
     from prunus.cli.printing import print_json, print_rows, short, typed_command
     from prunus.pipeline.compare import compare as compare_recipes
+    from prunus.pipeline.compare import forecast_compare
     from prunus.pipeline.job_file import read_job
 
     direct = {"model": model, **given(calibration, evaluation, device)}
@@ -68,9 +72,11 @@ def compare(
             for name, recipe in named.items()
             for method in methods
         }
-    comparison = compare_recipes(
-        next(iter(jobs.values())), named, ratios, out, seeds=seeds, overwrite=overwrite, command=typed_command()
-    )
+    job = next(iter(jobs.values()))
+    if dry_run:
+        show_forecast(forecast_compare(job, named, ratios, out, seeds=seeds, overwrite=overwrite), json)
+        return
+    comparison = compare_recipes(job, named, ratios, out, seeds=seeds, overwrite=overwrite, command=typed_command())
     if json:
         print_json(jsonlib.loads(comparison.to_json(orient="records")))
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-__all__ = ["KEYS", "UNLISTED", "CalibrationFlags", "DeviceFlags", "EvaluationFlags", "RecipeFlags", "given"]
+__all__ = ["KEYS", "UNLISTED", "CalibrationFlags", "DeviceFlags", "EvaluationFlags", "FitFlags", "RecipeFlags", "given"]
 
 #: taken, and not listed by --help: a recipe key and `owner/name@revision` say the same
 UNLISTED = Parameter(show=False)
@@ -25,6 +25,10 @@ KEYS = {
     "seed": "calibration.seed",
     "chat_column": "calibration.chat_column",
     "eval_text": "evaluation.text",
+    "fit": "fit.size",
+    "fit_memory": "fit.memory",
+    "context": "fit.context",
+    "batch": "fit.batch",
     "device": "run.device",
     "max_memory": "run.max_memory",
     "dtype": "run.dtype",
@@ -45,7 +49,7 @@ class _Recipe:
         shape: ragged cuts wherever the score is lowest; uniform leaves all layers equally wide; depth removes whole
             layers.
         align: kept MLP widths are multiples of this: a number, gpu (64), gpu128 (128) or gguf (256).
-        target: what the ratio is a share of: params, flops, kv_cache or latency.
+        target: what the ratio is a share of: params, flops, kv_cache, latency, size or memory.
     """
 
     recipe: str | None = None
@@ -54,7 +58,25 @@ class _Recipe:
     rounds: Annotated[int | None, UNLISTED] = None
     shape: str | None = None
     align: str | None = None
-    target: str | None = None
+    target: Annotated[str | None, UNLISTED] = None
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A size that the result has to fit into, in place of --ratio.
+
+    Attributes:
+        fit: size of the weights: 300MB in the dtype that they are saved in, 90MB:Q4_K_M as llama.cpp quantises them.
+            With the KV cache instead: `--fit-memory 6GB --context 8192 --batch 4`.
+        fit_memory: size of the weights and the KV cache together.
+        context: tokens of each sequence in the KV cache.
+        batch: sequences in the KV cache.
+    """
+
+    fit: str | None = None
+    fit_memory: Annotated[str | None, UNLISTED] = None
+    context: Annotated[int | None, UNLISTED] = None
+    batch: Annotated[int | None, UNLISTED] = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +95,7 @@ class _Calibration:
     calibration: str | None = None
     samples: int | None = None
     seq_len: int | None = None
-    seed: int | None = None
+    seed: Annotated[int | None, UNLISTED] = None
     chat_column: Annotated[str | None, UNLISTED] = None
 
 
@@ -107,12 +129,14 @@ class _Device:
     revision: Annotated[str | None, UNLISTED] = None
 
 
+FitFlags = Annotated[_Fit, Parameter(name="*", group="Parameters")]
 RecipeFlags = Annotated[_Recipe, Parameter(name="*", group=Group("Recipe", sort_key=1))]
 CalibrationFlags = Annotated[_Calibration, Parameter(name="*", group=Group("Calibration", sort_key=2))]
 EvaluationFlags = Annotated[_Evaluation, Parameter(name="*", group=Group("Evaluation", sort_key=3))]
 DeviceFlags = Annotated[_Device, Parameter(name="*", group=Group("Model", sort_key=4))]
 
-NO_RECIPE, NO_CALIBRATION, NO_EVALUATION, NO_DEVICE = _Recipe(), _Calibration(), _Evaluation(), _Device()
+NO_RECIPE, NO_FIT, NO_CALIBRATION = _Recipe(), _Fit(), _Calibration()
+NO_EVALUATION, NO_DEVICE = _Evaluation(), _Device()
 
 
 def given(*flags: object, keys: Mapping[str, str] = KEYS) -> dict[str, object]:

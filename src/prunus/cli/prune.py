@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -13,13 +13,16 @@ from prunus.cli.job_flags import (
     NO_CALIBRATION,
     NO_DEVICE,
     NO_EVALUATION,
+    NO_FIT,
     NO_RECIPE,
     CalibrationFlags,
     DeviceFlags,
     EvaluationFlags,
+    FitFlags,
     RecipeFlags,
     given,
 )
+from prunus.errors import OptionError
 
 __all__ = ["prune"]
 
@@ -30,11 +33,13 @@ def prune(
     *,
     out: Path,
     ratio: float | None = None,
+    fit: FitFlags = NO_FIT,
     recipe: RecipeFlags = NO_RECIPE,
     calibration: CalibrationFlags = NO_CALIBRATION,
     evaluation: EvaluationFlags = NO_EVALUATION,
     device: DeviceFlags = NO_DEVICE,
     overwrite: Flag = False,
+    dry_run: Flag = False,
     json: Flag = False,
 ) -> None:
     """Prune a model and save the smaller one: score, select, cut, repair and measure in one go.
@@ -46,38 +51,28 @@ def prune(
         out: folder for the result; it appears when it is complete.
         ratio: share of all parameters to remove, or of what --target says, from 0 to below 1; 0.25 by default.
         overwrite: replace an earlier result in the folder.
+        dry_run: say what would be removed, and what memory, disk and time it would take; nothing is written.
         json: print the metrics as JSON.
     """
-    from prunus.cli.printing import print_json, print_rows, typed_command
+    from prunus.cli.forecast import show_forecast
+    from prunus.cli.printing import print_json, typed_command
+    from prunus.cli.prune_result import show_result
     from prunus.pipeline.job_file import read_job
-    from prunus.pipeline.prune import prune_job
+    from prunus.pipeline.prune import forecast_prune, prune_job
+    from prunus.selection.fit import FitOptions
 
-    direct = {"model": model, "ratio": ratio, **given(recipe, calibration, evaluation, device)}
+    size = given(fit)
+    if ratio is not None and (fit.fit or fit.fit_memory):
+        raise OptionError("`ratio` and `fit` both say how much to remove; give one of them")
+    direct = {"model": model, "ratio": ratio, **size, **given(recipe, calibration, evaluation, device)}
     job = read_job(recipe.recipe, recipe.set, direct)
+    if ratio is not None:
+        job = replace(job, fit=FitOptions())  # that of the recipe's file
+    if dry_run:
+        show_forecast(forecast_prune(job, out, overwrite=overwrite), json)
+        return
     metrics = prune_job(job, out, overwrite=overwrite, command=typed_command())
     if json:
         print_json(metrics)
         return
-    print_rows(
-        f"{metrics['base_model']} → {out}",
-        ("", "before", "after"),
-        [
-            ("parameters", f"{metrics['parameters_before']:,}", f"{metrics['parameters_after']:,}"),
-            *_target_row(metrics["target"]),
-            ("removed", f"{metrics['ratio']:.1%} asked", f"{metrics['achieved_ratio']:.1%}"),
-            *_perplexity_row(metrics),
-        ],
-    )
-
-
-def _target_row(target: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    if target["target"] == "params":
-        return []
-    return [(target["quantity"], f"{target['before']:,.0f}", f"{target['after']:,.0f}")]
-
-
-def _perplexity_row(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    if metrics["perplexity_after"] is None:
-        return []
-    before, after = metrics["perplexity_before"], metrics["perplexity_after"]
-    return [(f"perplexity, {metrics['perplexity_text']}", f"{before:.2f}", f"{after:.2f}")]
+    show_result(metrics, out)

@@ -27,6 +27,7 @@ def score(
     calibration: CalibrationFlags = NO_CALIBRATION,
     device: DeviceFlags = NO_DEVICE,
     overwrite: Flag = False,
+    dry_run: Flag = False,
     json: Flag = False,
 ) -> None:
     """Score every group of a model: writes groups.csv and what it was made from.
@@ -35,14 +36,19 @@ def score(
         model: folder, Hub id or `smollm2-135m`.
         out: folder for groups.csv, score.json and statistics.safetensors.
         overwrite: replace an earlier result in the folder.
+        dry_run: say what memory and time it would take; nothing is written.
         json: print what was done as JSON.
     """
+    from prunus.cli.forecast import show_forecast
     from prunus.cli.printing import print_json, print_rows, short, typed_command
     from prunus.machine.processes import is_first, joined
     from prunus.pipeline.job_file import read_job
-    from prunus.pipeline.score import score_job
+    from prunus.pipeline.score import forecast_score, score_job
 
     job = read_job(recipe.recipe, recipe.set, {"model": model, **given(recipe, calibration, device)})
+    if dry_run:
+        show_forecast(forecast_score(job, out, overwrite=overwrite), json)
+        return
     with joined():
         result = score_job(job, out, overwrite=overwrite, command=typed_command())
         first = is_first()

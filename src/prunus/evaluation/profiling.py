@@ -25,13 +25,14 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from prunus.checkpoint import empty_model, locate, pruned_config, read_config, resolve_device, resolve_dtype
+from prunus.checkpoint.random_weights import random_weights
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.speed import check_context
 from prunus.evaluation.speed_options import SpeedOptions
 from prunus.files.user_path import expanded
+from prunus.machine.bars import Bar
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import Geometry, LayerWidths, submodule
 from prunus.selection.latency_profile import LatencyProfile, PhaseTimes, ProfiledShape
@@ -80,13 +81,13 @@ def profile(
         generator=torch.Generator().manual_seed(options.seed),
     ).to(device)
     probes = [
-        _random_weights(empty_model(pruned_config(config, widths, layer_indices), held_in), device)
+        random_weights(empty_model(pruned_config(config, widths, layer_indices), held_in), device)
         for widths, layer_indices in _probes(geometry)
     ]
     prefill, decode = _Times(), _Times()
     rounds = options.warm_up + options.repeats
     wall, used = time.perf_counter(), time.thread_time()
-    with tqdm(total=rounds * len(probes), desc="profile", unit="run", disable=None if progress else True) as bar:
+    with Bar("profile", total=rounds * len(probes), unit="run", progress=progress) as bar:
         for number in range(rounds):
             for probe in probes:
                 passes = _timed_passes(probe, prompts, options.new_tokens)
@@ -147,17 +148,6 @@ def _probes(geometry: Geometry) -> Iterator[tuple[list[LayerWidths], list[int]]]
     for start in range(0, count, layers):
         part = pairs[start : start + layers]
         yield part, [number * layers // len(part) for number in range(len(part))]
-
-
-def _random_weights(model: Any, device: torch.device) -> Any:
-    """Give an empty model weights whose products neither vanish nor overflow in any dtype."""
-    weights: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        weights[name] = weight.fill_(1.0) if weight.ndim < 2 else weight.normal_(0, 0.02)
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    return model.to(device)
 
 
 class _Times:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from prunus.errors import OptionError
 from prunus.evaluation.greedy import greedy_run
+from prunus.machine.bars import tracked
 from prunus.model.tokens import check_token_ids, longest_context
 
 __all__ = ["NEW_TOKENS", "PROMPTS", "Sample", "check_prompt", "continuations", "side_by_side"]
@@ -66,7 +66,7 @@ def continuations(
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     samples = []
     context = longest_context(model.config) or 2**31
-    for prompt in tqdm(prompts, desc="samples", unit="prompt", disable=None if progress else True):
+    for prompt in tracked(prompts, "samples", total=len(prompts), unit="prompt", progress=progress):
         ids = check_prompt(model.config, tokenizer, prompt)
         run = greedy_run(model, torch.tensor([ids], device=model.device), min(new_tokens, context - len(ids)))
         made = run.tokens[0].tolist()

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from tqdm import tqdm
 
 from prunus.checkpoint import check_folder, empty_model, load_model, locate, resolve_device, resolve_dtype
 from prunus.errors import OptionError
@@ -24,9 +23,11 @@ from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.kv_cache import kv_cache_bytes
 from prunus.evaluation.memory import PeakMemory, peak_memory
 from prunus.evaluation.speed_options import SpeedOptions
+from prunus.machine.bars import Bar
+from prunus.machine.byte_sizes import parse_bytes
 from prunus.machine.memory import resident_set
 from prunus.sweep.engine import ModelOptions, memory_needed, model_name
-from prunus.sweep.estimate import Workload, check_limit, parse_bytes
+from prunus.sweep.estimate import Workload, check_limit
 
 __all__ = [
     "SpeedReport",
@@ -198,7 +199,7 @@ def time_in_turn(
     """
     timings: list[list[Timing]] = [[] for _ in models]
     rounds = options.warm_up + options.repeats
-    with tqdm(total=rounds * len(models), desc="bench", unit="run", disable=None if progress else True) as bar:
+    with Bar("bench", total=rounds * len(models), unit="run", progress=progress) as bar:
         for number in range(rounds):
             pairs = list(zip(models, timings, strict=True))
             for model, kept in reversed(pairs) if number % 2 else pairs:

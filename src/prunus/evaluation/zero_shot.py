@@ -27,11 +27,11 @@ from typing import Annotated, Any
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
-from tqdm import tqdm
 
 from prunus.errors import NonFiniteError, OptionError
 from prunus.files.json_file import FileContent, check_content, parse_json
 from prunus.files.user_path import expanded
+from prunus.machine.bars import Bar
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.loss import head_function
 from prunus.model.tokens import check_token_ids, longest_context
@@ -323,7 +323,7 @@ def _answers(model: Any, encoded: EncodedTask, batch_size: int, progress: bool) 
     order = sorted(range(len(pairs)), key=lambda number: len(pairs[number][0]))
     with (
         evaluation_mode(model),
-        tqdm(total=len(pairs), desc=task.name, unit="choice", disable=None if progress else True) as bar,
+        Bar(task.name, total=len(pairs), unit="choice", progress=progress) as bar,
     ):
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]

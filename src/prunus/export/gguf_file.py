@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from prunus.checkpoint import load_model, locate, read_config
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
@@ -25,6 +24,7 @@ from prunus.export.memory import check_export_memory
 from prunus.files.outputs import check_disk, check_output_file, claimed, output_file
 from prunus.files.user_path import expanded
 from prunus.installing import install_command
+from prunus.machine.bars import tracked
 from prunus.model.families import family_of
 from prunus.model.geometry import Geometry, LayerWidths
 
@@ -314,7 +314,7 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for entry in tqdm(entries(), total=count, desc="writing tensors", disable=None if progress else True):
+    for entry in tracked(entries(), "writing tensors", total=count, unit="tensor", progress=progress):
         kind = _quantization(gguf, entry, type)
         values = entry.tensor.to(device="cpu", dtype=torch.float32).contiguous().numpy()
         if kind.name == "F16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from prunus.machine.byte_sizes import parse_bytes
 from prunus.sweep.engine import ModelOptions, memory_needed
-from prunus.sweep.estimate import Workload, check_limit, parse_bytes
+from prunus.sweep.estimate import Workload, check_limit
 
 __all__ = ["check_export_memory"]
 

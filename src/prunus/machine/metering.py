@@ -13,11 +13,13 @@ import torch
 
 __all__ = ["Cost", "metered"]
 
+#: the meters that run: one inside another would make it forget what was before
+_running: list[Cost] = []
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
-@dataclass
+@dataclass(eq=False)
 class Cost:
     """What a stage took.
 
@@ -41,30 +43,41 @@ def metered(device: torch.device | str = "cpu") -> Iterator[Cost]:
     Yields:
         The cost; it is complete when the context ends.
     """
-    cost, on_cuda = Cost(), torch.device(device).type == "cuda"
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        _reset_peak()
+    device = torch.device(device)
+    for outer in _running:
+        outer.peak_bytes = _larger(outer.peak_bytes, _peak(device))
+    cost = Cost()
+    _reset_peak(device)
+    _running.append(cost)
     start = time.perf_counter()
     try:
         yield cost
     finally:
-        if on_cuda:
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
         cost.seconds = time.perf_counter() - start
-        cost.peak_bytes = torch.cuda.max_memory_allocated(device) if on_cuda else _peak()
+        cost.peak_bytes = _larger(cost.peak_bytes, _peak(device))
+        _running.remove(cost)
 
 
-def _reset_peak() -> None:
+def _larger(one: int | None, other: int | None) -> int | None:
+    return max((peak for peak in (one, other) if peak is not None), default=None)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     try:
         _CLEAR_REFS.write_text("5")  # Linux: forget the high-water mark of the resident set
     except OSError:
         return
 
 
-def _peak() -> int | None:
-    """High-water mark of the resident set: since the reset on Linux, elsewhere since the process began."""
+def _peak(device: torch.device) -> int | None:
+    """Largest memory in use: since the reset on CUDA and Linux, elsewhere since the process began."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     try:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -16,12 +16,17 @@ import pandas as pd
 from prunus.calibration import Calibration
 from prunus.errors import CalibrationError, OptionError
 from prunus.files.outputs import claimed, output_folder, whole_file
+from prunus.machine.byte_sizes import parse_bytes
 from prunus.machine.metering import Cost, metered
+from prunus.machine.stages import Stages
 from prunus.model.geometry import Geometry
+from prunus.pipeline.cutting import Passes, Prepared, cut, repair_seed, repair_text
+from prunus.pipeline.forecast import Forecast, begun, forecast
 from prunus.pipeline.inputs import Inputs, open_inputs
 from prunus.pipeline.job import Job
-from prunus.pipeline.prune import Passes, Prepared, cut, repair_seed, repair_text
 from prunus.pipeline.recipe import Recipe
+from prunus.pipeline.request import Request, check_request
+from prunus.pipeline.stages import LOADING, WRITING, comparing, scoring
 from prunus.repair.block_repair import Cut, repair_together_
 from prunus.report import try_report
 from prunus.results.comparison import DENSE, plan_name
@@ -30,10 +35,10 @@ from prunus.selection.plan import Plan
 from prunus.selection.select import select
 from prunus.surgery import apply_plan
 from prunus.sweep.engine import model_name
-from prunus.sweep.estimate import bytes_of_a_cut, free_memory, parse_bytes
+from prunus.sweep.estimate import bytes_of_a_cut, free_memory
 from prunus.version import __version__
 
-__all__ = ["compare", "cuts_at_once"]
+__all__ = ["compare", "cuts_at_once", "forecast_compare"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,18 +82,16 @@ def compare(
         OptionError: nothing to compare, or a recipe that cannot work.
         CalibrationError: there is no text to measure perplexity on.
     """
-    if not recipes or not ratios or DENSE in recipes:
-        raise OptionError(f"compare needs at least one recipe and one ratio, and no recipe can be called {DENSE}")
-    if job.evaluation.text is None and job.evaluation.held_out == 0:
-        raise OptionError("compare measures perplexity: give an evaluation text, or hold out calibration sequences")
+    _check(job, recipes, ratios)
     seeds = list(dict.fromkeys(seeds or [job.calibration.seed]))
     job = replace(job, calibration=replace(job.calibration, seed=seeds[0]))
     asked = "compare", job, recipes, tuple(ratios), tuple(seeds), overwrite
     with claimed(out, run=asked, command=command) as claim:
         if not claim.finished:
-            inputs = open_inputs(
-                job, ratios, list(recipes.values()), out, save_model=False, overwrite=overwrite, progress=progress
-            )
+            request = _request(job, recipes, ratios, out, seeds, overwrite)
+            stages = begun(request, progress)
+            with stages.enter(LOADING):
+                inputs = open_inputs(request, progress=progress)
             if not inputs.measurable:
                 raise CalibrationError("there is no text left to measure perplexity on; give an evaluation text")
             about = {
@@ -99,15 +102,53 @@ def compare(
                 "recipes": {name: _plain(recipe) for name, recipe in recipes.items()},
             }
             with output_folder(out, overwrite=overwrite) as place:
-                record = _Record(place, about, [DENSE, *recipes], progress)
+                record = _Record(place, about, [DENSE, *recipes], stages)
                 with _shown_if_lost(record):
                     for seed in seeds:
                         if seed != seeds[0]:
                             inputs = inputs.drawn_again(replace(job.calibration, seed=seed), progress=progress)
-                        _compare_with(inputs, job, recipes, ratios, record, seed)
+                        with stages.enter(comparing(seed, seeds)):
+                            _compare_with(inputs, job, recipes, ratios, record, seed)
         if job.output.report:
             try_report(out)
     return pd.read_csv(claim.path / "comparison.csv", float_precision="round_trip")
+
+
+def forecast_compare(
+    job: Job,
+    recipes: Mapping[str, Recipe],
+    ratios: Sequence[float],
+    out: str | Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    overwrite: bool = False,
+) -> Forecast:
+    """What `compare` would remove, and what it would take; nothing is written.
+
+    Raises:
+        PrunusError: see `compare`.
+    """
+    _check(job, recipes, ratios)
+    return forecast(_request(job, recipes, ratios, out, list(seeds or [job.calibration.seed]), overwrite))
+
+
+def _check(job: Job, recipes: Mapping[str, Recipe], ratios: Sequence[float]) -> None:
+    if not recipes or not ratios or DENSE in recipes:
+        raise OptionError(f"compare needs at least one recipe and one ratio, and no recipe can be called {DENSE}")
+    if job.evaluation.text is None and job.evaluation.held_out == 0:
+        raise OptionError("compare measures perplexity: give an evaluation text, or hold out calibration sequences")
+
+
+def _request(
+    job: Job,
+    recipes: Mapping[str, Recipe],
+    ratios: Sequence[float],
+    out: str | Path,
+    seeds: Sequence[int],
+    overwrite: bool,
+) -> Request:
+    request = check_request(job, out, ratios=ratios, recipes=list(recipes.values()), saves=False, overwrite=overwrite)
+    return replace(request, seeds=seeds)
 
 
 @contextmanager
@@ -125,19 +166,21 @@ def _compare_with(
     inputs: Inputs, job: Job, recipes: Mapping[str, Recipe], ratios: Sequence[float], record: _Record, seed: int
 ) -> None:
     """All rows of one drawing of the calibration sequences."""
-    passes = Passes(job.run.batch_size, inputs.engine, record.progress)
+    stages = record.stages
+    passes = Passes(job.run.batch_size, inputs.engine, stages=stages)
     record.add(inputs, inputs.model, [_Row(DENSE, 0.0, seed)])
     ways = [recipe.scoring for recipe in recipes.values()]
-    scores = score_together(
-        inputs.model,
-        inputs.calibration,
-        ways,
-        batch_size=passes.batch_size,
-        engine=passes.engine,
-        progress=passes.progress,
-    )
+    with stages.enter(scoring(1, 1)):
+        scores = score_together(
+            inputs.model,
+            inputs.calibration,
+            ways,
+            batch_size=passes.batch_size,
+            engine=passes.engine,
+            progress=passes.progress,
+        )
     named = [_Shared(*each, None) for each in zip(recipes, recipes.values(), scores, strict=True)]
-    shared = _with_texts(inputs, named, record.progress)
+    shared = _with_texts(inputs, named, passes)
     at_once = [one for one in shared if len(one.recipe.steps(0.0)) == 1]
     # A repair and the seed of the text that the model writes for it: what cuts must have in common to share a walk.
     kinds = dict.fromkeys((one.recipe.repair, one.recipe.scoring.random_seed) for one in at_once)
@@ -179,7 +222,7 @@ class _Shared:
         return _Row(self.name, ratio, seed, about["seconds"] + writing[0] + seconds, max(peaks, default=None))
 
 
-def _with_texts(inputs: Inputs, shared: Sequence[_Shared], progress: bool) -> list[_Shared]:
+def _with_texts(inputs: Inputs, shared: Sequence[_Shared], passes: Passes) -> list[_Shared]:
     """The same with the texts of the repairs; recipes that want the same text share it."""
     texts: dict[tuple[float, int | None], tuple[Calibration | None, Cost]] = {}
     result = []
@@ -187,8 +230,8 @@ def _with_texts(inputs: Inputs, shared: Sequence[_Shared], progress: bool) -> li
         if one.recipe.repair is not None:
             key = one.recipe.repair.self_text, one.recipe.scoring.random_seed
             if key not in texts:
-                with metered(inputs.model.device) as cost:
-                    text = repair_text(inputs.model, inputs.calibration, one.recipe, progress=progress)
+                with passes.stages.enter(WRITING), metered(inputs.model.device) as cost:
+                    text = repair_text(inputs.model, inputs.calibration, one.recipe, progress=passes.progress)
                 texts[key] = text, cost
             one = replace(one, text=texts[key][0], writing=texts[key][1])
         result.append(one)
@@ -231,9 +274,9 @@ def _cut_together(
                 costs.append(cost)
         if repair is not None and text is not None:
             batches = list(text.batches(job.run.batch_size))
-            with metered(dense.device) as shared:
+            with record.stages.enter(f"{len(cuts)} repairs"), metered(dense.device) as shared:
                 draws = repair_seed(inputs.calibration, alike[0].recipe)
-                repaired = repair_together_(cuts, dense, batches, repair, seed=draws, progress=record.progress)
+                repaired = repair_together_(cuts, dense, batches, repair, seed=draws, progress=record.stages.progress)
             for done, cost, found in zip(cuts, costs, repaired, strict=True):
                 add(done, cost.seconds + found.seconds, shared.peak_bytes)
 
@@ -279,8 +322,8 @@ class _Row:
 class _Record:
     """The rows so far, which are on disk after each measurement."""
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], names: Iterable[str], progress: bool):
-        self.folder, self.progress = folder, progress
+    def __init__(self, folder: Path, about: Mapping[str, Any], names: Iterable[str], stages: Stages):
+        self.folder, self.stages = folder, stages
         self._order = {name: number for number, name in enumerate(names)}
         self._about = dict(about)
         self._rows: list[dict[str, Any]] = []
@@ -295,7 +338,7 @@ class _Record:
 
     def add(self, inputs: Inputs, model: Any, rows: Sequence[_Row]) -> None:
         """Measure a model once, and write the rows that it is the result of."""
-        result = inputs.measure(model, progress=self.progress)
+        result = inputs.measure(model, progress=self.stages.progress)
         assert result is not None
         accuracies = inputs.accuracies(model)
         self._about["evaluation"] = {"text": inputs.text_name, "protocol": result.protocol}

@@ -6,38 +6,26 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from prunus.calibration import Calibration, Reading, load_calibration
-from prunus.checkpoint import (
-    locate,
-    model_bytes,
-)
 from prunus.errors import TextTooShortError
 from prunus.evaluation.perplexity import (
     FEW_TOKENS,
     TextWindows,
     cut_text,
     perplexity_of_text,
-    read_text,
     warn_of_few_tokens,
     window_length,
 )
-from prunus.evaluation.zero_shot import EncodedTask, Task, encode_task, load_tasks, zero_shot_of
-from prunus.files.outputs import check_disk, check_output
+from prunus.evaluation.zero_shot import EncodedTask, encode_task, zero_shot_of
 from prunus.model.geometry import Geometry
 from prunus.model.tokens import check_tokens
-from prunus.option_values import check_utf8
-from prunus.pipeline.job import Job
-from prunus.pipeline.options import DEFAULT_CALIBRATION_LEN, CalibrationOptions
-from prunus.pipeline.recipe import Recipe
-from prunus.results.lineage import lineage_of
-from prunus.selection.select import check_reachable
+from prunus.pipeline.options import DEFAULT_CALIBRATION_LEN, CalibrationOptions, EvaluationOptions
+from prunus.pipeline.request import Request
 from prunus.sweep import Engine
-from prunus.sweep.engine import config_of, load_or_open
-from prunus.sweep.estimate import Workload
+from prunus.sweep.engine import load_or_open
 from prunus.sweep.sequence_loss import PerplexityResult, perplexity_of_windows
 
 __all__ = [
@@ -182,104 +170,45 @@ class Inputs:
         return replace(self, calibration=sequences, held_out=held_out)
 
 
-def open_inputs(
-    job: Job,
-    ratios: Sequence[float],
-    recipes: Sequence[Recipe],
-    out: str | Path,
-    *,
-    work: Path | None = None,
-    save_model: bool,
-    overwrite: bool,
-    progress: bool = True,
-) -> Inputs:
-    """Check whatever can be checked, cheapest first, then load the model and its texts.
+def open_inputs(request: Request, *, progress: bool = True) -> Inputs:
+    """Load the model and the texts of a request that was checked.
 
     Args:
-        job: the model, its texts, and where it runs; its recipe and ratio are not read.
-        ratios: shares of all parameters, or of what a recipe's target says, to remove.
-        recipes: how.
-        out: folder for the result.
-        work: folder for changed layers of an opened model, and for what enters its layers; None = in memory.
-        save_model: whether pruned models will be written to `out`.
-        overwrite: replace an earlier result.
+        request: what a command is asked to do.
         progress: show progress bars on a terminal.
 
     Raises:
-        PrunusError: whatever is wrong with options, model, text or folder.
+        PrunusError: whatever is wrong with weights or texts.
     """
-    text, tasks = _checked(job, ratios, recipes, out, save_model, overwrite)
-    workload = _workload(job, recipes, text, inputs_on_disk=work is not None)
-    dense, tokenizer, engine = load_or_open(job.model, job.run, workload, scratch=work, progress=progress)
-    geometry = Geometry.of(dense)
-    for recipe, ratio in product(recipes, ratios):
-        check_reachable(geometry, ratio, recipe.selection, recipe.target.costs(geometry))
-    if save_model:
-        # How many parameters another target leaves is not known before groups are ranked.
-        in_parameters = all(recipe.target.name == "params" for recipe in recipes)
-        check_disk(out, int(model_bytes(dense) * (1 - min(ratios) if in_parameters else 1)))
-    name, windows = _windows(dense.config, tokenizer, text, job)
-    encoded = [encode_task(dense.config, tokenizer, task, limit=job.evaluation.items) for task in tasks]
+    job = request.job
+    run = replace(job.run, engine=request.engine, max_memory=None)
+    dense, tokenizer, engine = load_or_open(job.model, run, scratch=request.work, progress=progress)
+    name, windows = f"held-out calibration sequences ({Path(job.calibration.source).name})", None
+    if request.text is not None:
+        name = Path(str(job.evaluation.text)).name
+        windows = _windows(dense.config, tokenizer, request.text, job.evaluation)
+        warn_of_few_tokens(name, windows.ids.numel() - len(windows.ids))
+    encoded = [encode_task(dense.config, tokenizer, task, limit=job.evaluation.items) for task in request.tasks]
     sequences, held_out = draw_calibration(
         dense,
         tokenizer,
         job.calibration,
-        held_out=0 if text else job.evaluation.held_out,
-        needed=_calibrates(recipes),
+        held_out=request.held_out,
+        needed=request.calibrates,
         progress=progress,
     )
+    geometry = Geometry.of(dense)
     return Inputs(job.model, dense, tokenizer, engine, geometry, sequences, held_out, windows, name, encoded)
 
 
-def _calibrates(recipes: Sequence[Recipe]) -> bool:
-    return any(recipe.needs_calibration for recipe in recipes)
-
-
-def _checked(
-    job: Job, ratios: Sequence[float], recipes: Sequence[Recipe], out: str | Path, save_model: bool, overwrite: bool
-) -> tuple[str | None, Sequence[Task]]:
-    """The evaluation text and the tasks, after all checks that need neither config nor weights."""
-    sequences = job.calibration.samples if _calibrates(recipes) else None
-    for recipe, ratio in product(recipes, ratios):
-        recipe.check(ratio, sequences=sequences)
-    check_utf8("model", str(job.model))
-    check_output(out, overwrite, job.model, job.calibration.source, job.evaluation.text)
-    if save_model:
-        lineage_of(locate(job.model))  # damaged records are refused before the weights are read
-    text = read_text(job.evaluation.text) if job.evaluation.text else None
-    return text, load_tasks(job.evaluation.tasks) if job.evaluation.tasks else ()
-
-
-def _workload(job: Job, recipes: Sequence[Recipe], text: str | None, *, inputs_on_disk: bool) -> Workload:
-    """What will be done with the model, for the estimate of memory."""
-    config = config_of(job.model)
-    seq_len = job.calibration.length(config)
-    return Workload(
-        frozenset[str]().union(*(recipe.scoring.needs for recipe in recipes)),
-        sequences=job.calibration.samples if _calibrates(recipes) else 0,
-        seq_len=seq_len,
-        batch_size=job.run.batch_size,
-        repairs=any(recipe.repair is not None for recipe in recipes),
-        writes_text=any(recipe.writes_text for recipe in recipes),
-        cuts=True,
-        evaluation_tokens=job.evaluation.tokens(text, seq_len),
-        evaluation_window=job.evaluation.window(text, seq_len, config),
-        inputs_on_disk=inputs_on_disk,
-    )
-
-
-def _windows(config: Any, tokenizer: Any, text: str | None, job: Job) -> tuple[str, TextWindows | None]:
-    """What perplexity is measured on, for a reader, and its windows; None for held-out sequences."""
-    if text is None:
-        return f"held-out calibration sequences ({Path(job.calibration.source).name})", None
-    evaluation, name = job.evaluation, Path(str(job.evaluation.text)).name
+def _windows(config: Any, tokenizer: Any, text: str, options: EvaluationOptions) -> TextWindows:
+    """The windows of a text that perplexity is measured on."""
     windows = cut_text(
         tokenizer,
         text,
-        seq_len=window_length(config, evaluation.seq_len),
-        max_windows=evaluation.windows,
-        begin_token=evaluation.begin_token,
+        seq_len=window_length(config, options.seq_len),
+        max_windows=options.windows,
+        begin_token=options.begin_token,
     )
     check_tokens(config, windows.ids, "evaluation.seq_len")
-    warn_of_few_tokens(name, windows.ids.numel() - len(windows.ids))
-    return name, windows
+    return windows

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from prunus.model.geometry import Geometry
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
+from prunus.selection.fit import FitOptions
 from prunus.selection.select import check_ratio
 from prunus.sweep.engine import ModelOptions
 
@@ -41,6 +43,7 @@ class Job:
         evaluation: how the models before and after are compared.
         run: where and how the model is held.
         output: what is kept beside the result.
+        fit: a size to fit in place of the ratio.
         made_by: of a job that was done: versions, and digests of the calibration sequences and of the plan.
     """
 
@@ -51,6 +54,7 @@ class Job:
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     run: ModelOptions = field(default_factory=ModelOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+    fit: FitOptions = field(default_factory=FitOptions)
     made_by: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,3 +63,19 @@ class Job:
             # One way to say it from here on, as part of the name.
             object.__setattr__(self, "model", self.run.named(self.model))
             object.__setattr__(self, "run", replace(self.run, revision=None))
+
+    def fitted(self, geometry: Geometry, saved_in: str) -> Job:
+        """The job with the ratio, the target and the constraints that its size to fit means; itself without one.
+
+        Args:
+            geometry: shape of its model.
+            saved_in: dtype that the result is saved in.
+
+        Raises:
+            OptionError: the model fits as it is.
+        """
+        if not self.fit:
+            return self
+        found = self.fit.solved(geometry, saved_in, self.recipe.selection)
+        recipe = replace(self.recipe, target=found.target, selection=found.constraints)
+        return replace(self, ratio=found.ratio, recipe=recipe, fit=FitOptions())

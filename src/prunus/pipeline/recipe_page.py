@@ -47,6 +47,7 @@ SECTIONS = {
         "evaluation": "How the models before and after are compared",
         "run": "Where and how the model runs",
         "output": "What is kept beside the result",
+        "fit": "A size to fit in place of the ratio",
     },
     "recover": {
         "": "Models",

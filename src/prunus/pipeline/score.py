@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.files.outputs import check_output, claimed
+from prunus.files.outputs import claimed
 from prunus.machine.processes import agreed, is_first
-from prunus.pipeline.inputs import draw_calibration
+from prunus.pipeline.forecast import Forecast, begun, forecast
+from prunus.pipeline.inputs import open_inputs
 from prunus.pipeline.job import Job
+from prunus.pipeline.request import Request, check_score_request
+from prunus.pipeline.stages import LOADING, scoring
 from prunus.pipeline.work_folder import WorkFolder
-from prunus.scoring.adaptive import check_enough
 from prunus.scoring.score import Score, score
-from prunus.sweep.engine import config_of, load_or_open
-from prunus.sweep.estimate import Workload
 
-__all__ = ["score_job"]
+__all__ = ["forecast_score", "score_job"]
 
 
 def score_job(
@@ -35,32 +35,41 @@ def score_job(
     Raises:
         PrunusError: whatever is wrong with options, model, text or folder, as far as possible before any long work.
     """
-    folder, scoring = WorkFolder(out, job.output.work), job.recipe.scoring
+    folder = WorkFolder(out, job.output.work)
     with claimed(out, folder.path, run=("score", job, overwrite), command=command) as claim:
         if agreed(claim.finished):
             result = Score.load(out)
         else:
-            check_output(out, overwrite, job.model, job.calibration.source)
-            sequences = job.calibration.samples if scoring.needs_calibration else 0
-            if scoring.method == "adaptive":
-                check_enough(sequences)
-            seq_len = job.calibration.length(config_of(job.model))
-            workload = Workload(scoring.needs, sequences, seq_len, job.run.batch_size)
-            model, tokenizer, engine = load_or_open(job.model, job.run, workload, progress=progress)
-            calibration, _ = draw_calibration(
-                model, tokenizer, job.calibration, held_out=0, needed=scoring.needs_calibration, progress=progress
-            )
-            result = score(
-                model,
-                calibration,
-                scoring,
-                batch_size=job.run.batch_size,
-                engine=engine,
-                work=folder.used_by(engine),
-                progress=progress,
-            )
+            request = check_score_request(job, out, work=folder.path, overwrite=overwrite)
+            result = _scored(request, folder, progress)
         if is_first():
             if not claim.finished:
                 result.save(out, overwrite=overwrite)
             folder.remove()
     return result
+
+
+def forecast_score(job: Job, out: str | Path, *, overwrite: bool = False) -> Forecast:
+    """What `score_job` would take; nothing is written.
+
+    Raises:
+        PrunusError: whatever is wrong with options, model, text or folder, as far as weights need not be read.
+    """
+    return forecast(check_score_request(job, out, work=WorkFolder(out, job.output.work).path, overwrite=overwrite))
+
+
+def _scored(request: Request, folder: WorkFolder, progress: bool) -> Score:
+    job = request.job
+    stages = begun(request, progress)
+    with stages.enter(LOADING):
+        inputs = open_inputs(request, progress=progress)
+    with stages.enter(scoring(1, 1)):
+        return score(
+            inputs.model,
+            inputs.calibration,
+            job.recipe.scoring,
+            batch_size=job.run.batch_size,
+            engine=inputs.engine,
+            work=folder.used_by(inputs.engine),
+            progress=progress,
+        )

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from prunus.machine.byte_sizes import parse_bytes
 from prunus.recovery.options import RecoveryOptions, TextOptions
 from prunus.settings import Sheet
-from prunus.sweep.estimate import parse_bytes
 
 __all__ = ["RECOVERY", "PlaceOptions", "RecoveryJob", "WorkOptions"]
 

@@ -32,13 +32,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from prunus.calibration import Batch
 from prunus.calibration.batches import digest_batches
 from prunus.calibration.noise import check_noise, clean_sequences, with_noise
 from prunus.errors import CalibrationError
 from prunus.files.records import Records
+from prunus.machine.bars import tracked
 from prunus.model.digest import digest_model
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.families import Block
@@ -220,7 +220,9 @@ def repair_together_(
         wait = [stack.enter_context(_waiting(dense, cut.work)) for cut in cuts]
         reference = BlockWalk(dense, batches, wait[0]("dense") if wait else Slots())
         repairing = [_Repairing(cut, dense, batches, options, slots) for cut, slots in zip(cuts, wait, strict=True)]
-        for layer_idx, widths in enumerate(tqdm(geometry.widths, "repair", disable=None if progress else True)):
+        for layer_idx, widths in enumerate(
+            tracked(geometry.widths, "repair", total=len(geometry.widths), unit="layer", progress=progress)
+        ):
             with ExitStack() as held:
                 held.enter_context(reference.at(layer_idx))
                 for one in repairing:

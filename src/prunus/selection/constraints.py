@@ -33,6 +33,8 @@ class Constraints:
             (64), gpu128 (128) or gguf (256, for llama.cpp's K-quants).
         shape: ragged cuts wherever the score is lowest; uniform leaves all layers equally wide, depth removes whole
             layers (of one axis: whole blocks): stock classes load both.
+        at_least: where a shape or an alignment does not give the ratio exactly, remove more rather than less; otherwise
+            the nearest.
     """
 
     axes: tuple[Axis, ...] = AXES
@@ -42,6 +44,7 @@ class Constraints:
     min_keep_mlp: int = 0
     align: int = 1
     shape: Shape = "ragged"
+    at_least: bool = False
 
     def __post_init__(self) -> None:
         if not self.axes or set(self.axes) - set(AXES):

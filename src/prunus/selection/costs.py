@@ -65,6 +65,17 @@ class Costs:
         curve = self.blocks[layer_idx][axis]
         return (curve[before] - curve[after]).item()
 
+    def and_also(self, other: Costs) -> Costs:
+        """What both quantities take together; they are of the same unit and the same model."""
+        pairs = list(zip(self.blocks, other.blocks, strict=True))
+        groups = zip(self.group, other.group, strict=True)
+        return Costs(
+            f"{self.quantity} and {other.quantity}",
+            self.fixed + other.fixed,
+            [{axis: one[axis] + two[axis] for axis in AXES} for one, two in pairs],
+            [{axis: one[axis] + two[axis] for axis in AXES} for one, two in groups],
+        )
+
     def of_layers(self, layers: Sequence[int]) -> Costs:
         """Those of a model that has only these layers; prices of groups stay what they are."""
         return replace(self, blocks=[self.blocks[i] for i in layers], group=[self.group[i] for i in layers])
@@ -100,20 +111,22 @@ def flop_costs(geometry: Geometry, context: int) -> Costs:
     return _linear(geometry, f"FLOPs per token at a context of {context:,}", head, group)
 
 
-def kv_cache_costs(geometry: Geometry, context: int) -> Costs:
+def kv_cache_costs(geometry: Geometry, context: int, sequences: int = 1) -> Costs:
     """Bytes of keys and values.
 
     Args:
         geometry: shape of the model.
         context: tokens of the sequence; a layer with a sliding window of w keeps the last w - 1.
+        sequences: how many of them.
     """
 
     def group(layer_idx: int, axis: Axis) -> int:
         window = geometry.windows[layer_idx]
         kept = context if window is None else min(context, window - 1)
-        return 2 * geometry.unit("key_value") * BYTES_PER_NUMBER * kept if axis == "attention" else 0
+        return 2 * geometry.unit("key_value") * BYTES_PER_NUMBER * kept * sequences if axis == "attention" else 0
 
-    return _linear(geometry, f"KV-cache bytes at a context of {context:,}", 0, group)
+    many = f" of {sequences:,} sequences" if sequences > 1 else ""
+    return _linear(geometry, f"KV-cache bytes{many} at a context of {context:,}", 0, group)
 
 
 def _linear(geometry: Geometry, quantity: str, fixed: int, group: Callable[[int, Axis], int]) -> Costs:

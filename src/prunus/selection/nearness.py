@@ -1,7 +1,8 @@
 """How near a cut comes to what was asked, where bundles, equal widths or whole layers do not give it exactly.
 
 A cut reaches the share that was asked. Where that would take more than two points too much, the nearest share is taken
-that can be had, below as well as above; a single group is never too much. How far off the result is, is said.
+that can be had, below as well as above, unless the constraints ask for at least that share; a single group is never too
+much. How far off the result is, is said.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ NEAR = 0.02
 
 
 def units_to_cut(
-    saved: Sequence[float] | np.ndarray, target: float, total: float, single: Sequence[bool] | None = None
+    saved: Sequence[float] | np.ndarray,
+    target: float,
+    total: float,
+    single: Sequence[bool] | None = None,
+    at_least: bool = False,
 ) -> int:
     """How many units go, of some that go in this order.
 
@@ -34,6 +39,7 @@ def units_to_cut(
         target: what is to be saved; all of them do.
         total: of the quantity.
         single: which of them are single groups; None = none.
+        at_least: whether the target has to be saved, however much more that is.
 
     Returns:
         As many as save the target; or one less, where that is nearer and they save too much.
@@ -41,7 +47,7 @@ def units_to_cut(
     if target <= 0:
         return 0
     count = min(int(np.searchsorted(saved, target)) + 1, len(saved))
-    if single is not None and single[count - 1]:
+    if at_least or (single is not None and single[count - 1]):
         return count
     before = saved[count - 2] if count > 1 else 0.0
     return count - is_too_much(float(saved[count - 1]), float(before), target, total)
@@ -64,7 +70,7 @@ def check_least(least: float, ratio: float, constraints: Constraints, costs: Cos
     Raises:
         BudgetError: naming the least that can go.
     """
-    if ratio and is_too_much(least, 0.0, ratio * costs.total, costs.total):
+    if ratio and not constraints.at_least and is_too_much(least, 0.0, ratio * costs.total, costs.total):
         raise BudgetError(
             f"{_percent(ratio)} of all {costs.quantity} cannot be removed with {_causes(constraints)}: the least that "
             f"can go is {_percent(_rounded_down(least / costs.total))}, and to keep everything would be nearer. Ask "

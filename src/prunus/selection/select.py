@@ -95,7 +95,7 @@ def _cut_ragged(
     saved = candidates["cost"].cumsum().to_numpy()
     single = [len(groups) == 1 for groups in candidates["groups"]]
     cut: dict[tuple[int, Axis], set[int]] = {}
-    for row in candidates.iloc[: units_to_cut(saved, target, costs.total, single)].itertuples():
+    for row in candidates.iloc[: units_to_cut(saved, target, costs.total, single, constraints.at_least)].itertuples():
         cut.setdefault((row.layer_idx, row.group_type), set()).update(row.groups)
     return cut, saved.tolist()
 

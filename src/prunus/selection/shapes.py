@@ -184,12 +184,10 @@ def cut_uniform(
         return float(sum(sums[len(sums) - 1 - keep[axis]] for (_, axis), sums in sums_of.items()))
 
     savings = _uniform_savings(geometry, constraints, costs)
-    near = [
-        widths
-        for widths in uniform_widths(geometry, constraints, costs, target)
-        if savings[widths] - target <= NEAR * costs.total
-    ]
-    best = min(near, key=lost) if near else min(savings, key=lambda w: (abs(savings[w] - target), lost(w)))
+    enough = uniform_widths(geometry, constraints, costs, target)
+    near = [widths for widths in enough if savings[widths] - target <= NEAR * costs.total]
+    others = enough if constraints.at_least else savings
+    best = min(near, key=lost) if near else min(others, key=lambda w: (abs(savings[w] - target), lost(w)))
     keep = dict(zip(AXES, best, strict=True))
     cut = {
         (layer_idx, axis): rows["group_idx"].to_numpy()[: len(rows) - keep[axis]].tolist()
@@ -255,7 +253,7 @@ def cut_depth(
     saved = list(accumulate(unit.cost for unit in units))
     cut = {
         (unit.layer_idx, axis): range(geometry.widths[unit.layer_idx][axis])
-        for unit in units[: units_to_cut(saved, target, costs.total)]
+        for unit in units[: units_to_cut(saved, target, costs.total, at_least=constraints.at_least)]
         for axis in unit.axes
     }
     return cut, saved

@@ -10,10 +10,11 @@ from prunus.model.geometry import Geometry
 from prunus.option_values import check_whole
 from prunus.selection.costs import Costs, flop_costs, kv_cache_costs, parameter_costs
 from prunus.selection.latency_profile import PHASES, LatencyProfile, Phase
+from prunus.selection.storage import check_storage, storage_costs
 
 __all__ = ["TARGETS", "TargetName", "TargetOptions"]
 
-TargetName = Literal["params", "flops", "kv_cache", "latency"]
+TargetName = Literal["params", "flops", "kv_cache", "latency", "size", "memory"]
 TARGETS: tuple[TargetName, ...] = get_args(TargetName)
 
 #: more than any context; FLOPs of it still fit into 64 bits
@@ -25,6 +26,17 @@ _QUANTITIES: Mapping[TargetName, str] = {
     "flops": "FLOPs",
     "kv_cache": "KV-cache bytes",
     "latency": "time",
+    "size": "bytes of weights",
+    "memory": "bytes of weights and KV cache",
+}
+#: what a target reads, beside its name
+_READS: Mapping[TargetName, tuple[str, ...]] = {
+    "params": (),
+    "flops": ("context",),
+    "kv_cache": ("context",),
+    "latency": ("phase", "profile"),
+    "size": ("storage",),
+    "memory": ("storage", "context", "sequences"),
 }
 
 
@@ -33,6 +45,8 @@ class _TargetContent(FileContent):
     context: Count = 2048
     phase: Phase = "decode"
     profile: dict[str, Any] | None = None
+    storage: str = "bfloat16"
+    sequences: Count = 1
 
 
 @dataclass(frozen=True)
@@ -41,17 +55,22 @@ class TargetOptions:
 
     Attributes:
         name: params; flops, those of one token's forward pass, head included; kv_cache, bytes of keys and values;
-            latency, time by the table in `profile`. Importance is divided by what a group takes of it, and groups that
-            take nothing stay.
-        context: tokens in the context, for flops and kv_cache.
+            latency, time by the table in `profile`; size, bytes of the weights in `storage`; memory, these and the
+            KV cache. Importance is divided by what a group takes of it, and groups that take nothing stay.
+        context: tokens in the context, for flops, kv_cache and memory.
         profile: measured times, for latency (on the command line the file that `prunus profile` wrote).
         phase: the time that counts for latency: prefill, of the prompt, or decode, of each token after it.
+        storage: how weights are stored, for size and memory: float32, bfloat16, float16, or a type of llama.cpp's GGUF
+            files such as Q8_0 or Q4_K_M, see `prunus.selection.storage`.
+        sequences: how many contexts are in the KV cache, for memory.
     """
 
     name: TargetName = "params"
     context: int = 2048
     profile: LatencyProfile | None = None
     phase: Phase = "decode"
+    storage: str = "bfloat16"
+    sequences: int = 1
 
     def __post_init__(self) -> None:
         if self.name not in TARGETS:
@@ -59,6 +78,8 @@ class TargetOptions:
         if self.phase not in PHASES:
             raise OptionError(f"`phase` {self.phase!r} is unknown; choose one of {', '.join(PHASES)}")
         check_whole("context", self.context, largest=MOST_TOKENS)
+        check_whole("sequences", self.sequences)
+        object.__setattr__(self, "storage", check_storage(self.storage))
         if self.name == "latency" and self.profile is None:
             raise OptionError(
                 "`target` latency needs measured times: make them with `prunus profile MODEL --out profile.json`, and "
@@ -80,17 +101,23 @@ class TargetOptions:
         """
         if self.profile is not None:
             return self.profile.costs(geometry, self.phase)
-        costs: Callable[[Geometry, int], Costs] = flop_costs if self.name == "flops" else kv_cache_costs
-        return parameter_costs(geometry) if self.name == "params" else costs(geometry, self.context)
+        made: Mapping[TargetName, Callable[[], Costs]] = {
+            "params": lambda: parameter_costs(geometry),
+            "flops": lambda: flop_costs(geometry, self.context),
+            "kv_cache": lambda: kv_cache_costs(geometry, self.context),
+            "size": lambda: storage_costs(geometry, self.storage),
+            "memory": lambda: storage_costs(geometry, self.storage).and_also(
+                kv_cache_costs(geometry, self.context, self.sequences)
+            ),
+        }
+        return made[self.name]()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON: those that the target reads."""
-        values: dict[str, Any] = {"target": self.name}
-        if self.name in ("flops", "kv_cache"):
-            values["context"] = self.context
+        read = {name: getattr(self, name) for name in _READS[self.name]}
         if self.profile is not None:
-            values |= {"phase": self.phase, "profile": self.profile.to_dict()}
-        return values
+            read["profile"] = self.profile.to_dict()
+        return {"target": self.name, **read}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -102,6 +129,6 @@ class TargetOptions:
         content = check_content(_TargetContent, values, "malformed target", PlanError)
         profile = None if content.profile is None else LatencyProfile.from_dict(content.profile, "malformed target")
         try:
-            return cls(content.target, content.context, profile, content.phase)
+            return cls(content.target, content.context, profile, content.phase, content.storage, content.sequences)
         except OptionError as error:
             raise PlanError(f"malformed target: {error}") from error

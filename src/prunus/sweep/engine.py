@@ -22,12 +22,13 @@ from prunus.checkpoint import (
 from prunus.checkpoint.hub import at_revision
 from prunus.errors import OptionError
 from prunus.files.user_path import expanded
+from prunus.machine.byte_sizes import parse_bytes, show_bytes
 from prunus.machine.processes import is_first
 from prunus.option_values import check_whole
-from prunus.sweep.estimate import Estimate, Workload, available_memory, choose_engine, estimate, parse_bytes, show_bytes
+from prunus.sweep.estimate import Estimate, Workload, available_memory, choose_engine, estimate
 from prunus.sweep.sweep import ENGINES, Engine, EngineChoice
 
-__all__ = ["ModelOptions", "config_of", "load_or_open", "memory_needed", "model_name"]
+__all__ = ["Holding", "ModelOptions", "config_of", "holding_of", "load_or_open", "memory_needed", "model_name"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,46 @@ class ModelOptions:
         return at_revision(model, self.revision)
 
 
+@dataclass(frozen=True)
+class Holding:
+    """How a model will be held for a job.
+
+    Attributes:
+        engine: which one runs it.
+        needed: peak memory of the job under each engine, by the estimate.
+        limit: bytes that may be used, by the user's word.
+        free: bytes that there are, as far as the machine says.
+    """
+
+    engine: Engine
+    needed: Estimate
+    limit: int | None
+    free: int | None
+
+    def __str__(self) -> str:
+        limit, free = self.limit, self.free
+        bound = f"limit {show_bytes(limit)}" if limit else f"free {show_bytes(free)}" if free else "no limit known"
+        return (
+            f"engine {self.engine}: about {show_bytes(self.needed.of(self.engine))} of memory (resident "
+            f"{show_bytes(self.needed.resident)}, streamed {show_bytes(self.needed.streamed)}, {bound})"
+        )
+
+
+def holding_of(needed: Estimate, options: ModelOptions) -> Holding:
+    """The engine that is asked for, else the faster one that fits.
+
+    Args:
+        needed: peak memory of the job, see `memory_needed`.
+        options: device, memory and engine.
+
+    Raises:
+        OptionError: the estimate is larger than `options.max_memory`.
+    """
+    limit = parse_bytes(options.max_memory) if options.max_memory else None
+    free = available_memory(resolve_device(options.device))
+    return Holding(choose_engine(needed, options.engine, limit, free), needed, limit, free)
+
+
 def load_or_open(
     source: str,
     options: ModelOptions,
@@ -92,19 +133,12 @@ def load_or_open(
     Raises:
         OptionError: the estimate is larger than `options.max_memory`.
     """
-    limit = parse_bytes(options.max_memory) if options.max_memory else None
-    engine: EngineChoice = options.engine
-    if engine == "auto" or limit is not None:
-        needed = memory_needed(source, options, workload or Workload())
-        free = available_memory(resolve_device(options.device))
-        asked, engine = engine, choose_engine(needed, engine, limit, free)
-        if asked == "auto" and progress and is_first():
-            bound = f"limit {show_bytes(limit)}" if limit else f"free {show_bytes(free)}" if free else "no limit known"
-            print(
-                f"engine {engine}: about {show_bytes(needed.of(engine))} of memory (resident "
-                f"{show_bytes(needed.resident)}, streamed {show_bytes(needed.streamed)}, {bound})",
-                file=sys.stderr,
-            )
+    engine = options.engine
+    if engine == "auto" or options.max_memory is not None:
+        holding = holding_of(memory_needed(source, options, workload or Workload()), options)
+        engine = holding.engine
+        if options.engine == "auto" and progress and is_first():
+            print(holding, file=sys.stderr)
     if engine == "streamed":
         return *open_model(source, dtype=options.dtype, device=options.device, scratch=scratch), engine
     return *load_model(source, dtype=options.dtype, device=options.device), "resident"

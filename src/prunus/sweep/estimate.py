@@ -26,7 +26,6 @@ estimate: allocators keep some freed memory, so it is rounded up by a tenth.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +33,7 @@ import torch
 
 from prunus.calibration.sampled import PIECE_LENGTH, PIECES_AT_ONCE
 from prunus.errors import OptionError
+from prunus.machine.byte_sizes import show_bytes
 from prunus.machine.memory import available_bytes, resident_set
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry, submodule
@@ -50,12 +50,8 @@ __all__ = [
     "choose_engine",
     "estimate",
     "free_memory",
-    "parse_bytes",
-    "show_bytes",
 ]
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 #: allocators keep some of what was freed
 SLACK = 1.1
 #: on the CPU: what libraries load and set up for the first products and the first backward pass, and for the first
@@ -240,25 +236,6 @@ def check_limit(needed: int, limit: int | None, what: str, less: str) -> None:
             f"`max_memory` is {show_bytes(limit)}, and {what} about {show_bytes(needed)} for this model and these "
             f"options: the smallest `max_memory` that would do is {show_bytes(needed)}{less}"
         )
-
-
-def parse_bytes(text: str) -> int:
-    """A size as users write it: 8GB, 512MiB, 1.5 GB.
-
-    Raises:
-        OptionError: it is not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
-        raise OptionError(f"`max_memory` is {text!r}; write a size such as 8GB, 512MB or 1.5GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def show_bytes(size: int) -> str:
-    """A size as `parse_bytes` takes it, rounded up."""
-    unit, name = (10**9, "GB") if size >= 10**9 else (10**6, "MB")
-    hundredths = -(-size * 100 // unit)
-    return f"{hundredths / 100:.2f}{name}" if unit == 10**9 else f"{-(-size // unit)}{name}"
 
 
 def available_memory(device: torch.device) -> int | None:

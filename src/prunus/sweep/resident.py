@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from prunus.machine.bars import tracked
 from prunus.model.geometry import Geometry, submodule
 from prunus.model.loss import head_function
 from prunus.sweep.objective import losses_and_gradient
@@ -45,7 +45,7 @@ def run_resident(
     layers = submodule(model, geometry.family.layers)
     loss = 0.0
     with taps.on(list(enumerate(layers))):
-        for batch in tqdm(batches, desc="statistics", unit="batch", disable=None if progress else True):
+        for batch in tracked(batches, "scoring", total=len(batches), unit="batch", progress=progress):
             losses = _run_batch(model, geometry, taps, batch)
             if losses is not None:
                 check_losses(losses, batch, partial(_first_non_finite, model, geometry, batch))

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from prunus.calibration.batches import Batch
 from prunus.errors import NonFiniteError
+from prunus.machine.bars import Bar
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.live import live_model
 from prunus.model.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
@@ -123,7 +123,7 @@ def sequence_loss(
     head = head_function(model)
     with (
         evaluation_mode(model),
-        tqdm(total=len(windows), desc="perplexity", unit="window", disable=None if progress else True) as bar,
+        Bar("perplexity", total=len(windows), unit="window", progress=progress) as bar,
     ):
         each_ids = windows.split(batch_size)
         masks = [None] * len(each_ids) if attention_mask is None else attention_mask.split(batch_size)

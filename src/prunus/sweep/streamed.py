@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from prunus.machine.bars import Bar
 from prunus.model.geometry import Geometry, submodule
 from prunus.model.layers import layers_of
 from prunus.model.loss import head_function
@@ -62,13 +62,13 @@ def run_streamed(
     sweep = _Sweep(model, geometry, taps, batches, spool)
     # The last layer runs forwards only once: with a graph, and on through the head.
     steps = 2 * len(sweep.layers) - 1 if taps.needs_gradients else len(sweep.layers)
-    with tqdm(total=steps, desc="statistics", unit="layer", disable=None if progress else True) as bar:
+    with Bar("scoring", total=steps, unit="layer", progress=progress) as bar:
         if taps.needs_gradients:
-            bar.update(2 * finished)
+            bar.resume(2 * finished)
             sweep.forwards(bar, until=sweep.last - finished)
             sweep.backwards(bar, finish_layer, first=sweep.last - finished)
         else:
-            bar.update(finished)
+            bar.resume(finished)
             sweep.forwards_listening(bar, finish_layer, first=finished)
 
 
@@ -85,7 +85,7 @@ class _Sweep:
         self._arguments: list[Sequence[dict[str, Any]]] = []
         spool.write("inputs-0", self._entering(model, geometry.family.layers))
 
-    def forwards_listening(self, bar: tqdm[Any], finish_layer: FinishLayer, *, first: int) -> None:
+    def forwards_listening(self, bar: Bar, finish_layer: FinishLayer, *, first: int) -> None:
         """All that statistics without gradients need: from the layer `first` on."""
         for layer_idx in range(first, len(self.layers)):
             with self.layers.hold(layer_idx, then=layer_idx + 1) as layer, torch.no_grad():
@@ -95,7 +95,7 @@ class _Sweep:
             self._spool.drop(f"inputs-{layer_idx}")
             bar.update()
 
-    def forwards(self, bar: tqdm[Any], *, until: int) -> None:
+    def forwards(self, bar: Bar, *, until: int) -> None:
         """Spool what enters the layers up to `until`, where an earlier run has not."""
         for layer_idx in range(until):
             if not self._spool.has(f"inputs-{layer_idx + 1}"):
@@ -103,7 +103,7 @@ class _Sweep:
                     self._spool.write(f"inputs-{layer_idx + 1}", self._leaving(layer_idx, layer))
             bar.update()
 
-    def backwards(self, bar: tqdm[Any], finish_layer: FinishLayer, *, first: int) -> None:
+    def backwards(self, bar: Bar, finish_layer: FinishLayer, *, first: int) -> None:
         """Run the layers again with a graph, from `first` down, and backpropagate each for every batch."""
         losses: list[float] = []
         for layer_idx in range(first, -1, -1):

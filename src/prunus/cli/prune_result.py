@@ -1,0 +1,65 @@
+"""What `prunus prune` prints of a result."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunus.cli.printing import print_rows
+from prunus.cli.terminal import say
+from prunus.machine.stages import show_seconds
+
+__all__ = ["show_result"]
+
+
+def show_result(metrics: Mapping[str, Any], out: Path) -> None:
+    """Sizes and perplexity before and after, what each stage took, and what people do next, on stdout.
+
+    Args:
+        metrics: as they are in prunus/metrics.json.
+        out: the result's folder.
+    """
+    print_rows(
+        f"{metrics['base_model']} → {out}",
+        ("", "before", "after"),
+        [
+            ("parameters", f"{metrics['parameters_before']:,}", f"{metrics['parameters_after']:,}"),
+            *_target_row(metrics["target"]),
+            ("removed", f"{metrics['ratio']:.1%} asked", f"{metrics['achieved_ratio']:.1%}"),
+            *_perplexity_row(metrics),
+        ],
+    )
+    print_rows("time and peak memory", ("stage", "", "MiB"), _stage_rows(metrics.get("stages", ())))
+    report = out / "report.html"
+    if report.is_file():
+        say(f"report: {report}")
+    recover = ["prunus", "recover", str(out), "--text", "FILE", "--out", f"{out}-recovered"]
+    export = ["prunus", "export", str(out), "--to", "gguf", "--out", f"{out}.gguf"]
+    say(f"next: {shlex.join(recover)}\n  or: {shlex.join(export)}")
+
+
+def _stage_rows(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    return [
+        (
+            stage["stage"],
+            show_seconds(stage["seconds"]),
+            "" if stage["peak_bytes"] is None else f"{stage['peak_bytes'] / 2**20:,.0f}",
+        )
+        for stage in stages
+    ]
+
+
+def _target_row(target: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    if target["target"] == "params":
+        return []
+    return [(target["quantity"], f"{target['before']:,.0f}", f"{target['after']:,.0f}")]
+
+
+def _perplexity_row(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    if metrics["perplexity_after"] is None:
+        return []
+    before, after = metrics["perplexity_before"], metrics["perplexity_after"]
+    times = f"{after:.2f} ({after / before:.2f} ×)"
+    return [(f"perplexity, {metrics['perplexity_text']}", f"{before:.2f}", times)]

@@ -1,0 +1,35 @@
+"""Sizes in bytes as users write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from prunus.errors import OptionError
+
+__all__ = ["parse_bytes", "show_bytes"]
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(text: str, name: str = "max_memory") -> int:
+    """A size as users write it: 8GB, 512MiB, 1.5 GB.
+
+    Args:
+        text: the size.
+        name: of the option that it was given for.
+
+    Raises:
+        OptionError: it is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
+        raise OptionError(f"`{name}` is {text!r}; write a size such as 8GB, 512MB or 1.5GiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def show_bytes(size: int) -> str:
+    """A size as `parse_bytes` takes it, rounded up."""
+    unit, name = (10**9, "GB") if size >= 10**9 else (10**6, "MB")
+    hundredths = -(-size * 100 // unit)
+    return f"{hundredths / 100:.2f}{name}" if unit == 10**9 else f"{-(-size // unit)}{name}"

@@ -1,0 +1,79 @@
+"""A model cut by a plan that is there already."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from prunus.checkpoint import locate
+from prunus.files.outputs import check_output, claimed
+from prunus.model.geometry import Geometry
+from prunus.results.lineage import lineage_of
+from prunus.results.result_folder import read_metrics, save_result
+from prunus.selection.plan import Plan
+from prunus.surgery import apply_plan
+from prunus.sweep.engine import ModelOptions, load_or_open, model_name
+from prunus.sweep.estimate import Workload
+from prunus.version import __version__
+
+__all__ = ["apply_checkpoint"]
+
+
+def apply_checkpoint(
+    model: str,
+    plan: Plan,
+    out: str | Path,
+    *,
+    model_options: ModelOptions | None = None,
+    overwrite: bool = False,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Cut a model folder or Hub model by a plan and save the result; nothing is measured.
+
+    Args:
+        model: a folder, a Hub id, or `smollm2-135m`.
+        plan: which groups stay.
+        out: folder for the result.
+        model_options: device and dtype.
+        overwrite: replace an earlier result.
+        command: what the user typed, for the model card.
+
+    Returns:
+        The metrics, as they are written to prunus/metrics.json.
+    """
+    model_options = model_options or ModelOptions()
+    model = model_options.named(model)
+    asked = "apply", model, plan.fingerprint, model_options, overwrite
+    with claimed(out, run=asked, command=command) as claim:
+        if claim.finished:
+            metrics = read_metrics(claim.path)
+        else:
+            check_output(out, overwrite, model)
+            lineage_of(locate(model))  # damaged records are refused before the weights are read
+            dense, tokenizer, _ = load_or_open(model, model_options, workload=Workload(cuts=True))
+            geometry = Geometry.of(dense)
+            plan.check_fits(geometry)
+            smaller = apply_plan(dense, plan)
+            del dense
+            metrics = {
+                "prunus": __version__,
+                "base_model": model_name(model),
+                "command": command or f"prunus apply {shlex.quote(model)} plan.json --out {shlex.quote(str(out))}",
+                "ratio": 1 - smaller.num_parameters() / geometry.total_parameters,
+                "parameters_before": geometry.total_parameters,
+                "parameters_after": smaller.num_parameters(),
+                "plan": plan.fingerprint,
+            }
+            metrics = save_result(
+                smaller,
+                tokenizer,
+                out,
+                plan,
+                None,
+                metrics,
+                (),
+                model,
+                overwrite,
+            )
+    return metrics

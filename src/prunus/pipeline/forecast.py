@@ -1,0 +1,340 @@
+"""What a job will remove, and what it will take, before it starts.
+
+Memory is the estimate by which the engine is chosen, see `prunus.sweep.estimate`. Time is that of a probe, see
+`prunus.pipeline.probe`, times the tokens, layers and rounds of the job; of reading, writing and tokenising, which the
+probe does not do, by typical speeds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from prunus.calibration.sampled import PIECE_LENGTH, PIECES_AT_ONCE
+from prunus.checkpoint import model_bytes
+from prunus.evaluation.samples import NEW_TOKENS, PROMPTS
+from prunus.machine.byte_sizes import show_bytes
+from prunus.machine.processes import number_of_processes
+from prunus.machine.stages import Stages, show_seconds
+from prunus.model.families import AXES, Axis
+from prunus.model.geometry import LayerWidths
+from prunus.pipeline.probe import Probe
+from prunus.pipeline.recipe import Recipe
+from prunus.pipeline.request import Request
+from prunus.pipeline.stages import (
+    LOADING,
+    MEASURING,
+    SAMPLES,
+    SAVING,
+    WRITING,
+    comparing,
+    cutting,
+    scoring,
+    stages_of_job,
+)
+from prunus.scoring.adaptive import SCALE_SHARES
+from prunus.selection.costs import Costs
+from prunus.selection.select import reachable
+
+__all__ = ["Forecast", "Removal", "begun", "forecast"]
+
+#: bytes per second of reading weights and checking them, and of writing them to a disk
+READING, WRITING_SPEED = 400e6, 400e6
+#: tokens per second of a tokenizer, and characters of a token
+TOKENISING, CHARACTERS = 200_000, 4
+#: seconds to read a tokenizer and to set up a model, and to write the small files of a result
+SMALL_FILES = 1.0
+#: tokens of a prompt of the samples
+PROMPT_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What one cut will remove, as far as that is known before groups are ranked.
+
+    Attributes:
+        ratio: share of the quantity.
+        quantity: what the ratio is a share of, "parameters" for instance.
+        before: how much of it the model takes.
+        removed: how much of that goes.
+        most: how much could go at most under the recipe's constraints.
+        groups: per axis about how many groups go, if both axes lose the same share of what they may lose.
+    """
+
+    ratio: float
+    quantity: str
+    before: float
+    removed: float
+    most: float
+    groups: Mapping[Axis, int]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a job will remove, and what it will take.
+
+    Attributes:
+        family: of the model, for people.
+        parameters: of the model.
+        groups: per axis.
+        removals: of each ratio by each recipe; none where nothing is cut.
+        engine: resident or streamed.
+        device: where it runs.
+        dtype: of the model.
+        memory_bytes: peak memory.
+        free_bytes: memory that there is; None where that is not known.
+        disk_bytes: of the result, and of what waits on disk meanwhile.
+        stages: the stages in order, with the seconds that each takes.
+    """
+
+    family: str
+    parameters: int
+    groups: Mapping[Axis, int]
+    removals: Sequence[Removal]
+    engine: str
+    device: str
+    dtype: str
+    memory_bytes: int
+    free_bytes: int | None
+    disk_bytes: int
+    stages: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(self.stages.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {**asdict(self), "seconds": self.seconds}
+
+    def lines(self) -> list[str]:
+        """What people read before a job starts."""
+        counts = ", ".join(f"{self.groups[axis]:,} {_GROUPS[axis]}" for axis in AXES)
+        free = "" if self.free_bytes is None else f" of {show_bytes(self.free_bytes)}"
+        longest = sorted(self.stages, key=lambda name: -self.stages[name])[:3]
+        parts = ", ".join(f"{name} {show_seconds(self.stages[name])}" for name in self.stages if name in longest)
+        return [
+            f"{self.family}: {self.parameters:,} parameters, {counts}",
+            *(_removal_line(removal) for removal in self.removals),
+            f"engine {self.engine}: about {show_bytes(self.memory_bytes)}{free} of memory, on {self.device} in "
+            f"{self.dtype}; {show_bytes(self.disk_bytes)} of disk",
+            f"about {show_seconds(self.seconds)}: {parts}",
+        ]
+
+
+_GROUPS: Mapping[Axis, str] = {"attention": "attention groups", "mlp": "MLP channels"}
+
+
+def _removal_line(removal: Removal) -> str:
+    counts = " and ".join(f"{removal.groups[axis]:,} {_GROUPS[axis]}" for axis in AXES if removal.groups[axis])
+    share = removal.removed / removal.most if removal.most else 0.0
+    return (
+        f"removes {removal.ratio:.1%}: {removal.removed:,.0f} of {removal.before:,.0f} {removal.quantity}, "
+        f"{share:.0%} of what can go; about {counts or 'no groups'}"
+    )
+
+
+def forecast(request: Request) -> Forecast:
+    """What a job will remove, and what it will take.
+
+    Runs passes for at most about five seconds, with random weights; reads and writes nothing.
+
+    Args:
+        request: the job, checked.
+    """
+    geometry, job = request.geometry, request.job
+    removals = [_removal(request, recipe, ratio) for recipe, ratio in product(request.recipes, request.ratios)]
+    return Forecast(
+        family=geometry.family.title,
+        parameters=geometry.total_parameters,
+        groups={axis: sum(widths[axis] for widths in geometry.widths) for axis in AXES},
+        removals=removals,
+        engine=request.engine,
+        device=str(request.device),
+        dtype=str(request.empty.dtype).removeprefix("torch."),
+        memory_bytes=request.holding.needed.of(request.engine),
+        free_bytes=request.holding.limit or request.holding.free,
+        disk_bytes=_disk(request),
+        stages=_Timetable(request, Probe(request.empty, request.device, job.run.batch_size, request.engine)).stages(),
+    )
+
+
+def begun(request: Request, progress: bool) -> Stages:
+    """The stages of a job that begins, after saying what is ahead.
+
+    Args:
+        request: the job, checked.
+        progress: whether to say it; processes that share a job out say nothing.
+    """
+    if progress and number_of_processes() == 1:
+        ahead = forecast(request)
+        print(*ahead.lines(), sep="\n", file=sys.stderr, flush=True)
+        return Stages(ahead.stages, request.device)
+    return Stages(stages_of_job(request), request.device, progress)
+
+
+def _removal(request: Request, recipe: Recipe, ratio: float) -> Removal:
+    costs = recipe.target.costs(request.geometry)
+    most = reachable(request.geometry, recipe.selection, costs)
+    share = ratio * costs.total / most if most else 0.0
+    cuttable = _cuttable(request, recipe, costs)
+    groups = {axis: round(share * cuttable[axis]) for axis in AXES}
+    return Removal(ratio, costs.quantity, costs.total, ratio * costs.total, most, groups)
+
+
+def _cuttable(request: Request, recipe: Recipe, costs: Costs) -> dict[Axis, int]:
+    """Groups of each axis that may go."""
+    widths, constraints = request.geometry.widths, recipe.selection
+    return {
+        axis: sum(
+            max(0, widths[layer_idx][axis] - constraints.min_keep(axis))
+            for layer_idx in constraints.layers(len(widths))
+            if axis in constraints.axes and costs.group[layer_idx][axis]
+        )
+        for axis in AXES
+    }
+
+
+def _disk(request: Request) -> int:
+    """Bytes of the result, and of what waits on disk in the streamed order."""
+    whole, waiting = model_bytes(request.empty), 0
+    if request.engine == "streamed" and request.work is not None:
+        tokens = request.workload.sequences * request.seq_len
+        waiting = 3 * tokens * request.geometry.hidden_size * request.empty.dtype.itemsize
+    result = int(whole * (1 - min(request.ratios, default=0))) if request.saves else 0
+    changed = result if request.engine == "streamed" else 0
+    return result + changed + waiting
+
+
+class _Timetable:
+    """Seconds of each stage of a job, from a probe."""
+
+    def __init__(self, request: Request, probe: Probe):
+        self._request, self._probe = request, probe
+        self._layers = len(request.geometry.widths)
+        self._groups = sum(widths[axis] for widths in request.geometry.widths for axis in AXES)
+        self._bytes = model_bytes(request.empty)
+        self._forward = probe.forward(request.seq_len) if request.calibrates else 0.0
+
+    def stages(self) -> dict[str, float]:
+        """The stages in order."""
+        request = self._request
+        if not request.ratios:
+            return {LOADING: self.loading(), scoring(1, 1): self.scoring(request.recipes[0], 1.0, 1.0)}
+        if not request.saves:
+            seconds = self.comparing()
+            return {LOADING: self.loading(), **{comparing(seed, request.seeds): seconds for seed in request.seeds}}
+        recipe, ratio = request.recipes[0], request.ratios[0]
+        stages = {LOADING: self.loading(), **self.pruning(recipe, ratio)}
+        stages[MEASURING] = self.measuring(0.0) + self.measuring(ratio)
+        if request.job.output.report and request.engine == "resident":
+            stages[SAMPLES] = self.samples(0.0) + self.samples(ratio)
+        stages[SAVING] = SMALL_FILES + self._bytes * (1 - ratio) / WRITING_SPEED
+        return stages
+
+    def loading(self) -> float:
+        """Reading weights, and tokenising texts."""
+        request = self._request
+        texts = request.workload.sequences + request.held_out
+        tokens = texts * request.seq_len + len(request.text or "") / CHARACTERS
+        weights = self._bytes if request.engine == "resident" else self._bytes / 10
+        return SMALL_FILES + weights / READING + tokens / TOKENISING
+
+    def pruning(self, recipe: Recipe, ratio: float) -> dict[str, float]:
+        """Scoring, writing text, cutting and repairing, in rounds."""
+        steps, sequences = recipe.steps(ratio), self._request.workload.sequences
+        stages, gone = {}, 0.0
+        for step in steps:
+            part = step.scored_on(sequences) / max(sequences, 1)
+            stages[scoring(step.number, len(steps))] = self.scoring(recipe, 1 - gone, part)
+            if step.number == 1 and recipe.writes_text and self._request.engine == "resident":
+                stages[WRITING] = self.writing(recipe)
+            part = step.repaired_on(sequences) / max(sequences, 1)
+            gone = step.share
+            stages[cutting(step.number, len(steps), recipe.repair is not None)] = self.cutting(recipe, gone, part)
+        return stages
+
+    def scoring(self, recipe: Recipe, left: float, part: float) -> float:
+        """One pass over a part of the sequences, through what is left of the model, and the table."""
+        request, options = self._request, recipe.scoring
+        tokens = part * request.workload.sequences * request.seq_len
+        layers = self._probe.scoring(options, request.seq_len)
+        head = self._probe.head_backward if options.takes_gradients else 0.0
+        if request.engine == "streamed" and options.takes_gradients:
+            layers += self._forward
+        reading = 2 * self._bytes / READING if request.engine == "streamed" else 0.0
+        seconds = tokens * (left * layers + head) + reading + self._groups * self._probe.selection / 2
+        if options.method == "adaptive":
+            probes = 1 + len(AXES) * (len(options.adaptive.candidates) + len(SCALE_SHARES))
+            seconds += probes * tokens / 8 * (self._forward + self._probe.head_forward)
+        return seconds
+
+    def writing(self, recipe: Recipe) -> float:
+        """Text that the model writes for its repair."""
+        request = self._request
+        share = recipe.repair.self_text if recipe.repair is not None else 0.0
+        length = min(request.seq_len, PIECE_LENGTH)
+        pieces = -(-int(share * request.workload.sequences) * request.seq_len // length)
+        rows = min(pieces, PIECES_AT_ONCE)
+        if not pieces:
+            return 0.0
+        return pieces / rows * length * self._probe.writing(rows, length // 2, True)
+
+    def cutting(self, recipe: Recipe, gone: float, part: float) -> float:
+        """Selecting, cutting, and repairing what is left on a part of the sequences."""
+        request, geometry, probe = self._request, self._request.geometry, self._probe
+        seconds = self._groups * probe.selection + self._bytes / READING
+        if recipe.repair is None:
+            return seconds
+        kept = self._kept(recipe, gone)
+        tokens = part * request.workload.sequences * request.seq_len
+        solved = 0.0
+        for block in geometry.family.blocks:
+            inputs = round(kept[block.axis]) * geometry.unit(block.output.inputs)
+            solved += tokens * probe.sums(inputs, geometry.hidden_size, request.seq_len)
+            solved += probe.solution(inputs, geometry.hidden_size)
+        # The dense model goes through once; of the smaller one, whose inputs of MLPs are made twice, about 1.5 times.
+        walked = tokens * self._forward * (1 + 1.5 * (1 - gone))
+        reading = 3 * self._bytes / READING if request.engine == "streamed" else 0.0
+        return seconds + walked + self._layers * solved + reading
+
+    def measuring(self, gone: float) -> float:
+        """Perplexity of the model when a share of it is gone."""
+        request = self._request
+        if request.text is not None:
+            window = request.workload.evaluation_window
+            tokens = min(len(request.text) / CHARACTERS, request.workload.evaluation_tokens)
+        else:
+            window, tokens = request.seq_len, float(request.held_out * request.seq_len)
+        if not tokens:
+            return 0.0
+        forward = self._forward if window == request.seq_len else self._probe.forward(window)
+        return tokens * (forward * (1 - gone) + self._probe.head_forward)
+
+    def samples(self, gone: float) -> float:
+        """Continuations of the prompts by a model of which a share is gone."""
+        return len(PROMPTS) * NEW_TOKENS * self._probe.writing(1, PROMPT_TOKENS + NEW_TOKENS // 2, False) * (1 - gone)
+
+    def comparing(self) -> float:
+        """All results of a comparison, for one seed."""
+        request = self._request
+        passes = {(recipe.scoring.takes_gradients, recipe.scoring.noise): recipe for recipe in request.recipes}
+        seconds = self.measuring(0.0) + sum(self.scoring(recipe, 1.0, 1.0) for recipe in passes.values())
+        if writers := [recipe for recipe in request.recipes if recipe.writes_text]:
+            seconds += self.writing(writers[0])
+        for recipe, ratio in product(request.recipes, request.ratios):
+            own = self.pruning(recipe, ratio)
+            own.pop(next(iter(own)))  # the first scoring is shared
+            own.pop(WRITING, None)
+            seconds += sum(own.values()) + self.measuring(ratio)
+        return seconds
+
+    def _kept(self, recipe: Recipe, gone: float) -> dict[Axis, float]:
+        """Mean width of a layer on each axis when a share is gone."""
+        removal = _removal(self._request, recipe, gone)
+        widths: Sequence[LayerWidths] = self._request.geometry.widths
+        return {axis: (sum(w[axis] for w in widths) - removal.groups[axis]) / len(widths) for axis in AXES}

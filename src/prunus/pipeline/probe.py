@@ -1,0 +1,255 @@
+"""How long the parts of a job take on this machine, by running each of them for a moment.
+
+The passes are those of the job: its own sweep, its own head and least squares, on a model of its shape with random
+weights and a few of its layers, sequences of its own length. Where a pass at full length takes too long, a shorter one
+is run, and its time counted by the token. Nothing is read, and nothing written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from prunus.calibration import Batch, calibration_from_tokens
+from prunus.calibration.sampled import cache_argument, draw_tokens
+from prunus.checkpoint import empty_model, pruned_config
+from prunus.checkpoint.random_weights import random_weights
+from prunus.model.evaluation_mode import evaluation_mode
+from prunus.model.families import AXES, family_of
+from prunus.model.geometry import Geometry, LayerWidths, submodule
+from prunus.model.loss import chunked_cross_entropy, head_function
+from prunus.repair.least_squares import TokenSums, solve_ridge
+from prunus.scoring.score import ScoringOptions, take_statistics
+from prunus.selection.select import select
+from prunus.selection.table import build_table
+from prunus.sweep import Engine
+from prunus.sweep.blocks import last_hidden_states
+from prunus.sweep.objective import losses_and_gradient
+
+__all__ = ["Probe"]
+
+#: layers that a sample has, at least this many bytes of them where the model is so large: weights come out of memory in
+#: a job, not out of a cache
+LAYER_BYTES = 48 * 2**20
+#: seconds for one measurement, and how often it is repeated at most
+ALLOWANCE, REPEATS = 0.5, 2
+#: seconds for all measurements together; those that come later are as short as can be
+ALTOGETHER = 4.0
+#: units of the first, shortest run
+FIRST = 16
+#: tokens of which the head makes logits at a time
+AT_ONCE = 512
+#: columns and rows of the matrix that is solved, at most
+SOLVED = 512
+#: channels of a layer that groups are selected from
+SELECTED = 2048
+
+
+class Probe:
+    """Seconds of parts of a job on a model of a certain shape.
+
+    Args:
+        empty: the model without weights, in the dtype that it will be held in.
+        device: where it will run.
+        batch_size: sequences per pass.
+        engine: which one the model will be held for; streamed has little memory, and a sample of one layer.
+
+    Attributes:
+        scale: layers of the model, by their parameters, for each layer of the sample.
+    """
+
+    def __init__(self, empty: Any, device: torch.device, batch_size: int, engine: Engine = "resident"):
+        self._begun = time.perf_counter()
+        self._device, self._batch_size = device, batch_size
+        layers = submodule(empty, family_of(empty.config).layers)
+        sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+        mean = sum(sizes) / len(sizes)
+        many = round(LAYER_BYTES / (mean * empty.dtype.itemsize)) if engine == "resident" else 1
+        count = min(len(sizes), max(1, many))
+        chosen = [number * len(sizes) // count for number in range(count)]
+        geometry = Geometry.of(empty)
+        config = pruned_config(empty.config, [geometry.widths[number] for number in chosen], chosen)
+        self._model = random_weights(empty_model(config, empty.dtype), device).requires_grad_(False)
+        self._geometry = Geometry.of(self._model)
+        self._widest = max(self._geometry.size(0, block.output.inputs) for block in geometry.family.blocks)
+        self._measured: dict[object, float] = {}
+        self._vocabulary = int(config.get_text_config().vocab_size)
+        self._decoder = submodule(self._model, geometry.family.layers.rpartition(".")[0])
+        self.scale = sum(sizes) / sum(sizes[number] for number in chosen)
+
+    def scoring(self, options: ScoringOptions, seq_len: int) -> float:
+        """Seconds per token of a scoring pass through all layers, without the head."""
+        if not options.needs:
+            return 0.0
+        parts = options.parts
+
+        def run(tokens: int) -> None:
+            sequences = calibration_from_tokens(self._ids(self._batch_size, max(2, tokens // self._batch_size)))
+            take_statistics(self._model, sequences, parts, options, batch_size=self._batch_size, progress=False)
+
+        each = self._seconds((options, seq_len), run, self._batch_size * seq_len)
+        head = self.head_backward if options.takes_gradients else 0.0
+        return max(each - head, 0.0) * self.scale
+
+    def forward(self, seq_len: int) -> float:
+        """Seconds per token of a forward pass through all layers, without the head."""
+
+        def run(tokens: int) -> None:
+            with evaluation_mode(self._model), torch.no_grad():
+                list(last_hidden_states(self._model, [Batch(self._ids(1, tokens), None)]))
+
+        return self._seconds(("forward", seq_len), run, seq_len) * self.scale
+
+    @property
+    def head_forward(self) -> float:
+        """Seconds per token of the head and its loss."""
+        head = head_function(self._model)
+
+        def run(tokens: int) -> None:
+            chunked_cross_entropy(self._hidden(1, tokens), head, self._ids(1, tokens))
+
+        return self._seconds("head forward", run)
+
+    @property
+    def head_backward(self) -> float:
+        """Seconds per token of the head, its loss and the gradient."""
+        head = head_function(self._model)
+
+        def run(tokens: int) -> None:
+            losses_and_gradient(self._hidden(1, tokens), head, self._ids(1, tokens))
+
+        return self._seconds("head backward", run)
+
+    def writing(self, rows: int, context: int, draws: bool) -> float:
+        """Seconds of one token more for some texts side by side, behind so many others.
+
+        Args:
+            rows: texts.
+            context: tokens before the new one.
+            draws: whether it is drawn at random; else it is the most likely one.
+        """
+        head, shape = head_function(self._model), self._geometry
+        cache = DynamicCache()
+        for layer_idx, widths in enumerate(shape.widths):
+            if widths["attention"]:
+                states = torch.zeros(
+                    rows, widths["attention"], context, shape.head_dim, dtype=self._model.dtype, device=self._device
+                )
+                cache.update(states, states.clone(), layer_idx)
+        name = cache_argument(self._decoder)
+        read = self._ids(rows, 1).to(self._device)
+
+        @torch.no_grad()
+        def layers(steps: int) -> None:
+            for _ in range(steps):
+                self._decoder(input_ids=read, **{name: cache}, use_cache=True)
+
+        @torch.no_grad()
+        def choose(steps: int) -> None:
+            for _ in range(steps):
+                logits = head(self._hidden(rows, 1))[:, -1].float().cpu()
+                if draws:
+                    draw_tokens(logits, torch.Generator().manual_seed(0))
+
+        with evaluation_mode(self._model):
+            below = self._seconds(("layers", rows, context), layers, 2, first=1) * self.scale
+            return below + self._seconds(("choose", rows, draws), choose, 2, first=1)
+
+    def sums(self, inputs: int, outputs: int, seq_len: int) -> float:
+        """Seconds per token of what a projection is solved from: measured on the widest, for others by operations."""
+        widest = self._widest
+        sums = TokenSums(self._projection(widest, outputs))
+
+        def run(tokens: int) -> None:
+            sums.add(self._floats(tokens, widest), self._floats(tokens, outputs))
+
+        def operations(width: int) -> int:
+            return width * (width + 2 * outputs)
+
+        return self._seconds("sums", run, seq_len) * operations(inputs) / operations(widest)
+
+    def solution(self, inputs: int, outputs: int) -> float:
+        """Seconds to solve a projection in float64: measured on a square one, for others by operations."""
+        size = min(SOLVED, self._widest)
+        sums = TokenSums(self._projection(size, size))
+        sums.add(self._floats(2 * size, size), self._floats(2 * size, size))
+        equations, weight = sums.equations(), self._floats(size, size).double()
+
+        def run(times: int) -> None:
+            for _ in range(times):
+                equations.error(weight)
+                solution, _ = solve_ridge(equations.gram, equations.cross, weight, 0.1)
+                equations.error(solution)
+
+        def operations(width: int, rows: int) -> float:
+            return width**3 / 3 + 6 * width**2 * rows
+
+        return self._seconds("solution", run, 1, first=1) * operations(inputs, outputs) / operations(size, size)
+
+    @property
+    def selection(self) -> float:
+        """Seconds per group to rank it, and to decide whether it goes."""
+        first = self._geometry.widths[0]
+        narrow = LayerWidths(first.num_key_value_heads, min(first.intermediate_size, SELECTED))
+        config = pruned_config(self._model.config, [narrow], [0])
+        geometry = Geometry.of(empty_model(config, self._model.dtype))
+        importance = [{axis: torch.arange(narrow[axis], dtype=torch.float64) for axis in AXES}]
+
+        def run(times: int) -> None:
+            select(build_table(geometry, importance), geometry, 0.01, last=False)
+
+        return self._seconds("selection", run, 1, first=1) / max(1, sum(narrow[axis] for axis in AXES))
+
+    def _seconds(self, what: object, run: Callable[[int], object], units: int = AT_ONCE, first: int = FIRST) -> float:
+        """Seconds per unit of something, run for as many units as a job does, or as many as there is time for."""
+        if what not in self._measured:
+            self._measured[what] = self._measure(run, units, first)
+        return self._measured[what]
+
+    def _measure(self, run: Callable[[int], object], units: int, first: int) -> float:
+        number = min(units, first)
+        taken = self._timed(run, number)  # also sets up what a first run sets up
+        if self._over:
+            return taken / number
+        taken = self._timed(run, number)
+        if number < units and not self._over:
+            number = min(units, max(number, int(ALLOWANCE * number / taken)))
+            taken = self._timed(run, number)
+        times = 1
+        while times < REPEATS and taken < ALLOWANCE and not self._over:
+            taken += self._timed(run, number)
+            times += 1
+        return taken / (number * times)
+
+    @property
+    def _over(self) -> bool:
+        return time.perf_counter() - self._begun > ALTOGETHER
+
+    def _timed(self, run: Callable[[int], object], units: int) -> float:
+        self._wait()
+        start = time.perf_counter()
+        run(units)
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _ids(self, rows: int, tokens: int) -> Tensor:
+        return torch.arange(rows * tokens).view(rows, tokens) % self._vocabulary
+
+    def _hidden(self, rows: int, tokens: int) -> Tensor:
+        return torch.ones(rows, tokens, self._geometry.hidden_size, dtype=self._model.dtype, device=self._device)
+
+    def _floats(self, rows: int, columns: int) -> Tensor:
+        numbers = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+        return numbers.to(self._device)
+
+    def _projection(self, inputs: int, outputs: int) -> nn.Linear:
+        return nn.Linear(inputs, outputs, bias=False, device=self._device)

@@ -1,0 +1,103 @@
+"""A size to fit: never exceeded, and missed by less than one unit of cutting."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from plain import PLAIN, UNMEASURED
+from safetensors.torch import load_file
+from tiny_folder import fails, run, run_json
+
+from prunus.errors import OptionError
+from prunus.machine.byte_sizes import parse_bytes
+from prunus.model.geometry import Geometry
+from prunus.pipeline.job_file import read_job
+from prunus.selection.constraints import Constraints
+from prunus.selection.costs import parameter_costs
+from prunus.selection.fit import FitOptions
+from prunus.selection.select import select
+from prunus.selection.table import build_table
+
+QUICK = [*PLAIN, "--method", "magnitude", *UNMEASURED, "--set", "output.report=false"]
+
+
+def importance(geometry: Geometry):
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {axis: torch.rand(widths[axis], dtype=torch.float64, generator=generator) for axis in ("attention", "mlp")}
+        for widths in geometry.widths
+    ]
+
+
+@pytest.mark.parametrize("shape", ["ragged", "uniform", "depth"])
+@pytest.mark.parametrize("share", [0.97, 0.8, 0.66])
+def test_weights_never_exceed_the_size(geometry, shape, share):
+    total = 2 * geometry.total_parameters
+    constraints = Constraints(shape=shape)
+    fitted = FitOptions(f"{int(share * total)}B").solved(geometry, "bfloat16", constraints)
+    costs = fitted.target.costs(geometry)
+    table = build_table(geometry, importance(geometry))
+    plan = select(table, geometry, fitted.ratio, fitted.constraints, costs)
+    left = 2 * geometry.parameters_left(plan.kept_widths)
+    assert left == costs.left(plan.kept_widths) <= int(share * total)
+    if shape == "ragged":  # one group less would not do
+        assert int(share * total) - left < 2 * max(geometry.group_parameters.values())
+        same = select(table, geometry, fitted.ratio, constraints, parameter_costs(geometry))
+        assert same == plan
+
+
+def test_memory_with_the_cache(geometry):
+    """Beside the weights 2 bytes for each number of the keys and values of 3 sequences of 50 tokens."""
+    numbers = sum(2 * widths["attention"] * geometry.head_dim * 50 * 3 for widths in geometry.widths)
+    total = 4 * geometry.total_parameters + 2 * numbers
+    limit = int(0.8 * total)
+    fitted = FitOptions(memory=f"{limit}B", context=50, batch=3).solved(geometry, "float32", Constraints())
+    costs = fitted.target.costs(geometry)
+    assert costs.total == total
+    plan = select(build_table(geometry, importance(geometry)), geometry, fitted.ratio, fitted.constraints, costs)
+    kept = sum(2 * widths["attention"] * geometry.head_dim * 50 * 3 for widths in plan.kept_widths)
+    assert 4 * geometry.parameters_left(plan.kept_widths) + 2 * kept <= limit
+
+
+def test_types_in_blocks_keep_whole_blocks(geometry):
+    fitted = FitOptions("8000:q4_0").solved(geometry, "float32", Constraints(align=3))
+    assert fitted.constraints.align == math.lcm(3, 32)
+    assert (fitted.target.name, fitted.target.storage) == ("size", "Q4_0")
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("1TB", r"the model fits as it is: its bytes of weights in float32 are .*MB, and `fit.size` is 1000.00GB"),
+        ("much", "`fit.size` is 'much'; write a size such as 8GB"),
+        ("1MB:Q9", "type 'Q9' is unknown"),
+    ],
+)
+def test_sizes_that_cannot_be(geometry, size, message):
+    with pytest.raises(OptionError, match=message):
+        FitOptions(size).solved(geometry, "float32", Constraints())
+
+
+def test_as_typed(capsys, tmp_path, folder):
+    dense = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    limit = f"{int(0.8 * dense)}B"
+    words = ["prune", folder, "--out", tmp_path / "small", *QUICK]
+    facts = run_json(capsys, *words, "--fit", limit)
+    weights = sum(tensor.nbytes for tensor in load_file(tmp_path / "small" / "model.safetensors").values())
+    assert weights == facts["target"]["after"] <= parse_bytes(limit)
+    assert facts["target"]["before"] == dense
+    assert facts["fit"]["size"] == limit
+    # The recipe of the result says the size, and gives the same again; a ratio in its place is taken.
+    recipe = tmp_path / "small" / "prunus" / "recipe.yaml"
+    assert read_job(str(recipe), [], {}).fit.size == limit
+    run(capsys, "prune", "--recipe", recipe, "--out", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "prunus" / "metrics.json").read_text())
+    assert again["plan"] == facts["plan"]
+    other = run_json(capsys, "prune", "--recipe", recipe, "--out", tmp_path / "other", "--ratio", "0.1")
+    assert other["ratio"] == 0.1
+    said = fails(capsys, *words, "--fit", limit, "--ratio", "0.1", "--overwrite")
+    assert "--ratio and --fit both say how much to remove" in said
