@@ -35,6 +35,7 @@ def recover(
     place: PlaceFlags = NO_PLACE,
     resume: Flag = False,
     overwrite: Flag = False,
+    dry_run: Flag = False,
     json: Flag = False,
 ) -> None:
     """Train a pruned model a little, so that it wins back part of what it lost; needs the packages peft and accelerate.
@@ -49,15 +50,21 @@ def recover(
         teacher: the dense model, folder or Hub id; by default the one that MODEL was cut from, if it is here.
         resume: go on from the last checkpoint of a run that was killed or interrupted; give the same options.
         overwrite: replace an earlier result in the folder, and earlier checkpoints.
+        dry_run: say what memory, disk and time it would take; nothing is written.
         json: print what was done and measured as JSON.
     """
+    from prunus.cli.forecast import show_forecast
     from prunus.cli.printing import print_json, print_rows, short, typed_command
+    from prunus.pipeline.recovering import forecast_recover
     from prunus.recovery.job import RECOVERY
     from prunus.recovery.run import recover_job
 
     direct = {"model": model, "teacher": teacher, **given(text, training, place, keys=KEYS)}
     job = RECOVERY.read(file.recipe, file.set, direct)
     check_given(MODEL=job.model, text=job.text.source)
+    if dry_run:
+        show_forecast(forecast_recover(job, out, resume=resume, overwrite=overwrite), json)
+        return
     facts = recover_job(job, out, resume=resume, overwrite=overwrite, command=typed_command())
     if not facts:
         return  # another process prints

@@ -14,6 +14,7 @@ from prunus.errors import OptionError
 from prunus.files.json_file import read_json
 from prunus.files.outputs import check_disk, check_output, claimed
 from prunus.machine.processes import agreed, is_first, joined, wait_for_all
+from prunus.machine.stages import Stages
 from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.options import RecoveryOptions, TextOptions
@@ -103,15 +104,17 @@ def recover_job(
             if prepared.teacher is not None:
                 check_output(out, overwrite, prepared.teacher)
             check_disk(out, prepared.expected_bytes)
-            with _told_how_to_go_on(checkpoints):
+            stages = Stages(("training", "saving"), prepared.device, progress)
+            with _told_how_to_go_on(checkpoints), stages.enter("training"):
                 trained = train(prepared, checkpoints, resume, progress=progress)
             facts = {}
             if is_first():
                 gc.collect()  # what was trained is gone, and the result needs its room
-                result = best_model(prepared, checkpoints, trained["best_step"])
-                after = perplexity_of_windows(result, prepared.held_out.input_ids, progress=progress)
-                facts = {**facts_of(prepared, trained, after), "command": command or _command(job, out)}
-                save_recovered(result, prepared, facts, out, overwrite)
+                with stages.enter("saving"):
+                    result = best_model(prepared, checkpoints, trained["best_step"])
+                    after = perplexity_of_windows(result, prepared.held_out.input_ids, progress=progress)
+                    facts = {**facts_of(prepared, trained, after), "command": command or _command(job, out)}
+                    save_recovered(result, prepared, facts, out, overwrite)
         if is_first():
             checkpoints.remove()
         wait_for_all()

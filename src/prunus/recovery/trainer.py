@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prunus.errors import NonFiniteError, OptionError
+from prunus.machine.bars import Bar
 from prunus.machine.processes import add_up_, number_of_processes
 from prunus.recovery.checkpoints import WEIGHTS_FILE, readable
 from prunus.recovery.options import RecoveryOptions
@@ -155,6 +155,7 @@ class _Keeper(TrainerCallback):
         self._since = 0.0
         self._interrupted = False
         self._bar: Any = None
+        self._open = ExitStack()
 
     @property
     def interrupted(self) -> bool:
@@ -168,9 +169,11 @@ class _Keeper(TrainerCallback):
         self._since = time.monotonic()
         total = self.pace.max_steps or round(self.pace.max_seconds or 0)
         shown = self.progress and state.is_world_process_zero
-        self._bar = tqdm(
-            total=total, desc="recovering", unit="step" if self.pace.max_steps else "s", disable=None if shown else True
+        self._bar = self._open.enter_context(
+            Bar("training", total=total, unit="step" if self.pace.max_steps else "s", progress=shown)
         )
+        if state.global_step:
+            self._bar.resume(state.global_step if self.pace.max_steps else round(self.pace.seconds))
         self._show(state)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -198,14 +201,14 @@ class _Keeper(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         self.pace.reserved = metrics["eval_runtime"]
-        self._bar.set_postfix_str(f"held-out loss {metrics['eval_loss']:.4f}")
+        self._bar.note(f"held-out loss {metrics['eval_loss']:.4f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.close()
+        self._open.close()
 
     def _show(self, state: Any) -> None:
         done = state.global_step if self.pace.max_steps else round(self.pace.seconds)
-        self._bar.update(done - self._bar.n)
+        self._bar.update(done - self._bar.done)
 
 
 class RecoveryTrainer(Trainer):
