@@ -90,6 +90,7 @@ $(DEPLOY)/.installed: pyproject.toml
 
 deploy-check: $(DEPLOY)/.installed ## pruned models in real llama.cpp and vLLM, token by token against transformers
 	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python benchmarks/deploy_check.py --work build/deploy --out benchmarks/results/deployment.json
+	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python benchmarks/llama_cpp_families.py --out benchmarks/results/llama-cpp-families.json
 	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python benchmarks/deploy_speed.py --work build/deploy-speed --out benchmarks/results/speed.json
 	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python examples/llama_cpp_chat.py build/deploy/20-f16.gguf --ask "What is the capital of France?"
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 $(DEPLOY)/bin/python examples/vllm_client.py build/deploy/20 --enforce-eager

@@ -148,9 +148,9 @@ def _check(args: argparse.Namespace, case: Case, plan: Plan, folder: Path) -> di
         for question in QUESTIONS
     ]
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    continuations = [_greedy(reference, prompt, args.tokens) for prompt in prompts]
+    continuations = [greedy(reference, prompt, args.tokens) for prompt in prompts]
     scores = [
-        _scores(reference, prompt, continuation) for prompt, continuation in zip(prompts, continuations, strict=True)
+        scores_of(reference, prompt, continuation) for prompt, continuation in zip(prompts, continuations, strict=True)
     ]
     facts = {"name": case.name, "parameters": reference.num_parameters(), "architecture": reference.config.model_type}
     job = {"texts": texts, "prompts": prompts, "continuations": continuations, "tokens": args.tokens}
@@ -162,14 +162,15 @@ def _check(args: argparse.Namespace, case: Case, plan: Plan, folder: Path) -> di
             written = export_gguf(str(folder), source, type=type_, overwrite=True)
             form = f"GGUF, {written['architecture']}"
         answer = _run(program, {**job, "model": str(source)}, folder)
-        facts[program] = {"form": form, **_compare(continuations, scores, answer)}
+        facts[program] = {"form": form, **compare(continuations, scores, answer)}
         if "prompts" in answer:
             facts[program]["same_tokenization"] = answer["prompts"] == prompts
         print(case.name, program, facts[program], file=sys.stderr)
     return facts
 
 
-def _greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
+def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
+    """What a model continues a prompt with."""
     with torch.no_grad():
         output = model.generate(
             torch.tensor([prompt]),
@@ -183,7 +184,7 @@ def _greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
     return output[0, len(prompt) :].tolist()
 
 
-def _scores(model: Any, prompt: list[int], continuation: list[int]) -> torch.Tensor:
+def scores_of(model: Any, prompt: list[int], continuation: list[int]) -> torch.Tensor:
     """Log-probabilities of every token of the vocabulary at each step: (tokens, vocabulary)."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 : -1]
@@ -199,7 +200,7 @@ def _run(program: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**json.loads(answer_file.read_text()), "seconds": round(time.perf_counter() - started, 1)}
 
 
-def _compare(continuations: list[list[int]], scores: list[torch.Tensor], answer: dict[str, Any]) -> dict[str, Any]:
+def compare(continuations: list[list[int]], scores: list[torch.Tensor], answer: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens, and log-probabilities of the reference's continuation."""
     equal, gaps, differences = 0, [], []
     for expected, log_probabilities, found, given in zip(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_cpp import Llama
+from llama_cpp import Llama, llama_cpp
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -17,7 +17,19 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def quantized(file: str, kind: str) -> str:
+    """The file as llama.cpp stores it in blocks of a type such as Q4_K_M."""
+    out = file.removesuffix(".gguf") + f"-{kind}.gguf"
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), 1
+    if llama_cpp.llama_model_quantize(file.encode(), out.encode(), params):
+        raise SystemExit(f"llama.cpp could not quantise {file} to {kind}")
+    return out
+
+
 job = json.loads(Path(sys.argv[1]).read_text())
+if job.get("quantize"):
+    job["model"] = quantized(job["model"], job["quantize"])
 longest = max(map(len, job["prompts"])) + job["tokens"]
 model = Llama(job["model"], n_ctx=longest + 8, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False)
 answer: dict[str, Any] = {"prompts": [], "tokens": [], "log_probabilities": []}

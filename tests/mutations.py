@@ -344,6 +344,42 @@ MUTATIONS = (
         ("test_page.py::test_all_groups_have_a_place_in_the_charts",),
         "the histogram keeps only scores above zero",
     ),
+    # GGUF
+    Mutation(
+        "gguf_slice.py",
+        "begin = expert * self._per_expert",
+        "begin = (self.experts.index(expert)) * self._per_expert",
+        ("test_gguf_slice.py::test_kept_experts_are_copied_byte_for_byte",),
+        "the first experts are kept, whichever were named",
+    ),
+    Mutation(
+        "gguf_slice.py",
+        'r"ffn_gate_inp\\.(weight|bias)|exp_probs_b(\\.bias)?"',
+        'r"ffn_gate_inp\\.(weight|bias)"',
+        ("test_gguf_slice.py::test_kept_experts_are_copied_byte_for_byte",),
+        "a router's correction biases are those of all experts",
+    ),
+    Mutation(
+        "gguf_slice.py",
+        "sum(layer < dense for layer in layers)",
+        "dense",
+        ("test_gguf_slice.py::test_layers_are_removed_and_numbered_anew",),
+        "as many leading dense layers as before one of them was removed",
+    ),
+    Mutation(
+        "gguf_file.py",
+        "tensor.float() + geometry.family.norm_offset",
+        "tensor.float()",
+        ("test_gguf.py::test_equal_layers_go_out_as_the_stock_architecture",),
+        "Gemma's norms without their one",
+    ),
+    Mutation(
+        "llama_cpp.py",
+        "number % self.period != 0 for number in range(1, layers + 1)",
+        "number % self.period != 0 for number in range(layers)",
+        ("test_gguf.py::test_kinds_of_layers_are_written_where_a_removed_layer_shifts_them",),
+        "llama.cpp's layers are counted from the wrong one",
+    ),
 )
 
 

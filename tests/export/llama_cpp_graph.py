@@ -1,8 +1,8 @@
 """What llama.cpp computes from a GGUF file, written down slowly, for files that only llama.cpp could load.
 
-Follows the graphs `llama`, `qwen2`, `qwen3`, `deci` and `openelm` of llama.cpp (src/models), with their quirks: a layer
-of deci without channels loses what its attention added, and the first layer's number of heads is read as the model's.
-`make deploy-check` runs the real one.
+Follows llama.cpp's graphs (src/models), with their quirks: a layer of deci without channels loses what its attention
+added, the first layer's number of heads is read as the model's, and layers have kinds by their numbers. `make
+deploy-check` runs the real one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
-INTERLEAVED = {"llama": True, "deci": True, "qwen2": False, "qwen3": False, "openelm": False}
+INTERLEAVED = ("llama", "deci", "granite", "smollm3")
+HEADS_SPAN_HIDDEN = ("qwen2", "olmo2", "phi3")
+GEMMA = ("gemma2", "gemma3")
+#: a sliding window in all layers but every so-manieth
+WINDOWS = {"gemma2": 2, "gemma3": 6}
 
 
 class GgufFile:
@@ -38,6 +42,16 @@ class GgufFile:
         """A field of the architecture's own."""
         return self.fields[f"{self.architecture}.{name}"]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.fields.get(f"{self.architecture}.{name}", default)
+
+    def has_window(self, layer: int) -> bool:
+        if self.architecture not in GEMMA:
+            return False
+        period = WINDOWS[self.architecture]
+        pattern = self.get("attention.sliding_window_pattern")
+        return layer % period < period - 1 if pattern is None else pattern[layer]
+
     def per_layer(self, name: str) -> list[int]:
         value = self[name]
         return value if isinstance(value, list) else [value] * self["block_count"]
@@ -52,28 +66,36 @@ class GgufFile:
         return inputs * scale * self.tensors[f"{name}.weight"]
 
 
-def rotate(heads: Tensor, file: GgufFile) -> Tensor:
+def rotate(heads: Tensor, file: GgufFile, layer: int) -> Tensor:
     """Rotary embedding; `heads` has shape (tokens, heads, head_dim)."""
     size = file["rope.dimension_count"]
-    assert size == heads.shape[-1]
-    frequencies = file["rope.freq_base"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    if "rope_freqs.weight" in file.tensors:
-        frequencies = frequencies / file.tensors["rope_freqs.weight"].double()
-    if f"{file.architecture}.rope.scaling.type" in file.fields:
+    if file.architecture == "smollm3" and (layer + 1) % 4 == 0:
+        return heads
+    if size < heads.shape[-1]:
+        assert file.architecture == "phi3"
+        heads, rest = heads.split([size, heads.shape[-1] - size], -1)
+        return torch.cat([rotate(heads, file, layer), rest], -1)
+    base = file.get("rope.freq_base_swa", file["rope.freq_base"]) if file.has_window(layer) else file["rope.freq_base"]
+    frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    for name in ("rope_freqs.weight", "rope_factors_short.weight"):
+        if name in file.tensors:
+            frequencies = frequencies / file.tensors[name].double()
+    if file.get("rope.scaling.type") is not None and not file.has_window(layer):
         assert file["rope.scaling.type"] == "linear"
         frequencies = frequencies / file["rope.scaling.factor"]
     angles = torch.arange(len(heads)).double()[:, None, None] * frequencies
-    cos, sin = angles.cos().float(), angles.sin().float()
-    if INTERLEAVED[file.architecture]:
+    factor = file.get("rope.scaling.attn_factor", 1.0)
+    cos, sin = factor * angles.cos().float(), factor * angles.sin().float()
+    if file.architecture in INTERLEAVED:
         even, odd = heads[..., 0::2], heads[..., 1::2]
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
     first, second = heads.chunk(2, -1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
-def attention(file: GgufFile, block: str, inputs: Tensor, heads: int, heads_kv: int) -> Tensor:
-    size = file["attention.key_length"]
-    if file.architecture == "openelm":
+def attention(file: GgufFile, layer: int, inputs: Tensor, heads: int, heads_kv: int) -> Tensor:
+    block, size = f"blk.{layer}", file["attention.key_length"]
+    if f"{block}.attn_qkv.weight" in file.tensors:
         parts = file.linear(f"{block}.attn_qkv", inputs).reshape(len(inputs), heads + 2 * heads_kv, size)
         query, key, value = parts.split([heads, heads_kv, heads_kv], dim=1)
     else:
@@ -81,14 +103,33 @@ def attention(file: GgufFile, block: str, inputs: Tensor, heads: int, heads_kv: 
             file.linear(f"{block}.attn_{name}", inputs).reshape(len(inputs), count, size)
             for name, count in (("q", heads), ("k", heads_kv), ("v", heads_kv))
         )
-    if file.architecture in ("qwen3", "openelm"):
+    if file.architecture == "olmo2":  # over all heads at once
+        query = file.norm(f"{block}.attn_q_norm", query.flatten(1)).reshape(query.shape)
+        key = file.norm(f"{block}.attn_k_norm", key.flatten(1)).reshape(key.shape)
+    elif file.architecture in ("qwen3", "openelm", "gemma3"):
         query, key = file.norm(f"{block}.attn_q_norm", query), file.norm(f"{block}.attn_k_norm", key)
-    query, key = rotate(query, file), rotate(key, file)
+    query, key = rotate(query, file, layer), rotate(key, file, layer)
     key, value = (tensor.repeat_interleave(heads // heads_kv, dim=1) for tensor in (key, value))
-    scores = torch.einsum("qhd,khd->hqk", query, key) / size**0.5
-    scores = scores.masked_fill(torch.ones(len(inputs), len(inputs)).triu(1).bool(), float("-inf"))
-    mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
+    divisor = size
+    if (file.architecture, file["block_count"]) in (("gemma2", 46), ("gemma3", 62)):
+        divisor = file["embedding_length"] // heads
+    scores = torch.einsum("qhd,khd->hqk", query, key) * file.get("attention.scale", divisor**-0.5)
+    if cap := file.get("attn_logit_softcapping"):
+        scores = torch.tanh(scores / cap) * cap
+    hidden = torch.ones(len(inputs), len(inputs)).triu(1).bool()
+    if file.has_window(layer):
+        hidden |= torch.ones(len(inputs), len(inputs)).tril(-file["attention.sliding_window"]).bool()
+    mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), value)
     return file.linear(f"{block}.attn_output", mixed.flatten(1))
+
+
+def mlp(file: GgufFile, block: str, inputs: Tensor) -> Tensor:
+    if file.architecture == "phi3":
+        gate, up = file.linear(f"{block}.ffn_up", inputs).chunk(2, -1)
+    else:
+        gate, up = file.linear(f"{block}.ffn_gate", inputs), file.linear(f"{block}.ffn_up", inputs)
+    gate = gelu(gate, approximate="tanh") if file.architecture in GEMMA else silu(gate)
+    return file.linear(f"{block}.ffn_down", gate * up)
 
 
 def logits_of(file: GgufFile, tokens: Tensor) -> Tensor:
@@ -102,18 +143,34 @@ def logits_of(file: GgufFile, tokens: Tensor) -> Tensor:
         assert all(heads)
         assert all(channels)
         assert "output.weight" not in file.tensors
-    hidden = file.tensors["token_embd.weight"][tokens]
+    if file.architecture in HEADS_SPAN_HIDDEN:
+        assert heads[0] * file["attention.key_length"] == file["embedding_length"]
+    if file.architecture == "gemma2":
+        assert "output.weight" not in file.tensors
+    if file.architecture == "olmo2":
+        assert "output.weight" in file.tensors
+    hidden = file.tensors["token_embd.weight"][tokens] * file.get("embedding_scale", 1.0)
+    if file.architecture in GEMMA:
+        hidden = hidden * file["embedding_length"] ** 0.5
+    added = file.get("residual_scale", 1.0)
     for layer, (query_heads, key_value_heads, width) in enumerate(zip(heads, heads_kv, channels, strict=True)):
         block = f"blk.{layer}"
         after = hidden
         if query_heads:
-            after = hidden + attention(
-                file, block, file.norm(f"{block}.attn_norm", hidden), query_heads, key_value_heads
-            )
+            inputs = hidden if file.architecture == "olmo2" else file.norm(f"{block}.attn_norm", hidden)
+            outputs = attention(file, layer, inputs, query_heads, key_value_heads)
+            if f"{block}.post_attention_norm.weight" in file.tensors:
+                outputs = file.norm(f"{block}.post_attention_norm", outputs)
+            after = hidden + added * outputs
         if not width:
             continue  # and `after` is lost
-        inputs = file.norm(f"{block}.ffn_norm", after)
-        gate, up = file.linear(f"{block}.ffn_gate", inputs), file.linear(f"{block}.ffn_up", inputs)
-        hidden = after + file.linear(f"{block}.ffn_down", silu(gate) * up)
+        inputs = after if file.architecture == "olmo2" else file.norm(f"{block}.ffn_norm", after)
+        outputs = mlp(file, block, inputs)
+        if f"{block}.post_ffw_norm.weight" in file.tensors:
+            outputs = file.norm(f"{block}.post_ffw_norm", outputs)
+        hidden = after + added * outputs
     hidden = file.norm("output_norm", hidden)
-    return hidden @ file.tensors.get("output.weight", file.tensors["token_embd.weight"]).T
+    scores = hidden @ file.tensors.get("output.weight", file.tensors["token_embd.weight"]).T
+    scores = scores / file.get("logit_scale", 1.0)
+    cap = file.get("final_logit_softcapping")
+    return torch.tanh(scores / cap) * cap if cap else scores

@@ -68,7 +68,7 @@ def test_bos_and_eos_as_the_tokenizer_puts_them():
     ):
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single, special_tokens=special)
         written = gguf_tokenizer(tokenizer, 300)
-        assert (written.add_bos, written.add_eos) == expected
+        assert written.special.add_special_token == dict(zip(("bos", "eos"), expected, strict=True))
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<pad> $A", special_tokens=special)
     with pytest.raises(UnsupportedModelError, match="<pad>"):
         gguf_tokenizer(tokenizer, 300)
@@ -82,8 +82,8 @@ def test_more_tokens_than_rows():
 def test_a_second_end_of_text_is_the_end_of_a_turn():
     tokenizer = byte_level()
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    assert gguf_tokenizer(tokenizer, 300, [eos, pad]).special["eot"] == pad
-    assert "eot" not in gguf_tokenizer(tokenizer, 300, [eos]).special
+    assert gguf_tokenizer(tokenizer, 300, [eos, pad]).special.special_token_ids["eot"] == pad
+    assert "eot" not in gguf_tokenizer(tokenizer, 300, [eos]).special.special_token_ids
 
 
 def test_sentencepiece_with_merges_that_have_no_rank_per_piece_is_refused():

@@ -16,7 +16,7 @@ from prunus.checkpoint import config_as_weighted, empty_model, pruned_config
 from prunus.model.families import Projection
 from prunus.model.geometry import SPACE_AXIS, Geometry, LayerWidths
 
-__all__ = ["fill_config", "fill_tensors", "largest_widths"]
+__all__ = ["fill_config", "fill_tensors", "filled_parameters", "largest_widths"]
 
 
 def largest_widths(widths: Sequence[LayerWidths]) -> tuple[LayerWidths, ...]:
@@ -29,6 +29,12 @@ def largest_widths(widths: Sequence[LayerWidths]) -> tuple[LayerWidths, ...]:
 def fill_config(config: Any, widths: Sequence[LayerWidths]) -> Any:
     """The config of a model whose layers are filled up to `widths`: a stock one where all widths are equal."""
     return pruned_config(config, widths, layer_indices=range(len(widths)))
+
+
+def filled_parameters(model: Any, widths: Sequence[LayerWidths]) -> int:
+    """How many parameters are added to a model whose layers are filled up to `widths`."""
+    filled = empty_model(fill_config(config_as_weighted(model), widths), model.dtype)
+    return int(filled.num_parameters() - model.num_parameters())
 
 
 def fill_tensors(model: Any, widths: Sequence[LayerWidths]) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,16 +15,16 @@ from torch import Tensor
 from prunus.checkpoint import load_model, locate, read_config
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.escaping import printable
-from prunus.export.fill import fill_tensors
+from prunus.export.fill import fill_tensors, filled_parameters
 from prunus.export.gguf_rope import Rope, rope_of
-from prunus.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
+from prunus.export.gguf_source import GGUF_MARK, gguf_package
+from prunus.export.gguf_tokenizer import gguf_tokenizer
 from prunus.export.llama_cpp import Architecture, candidates, choose_architecture, widths_to_write
 from prunus.export.memory import check_export_memory
+from prunus.export.ollama import MODELFILE_MARK, modelfile
 from prunus.files.outputs import check_disk, check_output_file, claimed, output_file
 from prunus.files.user_path import expanded
-from prunus.installing import install_command
 from prunus.machine.bars import tracked
-from prunus.model.families import family_of
 from prunus.model.geometry import Geometry, LayerWidths
 
 __all__ = ["GGUF_TYPES", "GgufType", "export_gguf", "interleave"]
@@ -34,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
-#: a GGUF file begins with this
-MARK = b"GGUF"
 #: values per block of q8_0
 _BLOCK = 32
 #: of the largest tensor, the embeddings, while it is written: in float32, and what is made of that
@@ -69,12 +66,13 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write a model as a GGUF file for llama.cpp and what is built on it.
 
-    A model whose layers differ in width becomes llama.cpp's `deci` (or `openelm`, with norms per head), all others the
-    stock architecture. Norms and biases are float32 in every type.
+    A model whose layers differ in width becomes llama.cpp's `deci` (or `openelm`, with norms per head) where that has
+    the family's arithmetic. All others become the stock architecture, filled up with zeros to equal layers. Norms and
+    biases are float32 in every type.
 
     Args:
         source: folder or Hub id of a model, pruned or not.
-        out: the file to write; complete or not there at all.
+        out: the file to write; complete or not there at all. A Modelfile for Ollama is written beside it.
         type: of the matrices: f32, f16, bf16 or q8_0 (blocks of 32 values with a scale).
         mlp_multiple: fill MLP widths up to multiples of this with channels of zeros; llama.cpp's K-quants need 256 to
             apply to every matrix. With q8_0 it is 32 at least.
@@ -83,7 +81,8 @@ def export_gguf(
         progress: show a bar on a terminal.
 
     Returns:
-        What was written: architecture, type, tensors, parameters, bytes, and the widths of every layer.
+        What was written: architecture, type, tensors, parameters (and how many of them are zeros that the model does
+        not have), bytes, and the widths of every layer.
 
     Raises:
         OptionError: unknown type, or `out` is there already.
@@ -96,8 +95,11 @@ def export_gguf(
     with claimed(out, is_file=True, run=("gguf", source, type, mlp_multiple, overwrite)) as claim:
         if claim.finished:
             return dict(claim.facts)
-        check_output_file(out, "model.gguf", MARK, overwrite)
-        gguf = _gguf_package()
+        check_output_file(out, "model.gguf", GGUF_MARK, overwrite)
+        # One that was written here goes with its GGUF file, and is no file of the user's.
+        beside = out.with_suffix(".Modelfile")
+        check_output_file(beside, "model.Modelfile", MODELFILE_MARK, overwrite=True)
+        gguf = gguf_package()
         folder = locate(source)
         config = read_config(folder)
         candidates(config)  # before the weights are read
@@ -106,30 +108,35 @@ def export_gguf(
         config = model.config
         geometry = Geometry.of(model)
         rope = rope_of(config, geometry.head_dim)
-        _check_activation(config)
-        vocabulary = gguf_tokenizer(tokenizer, config.vocab_size, _end_tokens(model))
-        # This one's map has every kind of tensor we have.
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, len(geometry.widths))
-        architecture = choose_architecture(config, geometry, _biases(model, names), rope.factors is not None)
+        ends = _end_tokens(model)
+        vocabulary = gguf_tokenizer(tokenizer, config.vocab_size, ends)
+        arch = candidates(config)[0].names
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], len(geometry.widths))
+        architecture = choose_architecture(config, geometry, _biases(model, names), rope)
         if type == "q8_0":
             mlp_multiple = -(-mlp_multiple // _BLOCK) * _BLOCK
-        widths = widths_to_write(architecture, geometry.widths, mlp_multiple)
-        check_disk(out, int(model.num_parameters() * _bytes_per_weight(type)))
+        widths = widths_to_write(architecture, geometry, mlp_multiple)
+        zeros = filled_parameters(model, widths)
+        check_disk(out, int((model.num_parameters() + zeros) * _bytes_per_weight(type)))
         try:
-            with output_file(out, "model.gguf", MARK, overwrite=overwrite) as partial:
+            with output_file(out, "model.gguf", GGUF_MARK, overwrite=overwrite) as partial:
                 writer = gguf.GGUFWriter(partial, architecture.name)
                 try:
                     _add_metadata(writer, gguf, config, geometry, architecture, widths, rope, type, Path(source).name)
-                    _add_tokenizer(writer, vocabulary)
+                    vocabulary.write(writer)
                     with torch.no_grad():
                         written = _write_tensors(writer, gguf, model, names, architecture, widths, rope, type, progress)
                 finally:
                     writer.close()
+                with output_file(beside, "model.Modelfile", MODELFILE_MARK, overwrite=True) as text:
+                    add_bos = vocabulary.special.add_special_token["bos"]
+                    text.write_text(modelfile(out.name, tokenizer, ends, add_bos), encoding="utf-8")
                 claim.facts = {
                     "architecture": architecture.name,
                     "type": type,
                     "bytes": partial.stat().st_size,
                     **written,
+                    "of_them_zeros": zeros,
                     "head_count": [layer.num_key_value_heads * geometry.num_key_value_groups for layer in widths],
                     "head_count_kv": [layer.num_key_value_heads for layer in widths],
                     "feed_forward_length": [layer.intermediate_size for layer in widths],
@@ -157,23 +164,6 @@ def _check_options(type: str, mlp_multiple: int) -> None:
         raise OptionError(f"`type` {type!r} is unknown; choose one of {', '.join(GGUF_TYPES)}")
     if mlp_multiple < 1:
         raise OptionError(f"`mlp_multiple` is {mlp_multiple}; it must be at least 1")
-
-
-def _gguf_package() -> Any:
-    if importlib.util.find_spec("gguf") is None:
-        raise CheckpointError(
-            f"writing GGUF needs the package gguf, which is not installed. Run: {install_command('gguf')}"
-        )
-    import gguf
-
-    return gguf
-
-
-def _check_activation(config: Any) -> None:
-    if config.hidden_act not in ("silu", "swish"):
-        raise UnsupportedModelError(
-            f"the MLPs use {config.hidden_act!r}; llama.cpp's graphs for {family_of(config).title} have silu built in"
-        )
 
 
 def _end_tokens(model: Any) -> list[int]:
@@ -226,7 +216,7 @@ def _add_metadata(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(len(widths))
-    writer.add_context_length(_context(config))
+    writer.add_context_length(_context(config, architecture))
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(heads[0] if one else heads)
     writer.add_head_count_kv(key_value_heads[0] if one else key_value_heads)
@@ -234,8 +224,17 @@ def _add_metadata(
     writer.add_key_length(geometry.head_dim)
     writer.add_value_length(geometry.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(geometry.head_dim)
+    for key, field in architecture.fields.items():
+        if (value := getattr(config, field)) is not None:
+            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{architecture.name}.{key}", value)
+    _add_kinds(writer, config, architecture)
+    writer.add_rope_dimension_count(rope.dimensions)
     writer.add_rope_freq_base(rope.base)
+    if rope.window_base is not None:
+        writer.add_float32(f"{architecture.name}.rope.freq_base_swa", rope.window_base)
+    if rope.long_factors is not None and rope.settings:
+        writer.add_rope_scaling_orig_ctx_len(int(rope.settings["original_max_position_embeddings"]))
+        writer.add_rope_scaling_attn_factors(rope.settings["attention_factor"])
     if rope.scaling and rope.settings:
         writer.add_rope_scaling_type(getattr(gguf.RopeScalingType, rope.scaling.upper()))
         writer.add_rope_scaling_factor(rope.settings["factor"])
@@ -245,9 +244,26 @@ def _add_metadata(
             writer.add_rope_scaling_yarn_beta_slow(rope.settings["beta_slow"])
 
 
-def _context(config: Any) -> int:
+def _add_kinds(writer: Any, config: Any, architecture: Architecture) -> None:
+    """Say for every layer of which kind it is, where llama.cpp would take it to be of another."""
+    kinds = architecture.kinds
+    if kinds is None or kinds.key is None:
+        return
+    found = kinds.of_model(config)
+    if found != kinds.of_llama_cpp(len(found)):
+        key = f"{architecture.name}.{kinds.key}"
+        logger.warning(
+            "which layers have %s is not what llama.cpp takes for granted, and is said in %s: a llama.cpp that is too "
+            "old to read it (llama-cpp-python 0.3.36 is not) computes something else",
+            kinds.what,
+            key,
+        )
+        writer.add_array(key, found)
+
+
+def _context(config: Any, architecture: Architecture) -> int:
     """Positions up to which the file computes what the model computes."""
-    window = getattr(config, "sliding_window", None)
+    window = None if architecture.windows else getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and "sliding_attention" not in kinds:
         window = None
@@ -260,28 +276,6 @@ def _context(config: Any) -> int:
         window,
     )
     return int(window)
-
-
-def _add_tokenizer(writer: Any, vocabulary: GgufTokenizer) -> None:
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(list(vocabulary.tokens))
-    if vocabulary.scores is not None:
-        writer.add_token_scores(list(vocabulary.scores))
-    writer.add_token_types(list(vocabulary.types))
-    if vocabulary.merges is not None:
-        writer.add_token_merges(list(vocabulary.merges))
-    for role, token_id in vocabulary.special.items():
-        getattr(writer, f"add_{role}_token_id")(token_id)
-    writer.add_add_bos_token(vocabulary.add_bos)
-    writer.add_add_eos_token(vocabulary.add_eos)
-    if vocabulary.add_space_prefix is not None:
-        writer.add_add_space_prefix(vocabulary.add_space_prefix)
-    template = vocabulary.chat_template
-    if isinstance(template, str):
-        writer.add_chat_template(template)
-    elif template:
-        writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
 
 
 def _write_tensors(
@@ -298,8 +292,13 @@ def _write_tensors(
     """Twice over the tensors: the head of the file names all of them, then each is converted and written alone."""
 
     def entries() -> Iterator[_Entry]:
-        if rope.factors is not None:
-            yield _Entry("rope_freqs.weight", "ROPE_FREQS", rope.factors)
+        for name, factors in (
+            ("rope_freqs", rope.factors),
+            ("rope_factors_short", rope.short_factors),
+            ("rope_factors_long", rope.long_factors),
+        ):
+            if factors is not None:
+                yield _Entry(f"{name}.weight", name.upper(), factors)
         yield from _entries(model, names, architecture, widths)
 
     count, parameters = 0, 0
@@ -331,9 +330,11 @@ def _entries(model: Any, names: Any, architecture: Architecture, widths: Sequenc
     head = geometry.family.head
     fused: list[_Entry] = []
     for source, tensor in fill_tensors(model, widths):
-        if config.tie_word_embeddings and source.startswith(head + "."):
+        if config.tie_word_embeddings and source.startswith(head + ".") and not architecture.own_head:
             continue  # llama.cpp takes the embeddings where there is no head
         name, kind = _entry_of(names, source)
+        if kind.endswith("NORM"):
+            tensor = tensor.float() + geometry.family.norm_offset
         if architecture.interleaved and kind in ("ATTN_Q", "ATTN_K"):
             tensor = interleave(tensor, tensor.shape[0] // geometry.head_dim)
         if architecture.fused and kind in ("ATTN_Q", "ATTN_K", "ATTN_V"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ _KNOWN = {
     "linear": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "long_factor", "short_factor", "original_max_position_embeddings", "attention_factor"),
 }
+#: kinds of layers that may have frequencies of their own
+_GLOBAL, _WINDOW = "full_attention", "sliding_attention"
 #: what transformers takes for a setting that is not there, where llama.cpp's default could be another
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
@@ -30,15 +34,23 @@ class Rope:
 
     Attributes:
         base: the frequencies' base, theta.
+        dimensions: values of a head that are rotated, from the first on.
         scaling: `linear` or `yarn`, None for none.
         settings: of the scaling.
-        factors: what llama.cpp divides each frequency by, float32 of shape (head_dim / 2,); None for nothing.
+        factors: what llama.cpp divides each frequency by, float32 of shape (dimensions / 2,); None for nothing.
+        short_factors: in their place in contexts up to `settings["original_max_position_embeddings"]`.
+        long_factors: and in longer ones.
+        window_base: base in layers with a sliding window, whose frequencies are never scaled; None for `base`.
     """
 
     base: float
+    dimensions: int
     scaling: str | None = None
     settings: dict[str, float] | None = None
     factors: Tensor | None = None
+    short_factors: Tensor | None = None
+    long_factors: Tensor | None = None
+    window_base: float | None = None
 
 
 def rope_of(config: Any, head_dim: int) -> Rope:
@@ -47,17 +59,28 @@ def rope_of(config: Any, head_dim: int) -> Rope:
     Raises:
         UnsupportedModelError: a kind or a setting that llama.cpp computes in another way, or not at all.
     """
-    parameters = {name: value for name, value in config.rope_parameters.items() if value is not None}
+    stored = config.rope_parameters
+    if _GLOBAL not in stored:
+        return _rope(stored, config, head_dim)
+    window = _rope(stored[_WINDOW], config, head_dim)
+    if window != Rope(window.base, head_dim):
+        raise UnsupportedModelError(
+            f"rotary embeddings {stored[_WINDOW]} of layers with a sliding window cannot be written as GGUF; only "
+            "those of type default can"
+        )
+    return replace(_rope(stored[_GLOBAL], config, head_dim), window_base=window.base)
+
+
+def _rope(stored: Mapping[str, Any], config: Any, head_dim: int) -> Rope:
+    parameters = {name: value for name, value in stored.items() if value is not None}
     kind = parameters.get("rope_type", "default")
     if "rope_theta" not in parameters or kind not in _KNOWN:
         raise UnsupportedModelError(
             f"rotary embeddings {parameters} cannot be written as GGUF; kinds that can: {', '.join(_KNOWN)}"
         )
-    share = parameters.pop("partial_rotary_factor", 1.0)
-    if share != 1.0:
-        raise UnsupportedModelError(
-            f"partial_rotary_factor {share}: this family's graph in llama.cpp rotates whole heads"
-        )
+    if parameters.get("type") == kind:
+        del parameters["type"]  # what it was called before
+    dimensions = int(head_dim * parameters.pop("partial_rotary_factor", 1.0))
     unknown = sorted(set(parameters) - {"rope_type", "rope_theta", *_KNOWN[kind]})
     if unknown:
         raise UnsupportedModelError(
@@ -65,14 +88,20 @@ def rope_of(config: Any, head_dim: int) -> Rope:
             "cannot be written as GGUF"
         )
     base = float(parameters["rope_theta"])
-    if kind == "llama3":
-        default = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-        return Rope(base, factors=default / scaled)
     if kind == "default":
-        return Rope(base)
+        return Rope(base, dimensions)
+    if kind == "llama3":
+        default = base ** -(torch.arange(0, dimensions, 2, dtype=torch.float32) / dimensions)
+        scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        return Rope(base, dimensions, factors=default / scaled)
+    if kind == "longrope":
+        _, attention = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        original = parameters.get("original_max_position_embeddings", config.max_position_embeddings)
+        settings = {"original_max_position_embeddings": float(original), "attention_factor": float(attention)}
+        short, long = (torch.tensor(parameters[f"{name}_factor"], dtype=torch.float32) for name in ("short", "long"))
+        return Rope(base, dimensions, settings=settings, short_factors=short, long_factors=long)
     settings = {name: float(parameters[name]) for name in _KNOWN[kind] if name in parameters}
     if kind == "yarn":
         settings = {**_YARN_DEFAULTS, **settings}
         settings.setdefault("original_max_position_embeddings", float(config.max_position_embeddings))
-    return Rope(base, kind, settings)
+    return Rope(base, dimensions, kind, settings)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from prunus.errors import UnsupportedModelError
+from prunus.export.gguf_source import gguf_package
 
 __all__ = ["PRE_TOKENIZERS", "GgufTokenizer", "TokenType", "gguf_tokenizer"]
 
@@ -61,26 +63,35 @@ class GgufTokenizer:
         pre: llama.cpp's name for how text is split before merging.
         tokens: text of every token, one per row of the embeddings.
         types: one `TokenType` per token.
+        special: gguf's `SpecialVocab`: special tokens, which of them are put around a text, chat template, and, for
+            `gpt2` only, merges.
         scores: of pieces, for `llama` only; higher merges first.
-        merges: `left right`, for `gpt2` only, the first to be merged first.
-        special: ids by the name of their role (`bos`, `eos`, `eot`, `unk`, `pad`).
-        add_bos: whether a text starts with the bos token.
-        add_eos: whether it ends with the eos token.
         add_space_prefix: whether a space goes before a text, for `llama` only.
-        chat_template: one Jinja template, or several with their names.
     """
 
     model: str
     pre: str
     tokens: Sequence[str]
     types: Sequence[int]
-    add_bos: bool
-    add_eos: bool
-    special: Mapping[str, int] = field(default_factory=dict)
+    special: Any
     scores: Sequence[float] | None = None
-    merges: Sequence[str] | None = None
     add_space_prefix: bool | None = None
-    chat_template: str | Mapping[str, str] | None = None
+
+    def write(self, writer: Any) -> None:
+        """Add the fields to a file.
+
+        Args:
+            writer: gguf's `GGUFWriter`.
+        """
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(list(self.tokens))
+        if self.scores is not None:
+            writer.add_token_scores(list(self.scores))
+        writer.add_token_types(list(self.types))
+        if self.add_space_prefix is not None:
+            writer.add_add_space_prefix(self.add_space_prefix)
+        self.special.add_to_gguf(writer, quiet=True)
 
 
 def gguf_tokenizer(tokenizer: Any, vocab_size: int, end_of_turn: Sequence[int] = ()) -> GgufTokenizer:
@@ -119,26 +130,13 @@ def gguf_tokenizer(tokenizer: Any, vocab_size: int, end_of_turn: Sequence[int] =
         )
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     tokens, types = _tokens(vocabulary, state["added_tokens"], model, vocab_size)
-    add_bos, add_eos = _added_ends(tokenizer)
-    shared: dict[str, Any] = {
-        "tokens": tokens,
-        "types": types,
-        "add_bos": add_bos,
-        "add_eos": add_eos,
-        "special": _special(tokenizer, end_of_turn),
-        "chat_template": tokenizer.chat_template or None,
-    }
-    if model.get("byte_fallback"):
-        return GgufTokenizer(
-            model="llama",
-            pre="default",
-            scores=_scores(
-                tokens, model["vocab"].keys() - {token["content"] for token in state["added_tokens"]}, merges
-            ),
-            add_space_prefix=_adds_space(state),
-            **shared,
-        )
-    return GgufTokenizer(model="gpt2", pre=_pre(state), merges=[" ".join(merge) for merge in merges], **shared)
+    pieces = bool(model.get("byte_fallback"))
+    special = _special(tokenizer, vocab_size, end_of_turn, merges=not pieces)
+    if pieces:
+        added = {token["content"] for token in state["added_tokens"]}
+        scores, space = _scores(tokens, model["vocab"].keys() - added, merges), _adds_space(state)
+        return GgufTokenizer("llama", "default", tokens, types, special, scores, space)
+    return GgufTokenizer("gpt2", _pre(state), tokens, types, special)
 
 
 def _tokens(
@@ -171,10 +169,16 @@ def _added_ends(tokenizer: Any) -> tuple[bool, bool]:
     )
 
 
-def _special(tokenizer: Any, end_of_turn: Sequence[int]) -> dict[str, int]:
-    roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk", "pad")}
-    roles["eot"] = next((token_id for token_id in end_of_turn if token_id != roles["eos"]), None)
-    return {role: int(token_id) for role, token_id in roles.items() if token_id is not None}
+def _special(tokenizer: Any, vocab_size: int, end_of_turn: Sequence[int], merges: bool) -> Any:
+    """The special tokens as gguf reads them off a tokenizer's files, and what those do not say."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        special = gguf_package().SpecialVocab(folder, load_merges=merges, n_vocab=vocab_size)
+    special.add_special_token = dict(zip(("bos", "eos"), _added_ends(tokenizer), strict=True))
+    for token_id in end_of_turn:
+        if token_id != tokenizer.eos_token_id:
+            special.special_token_ids.setdefault("eot", int(token_id))
+    return special
 
 
 def _pre(state: Mapping[str, Any]) -> str:

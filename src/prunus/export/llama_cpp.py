@@ -1,34 +1,68 @@
 """Which of llama.cpp's architectures computes what a model computes, and what each asks of the layers.
 
 llama.cpp has no architecture for pruned models, but two of its own read one width per layer: `deci` (Nemotron) and
-`openelm`. A model of equal layers goes out as its family's stock architecture instead. Architectures are data: what
-each can hold, as read from its graph in llama.cpp and checked by running it (`make deploy-check`).
+`openelm`. A model of equal layers goes out as its family's stock architecture instead, and so does a ragged one of a
+family whose arithmetic neither of the two has: its layers are filled up with zeros to the widest. Architectures are
+data: what each can hold, as read from its graph in llama.cpp and checked by running it (`make deploy-check`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from prunus.errors import UnsupportedModelError
+from prunus.export.fill import largest_widths
+from prunus.export.gguf_rope import Rope
 from prunus.model.families import family_of
 from prunus.model.geometry import Geometry, LayerWidths
 
 __all__ = [
     "ARCHITECTURES",
     "CANDIDATES",
-    "STOCK_CUTS",
+    "GGUF_NAMES",
     "ZERO_CHANNELS",
     "Architecture",
-    "StockCuts",
+    "LayerKinds",
     "candidates",
     "choose_architecture",
     "widths_to_write",
 ]
 
+logger = logging.getLogger(__name__)
+
 #: channels of zeros in place of an absent MLP: one block of Q8_0
 ZERO_CHANNELS = 32
+
+
+@dataclass(frozen=True)
+class LayerKinds:
+    """Layers of two kinds, told apart by their numbers.
+
+    Attributes:
+        what: that a layer of the kind has, in words.
+        config: field of the model's config with one entry per layer.
+        entry: its entry for a layer of the kind.
+        period: in llama.cpp every layer of the file is of the kind but each `period`-th.
+        key: field of the file that says it for every layer instead; None where there is none.
+    """
+
+    what: str
+    config: str
+    entry: str | int
+    period: int
+    key: str | None = None
+
+    def of_model(self, config: Any) -> list[bool]:
+        """For every layer, whether it is of the kind."""
+        return [entry == self.entry for entry in getattr(config, self.config)]
+
+    def of_llama_cpp(self, layers: int) -> list[bool]:
+        """What llama.cpp takes the layers of a file to be."""
+        return [number % self.period != 0 for number in range(1, layers + 1)]
 
 
 @dataclass(frozen=True)
@@ -37,19 +71,30 @@ class Architecture:
 
     Attributes:
         name: `general.architecture` of the file.
+        names: gguf's `MODEL_ARCH` that has the names of its tensors. That of Qwen3 has every kind that Llamas have.
         per_layer: widths are arrays, one entry per layer.
         absent_attention: a layer may lack attention. Never the first one: its number of heads is read as the model's.
         interleaved: a head rotates the pairs (0, 1), (2, 3), … and not, as in transformers, (0, n/2), (1, n/2 + 1), …:
             rows of queries and keys are stored in another order.
-        fused: queries, keys and values are one tensor.
+        fused: queries, keys and values are one tensor, and three in the model.
         head_norms: queries and keys have norms per head.
         heads_span_hidden: heads times head_dim has to be the hidden size.
         untied: there may be an output head of its own.
+        own_head: there has to be one.
         rope_factors: it divides rotary frequencies by a stored tensor, as Llama 3 needs.
+        long_factors: it divides them by one of two tensors, by the length of the context.
+        partial_rotary: a part of each head may go without rotation.
+        windows: layers may look back a number of tokens only.
+        kinds: what it derives from the numbers of layers.
+        activation: built into its MLPs.
+        fields: its own number fields → fields of the model's config that they are.
+        scale_by_head: it divides scores by the root of head_dim, but in a model of so many layers by that of the hidden
+            size per head; None where it reads the divisor, or has no other.
         biases: kinds of projection that may have a bias.
     """
 
     name: str
+    names: str = "QWEN3"
     per_layer: bool = False
     absent_attention: bool = False
     interleaved: bool = False
@@ -57,12 +102,40 @@ class Architecture:
     head_norms: bool = False
     heads_span_hidden: bool = False
     untied: bool = True
+    own_head: bool = False
     rope_factors: bool = False
+    long_factors: bool = False
+    partial_rotary: bool = False
+    windows: bool = False
+    kinds: LayerKinds | None = None
+    activation: str = "silu"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    scale_by_head: int | None = None
     biases: frozenset[str] = frozenset()
 
 
 _INPUT_BIASES = frozenset({"ATTN_Q", "ATTN_K", "ATTN_V"})
 _ALL_BIASES = _INPUT_BIASES | {"ATTN_OUT", "FFN_GATE", "FFN_UP", "FFN_DOWN"}
+_SCALES = {
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention.scale": "attention_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_GEMMA_2 = {
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_GEMMA_3 = {"attention.sliding_window": "sliding_window", "final_logit_softcapping": "final_logit_softcapping"}
+
+
+def _window_but_each(period: int) -> LayerKinds:
+    key = "attention.sliding_window_pattern"
+    return LayerKinds("a sliding window", "layer_types", "sliding_attention", period, key)
+
+
+_POSITIONS_BUT_EACH_4TH = LayerKinds("rotary positions", "no_rope_layers", 1, 4)
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
@@ -70,6 +143,32 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("llama", interleaved=True, rope_factors=True, biases=_ALL_BIASES),
         Architecture("qwen2", heads_span_hidden=True, biases=_INPUT_BIASES),
         Architecture("qwen3", head_norms=True, biases=_INPUT_BIASES),
+        Architecture("granite", "GRANITE", interleaved=True, rope_factors=True, fields=_SCALES, biases=_ALL_BIASES),
+        Architecture("smollm3", "SMOLLM3", interleaved=True, kinds=_POSITIONS_BUT_EACH_4TH, biases=_INPUT_BIASES),
+        Architecture("olmo2", "OLMO2", heads_span_hidden=True, own_head=True, biases=_INPUT_BIASES),
+        Architecture("phi3", "PHI3", heads_span_hidden=True, long_factors=True, partial_rotary=True),
+        Architecture(
+            "gemma2",
+            "GEMMA2",
+            untied=False,
+            windows=True,
+            kinds=_window_but_each(2),
+            activation="gelu_pytorch_tanh",
+            fields=_GEMMA_2,
+            scale_by_head=46,
+            biases=_INPUT_BIASES,
+        ),
+        Architecture(
+            "gemma3",
+            "GEMMA3",
+            head_norms=True,
+            windows=True,
+            kinds=_window_but_each(6),
+            activation="gelu_pytorch_tanh",
+            fields=_GEMMA_3,
+            scale_by_head=62,
+            biases=_INPUT_BIASES,
+        ),
         Architecture(
             "deci", per_layer=True, absent_attention=True, interleaved=True, rope_factors=True, biases=_ALL_BIASES
         ),
@@ -83,103 +182,96 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "mistral": ("llama", "deci"),
     "qwen2": ("qwen2", "deci"),
     "qwen3": ("qwen3", "openelm"),
+    "granite": ("granite",),
+    "smollm3": ("smollm3",),
+    "olmo2": ("olmo2",),
+    "phi3": ("phi3",),
+    "gemma2": ("gemma2",),
+    "gemma3_text": ("gemma3",),
+}
+
+#: family → architectures that a GGUF file of one of its models can have, whoever wrote it
+GGUF_NAMES: dict[str, tuple[str, ...]] = {
+    **CANDIDATES,
+    "qwen3_moe": ("qwen3moe",),
+    "qwen2_moe": ("qwen2moe",),
+    "mixtral": ("llama",),
+    "olmoe": ("olmoe",),
+    "gpt_oss": ("gpt-oss",),
+    "granitemoe": ("granitemoe",),
+    "ernie4_5_moe": ("ernie4_5-moe",),
+    "glm4_moe": ("glm4moe",),
 }
 
 
-@dataclass(frozen=True)
-class StockCuts:
-    """After which cuts llama.cpp's own converter and graph still compute a model of a family that is not written here.
-
-    Attributes:
-        flags: of `prunus prune`.
-        filled: what has to hold of a ragged model that is filled up to equal layers first.
-        reason: what llama.cpp takes for granted.
-    """
-
-    flags: str
-    filled: str
-    reason: str
-
-
-_SPANS = ("--shape uniform --set selection.axes=[mlp], or --shape depth", "if a layer keeps all its heads")
-_WHOLE = ("--shape uniform or --shape depth", "if a layer keeps its attention")
-_COUNTS = ("--shape uniform", "if no layer was removed")
-
-#: Each of the cuts was converted and run. After others a file does not load (heads cut in granite, phi3) or gives other
-#: numbers without a word (layers removed from smollm3, gemma3_text; gemma2 once a text is longer than its window).
-STOCK_CUTS: dict[str, StockCuts] = {
-    "granite": StockCuts(*_SPANS, "it takes the heads to span the hidden size"),
-    "phi3": StockCuts(*_SPANS, "it takes the heads to span the hidden size"),
-    "smollm3": StockCuts(*_COUNTS, "it takes every fourth layer of the file to have no positions"),
-    "gemma2": StockCuts(*_COUNTS, "it takes every second layer of the file to have a sliding window"),
-    "olmo2": StockCuts(*_WHOLE, "it takes every layer to have attention"),
-    "gemma3_text": StockCuts(*_COUNTS, "it takes all but every sixth layer of the file to have a sliding window"),
-}
-
-
-def candidates(config: Any) -> tuple[str, ...]:
-    """Names of the architectures that have a family's arithmetic.
+def candidates(config: Any) -> tuple[Architecture, ...]:
+    """The architectures that have a family's arithmetic, the one to prefer first.
 
     Raises:
         UnsupportedModelError: it is not known which have.
     """
     family = family_of(config)
     if family.model_type not in CANDIDATES:
-        remedy = ""
-        if family.model_type in STOCK_CUTS:
-            stock = STOCK_CUTS[family.model_type]
-            remedy = (
-                f". llama.cpp's own convert_hf_to_gguf.py takes the folder of a model cut with {stock.flags}, or a "
-                f"ragged one filled up by `prunus export --to dense` {stock.filled}: {stock.reason}"
-            )
         raise UnsupportedModelError(
             f"{family.title} ({family.model_type!r}) cannot be written as GGUF: it is not checked which of llama.cpp's "
-            f"architectures computes it with layers of different widths; checked are {', '.join(CANDIDATES)}{remedy}"
+            f"architectures computes it; checked are {', '.join(CANDIDATES)}. llama.cpp's own convert_hf_to_gguf.py "
+            "may take its folder where all layers are equal (--shape uniform)"
         )
-    return CANDIDATES[family.model_type]
+    return tuple(ARCHITECTURES[name] for name in CANDIDATES[family.model_type])
 
 
-def choose_architecture(config: Any, geometry: Geometry, biases: frozenset[str], rope_factors: bool) -> Architecture:
-    """The first of a family's architectures that can hold a model.
+def choose_architecture(config: Any, geometry: Geometry, biases: frozenset[str], rope: Rope) -> Architecture:
+    """The first of a family's architectures that can hold a model as it is, or else filled up to equal layers.
 
     Args:
         config: of the model, stock or prunus.
         geometry: of the model.
         biases: kinds of projection that have a bias, in the words of GGUF (`ATTN_Q`, …).
-        rope_factors: whether the rotary frequencies need a stored tensor.
+        rope: of the model.
 
     Raises:
         UnsupportedModelError: none can; the message has the reason for each.
     """
-    reasons = []
-    for name in candidates(config):
-        architecture = ARCHITECTURES[name]
-        reason = next(_obstacles(architecture, config, geometry, biases, rope_factors), None)
-        if reason is None:
+    reasons = [
+        (architecture, next(_obstacles(architecture, config, geometry, biases, rope), None))
+        for architecture in candidates(config)
+    ]
+    possible = [architecture for architecture, reason in reasons if reason is None]
+    if not possible:
+        raise UnsupportedModelError(
+            "llama.cpp has no architecture for this model. "
+            + "; ".join(f"{architecture.name}: {reason}" for architecture, reason in reasons)
+        )
+    for architecture in possible:
+        if _uneven(architecture, geometry) is None:
             return architecture
-        reasons.append(f"{name}: {reason}")
-    raise UnsupportedModelError(
-        f"llama.cpp has no architecture for this model. {'; '.join(reasons)}. A model of equal layers has more to "
-        "choose from: prune with `prunus prune --shape uniform`, or fill the layers up (``prunus export --to dense``)"
+    architecture = possible[0]
+    logger.warning(
+        "llama.cpp's %s %s: the layers are filled up with zeros",
+        architecture.name,
+        _uneven(architecture, geometry),
     )
+    return architecture
 
 
-def widths_to_write(
-    architecture: Architecture, widths: Sequence[LayerWidths], mlp_multiple: int = 1
-) -> tuple[LayerWidths, ...]:
-    """Widths of the layers in the file: the model's own, and zero groups where the architecture asks for a block.
+def widths_to_write(architecture: Architecture, geometry: Geometry, mlp_multiple: int = 1) -> tuple[LayerWidths, ...]:
+    """Widths of the layers in the file: the model's own, and zero groups where the architecture asks for more.
 
     Args:
         architecture: from `choose_architecture`.
-        widths: of the model.
+        geometry: of the model.
         mlp_multiple: MLP widths are filled up to multiples of this.
 
     Returns:
         One entry per layer, none smaller than the model's.
     """
+    widths = geometry.widths if architecture.per_layer else largest_widths(geometry.widths)
+    spanning = geometry.hidden_size // (geometry.head_dim * geometry.num_key_value_groups)
     written = []
     for layer_idx, layer in enumerate(widths):
         heads, channels = layer.num_key_value_heads, layer.intermediate_size
+        if architecture.heads_span_hidden:
+            heads = spanning
         if not heads and (layer_idx == 0 or not architecture.absent_attention):
             heads = 1
         # deci, too: it drops what attention added to the residual stream where a layer has no channels.
@@ -188,32 +280,70 @@ def widths_to_write(
     return tuple(written)
 
 
-def _obstacles(
-    architecture: Architecture, config: Any, geometry: Geometry, biases: frozenset[str], rope_factors: bool
-) -> Iterator[str]:
-    """Why an architecture cannot hold a model, if it cannot."""
+def _uneven(architecture: Architecture, geometry: Geometry) -> str | None:
+    """Why a model has to be filled up for an architecture, if it has to."""
     widths = geometry.widths
     if not architecture.per_layer:
         other = next((i for i, layer in enumerate(widths) if layer != widths[0]), None)
         if other is not None:
-            yield (
-                f"it has one width for all layers, and layer {other} has {_in_words(widths[other])} where layer 0 has "
+            return (
+                f"has one width for all layers, and layer {other} has {_in_words(widths[other])} where layer 0 has "
                 f"{_in_words(widths[0])}"
             )
         if not widths[0].num_key_value_heads or not widths[0].intermediate_size:
-            yield f"no layer may lack a block, and layer 0 has {_in_words(widths[0])}"
+            return f"lets no layer lack a block, and layer 0 has {_in_words(widths[0])}"
     heads = widths[0].num_key_value_heads * geometry.num_key_value_groups
     if architecture.heads_span_hidden and heads * geometry.head_dim != geometry.hidden_size:
-        yield (
-            f"it takes the {heads} heads of {geometry.head_dim} to span the hidden size, and that is "
+        return (
+            f"takes the {heads} heads of {geometry.head_dim} to span the hidden size, and that is "
             f"{geometry.hidden_size}"
+        )
+    return None
+
+
+def _obstacles(
+    architecture: Architecture, config: Any, geometry: Geometry, biases: frozenset[str], rope: Rope
+) -> Iterator[str]:
+    """Why an architecture cannot hold a model, even with its layers filled up."""
+    group = geometry.head_dim * geometry.num_key_value_groups
+    most = max(layer.num_key_value_heads for layer in geometry.widths)
+    if architecture.heads_span_hidden and (geometry.hidden_size % group or most * group > geometry.hidden_size):
+        yield (
+            f"its heads span the hidden size, and no number of groups of {geometry.num_key_value_groups} heads of "
+            f"{geometry.head_dim} spans {geometry.hidden_size}"
         )
     if not architecture.untied and not config.tie_word_embeddings:
         yield "it has no output head of its own, and the model's is not tied to the embeddings"
-    if rope_factors and not architecture.rope_factors:
+    if rope.factors is not None and not architecture.rope_factors:
         yield f"it has no tensor for the rotary frequencies of rope_type {config.rope_parameters['rope_type']!r}"
+    if rope.long_factors is not None and not architecture.long_factors:
+        yield "it has no tensors for two sets of rotary frequencies (rope_type 'longrope')"
+    if rope.dimensions != geometry.head_dim and not architecture.partial_rotary:
+        yield f"it rotates whole heads, and the model {rope.dimensions} of {geometry.head_dim} values of each"
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if {"swish": "silu"}.get(activation, activation) != architecture.activation:
+        yield f"it has {architecture.activation!r} built into its MLPs, and the model has {activation!r}"
     if excess := sorted(biases - architecture.biases):
         yield f"it has no bias for {', '.join(excess)}, and the model has"
+    kinds = architecture.kinds
+    if kinds is not None and kinds.key is None:
+        found, taken = kinds.of_model(config), kinds.of_llama_cpp(len(geometry.widths))
+        if found != taken:
+            layer = next(i for i, pair in enumerate(zip(found, taken, strict=True)) if pair[0] != pair[1])
+            yield (
+                f"it takes layer {layer} to have {'' if taken[layer] else 'no '}{kinds.what}, as every "
+                f"{kinds.period}th layer of a file has none; in the model it has {'them' if found[layer] else 'none'}"
+            )
+    if architecture.scale_by_head is not None:
+        divisor = float(geometry.head_dim)
+        if len(geometry.widths) == architecture.scale_by_head:
+            heads = widths_to_write(architecture, geometry)[0].num_key_value_heads * geometry.num_key_value_groups
+            divisor = float(geometry.hidden_size // heads)
+        if not math.isclose(divisor, config.query_pre_attn_scalar):
+            yield (
+                f"in a model of {len(geometry.widths)} layers it divides scores by the root of {divisor:g}, and the "
+                f"model by that of query_pre_attn_scalar {config.query_pre_attn_scalar}"
+            )
 
 
 def _in_words(layer: LayerWidths) -> str:
