@@ -3,7 +3,7 @@
     python benchmarks/keep_picture.py "20 % removed=plan-20.json" "40 % removed=plan-40.json" --out docs/kept.svg
 
 The chart is the report's own (`prunus.report.charts.keep_chart`), without its choices and one below the other; its
-ground is white, so that it can be read on a dark page too. Needs `pip install 'prunus[report]'`.
+ground is white, so that it can be read on a dark page too.
 """
 
 from __future__ import annotations

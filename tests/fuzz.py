@@ -50,6 +50,7 @@ from prunus.checkpoint import load_model
 from prunus.cli import main
 from prunus.errors import PrunusError
 from prunus.model.geometry import layer_widths_of
+from prunus.report.page import drawing_library
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
 
@@ -730,6 +731,7 @@ def fuzz(
     show: bool = False,
 ) -> Tally:
     """Damage files `total` times, and tell what came of it; with `whole_files`, a refused whole file is a finding."""
+    drawing_library()  # takes a process of its own, and that seconds: once, and not in every case with a report
     whole, ended = in_child(lambda: build(place))
     assert whole is not None, ended
     listed = cases_of(total, kinds, whole_files)

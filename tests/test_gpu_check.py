@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import torch
+from forked import Ended, forked
+
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
 
 
-def test_small_on_a_cpu(tmp_path):
+def gpu_check(*words: str) -> Ended:
+    """The program, as it is run from the command line."""
+
+    def work() -> None:
+        os.chdir(ROOT)
+        sys.argv = ["benchmarks/gpu_check.py", *words]
+        sys.path.insert(0, "benchmarks")
+        runpy.run_path("benchmarks/gpu_check.py", run_name="__main__")
+
+    return forked(work)
+
+
+def test_small_on_a_cpu(tmp_path, monkeypatch):
     out = tmp_path / "report.json"
-    words = [sys.executable, "benchmarks/gpu_check.py", "--device", "cpu", "--small", "--out", str(out)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ended = gpu_check("--device", "cpu", "--small", "--out", str(out))
+    assert ended.status == 0, ended.err[-3000:]
     report = json.loads(out.read_text())
     rows = {(row["pass"], row["engine"]): row for row in report["methods"]}
     base = rows["forward+backward", "by hand"]
@@ -33,15 +46,9 @@ def test_small_on_a_cpu(tmp_path):
     for row in report["recovery"]:
         assert row["tokens"] > 0
         assert row["before"] > 0
-    assert "**recovery**" in done.stdout
+    assert "**recovery**" in ended.out
     # A device that is not there is refused before a model is made.
-    refused = subprocess.run(
-        words[:2],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert refused.returncode == 2
-    assert "--device cpu --small" in refused.stderr
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = gpu_check()
+    assert refused.status == 2
+    assert "--device cpu --small" in refused.err

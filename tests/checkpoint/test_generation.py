@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import ALL, RAGGED, Kept, cut, dense_model, zeroed
+from transformers import ContinuousBatchingConfig
 
 NEW = 14
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
@@ -117,7 +118,9 @@ ONE_HEAD_EACH = tuple(Kept((1,), ALL[:channels]) for channels in (3, 5, 9, 24))
 def test_continuous_batching_gives_the_same_tokens(family):
     model = cut(dense_model(family), UNEQUAL_MLPS)
     model.generation_config.do_sample = False
-    answers = model.generate_batch(PROMPTS, max_new_tokens=4)
+    # By itself the cache takes as much as the machine has, and is filled at once: gigabytes.
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)
+    answers = model.generate_batch(PROMPTS, continuous_batching_config=small, max_new_tokens=4)
     for prompt_ids, answer in zip(PROMPTS, answers.values(), strict=True):
         expected = model.generate(torch.tensor([prompt_ids]), max_new_tokens=4)[0, len(prompt_ids) :]
         assert answer.generated_tokens == expected.tolist()

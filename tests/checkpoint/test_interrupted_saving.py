@@ -1,16 +1,17 @@
 """A disk that fills up, and kill -9, at any moment of saving: what is there is the old folder or the whole new one.
 
-As a program, `python tests/checkpoint/test_interrupted_saving.py [KILLS]` kills many more times than the suite does.
+As a program, `PYTHONPATH=tests python tests/checkpoint/test_interrupted_saving.py [KILLS]` kills many more times than
+the suite does.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,17 +19,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked, forked
 from tiny_models import RAGGED, cut, dense_model
 
-import prunus
 from prunus.checkpoint import load_model, save_checkpoint
+from prunus.checkpoint import save as save_module
 from prunus.errors import CheckpointError
 from prunus.files import outputs
 from prunus.files.outputs import claimed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, kills and mounts")
-
-PATHS = f"{Path(prunus.__file__).parents[1]}:{Path(__file__).parent}"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -76,60 +76,66 @@ def test_files_that_may_not_grow(tokenizer, tmp_path, limit):
     assert os.listdir(tmp_path) == ["out"]
 
 
-FULL = """
-import os, sys
-from pathlib import Path
-from prunus.checkpoint import load_model, save as save_module
-from prunus.errors import CheckpointError
-
-source, place = sys.argv[1], Path(sys.argv[2])
-model, tokenizer = load_model(source)
-ballast = place / "ballast"
-check = save_module.check_disk
-
-def fill_up_after_the_check(out, expected):
-    check(out, expected)
-    free = os.statvfs(place)
-    with ballast.open("wb") as file:
-        file.truncate(0)
-        left = free.f_bavail * free.f_frsize - room
-        while left > 0:
-            left -= file.write(bytes(min(left, 2**20)))
-
-save_module.check_disk = fill_up_after_the_check
-for room in map(int, sys.argv[3:]):
-    try:
-        save_module.save_checkpoint(model, tokenizer, place / "out", card="new", extras={}, overwrite=True)
-        print(room, "saved", flush=True)
-    except CheckpointError as error:
-        print(room, error, flush=True)
-    ballast.unlink()
-    print(sorted(os.listdir(place)), (place / "out" / "README.md").read_text(), flush=True)
-"""
+def mount_a_small_disk(place: Path) -> None:
+    """Give this process a file system of 80 MB that no other sees; OSError where that is not allowed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.getuid(), os.getgid()
+    new_user, new_mounts = 0x10000000, 0x00020000
+    if libc.unshare(new_user | new_mounts):
+        raise OSError(ctypes.get_errno(), "no namespace of its own")
+    for name, line in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        Path("/proc/self", name).write_text(line)
+    if libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, b"size=80m"):
+        raise OSError(ctypes.get_errno(), "no mount")
 
 
-def test_a_disk_that_fills_up_after_it_was_checked(tokenizer, tmp_path):
-    """On a real file system of 80 MB, of which another program leaves less and less while the folder is written."""
-    source = tmp_path / "source"
-    save(model_of(1), tokenizer, source, "old")
-    size = sum(map(len, contents(source).values()))
-    place = tmp_path / "small disk"
+def test_a_disk_that_fills_up_after_it_was_checked(tokenizer, tmp_path, monkeypatch):
+    """On a real file system, of which another program leaves less and less while the folder is written."""
+    source, place = tmp_path / "source", tmp_path / "small disk"
+    model = model_of(1)
+    save(model, tokenizer, source, "old")
     place.mkdir()
+    size = sum(map(len, contents(source).values()))
     rooms = [0, 4096, 30_000, size // 2, size - 20_000, 20 * size]
-    script = 'mount -t tmpfs -o size=80m tmpfs "$1" && cp -r "$2" "$1/out" && shift 2 && exec "$@"'
-    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(place), str(source)]
-    command += [sys.executable, "-c", FULL, str(source), str(place), *map(str, rooms)]
-    environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode and ("unshare" in done.stderr or "mount" in done.stderr):
-        pytest.skip(f"no file system may be mounted here: {done.stderr.splitlines()[0]}")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    check, ballast = save_module.check_disk, place / "ballast"
+
+    def work():
+        try:
+            mount_a_small_disk(place)
+        except OSError as error:
+            return print(f"cannot be: {error}")
+        shutil.copytree(source, place / "out")
+        for room in rooms:
+
+            def fill_up_after_the_check(out, expected, room=room):
+                check(out, expected)
+                free = os.statvfs(place)
+                with ballast.open("wb") as file:
+                    left = free.f_bavail * free.f_frsize - room
+                    while left > 0:
+                        left -= file.write(bytes(min(left, 2**20)))
+
+            monkeypatch.setattr(save_module, "check_disk", fill_up_after_the_check)
+            try:
+                save_checkpoint(model, tokenizer, place / "out", card="new", extras={}, overwrite=True)
+                print("saved")
+            except CheckpointError as error:
+                print(error)
+            ballast.unlink()
+            print(sorted(os.listdir(place)), (place / "out" / "README.md").read_text())
+        return None
+
+    ended = forked(work)
+    assert ended.status == 0, ended.err
+    if ended.out.startswith("cannot be"):
+        pytest.skip(ended.out)
+    lines = ended.out.splitlines()
+    assert len(lines) == 2 * len(rooms)
     for said, there in zip(lines[0:-2:2], lines[1:-2:2], strict=True):
         assert "could not write the model folder" in said
         assert "No space left" in said or "os error 28" in said.lower() or "storage full" in said.lower(), said
         assert there == "['out'] old"
-    assert lines[-2:] == [f"{rooms[-1]} saved", "['out'] new"]
+    assert lines[-2:] == ["saved", "['out'] new"]
 
 
 # --- kill -9 ---
@@ -137,16 +143,10 @@ def test_a_disk_that_fills_up_after_it_was_checked(tokenizer, tmp_path):
 
 def killed_while_saving(model, tokenizer, out: Path, after: float) -> bool:
     """Save in another process, and kill that after some seconds; whether it still ran."""
-    child = os.fork()
-    if child == 0:
-        try:
-            save(model, tokenizer, out, "new")
-        finally:
-            os._exit(0)
+    process = Forked(lambda: save(model, tokenizer, out, "new"))
     time.sleep(after)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
+    process.kill()
+    return process.wait().status == -signal.SIGKILL
 
 
 def check_kills(kills: int, folder: Path, tokenizer, seed: int) -> dict[str, int]:
@@ -193,17 +193,17 @@ def test_killed_at_every_call_that_changes_names(tokenizer, tmp_path):
     for number in range(100):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(old, out)
-        child = os.fork()
-        if child == 0:
+
+        def killed(number=number):
             _die_at(number)
             save(model, tokenizer, out, "new")
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
+
+        ended = forked(killed)
         with claimed(out):
             pass
         assert sorted(os.listdir(tmp_path)) == ["new", "old", "out"]
         found.append(check_whole(out, whole))
-        if not os.WIFSIGNALED(status):
+        if ended.status != -signal.SIGKILL:
             break
     else:
         pytest.fail("more calls than there can be")

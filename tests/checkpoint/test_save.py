@@ -6,23 +6,21 @@ import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 from safetensors import safe_open
 from tiny_models import ALL, LAYERS, RAGGED, Kept, cut, dense_model
 
-import prunus
 from prunus.checkpoint import load_model, model_bytes, save_checkpoint
 from prunus.checkpoint import save as save_module
 from prunus.errors import CheckpointError
 from prunus.files import outputs
 from prunus.files.outputs import check_disk, check_output, claimed
 
-SOURCES = str(Path(prunus.__file__).parents[1])
 EXTRAS = {"plan.json": '{"a": 1}', "groups.csv": b"layer_idx\n0\n", "metrics.json": "{}"}
 
 
@@ -322,47 +320,28 @@ def test_a_failed_rename_puts_the_old_folder_back(model, tokenizer, tmp_path, mo
     assert os.listdir(tmp_path) == ["out"]
 
 
-CHILD = """
-import os
-import signal
-import sys
-from pathlib import Path
-from prunus.checkpoint import load_model, save_checkpoint
-from prunus.files import outputs
-
-def die(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-model, tokenizer = load_model(sys.argv[1])
-for argument in sys.argv[2:]:
-    out, step = argument.split("=")
-    child = os.fork()
-    if child == 0:
-        if step == "between the renames":
-            rename = Path.rename
-            Path.rename = lambda self, target: die() if ".partial-" in self.name else rename(self, target)
-        else:
-            setattr(outputs, step, die)
-        save_checkpoint(model, tokenizer, out, card="new", extras={}, overwrite=True)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
-"""
-
-
 @pytest.mark.skipif(os.name != "posix", reason="kills processes")
 def test_killed_runs(model, tokenizer, tmp_path):
     """Runs that are killed without mercy, at three steps of writing."""
-    source = save(model, tokenizer, tmp_path / "source")
     places = {step: tmp_path / str(i) for i, step in enumerate(("_flush", "_move_into_place", "between the renames"))}
     for place in places.values():
         place.mkdir()
     old = save(model, tokenizer, places["between the renames"] / "out")
     before = contents(old)
-    command = [sys.executable, "-c", CHILD, str(source), *(f"{place / 'out'}={step}" for step, place in places.items())]
-    environment = {**os.environ, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1"}
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert child.returncode == 0, child.stderr
+
+    def die(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed(step, place):
+        if step == "between the renames":
+            rename = Path.rename
+            Path.rename = lambda self, target: die() if ".partial-" in self.name else rename(self, target)
+        else:
+            setattr(outputs, step, die)
+        save_checkpoint(model, tokenizer, place / "out", card="new", extras={}, overwrite=True)
+
+    for step, place in places.items():
+        assert forked(lambda step=step, place=place: killed(step, place)).status == -signal.SIGKILL
 
     for step in ("_flush", "_move_into_place"):
         lock, left = sorted(places[step].iterdir())

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from forked import Forked
 from plain import PLAIN, UNMEASURED
 from safetensors.torch import load_file, save_file
 from tiny_folder import SIZES, TEXT, fails, run, run_json, save_tiny_folder
@@ -115,7 +116,7 @@ def test_inspect_counts_and_shows_what_was_removed(capsys, tmp_path, folder, tex
     assert facts["parameters_per_group"] == {"attention": 48 * 8 * 6, "mlp": 48 * 3}
     assert facts["ratio"]["parameters_to_remove"] == round(0.2 * facts["parameters"])
     out = tmp_path / "small"
-    run(capsys, "prune", folder, "--out", out, "--ratio", "0.2", "--method", "random", *UNMEASURED)
+    run(capsys, "prune", folder, "--out", out, "--ratio", "0.2", *PLAIN, "--method", "random", *UNMEASURED)
     pruned = run_json(capsys, "inspect", out)
     for before, now, removed in zip(facts["layers"], pruned["layers"], pruned["removed"], strict=True):
         assert before["intermediate_size"] - now["intermediate_size"] == removed["mlp"]
@@ -182,7 +183,7 @@ def test_wrong_values_are_named_and_nothing_is_written(capsys, tmp_path, folder,
 
 def test_an_output_that_is_there_is_not_overwritten(capsys, tmp_path, folder):
     out = tmp_path / "out"
-    words = ["prune", folder, "--out", out, "--ratio", "0.1", "--method", "random", *UNMEASURED]
+    words = ["prune", folder, "--out", out, "--ratio", "0.1", *PLAIN, "--method", "random", *UNMEASURED]
     run(capsys, *words)
     assert "overwrite" in fails(capsys, *words)
     run(capsys, *words, "--overwrite")
@@ -198,9 +199,10 @@ def test_weights_with_nan_are_refused_by_layer(capsys, tmp_path, folder):
     assert "layers.1.mlp.up_proj" in message
 
 
-def test_a_text_that_is_just_long_enough_is_not_measured_on(capsys, caplog, tmp_path, folder, text):
-    out = tmp_path / "out"
-    words = ["--calibration", text, "--seq-len", "50", "--samples", len(TEXT) // 50]
+def test_a_text_that_is_just_long_enough_is_not_measured_on(capsys, caplog, tmp_path, folder):
+    out, text = tmp_path / "out", tmp_path / "short.txt"
+    text.write_text(TEXT[:430])
+    words = ["--calibration", text, "--seq-len", "50", "--samples", "8"]
     assert run_json(capsys, "prune", folder, "--out", out, "--ratio", "0.1", *words)["perplexity_after"] is None
     assert "perplexity is not measured" in caplog.text
     assert "## Evaluation" not in (out / "README.md").read_text()
@@ -236,7 +238,7 @@ def test_wanda_warns_that_raw_scores_do_not_compare(capsys, caplog, tmp_path, fo
     assert "not on one scale" not in caplog.text
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing_behind(tmp_path, folder, text):
+def test_ctrl_c_in_the_middle_leaves_nothing_behind(tmp_path, folder, text, monkeypatch):
     out = tmp_path / "out"
     words = [
         "prune",
@@ -252,28 +254,20 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind(tmp_path, folder, text):
         "--seq-len",
         "32",
     ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
     # The child says when it has begun its passes, and then waits there: it is interrupted in the middle of the work.
-    program = (
-        # A shell that runs the tests in the background has them ignore SIGINT, and children inherit that.
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import sys, time, prunus.sweep.resident as resident\n"
-        "def told(*args): print('sweeping', flush=True); time.sleep(120)\n"
-        "resident._run_batch = told\nfrom prunus.cli import main\nsys.exit(main(sys.argv[1:]))"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", program, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert child.stdout.readline() == "sweeping\n"
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert "interrupted" in errors
-    assert "Traceback" not in errors
+    def told(*args):
+        print("sweeping", flush=True)
+        time.sleep(120)
+
+    monkeypatch.setattr("prunus.sweep.resident._run_batch", told)
+    child = Forked(lambda: main(words))
+    child.wait_until(lambda: child.said() == "sweeping\n")
+    child.kill(signal.SIGINT)
+    ended = child.wait()
+    assert ended.status == 130
+    assert "interrupted" in ended.err
+    assert "Traceback" not in ended.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -303,14 +297,13 @@ def test_overwrite_replaces_what_the_same_command_wrote(capsys, tmp_path, folder
     assert sorted(path.name for path in out.iterdir()) == before
 
 
-def test_the_example_of_the_python_api_runs(tmp_path, folder):
-    example = Path(__file__).parents[2] / "examples" / "python_api.py"
+def test_the_example_of_the_python_api_runs(capsys, tmp_path, folder, monkeypatch):
+    example = str(Path(__file__).parents[2] / "examples" / "python_api.py")
     words = ["--model", str(folder), "--samples", "4", "--seq-len", "32", "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, example, *words], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", [example, *words])
+    runpy.run_path(example, run_name="__main__")
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert f"pruned: {pruned.num_parameters():,} parameters" in done.stdout
+    assert f"pruned: {pruned.num_parameters():,} parameters" in capsys.readouterr().out
 
 
 def test_methods_made_of_methods(capsys, tmp_path, folder, text):

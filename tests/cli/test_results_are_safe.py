@@ -9,9 +9,11 @@ import re
 import resource
 import shutil
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from forked import another_process
 from plain import PLAIN, UNMEASURED
 from tiny_folder import SIZES, fails, run
 
@@ -80,17 +82,9 @@ def commands(folder, pruned, scores, text):
 ALL = ["prune", "apply", "score", "compare", "recover", "dense", "gguf", "plan", "profile", "report"]
 
 
-def held(out: Path) -> int:
+def held(out: Path) -> AbstractContextManager[int]:
     """A process that works on an output until it is killed."""
-    read, said = os.pipe()
-    if (child := os.fork()) == 0:
-        with claimed(out, command="prunus something"):
-            os.write(said, b"ready")
-            os.read(os.pipe()[0], 1)
-    os.close(said)
-    assert os.read(read, 5) == b"ready"
-    os.close(read)
-    return child
+    return another_process(claimed(out, command="prunus something").__enter__)
 
 
 # --- two at once ---
@@ -101,35 +95,26 @@ def test_the_second_of_two_runs_stops_at_once(capsys, tmp_path, commands, name, 
     for module, long in (*LOADING, ("prunus.cli.profile", "profile_model")):
         monkeypatch.setattr(importlib.import_module(module), long, killed)
     out = tmp_path / "out"
-    child = held(out)
-    try:
+    with held(out) as child:
         message = fails(capsys, *commands[name], "--out", out)
         assert f"{out} is being worked on by process {child} on " in message
         assert "(prunus something)" in message
         assert os.listdir(tmp_path) == [".out.lock"]
-    finally:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
 
 
 def test_two_runs_on_one_work_folder(capsys, tmp_path, commands):
-    child = held(tmp_path / "work")
-    try:
+    with held(tmp_path / "work") as child:
         for name in ("prune, streamed", "score", "recover"):
             work = ["--work", tmp_path / "work"] if name == "recover" else ["--set", f"output.work={tmp_path / 'work'}"]
             message = fails(capsys, *commands[name], "--out", tmp_path / name, *work)
             assert f"work is being worked on by process {child}" in message
-    finally:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
     assert os.listdir(tmp_path) == [".work.lock"]
 
 
 def test_what_is_written_into_a_result(capsys, tmp_path, pruned, text):
     """Its report and its card are not written while another process replaces it."""
     out = shutil.copytree(pruned, tmp_path / "out")
-    child = held(out)
-    try:
+    with held(out):
         assert "is being worked on" in fails(capsys, "report", out, "--overwrite")
         before = contents(out)
         status = main(["eval", str(out), "--text", str(text), "--windows", "1", "--seq-len", "16", "--update-card"])
@@ -138,9 +123,6 @@ def test_what_is_written_into_a_result(capsys, tmp_path, pruned, text):
         assert "is being worked on" in said.err
         assert "perplexity" in said.out, "figures that could not be kept are shown"
         assert contents(out) == before
-    finally:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
 
 
 # --- killed between the result and the end ---

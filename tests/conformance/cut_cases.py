@@ -34,6 +34,10 @@ class Tiny:
     variant: str
 
     @property
+    def case(self) -> tuple[str, str]:
+        return self.model_type, self.variant
+
+    @property
     def model(self) -> Any:
         return shared_model(self.model_type, self.variant)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from forked import another_process
 
 from prunus.errors import BusyError, CheckpointError, OptionError
 from prunus.files.outputs import (
@@ -36,27 +34,6 @@ def write(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     (folder / "prunus").mkdir()
     (folder / "prunus" / "plan.json").write_text(text)
-
-
-@contextmanager
-def another_process(work: Callable[[], object]) -> Iterator[int]:
-    """A process that does some work and then waits; killed without mercy at the end."""
-    read, said = os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            work()
-            os.write(said, b"ready")
-            time.sleep(60)
-        finally:
-            os._exit(1)
-    os.close(said)
-    assert os.read(read, 5) == b"ready"
-    os.close(read)
-    try:
-        yield child
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 # --- two runs ---

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -140,21 +139,20 @@ def test_lora_on_all_linear_layers(case):
     assert with_adapters == {f"base_model.model.model.{name}" for name in projections}
 
 
-def test_the_example_of_pruning_and_lora_runs(folder_of, tokenizer, tmp_path):
+def test_the_example_of_pruning_and_lora_runs(folder_of, tokenizer, tmp_path, monkeypatch, capsys):
     """From a pruned folder, so that it also cuts what was cut before."""
     text = tmp_path / "text.txt"
     text.write_text(tokenizer.decode(random_tokens(1, 800)[0]))
-    example = Path(__file__).parents[2] / "examples" / "prune_then_lora.py"
+    example = str(Path(__file__).parents[2] / "examples" / "prune_then_lora.py")
     words = ["--model", folder_of(Shaped(LLAMA, "ragged")), "--text", text, "--out", tmp_path / "out", "--ratio", "0.1"]
     words += ["--samples", "6", "--seq-len", "12", "--steps", "12", "--learning-rate", "0.02", "--rank", "4"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(example), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    said = dict(re.findall(r"(?m)^(pruned|trained|loaded): (.*)$", done.stdout))
+    monkeypatch.setattr(sys, "argv", [example, *map(str, words)])
+    runpy.run_path(example, run_name="__main__")
+    printed = capsys.readouterr().out
+    said = dict(re.findall(r"(?m)^(pruned|trained|loaded): (.*)$", printed))
     assert said["trained"] == said["loaded"]
     assert said["trained"] != said["pruned"]
-    losses = [float(loss) for loss in re.findall(r"step .*: loss ([\d.]+)", done.stdout)]
+    losses = [float(loss) for loss in re.findall(r"step .*: loss ([\d.]+)", printed)]
     assert losses[-1] < losses[0]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     before = Shaped(LLAMA, "ragged").pruned.num_parameters()

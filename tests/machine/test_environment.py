@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 from tiny_folder import fails
 
 from prunus.checkpoint.packaged_model import cache_root
@@ -90,6 +91,15 @@ def test_no_home_directory(homeless, capsys, folder, text, tmp_path):
     sizes = ["--set", "evaluation.held_out=0", "--set", "output.report=false", "--ratio", "0.1"]
     assert main([str(word) for word in [*words, *sizes, "--calibration", text]]) == 0
 
+    def report():
+        for name in [name for name in sys.modules if name.startswith(("altair", "prunus.report."))]:
+            del sys.modules[name]
+        return main(["report", str(tmp_path / "out")])
+
+    ended = forked(report)
+    assert (ended.status, ended.err.count("\n")) == (1, 1)
+    assert "set HOME to any folder" in ended.err
+
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="becomes another user")
 def test_a_user_without_an_entry(tmp_path):
@@ -132,6 +142,7 @@ def test_processes_whose_output_goes_nowhere(folder):
     """Closed, full, and a reader that has enough: an exit status, at most a message, and no traceback at the end."""
     code = """
 import os, sys
+import prunus.pipeline.inspection  # once, and not in either process
 from prunus.cli import main
 
 def tried(prepare):

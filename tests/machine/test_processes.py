@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from forked import Ended, together
 from safetensors.torch import load_file
 from tiny_folder import SIZES
 
@@ -20,15 +21,27 @@ from prunus.cli import main
 PATHS = f"{Path(prunus.__file__).parents[1]}:{Path(__file__).parents[1]}"
 
 
-def torchrun(*words) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PATHS}, check=False)
+def torchrun(words: list[str]) -> Ended:
+    """The real launcher."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "prunus"]
+    environment = {**os.environ, "PYTHONPATH": PATHS}
+    done = subprocess.run([*command, *words], capture_output=True, text=True, env=environment, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def by_fork(words: list[str]) -> Ended:
+    return together(2, lambda: main(words))
 
 
 @pytest.mark.parametrize(
-    ("engine", "method"), [("resident", "hybrid"), ("streamed", "taylor_2nd"), ("streamed", "gate_fisher")]
+    ("start", "engine", "method"),
+    [
+        (torchrun, "resident", "hybrid"),
+        (by_fork, "streamed", "taylor_2nd"),
+        (by_fork, "streamed", "gate_fisher"),
+    ],
 )
-def test_two_processes_agree_with_one(folder, text, tmp_path, engine, method):
+def test_two_processes_agree_with_one(folder, text, tmp_path, start, engine, method):
     # Five sequences: the shares are unequal.
     options = [
         "--calibration",
@@ -42,11 +55,14 @@ def test_two_processes_agree_with_one(folder, text, tmp_path, engine, method):
         "--method",
         method,
     ]
-    options += ["--json"]
-    assert main([str(word) for word in ["score", folder, "--out", tmp_path / "one", *options]]) == 0
-    done = torchrun("-m", "prunus", "score", folder, "--out", tmp_path / "two", *options)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["groups"] > 0, "one process prints, once"
+    one, two = (
+        [str(word) for word in ["score", folder, "--out", tmp_path / name, *options, "--json"]]
+        for name in ("one", "two")
+    )
+    assert main(one) == 0
+    ended = start(two)
+    assert ended.status == 0, ended.err
+    assert json.loads(ended.out)["groups"] > 0, "one process prints, once"
     assert {p.name for p in tmp_path.iterdir()} == {"one", "two"}
     one, two = (load_file(tmp_path / name / "statistics.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
@@ -62,9 +78,9 @@ def test_two_processes_agree_with_one(folder, text, tmp_path, engine, method):
 
 def test_more_processes_than_batches_and_other_commands_are_refused(folder, text, tmp_path, monkeypatch, capsys):
     options = ["--calibration", text, "--samples", 2, "--seq-len", 24, "--set", "run.batch_size=2"]
-    done = torchrun("-m", "prunus", "score", folder, "--out", tmp_path / "two", *options)
-    assert done.returncode != 0
-    assert "2 processes cannot share 1 calibration batches" in done.stderr
+    ended = by_fork([str(word) for word in ["score", folder, "--out", tmp_path / "two", *options]])
+    assert ended.status == 1
+    assert "2 processes cannot share 1 calibration batches" in ended.err
     assert not (tmp_path / "two").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["prune", str(folder), "--out", str(tmp_path / "out"), *SIZES]) == 1

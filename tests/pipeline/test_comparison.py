@@ -36,14 +36,14 @@ def paths(tmp_path):
     return folder, text
 
 
-def run(paths, out, recipes, **options):
+def run(paths, out, recipes, ratios=RATIOS, **options):
     folder, text = paths
     job = Job(
         str(folder),
         calibration=prunus.CalibrationOptions(str(text), samples=6, seq_len=24),
         evaluation=prunus.EvaluationOptions(held_out=2),
     )
-    return compare(job, recipes, RATIOS, out, progress=False, **options)
+    return compare(job, recipes, ratios, out, progress=False, **options)
 
 
 def check_against_prune(paths, frame, recipes, out):
@@ -96,8 +96,8 @@ def test_recipes_of_several_rounds_repairs_and_seeds(paths, tmp_path):
         "given text": plain_recipe(repair=RepairOptions(self_text=0)),
         "uniform": prunus.Recipe(selection=prunus.Constraints(shape="uniform")),
     }
-    frame = run(paths, tmp_path / "out", recipes, seeds=[0, 5])
-    assert len(frame) == 2 * (1 + 5 * 3)
+    frame = run(paths, tmp_path / "out", recipes, [0.3], seeds=[0, 5])
+    assert len(frame) == 2 * (1 + 5)
     plans = {name.replace(" ", "-"): recipe for name, recipe in recipes.items()}
     frame["recipe"] = frame["recipe"].str.replace(" ", "-")
     check_against_prune(paths, frame, plans, tmp_path / "out")

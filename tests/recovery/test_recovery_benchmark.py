@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_recovery import ENVIRONMENT, SHORT
+from tiny_recovery import SHORT
 
 import prunus
 from prunus.calibration.embedded import embedded_documents
+from prunus.cli import main
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "recovery.py"
 
@@ -30,7 +31,8 @@ def test_rows_and_the_share_of_the_gap(pruned, dense, tmp_path, monkeypatch, cap
     words += ["--eval-seq-len", "48", "--windows", "20", "--tasks", tmp_path / "tasks", "--out", tmp_path / "out"]
     more = [*SHORT[2:], "--max-steps", "30", "--learning-rate", "5e-3"]
     monkeypatch.setattr(sys, "argv", ["recovery.py", *map(str, words), "--", *more])
-    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+    # In this process: a new one would import everything again.
+    monkeypatch.setattr(module, "command", lambda *words: main([str(word) for word in words]))
     module.main()
     result = json.loads((tmp_path / "out" / "recovery.json").read_text())
     assert set(result["rows"]) == {"dense", "pruned", "recovered"}

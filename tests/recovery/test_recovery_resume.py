@@ -7,18 +7,17 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import time
 
 import pytest
-from tiny_recovery import ENVIRONMENT, PRUNUS, SHORT, last_wins
+from forked import Forked
+from tiny_recovery import SHORT, last_wins
 
 from prunus.cli import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
 
-#: more than one pass over the 120 sequences, so that the second one's order counts too
-RUN = [*SHORT, "--samples", "120", "--max-steps", "60", "--set", "recovery.checkpoints=12", "--learning-rate", "3e-3"]
+#: more than one pass over the 60 sequences, so that the second one's order counts too
+RUN = [*SHORT, "--samples", "60", "--max-steps", "30", "--set", "recovery.checkpoints=6", "--learning-rate", "3e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +47,8 @@ def killed(*args, **kwargs):
 
 def started(pruned, out, after, *more):
     """A run that has come as far as a checkpoint."""
-    command = [*PRUNUS, "recover", str(pruned), "--out", str(out), *last_wins([*RUN, *more])]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    written = out.with_name(out.name + ".work") / f"checkpoint-{after}" / "trainer_state.json"
-    while not written.is_file() and process.poll() is None:
-        time.sleep(0.002)
-    assert process.poll() is None, process.communicate()[1]
+    process = Forked(lambda: main(["recover", str(pruned), "--out", str(out), *last_wins([*RUN, *more])]))
+    process.wait_until((out.with_name(out.name + ".work") / f"checkpoint-{after}" / "trainer_state.json").is_file)
     return process
 
 
@@ -67,15 +62,14 @@ def assert_same(out, expected):
 
 def test_killed_twice(recover, pruned, expected, tmp_path):
     out = tmp_path / "out"
-    for number, after in enumerate((10, 35)):
+    for number, after in enumerate((5, 20)):
         process = started(pruned, out, after, *(["--resume"] if number else []))
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        assert process.wait().status == -signal.SIGKILL
         assert not out.exists()
     # A checkpoint that was being written when the power went is none.
-    broken = out.with_name("out.work") / "checkpoint-59"
-    shutil.copytree(out.with_name("out.work") / "checkpoint-35", broken)
+    broken = out.with_name("out.work") / "checkpoint-29"
+    shutil.copytree(out.with_name("out.work") / "checkpoint-20", broken)
     (broken / "trainer_state.json").write_text('{"global_step": 5')
     recover(pruned, "--out", out, *RUN, "--resume")
     assert_same(out, expected)
@@ -84,9 +78,10 @@ def test_killed_twice(recover, pruned, expected, tmp_path):
 def test_interrupted_by_ctrl_c(recover, pruned, expected, tmp_path):
     out = tmp_path / "out"
     process = started(pruned, out, 5)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate()[1]
-    assert process.returncode == 130, errors
+    process.kill(signal.SIGINT)
+    ended = process.wait()
+    errors = ended.err
+    assert ended.status == 130, errors
     assert "--resume" in errors
     assert "Traceback" not in errors
     (name,) = re.findall(r"checkpoint-\d+", errors)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from tiny_families import plan_keeping
 from tiny_folder import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-import prunus
 from prunus.model.geometry import Geometry
 from prunus.surgery import apply_plan
 
@@ -20,13 +16,6 @@ SHORT = ["--text", "default", "--seq-len", "32", "--batch-size", "4"]
 SHORT += ["--set", "text.held_out=16", "--set", "recovery.micro_batch=4"]
 #: the text alone
 ALONE = ["--set", "recovery.kl_weight=0", "--set", "recovery.ce_weight=1"]
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": f"{Path(prunus.__file__).parents[1]}:{Path(__file__).parents[1]}",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-PRUNUS = [sys.executable, "-m", "prunus"]
 
 
 def last_wins(words: Iterable[object]) -> list[str]:

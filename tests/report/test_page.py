@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import vl_convert
 from hostile import HOSTILE
 from plain import plain_recipe
 from tiny_families import make_model, random_tokens
@@ -26,8 +26,6 @@ from prunus.report.charts import score_charts
 from prunus.selection.plan import Plan
 from prunus.selection.table import build_table
 
-draws = importlib.util.find_spec("vl_convert") is not None
-needs_library = pytest.mark.skipif(not draws, reason="vl-convert-python is not installed")
 #: parts of the page about a result that has everything but an evaluation
 SECTIONS = ["kept", "scores", "removed", "measured", "samples", "calibration", "settings", "commands"]
 
@@ -108,13 +106,10 @@ def test_strings_are_text(pruned):
     assert "49" not in "".join(document.find(".//h1").itertext())
     # Data, library and page script: no other script came out of a string.
     kinds = [script.get("type") for script in document.iter("script")]
-    assert kinds == (["application/json"] * 3 + [None, None] if draws else [])
+    assert kinds == ["application/json"] * 3 + [None, None]
 
 
-@needs_library
 def test_charts_hold_the_figures_of_the_files(pruned):
-    import vl_convert
-
     document = parse(pruned / "report.html")
     specs = {
         script.get("id"): json.loads(script.text)
@@ -196,11 +191,8 @@ def test_all_groups_have_a_place_in_the_charts(scores):
         assert expected <= 0 or found[f"y{name}"] == found[name]
     lowest = min(score for score in layers[[f"q{q}" for q in (5, 25, 50, 75, 95)]].to_numpy().flatten() if score > 0)
     assert all(found[f"y{name}"] < lowest for name in ("q5", "q25") if found[name] <= 0)
-    if draws:
-        import vl_convert
-
-        for chart in (spread, by_layer):
-            assert "<svg" in vl_convert.vegalite_to_svg({**chart.spec, "width": 400})
+    for chart in (spread, by_layer):
+        assert "<svg" in vl_convert.vegalite_to_svg({**chart.spec, "width": 400})
 
 
 def test_two_rounds_in_the_charts():

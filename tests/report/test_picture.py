@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-import pytest
-
+from benchmarks.keep_picture import main
 from prunus.model.families import AXES
 from prunus.selection.plan import Plan
 
@@ -25,9 +24,6 @@ def bars(svg: str) -> list[tuple[int, str, int]]:
 
 
 def test_the_picture_shows_the_plans(tmp_path):
-    pytest.importorskip("vl_convert")
-    from benchmarks.keep_picture import main
-
     main([*(f"{title}={path}" for title, path in PLANS.items()), "--out", str(tmp_path / "kept.svg")])
     drawn, committed = (
         path.read_text(encoding="utf-8") for path in (tmp_path / "kept.svg", ROOT / "docs" / "kept.svg")

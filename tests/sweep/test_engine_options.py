@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from plain import PLAIN
 from safetensors.torch import load_file
 from tiny_folder import SIZES, fails, run, save_tiny_folder
 
@@ -78,12 +79,12 @@ def test_other_commands_under_a_limit(capsys, tmp_path, deep, text, command, mon
         monkeypatch.setattr(f"prunus.sweep.estimate.{constant}", 0)
     sizes = ["--calibration", text, *SIZES, "--set", "evaluation.held_out=2"]
     words = {
-        "compare": ["compare", deep, "--methods", "taylor,wanda", "--ratios", "0.2", *sizes],
+        "compare": ["compare", deep, "--recipes", "original", "--methods", "taylor,wanda", "--ratios", "0.2", *sizes],
         "eval": ["eval", deep, "--text", text, "--seq-len", 32, "--windows", 3, "--json"],
         "apply": ["apply", deep, tmp_path / "small" / "prunus" / "plan.json"],
     }[command]
     if command == "apply":
-        run(capsys, "prune", deep, "--out", tmp_path / "small", "--ratio", 0.2, *sizes)
+        run(capsys, "prune", deep, "--out", tmp_path / "small", "--ratio", 0.2, *PLAIN, *sizes)
     found = {}
     # "tight" is what the streamed engine says it needs.
     refused = fails(capsys, *words, *(["--out", tmp_path / "no"] if command != "eval" else []), "--max-memory", "1KB")

@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked, forked
 from test_opened import cut, save
 from tiny_families import make_model, padded_batches, random_tokens
 
-import prunus
 from prunus.calibration import Batch
 from prunus.checkpoint import open_model
 from prunus.errors import StatisticsError
 from prunus.files.records import Records
 from prunus.model.geometry import Geometry
+from prunus.model.layers import layers_of
 from prunus.repair.block_repair import RepairOptions, repair_
 from prunus.repair.least_squares import solve_ridge
 from prunus.statistics import ActivationStatistics, GateGradients, WeightGradients
@@ -175,7 +173,7 @@ def test_records_on_disk_are_not_held_in_memory_too(tmp_path):
 
 
 def _state(model):
-    layers = prunus.model.layers.layers_of(model)
+    layers = layers_of(model)
     state = {}
     for layer_idx in range(len(layers)):
         with layers.hold(layer_idx) as layer:
@@ -183,44 +181,26 @@ def _state(model):
     return state
 
 
-SCORE = """
-import sys
-from pathlib import Path
-from tiny_families import padded_batches
-from prunus.checkpoint import open_model
-from prunus.statistics import GateGradients, WeightGradients
-from prunus.sweep import sweep
-import torch
-torch.set_num_threads(1)
-model, _ = open_model(sys.argv[1])
-print("ready", flush=True)
-kinds = [WeightGradients(squares=True), GateGradients()]
-sweep(model, padded_batches() * 6, kinds, engine="streamed", work=Path(sys.argv[2]), progress=False).save(sys.argv[3])
-"""
-
-
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 def test_kill_9_at_random_points(tmp_path):
     """Killed again and again, until a run gets through; the file that it writes is the same, byte for byte."""
     folder = save(make_model("llama", num_hidden_layers=8), tmp_path / "model")
-    paths = {"PYTHONPATH": f"{Path(prunus.__file__).parents[1]}:{Path(__file__).parents[1]}:{Path(__file__).parent}"}
+    kinds = [WeightGradients(squares=True), GateGradients()]
 
-    def start(work, out):
-        command = [sys.executable, "-c", SCORE, str(folder), str(tmp_path / work), str(tmp_path / out)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **paths})
-        assert process.stdout.readline() == "ready\n"
-        return process
+    def score(work, out):
+        model, _ = open_model(folder)
+        found = sweep(model, padded_batches() * 6, kinds, engine="streamed", work=tmp_path / work, progress=False)
+        found.save(tmp_path / out)
 
-    undisturbed = start("undisturbed", "expected")
     begun = time.perf_counter()
-    assert undisturbed.wait() == 0
+    assert forked(lambda: score("undisturbed", "expected")).status == 0
     seconds = time.perf_counter() - begun
     generator, kills = random.Random(4), 0
     for _ in range(3):
-        process = start("work", "found")
+        process = Forked(lambda: score("work", "found"))
         time.sleep(generator.uniform(0.1, 0.5) * seconds)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert start("work", "found").wait() == 0
+        process.kill()
+        kills += process.wait().status == -signal.SIGKILL
+    assert forked(lambda: score("work", "found")).status == 0
     assert kills, "it was never killed"
     assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()

@@ -85,7 +85,7 @@ def load_calibration(
     if reading.chat_column is not None and kind not in RECORD_KINDS:
         raise CalibrationError(
             f"conversations come from .jsonl, .json, .parquet or a data set of the hub, and {name} is neither; leave "
-            "chat_column out, or give one of these"
+            "`chat_column` out, or give one of these"
         )
     path, begin = expanded(name), begin_token_of(tokenizer) if reading.begin_token else None
     wanted = Wanted(
@@ -208,7 +208,7 @@ def check_counts(samples: int, seq_len: int) -> None:
     check_whole("seq_len", seq_len, smallest=2, why="a calibration sequence needs at least 2 tokens to predict one")
     if samples * seq_len > MOST_TOKENS:
         raise OptionError(
-            f"samples {samples:,} and seq_len {seq_len:,} make {samples * seq_len:,} tokens; the most is "
+            f"`samples` {samples:,} and `seq_len` {seq_len:,} make {samples * seq_len:,} tokens; the most is "
             f"{MOST_TOKENS:,}"
         )
 

@@ -21,10 +21,10 @@ from prunus.checkpoint.architecture import config_as_weighted
 from prunus.checkpoint.hub import HUB_FILES, check_repository, hub_id
 from prunus.checkpoint.kind import check_kind
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
-from prunus.checkpoint.weights import StoredWeights, check_inside
+from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.files.json_file import read_json
-from prunus.files.links import check_links
+from prunus.files.links import check_inside, check_links
 from prunus.files.user_path import expanded
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of
@@ -249,7 +249,7 @@ def check_config(folder: Path) -> dict[str, Any]:
         UnsupportedModelError: unknown family, another kind of model (see `check_kind`), or quantised.
     """
     check_no_adapter(folder)
-    check_inside(folder, "config.json")
+    check_inside(folder, folder / "config.json")
     config = read_json(folder / "config.json")
     if quantization := config.get("quantization_config") or config.get("compression_config"):
         fields = quantization if isinstance(quantization, dict) else {}

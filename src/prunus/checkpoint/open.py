@@ -14,8 +14,9 @@ from transformers import GenerationConfig
 from prunus.checkpoint.agreement import unused_tensors, warn_of_unused
 from prunus.checkpoint.architecture import empty_model
 from prunus.checkpoint.load import check_finite_tensor, check_folder, locate, read_tokenizer
-from prunus.checkpoint.weights import check_inside
+from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError
+from prunus.files.links import check_inside
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of
 from prunus.model.geometry import submodule
@@ -59,48 +60,66 @@ def open_model(
     if torch_dtype == "auto":
         torch_dtype = config.dtype
     model = empty_model(config, torch_dtype)
-    if (folder / "generation_config.json").is_file():
-        check_inside(folder, "generation_config.json")
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        except Exception as error:  # as of configs
-            raise CheckpointError(f"{folder / 'generation_config.json'} cannot be read: {error}") from error
-    family = family_of(config)
-    prefix = family.layers + "."
-    # Tied weights may be stored under either name.
-    stored_as = {name: name for name in model.state_dict()}
-    if config.tie_word_embeddings and (embedding := f"{family.embedding}.weight") not in weights:
-        stored_as[embedding] = f"{family.head}.weight"
-    outside = list(outside_layers(model))
-    in_layers = [name for name in stored_as if name.startswith(prefix)]
-    if missing := [name for name in (*outside, *in_layers) if stored_as[name] not in weights]:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors of its model, first {missing[0]!r}. If it loads in transformers, "
-            "its tensors have other names there: use `engine` resident, or save it again with save_pretrained"
-        )
+    _read_generation_config_(model, folder)
+    stored_as = _names_in_folder(model, weights)
     warn_of_unused(folder, unused_tensors(model, weights))
-
-    def checked(name: str, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(torch_dtype) if tensor.is_floating_point() else tensor
-        if name not in seen:
-            check_finite_tensor(name, tensor)
-            seen.add(name)
-        return tensor
+    prefix, checked = family_of(config).layers + ".", _Checked(torch_dtype)
 
     def fetch_layer(layer_idx: int) -> Fetched:
         start = f"{prefix}{layer_idx}."
-        names = [name.removeprefix(start) for name in in_layers if name.startswith(start)]
+        names = [name.removeprefix(start) for name in stored_as if name.startswith(start)]
         return Fetched(
             {name: weights.read(start + name) for name in names},
             # Popped: what was read goes as soon as it is converted.
             lambda state: {name: checked(start + name, state.pop(name)) for name in names},
         )
 
-    seen: set[str] = set()
-    outer = {name: checked(name, weights.read(stored_as[name])) for name in outside}
+    outer = {name: checked(name, weights.read(stored_as[name])) for name in outside_layers(model)}
     model.load_state_dict(outer, strict=False, assign=True)
     attach_layers_(model, fetch_layer, torch_device, scratch, weights.verify)
     return model, tokenizer
+
+
+def _read_generation_config_(model: Any, folder: Path) -> None:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    check_inside(folder, path)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # as of configs
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _names_in_folder(model: Any, weights: StoredWeights) -> dict[str, str]:
+    """The name that each tensor of a model has in its folder, where tied weights may have either; all are there."""
+    family = family_of(model.config)
+    names = {name: name for name in model.state_dict()}
+    if model.config.tie_word_embeddings and (embedding := f"{family.embedding}.weight") not in weights:
+        names[embedding] = f"{family.head}.weight"
+    in_layers = [name for name in names if name.startswith(f"{family.layers}.")]
+    if missing := [name for name in (*outside_layers(model), *in_layers) if names[name] not in weights]:
+        raise CheckpointError(
+            f"{weights.folder} lacks {len(missing)} tensors of its model, first {missing[0]!r}. If it loads in "
+            "transformers, its tensors have other names there: use `engine` resident, or save it again with "
+            "save_pretrained"
+        )
+    return names
+
+
+class _Checked:
+    """Converts tensors to a dtype, and refuses any with NaN or infinite values when it is first seen."""
+
+    def __init__(self, dtype: torch.dtype):
+        self._dtype = dtype
+        self._seen: set[str] = set()
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        if name not in self._seen:
+            check_finite_tensor(name, tensor)
+            self._seen.add(name)
+        return tensor
 
 
 def attach_layers_(

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from prunus.errors import CheckpointError, UnsupportedModelError
 from prunus.files.json_file import read_json
+from prunus.files.links import check_inside
 from prunus.files.tensor_file import DTYPES, TensorFile, TensorLayout
 
-__all__ = ["INDEX", "WEIGHTS", "StoredWeights", "check_inside", "shards_of"]
+__all__ = ["INDEX", "WEIGHTS", "StoredWeights", "shards_of"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -135,7 +136,7 @@ def shards_of(folder: Path) -> dict[Path, set[str]]:
         UnsupportedModelError: the weights are pickles.
     """
     if (folder / WEIGHTS).is_file():
-        check_inside(folder, WEIGHTS)
+        check_inside(folder, folder / WEIGHTS)
         return {folder / WEIGHTS: set()}
     if not (folder / INDEX).is_file():
         if pickles := sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
@@ -144,7 +145,7 @@ def shards_of(folder: Path) -> dict[Path, set[str]]:
                 "prunus never does. Convert them to safetensors, or use a revision of the model that has them"
             )
         raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; fetch the model again")
-    check_inside(folder, INDEX)
+    check_inside(folder, folder / INDEX)
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no weight_map; fetch the model again")
@@ -154,7 +155,7 @@ def shards_of(folder: Path) -> dict[Path, set[str]]:
             raise CheckpointError(f"{folder / INDEX} places {name!r} in {file_name!r}, which is no file name")
         shards.setdefault(file_name, set()).add(name)
     for file_name in shards:
-        check_inside(folder, file_name)
+        _check_name(folder, file_name)
     if absent := sorted(file_name for file_name in shards if not _is_file(folder / file_name)):
         raise CheckpointError(
             f"{folder} lacks {len(absent)} of the {len(shards)} weight files that {INDEX} lists, first {absent[0]}; "
@@ -163,33 +164,15 @@ def shards_of(folder: Path) -> dict[Path, set[str]]:
     return {folder / file_name: names for file_name, names in shards.items()}
 
 
-def check_inside(folder: Path, file_name: str) -> None:
-    """Check that a file of a model folder lies in it; the Hub's cache keeps files elsewhere, and links to them.
-
-    Args:
-        folder: of the model.
-        file_name: as the folder itself, or its index, names the file. It need not be there.
-
-    Raises:
-        CheckpointError: the name leads elsewhere, or the file is a link to elsewhere.
-    """
+def _check_name(folder: Path, file_name: str) -> None:
+    """Check that a file of a model folder lies in it, by the name that the index gives it, too."""
     for path in (PurePosixPath(file_name), PureWindowsPath(file_name)):
         if path.anchor or ".." in path.parts:
             raise CheckpointError(
                 f"{folder} names {file_name!r} as one of its files, which is a place outside of the folder; a model's "
                 "files lie in its folder. Fetch the model again from a source that you trust"
             )
-    try:
-        home, place = folder.resolve(), (folder / file_name).resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
-        raise CheckpointError(f"{folder / file_name} cannot be read: {error}") from error
-    # models--owner--name/snapshots/<revision>/file is a link into models--owner--name/blobs/
-    cache = home.parent.parent if home.parent.name == "snapshots" else None
-    if home not in place.parents and not (cache and place.parent == cache / "blobs"):
-        raise CheckpointError(
-            f"{folder / file_name} is a link to {place}, outside of the model's folder. If that is what you want, put "
-            "a copy of the file in place of the link"
-        )
+    check_inside(folder, folder / file_name)
 
 
 def _is_file(path: Path) -> bool:

@@ -62,8 +62,6 @@ class MethodOptions:
             raise OptionError(
                 f"`activation` {self.activation!r} is unknown; choose one of {', '.join(ACTIVATION_STATISTICS)}"
             )
-        if self.random_seed is not None and type(self.random_seed) is not int:
-            raise OptionError(f"random seed is {self.random_seed!r}; it must be a whole number")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration import Batch
-from prunus.calibration.batches import digest_batches
+from prunus.calibration.made_from import made_from
 from prunus.calibration.noise import check_noise, clean_sequences, with_noise
 from prunus.errors import CalibrationError
 from prunus.files.records import Records
@@ -274,7 +274,10 @@ class _Repairing:
         self.repairs: list[Repair] = []
         self.temperature = 1.0
         self._cut, self._options = cut, options
-        self._records = Records(cut.work, _made_from(cut, dense, batches, options) if cut.work is not None else None)
+        self._records = Records()
+        if cut.work is not None:
+            pruned = {"pruned model": digest_model(cut.pruned), "plan": cut.plan.fingerprint}
+            self._records = Records(cut.work, made_from(dense, batches, {**pruned, "repair": asdict(options)}))
         self._walk, self._inputs = BlockWalk(cut.pruned, batches, wait("hidden")), wait("inputs")
         self._batches = len(batches)
         self._scale = Geometry.of(dense).family.residual_scale(dense.config)
@@ -376,18 +379,6 @@ class _Repairing:
             if block.output.path in found:
                 self._walk.module(block).weight.copy_(found[block.output.path])
         self.repairs += [Repair(**values) for values in self._records.about(self._layer_idx)["repairs"]]
-
-
-def _made_from(cut: Cut, dense: Any, batches: Sequence[Batch], options: RepairOptions) -> dict[str, Any]:
-    return {
-        "model": digest_model(dense),
-        "pruned model": digest_model(cut.pruned),
-        "plan": cut.plan.fingerprint,
-        "calibration tokens": digest_batches(batches),
-        "sequences per batch": [len(batch.input_ids) for batch in batches],
-        "repair": asdict(options),
-        "torch": torch.__version__,
-    }
 
 
 def _repair_(

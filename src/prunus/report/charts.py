@@ -1,9 +1,9 @@
 """Charts as data: a Vega-Lite specification, and the same as a table for those who do not see or cannot run it.
 
-Colours are not given here: the page takes them from the reader's light or dark mode. Choices (which axis, which plan)
-are form fields that Vega binds, and so work by keyboard.
+Altair checks the specification. Colours are not given here: the page takes them from the reader's light or dark mode.
+Choices (which axis, which plan) are form fields that Vega binds, and so work by keyboard.
 
-Source: https://vega.github.io/vega-lite/docs/
+Source: https://altair-viz.github.io/, https://vega.github.io/vega-lite/docs/
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
+import altair as alt
 import numpy as np
 import pandas as pd
 
 from prunus.model.families import AXES
+from prunus.results.result_content import ComparisonContent, ComparisonRow
 from prunus.selection.plan import Plan
 
 __all__ = ["Chart", "Rows", "accuracy_chart", "comparison_chart", "keep_chart", "score_charts", "seconds_chart"]
@@ -29,6 +31,7 @@ BINS = 50
 AT_MOST_ZERO = "zero or less"
 MEASURES = ("score", "importance")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+LAYERS = alt.Axis(labelOverlap=True, labelAngle=0)
 
 
 @dataclass(frozen=True)
@@ -80,40 +83,20 @@ def keep_chart(plans: Mapping[str, Plan]) -> Chart:
                 )
             cells = [f"{len(kept[axis]):,} of {before[axis]:,}" for axis in AXES]
             rows.append([*([name] if len(plans) > 1 else []), str(layer_idx), *cells])
-    params = [_choice("keep_axis", "show", ["both", *TITLES.values()])]
+    chart = _bars(values).add_params(_choice("keep_axis", "show", ["both", *TITLES.values()]))
+    chart = chart.transform_filter("keep_axis == 'both' || datum.axis == keep_axis").encode(
+        alt.X("layer:O", title="decoder layer", axis=LAYERS),
+        alt.XOffset("axis:N", scale=alt.Scale(domain=list(TITLES.values()))),
+        alt.Y("share:Q", title="kept", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%")),
+        _colour("axis", list(TITLES.values())),
+        tooltip=["layer:O", "axis:N", alt.Tooltip("share:Q", title="kept", format=".1%"), "groups:N"],
+    )
     if len(plans) > 1:
-        params.append(_choice("keep_plan", "plan", list(plans), kind="select"))
-    spec = {
-        **_frame(260),
-        "data": {"values": values},
-        "params": params,
-        "transform": [
-            {"filter": "keep_axis == 'both' || datum.axis == keep_axis"},
-            *([{"filter": "datum.plan == keep_plan"}] if len(plans) > 1 else []),
-        ],
-        "mark": {"type": "bar"},
-        "encoding": {
-            "x": {"field": "layer", "type": "ordinal", "title": "decoder layer", "axis": _LAYERS},
-            "xOffset": {"field": "axis", "type": "nominal", "scale": {"domain": list(TITLES.values())}},
-            "y": {
-                "field": "share",
-                "type": "quantitative",
-                "title": "kept",
-                "scale": {"domain": [0, 1]},
-                "axis": {"format": ".0%"},
-            },
-            "color": _colour("axis", list(TITLES.values())),
-            "tooltip": [
-                {"field": "layer", "title": "layer"},
-                {"field": "axis"},
-                {"field": "share", "title": "kept", "format": ".1%"},
-                {"field": "groups", "title": "groups"},
-            ],
-        },
-    }
+        choice = _choice("keep_plan", "plan", list(plans), kind=alt.binding_select)
+        chart = chart.add_params(choice).transform_filter("datum.plan == keep_plan")
     columns = [*(["plan"] if len(plans) > 1 else []), "layer", *(f"{TITLES[axis]} kept" for axis in AXES)]
     what = "Bars of the share of attention groups and of MLP channels that stay, for every decoder layer."
-    return Chart("keep", "What stays of each layer", what, spec, Rows(columns, rows))
+    return Chart("keep", "What stays of each layer", what, _spec(chart, 260), Rows(columns, rows))
 
 
 def score_charts(table: pd.DataFrame, plan: Plan) -> list[Chart]:
@@ -146,43 +129,38 @@ def _histogram(table: pd.DataFrame) -> Chart:
                 rows.append(
                     [TITLES[axis], measure, str(state), f"{len(part):,}", f"{zero:,}", lowest, *middle, highest]
                 )
-    spec = {
-        **_frame(260),
-        "data": {"values": values},
-        "params": [
+    label = f"datum.label == '{AT_MOST_ZERO}' ? '≤ 0' : format(+datum.label, '.1e')"
+    chart = (
+        _bars(values)
+        .add_params(
             _choice("spread_axis", "groups", list(reversed(TITLES.values()))),
-            _choice("spread_measure", "quantity", ["score", "importance"]),
-        ],
-        "transform": [{"filter": "datum.axis == spread_axis && datum.measure == spread_measure"}],
-        "mark": {"type": "bar"},
-        "encoding": {
-            "x": {
-                "field": "place",
-                "type": "ordinal",
-                "sort": None,
-                "scale": {"padding": 0},
-                "title": "score or importance from here on, in equal ratios",
-                "axis": {
-                    "labelExpr": f"datum.label == '{AT_MOST_ZERO}' ? '≤ 0' : format(+datum.label, '.1e')",
-                    "labelOverlap": True,
-                    "labelAngle": 0,
-                    "ticks": False,
-                },
-            },
-            "y": {"field": "bottom", "type": "quantitative", "title": "groups"},
-            "y2": {"field": "top"},
-            "color": _colour("state", ["kept", "removed"]),
-            "tooltip": [
-                {"field": "state"},
-                {"field": "groups", "format": ","},
-                {"field": "low", "title": "from", "format": ".3e"},
-                {"field": "high", "title": "to", "format": ".3e"},
+            _choice("spread_measure", "quantity", MEASURES),
+        )
+        .transform_filter("datum.axis == spread_axis && datum.measure == spread_measure")
+        .encode(
+            alt.X(
+                "place:O",
+                sort=None,
+                scale=alt.Scale(padding=0),
+                title="score or importance from here on, in equal ratios",
+                axis=alt.Axis(labelExpr=label, labelOverlap=True, labelAngle=0, ticks=False),
+            ),
+            alt.Y("bottom:Q", title="groups"),
+            alt.Y2("top"),
+            _colour("state", ["kept", "removed"]),
+            tooltip=[
+                "state:N",
+                alt.Tooltip("groups:Q", format=","),
+                alt.Tooltip("low:Q", title="from", format=".3e"),
+                alt.Tooltip("high:Q", title="to", format=".3e"),
             ],
-        },
-    }
+        )
+    )
     columns = ["groups of", "quantity", "", "number", "zero or less", "lowest", "quarter", "median", "three quarters"]
     what = "Histogram of the scores or importances of all groups, those that stay and those that were removed."
-    return Chart("spread", "Importance and score of all groups", what, spec, Rows([*columns, "highest"], rows))
+    return Chart(
+        "spread", "Importance and score of all groups", what, _spec(chart, 260), Rows([*columns, "highest"], rows)
+    )
 
 
 def _bins(axis: str, measure: str, groups: pd.DataFrame) -> list[dict[str, Any]]:
@@ -242,42 +220,33 @@ def _by_layer(table: pd.DataFrame) -> Chart:
             if measure == "score":
                 rows.append([str(layer), TITLES[axis], *(f"{quantile:.3g}" for quantile in of_layer)])
     rows.sort(key=lambda row: int(row[0]))
-    x = {"field": "layer", "type": "ordinal", "title": "decoder layer", "axis": _LAYERS}
+    at_floor = f"datum.value <= ({json.dumps(floors)}[layer_axis + layer_measure] || 0)"
+    ticks = alt.Axis(labelExpr=f"{at_floor} ? '≤ 0' : format(datum.value, '.0e')", tickCount=5)
 
-    def y(field: str) -> dict[str, Any]:
-        at_floor = f"datum.value <= ({json.dumps(floors)}[layer_axis + layer_measure] || 0)"
-        label = f"{at_floor} ? '≤ 0' : format(datum.value, '.0e')"
-        axis = {"labelExpr": label, "tickCount": 5}
-        return {"field": f"y{field}", "type": "quantitative", "scale": {"type": "log"}, "title": "", "axis": axis}
+    def y(quantile: str) -> alt.Y:
+        return alt.Y(f"y{quantile}:Q", scale=alt.Scale(type="log"), title="", axis=ticks)
 
-    tooltip = [
-        {"field": "layer"},
-        *({"field": f"q{q * 100:g}", "title": f"{q:.0%} below", "format": ".3e"} for q in QUANTILES),
-    ]
-    spec = {
-        **_frame(260),
-        "data": {"values": values},
-        "params": [
+    tooltip = ["layer:O", *(alt.Tooltip(f"q{q * 100:g}:Q", title=f"{q:.0%} below", format=".3e") for q in QUANTILES)]
+    of_layer = alt.Chart().encode(alt.X("layer:O", title="decoder layer", axis=LAYERS), tooltip=tooltip)
+    chart = (
+        alt.layer(
+            of_layer.mark_rule().encode(y("q5"), alt.Y2("yq95")),
+            of_layer.mark_bar(width={"band": 0.6}).encode(y("q25"), alt.Y2("yq75")),
+            of_layer.mark_tick(width={"band": 0.8}, thickness=2).encode(y("q50")),
+            data=alt.Data(values=values),
+        )
+        .add_params(
             _choice("layer_axis", "groups", list(reversed(TITLES.values()))),
-            _choice("layer_measure", "quantity", ["score", "importance"]),
-        ],
-        "transform": [{"filter": "datum.axis == layer_axis && datum.measure == layer_measure"}],
-        "encoding": {"x": x, "tooltip": tooltip},
-        "layer": [
-            {"mark": {"type": "rule"}, "encoding": {"y": y("q5"), "y2": {"field": "yq95"}}},
-            {
-                "mark": {"type": "bar", "width": {"band": 0.6}},
-                "encoding": {"y": y("q25"), "y2": {"field": "yq75"}},
-            },
-            {"mark": {"type": "tick", "width": {"band": 0.8}, "thickness": 2}, "encoding": {"y": y("q50")}},
-        ],
-    }
+            _choice("layer_measure", "quantity", MEASURES),
+        )
+        .transform_filter("datum.axis == layer_axis && datum.measure == layer_measure")
+    )
     columns = ["layer", "groups of", *(f"{q:.0%} of scores below" for q in QUANTILES)]
     what = (
         "For every decoder layer the middle half of its groups as a bar, with the median, and nine tenths as a line; "
         "what is zero or less is drawn on the lower edge."
     )
-    return Chart("layers", "Importance and score by layer", what, spec, Rows(columns, rows))
+    return Chart("layers", "Importance and score by layer", what, _spec(chart, 260), Rows(columns, rows))
 
 
 def accuracy_chart(rows: Sequence[tuple[str, float | None, float]]) -> Chart:
@@ -292,156 +261,114 @@ def accuracy_chart(rows: Sequence[tuple[str, float | None, float]]) -> Chart:
         for model, accuracy in (("base model", before), ("pruned", after))
         if accuracy is not None
     ]
-    spec = {
-        **_frame(40 + 44 * len(rows)),
-        "data": {"values": values},
-        "mark": {"type": "bar"},
-        "encoding": {
-            "y": {"field": "task", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 140}},
-            "yOffset": {"field": "model", "type": "nominal", "scale": {"domain": ["base model", "pruned"]}},
-            "x": {
-                "field": "accuracy",
-                "type": "quantitative",
-                "scale": {"domain": [0, 1]},
-                "axis": {"format": ".0%", "tickCount": 5},
-            },
-            "color": _colour("model", ["base model", "pruned"]),
-            "tooltip": [{"field": "task"}, {"field": "model"}, {"field": "accuracy", "format": ".1%"}],
-        },
-    }
+    chart = _bars(values).encode(
+        alt.X("accuracy:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%", tickCount=5)),
+        alt.Y("task:N", title=None, sort=None, axis=alt.Axis(labelLimit=140)),
+        alt.YOffset("model:N", scale=alt.Scale(domain=["base model", "pruned"])),
+        _colour("model", ["base model", "pruned"]),
+        tooltip=["task:N", "model:N", alt.Tooltip("accuracy:Q", format=".1%")],
+    )
     cells = [[task, "" if before is None else f"{before:.1%}", f"{after:.1%}"] for task, before, after in rows]
     what = "Bars of the accuracy of the base model and of the pruned one on every task."
-    return Chart("accuracy", "Accuracy", what, spec, Rows(["task", "base model", "pruned"], cells))
+    return Chart(
+        "accuracy",
+        "Accuracy",
+        what,
+        _spec(chart, 40 + 44 * len(rows)),
+        Rows(["task", "base model", "pruned"], cells),
+    )
 
 
-def comparison_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
-    """Perplexity over the removed share, a line per recipe.
-
-    Args:
-        rows: as comparison.json has them, the dense model's among them.
-    """
-    dense = next(row for row in rows if row_name(row) == "dense")
-    others = [row for row in rows if row_name(row) != "dense"]
-    kinds = list(dict.fromkeys(row_name(row) for row in others))
+def comparison_chart(comparison: ComparisonContent) -> Chart:
+    """Perplexity over the removed share, a line per recipe, each from the dense model on."""
+    rows, dense = comparison.rows, comparison.dense
+    kinds = list(dict.fromkeys(row.name for row in comparison.results))
+    drawn = [(row.name, row) for row in comparison.results if row.perplexity is not None]
+    drawn += [(kind, dense) for kind in kinds]
     values = [
-        {
-            "kind": row_name(row),
-            "removed": row["ratio"],
-            "perplexity": row["perplexity"],
-            "parameters": row["parameters"],
-        }
-        for row in others
-        if row["perplexity"] is not None  # infinite ones are null in JSON
+        {"kind": kind, "removed": row.ratio, "perplexity": row.perplexity, "parameters": row.parameters}
+        for kind, row in drawn
     ]
-    values += [{"kind": kind, "removed": 0, **_figures(dense)} for kind in kinds]
-    spec = {
-        **_frame(320),
-        "data": {"values": values},
-        "params": [_choice("comparison_kind", "stress", ["all", *kinds], kind="select")],
-        "mark": {"type": "line", "point": {"size": 60}},
-        "encoding": {
-            "x": {
-                "field": "removed",
-                "type": "quantitative",
-                "title": "parameters removed",
-                "axis": {"format": ".0%", "tickCount": 5},
-            },
-            "y": {
-                "field": "perplexity",
-                "type": "quantitative",
-                "scale": {"type": "log", "nice": False},
-                "title": "perplexity, logarithmic",
-                "axis": {"format": "~s", "tickCount": 6},
-            },
-            "color": _colour("kind", kinds),
-            "opacity": {
-                "condition": {"test": "comparison_kind == 'all' || datum.kind == comparison_kind", "value": 1},
-                "value": 0.15,
-            },
-            "tooltip": [
-                {"field": "kind", "title": "recipe"},
-                {"field": "removed", "format": ".0%"},
-                {"field": "perplexity", "format": ",.2f"},
-                {"field": "parameters", "format": ","},
+    chosen = alt.condition("comparison_kind == 'all' || datum.kind == comparison_kind", alt.value(1), alt.value(0.15))
+    chart = (
+        alt.Chart(alt.Data(values=values))
+        .mark_line(point={"size": 60})
+        .add_params(_choice("comparison_kind", "stress", ["all", *kinds], kind=alt.binding_select))
+        .encode(
+            alt.X("removed:Q", title="parameters removed", axis=alt.Axis(format=".0%", tickCount=5)),
+            alt.Y(
+                "perplexity:Q",
+                scale=alt.Scale(type="log", nice=False),
+                title="perplexity, logarithmic",
+                axis=alt.Axis(format="~s", tickCount=6),
+            ),
+            _colour("kind", kinds),
+            opacity=chosen,
+            tooltip=[
+                alt.Tooltip("kind:N", title="recipe"),
+                alt.Tooltip("removed:Q", format=".0%"),
+                alt.Tooltip("perplexity:Q", format=",.2f"),
+                alt.Tooltip("parameters:Q", format=","),
             ],
-        },
-    }
-    table = [[row_name(row), f"{row['ratio']:.0%}", *_cells(row)] for row in rows]
+        )
+    )
+    table = [
+        [row.name, f"{row.ratio:.0%}", f"{row.parameters:,}", _figure(row.perplexity), _figure(row.relative)]
+        for row in rows
+    ]
     columns = ["recipe", "removed", "parameters", "perplexity", "times dense"]
     what = "Lines of perplexity over the share of parameters removed, one for every recipe."
-    return Chart("comparison", "Perplexity by recipe and share removed", what, spec, Rows(columns, table))
+    return Chart("comparison", "Perplexity by recipe and share removed", what, _spec(chart, 320), Rows(columns, table))
 
 
-def row_name(row: Mapping[str, Any]) -> str:
-    """What a row of a comparison is called; those of prunus 0.1 have a method, and whether it was repaired."""
-    if row.get("recipe") is not None:
-        return str(row["recipe"])
-    return f"{row['method']}, compensated" if row.get("compensated") else str(row["method"])
+def _figure(figure: float | None) -> str:
+    return "infinite" if figure is None else f"{figure:,.2f}"
 
 
-def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("perplexity", "parameters")}
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    figures = (row["perplexity"], row["relative"])
-    return [f"{row['parameters']:,}", *("infinite" if figure is None else f"{figure:,.2f}" for figure in figures)]
-
-
-def seconds_chart(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
+def seconds_chart(rows: Sequence[ComparisonRow]) -> Chart | None:
     """Seconds and peak memory of each result; None if no time was taken."""
-    timed = [row for row in rows if row.get("seconds") is not None]
-    if not timed:
-        return None
-    values = [
+    values: list[dict[str, Any]] = [
         {
-            "result": f"{row_name(row)} {row['ratio']:.0%}",
-            "seconds": row["seconds"],
-            "peak": "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+            "result": f"{row.name} {row.ratio:.0%}",
+            "seconds": row.seconds,
+            "peak": "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f} MiB",
         }
-        for row in timed
+        for row in rows
+        if row.seconds is not None
     ]
-    spec = {
-        **_frame(40 + 22 * len(values)),
-        "data": {"values": values},
-        "mark": {"type": "bar"},
-        "encoding": {
-            "y": {"field": "result", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 150}},
-            "x": {"field": "seconds", "type": "quantitative", "axis": {"tickCount": 5}},
-            "tooltip": [{"field": "result"}, {"field": "seconds"}, {"field": "peak", "title": "peak memory"}],
-        },
-    }
+    if not values:
+        return None
+    chart = _bars(values).encode(
+        alt.X("seconds:Q", axis=alt.Axis(tickCount=5)),
+        alt.Y("result:N", title=None, sort=None, axis=alt.Axis(labelLimit=150)),
+        tooltip=["result:N", "seconds:Q", alt.Tooltip("peak:N", title="peak memory")],
+    )
     table = [[value["result"], f"{value['seconds']:,}", value["peak"]] for value in values]
     what = "Bars of the seconds that each result took."
-    return Chart("seconds", "Time and memory", what, spec, Rows(["result", "seconds", "peak memory"], table))
+    return Chart(
+        "seconds",
+        "Time and memory",
+        what,
+        _spec(chart, 40 + 22 * len(values)),
+        Rows(["result", "seconds", "peak memory"], table),
+    )
 
 
-_LAYERS = {"labelOverlap": True, "labelAngle": 0}
+def _bars(values: Sequence[Mapping[str, Any]]) -> alt.Chart:
+    return alt.Chart(alt.Data(values=values)).mark_bar()
 
 
-def _frame(height: int) -> dict[str, Any]:
+def _spec(chart: alt.Chart | alt.LayerChart, height: int) -> dict[str, Any]:
     """As wide as its place in the page."""
-    return {
-        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "width": "container",
-        "height": height,
-        "autosize": {"type": "fit", "contains": "padding"},
-    }
+    fit = alt.AutoSizeParams(type="fit", contains="padding")
+    return chart.properties(width="container", height=height, autosize=fit).to_dict()
 
 
-def _choice(name: str, title: str, options: Sequence[str], *, kind: str = "radio") -> dict[str, Any]:
+def _choice(name: str, title: str, options: Sequence[str], *, kind: Any = alt.binding_radio) -> alt.Parameter:
     """A parameter that the reader chooses; its name is unique in the page, as its form fields are grouped by it."""
-    return {
-        "name": name,
-        "value": options[0],
-        "bind": {"input": kind, "options": list(options), "name": f"{title}: "},
-    }
+    return alt.param(name, value=options[0], bind=kind(options=list(options), name=f"{title}: "))
 
 
-def _colour(field: str, domain: Sequence[str]) -> dict[str, Any]:
-    return {
-        "field": field,
-        "type": "nominal",
-        "scale": {"domain": list(domain)},
-        "legend": {"orient": "top", "title": None, "columns": 2, "labelLimit": 300},
-    }
+def _colour(field: str, domain: Sequence[str]) -> alt.Color:
+    legend = alt.Legend(orient="top", title=None, columns=2, labelLimit=300)
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(domain)), legend=legend)

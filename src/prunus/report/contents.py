@@ -18,13 +18,12 @@ from prunus.report.charts import (
     accuracy_chart,
     comparison_chart,
     keep_chart,
-    row_name,
     score_charts,
     seconds_chart,
 )
 from prunus.results.card import MeasuredFacts
-from prunus.results.comparison import plan_name
-from prunus.results.result_content import ComparisonContent
+from prunus.results.comparison import DENSE
+from prunus.results.result_content import ComparisonContent, RecipeContent
 from prunus.results.result_folder import Result, measured_facts, read_result, speed_notes
 from prunus.selection.plan import Plan
 
@@ -301,55 +300,48 @@ def _commands(result: Result) -> Section:
     )
 
 
-def _recipe_line(recipe: Mapping[str, Any]) -> str:
+def _recipe_line(recipe: RecipeContent) -> str:
     """A recipe in a line."""
-    scoring, rounds = recipe["scoring"], recipe["rounds"]
-    parts = [scoring["method"], f"{rounds} round{'s' * (rounds > 1)}", recipe["selection"]["shape"]]
-    return ", ".join([*parts, "repaired" if recipe["repair"] else "not repaired"])
-
-
-def _plan_name(row: Mapping[str, Any]) -> str:
-    """The file of a row's plan in the folder plans/; comparisons of prunus 0.1 named it in another way."""
-    if row.get("recipe") is not None:
-        return plan_name(row["recipe"], row["ratio"], row.get("seed", 0))
-    return f"{row['method']}-{row['ratio']:g}{'-compensated' * bool(row.get('compensated'))}.json"
+    rounds = f"{recipe.rounds} round{'s' * (recipe.rounds > 1)}"
+    repaired = "repaired" if recipe.repair else "not repaired"
+    return ", ".join([recipe.scoring.method, rounds, recipe.selection.shape, repaired])
 
 
 def _of_comparison(folder: Path) -> Contents:
-    facts = read_json(folder / "comparison.json")
-    check_content(ComparisonContent, facts, str(folder / "comparison.json"))
-    rows = facts["rows"]
-    others = [row for row in rows if row_name(row) != "dense"]
-    plans = {
-        path.stem: Plan.load(path) for row in others for path in [folder / "plans" / _plan_name(row)] if path.is_file()
-    }
-    evaluation = facts.get("evaluation") or {}
-    charts = [comparison_chart(rows)] if others else []
-    seconds = seconds_chart(others)
-    settings = {name: facts[name] for name in ("normalize", "rounds") if facts.get(name) is not None}
-    settings |= {name: _recipe_line(recipe) for name, recipe in (facts.get("recipes") or {}).items()}
-    measured = [f"Perplexity on {evaluation['text']}: {evaluation['protocol']}."] if evaluation else []
+    path = folder / "comparison.json"
+    content = check_content(ComparisonContent, read_json(path), str(path))
+    shown, results, dense = content.model_extra or {}, content.results, content.dense
+    files = [folder / "plans" / row.plan_file for row in results]
+    plans = {file.stem: Plan.load(file) for file in files if file.is_file()}
+    seconds = seconds_chart(results)
+    settings = {name: shown[name] for name in ("normalize", "rounds") if shown.get(name) is not None}
+    settings |= {name: _recipe_line(recipe) for name, recipe in (content.recipes or {}).items()}
+    measured = content.evaluation
     sections = (
-        Section("comparison", "Quality", measured, charts=charts),
+        Section(
+            "comparison",
+            "Quality",
+            [f"Perplexity on {measured.text}: {measured.protocol}."] if measured else (),
+            charts=[comparison_chart(content)] if results else (),
+        ),
         Section("kept", "Layers", charts=[keep_chart(plans)] if plans else ()),
         Section("cost", "Cost", charts=[seconds] if seconds else ()),
-        _calibration(facts.get("calibration")),
+        _calibration(content.calibration),
         _settings(settings),
-        Section("commands", "Make it again", commands=[facts["command"]] if facts.get("command") else ()),
+        Section("commands", "Make it again", commands=[content.command] if content.command else ()),
     )
-    dense = next(row for row in rows if row_name(row) == "dense")
-    start = "infinite" if dense["perplexity"] is None else f"{dense['perplexity']:,.2f}"
-    tiles = [Tile("dense", start, f"perplexity, {dense['parameters']:,} parameters")]
-    for ratio in sorted({row["ratio"] for row in others}):
-        finite = [row for row in others if row["ratio"] == ratio and row["perplexity"] is not None]
+    start = "infinite" if dense.perplexity is None else f"{dense.perplexity:,.2f}"
+    tiles = [Tile(DENSE, start, f"perplexity, {dense.parameters:,} parameters")]
+    for ratio in sorted({row.ratio for row in results}):
+        finite = [(row.perplexity, row.name) for row in results if row.ratio == ratio and row.perplexity is not None]
         if finite:
-            best = min(finite, key=lambda row: row["perplexity"])
-            tiles.append(Tile(f"best at {ratio:.0%}", f"{best['perplexity']:,.2f}", row_name(best)))
-    model = facts.get("model") or folder.resolve().name
+            best, name = min(finite, key=lambda found: found[0])
+            tiles.append(Tile(f"best at {ratio:.0%}", f"{best:,.2f}", name))
+    model = content.model or folder.resolve().name
     return Contents(
         title=f"Comparison on {model}",
-        summary=f"{len(others)} results on {model}: recipes, each at the same shares.",
-        prunus=str(facts.get("prunus", "")),
+        summary=f"{len(results)} results on {model}: recipes, each at the same shares.",
+        prunus=str(shown.get("prunus", "")),
         tiles=tiles,
         sections=[section for section in sections if not section.is_empty],
     )

@@ -2,7 +2,7 @@
 
 Jinja escapes every string, and its `tojson` what goes into a script; model names and generated text are never markup.
 The page's own security policy forbids it to load anything. Charts are drawn by Vega, whose bundle for browsers comes
-with the package vl-convert-python; without it, charts are tables.
+with the package vl-convert-python.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import shlex
 import subprocess
 import sys
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from prunus.errors import OptionError
 from prunus.escaping import printable, printable_values
 from prunus.files.outputs import check_output_file, claimed, output_file, whole_file
 from prunus.files.user_path import expanded
-from prunus.installing import install_command
-from prunus.report.contents import Contents, contents_of
 from prunus.version import __version__
+
+if TYPE_CHECKING:
+    from prunus.report.contents import Contents
 
 __all__ = ["FILE_NAME", "page", "try_report", "write_report"]
 
@@ -53,13 +54,13 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, overwrite
     Raises:
         BusyError: another process works on the folder, or on `out`.
         CheckpointError: prunus did not write the folder, or a file in it is damaged.
-        OptionError: `out` is there already, or with `overwrite` is no report.
+        OptionError: `out` is there already, or with `overwrite` is no report; there is no home directory.
         PlanError: a plan or table in it is malformed.
     """
     path = expanded(out) if out is not None else expanded(folder) / FILE_NAME
     with claimed(folder) if out is None else claimed(path, is_file=True):
         check_output_file(path, FILE_NAME, MARK, overwrite)
-        text = page(contents_of(folder))
+        text = page(_contents_of(folder))
         writing = whole_file(path) if out is None else output_file(path, FILE_NAME, MARK, overwrite=overwrite)
         with writing as partial:
             partial.write_text(text, encoding="utf-8")
@@ -78,6 +79,15 @@ def try_report(folder: str | Path) -> None:
             error,
             shlex.quote(str(folder)),
         )
+
+
+def _contents_of(folder: str | Path) -> Contents:
+    try:
+        # Here, as Altair takes a third of a second to import, and looks for a home directory.
+        from prunus.report.contents import contents_of
+    except RuntimeError as error:
+        raise OptionError(f"no report without a home directory; set HOME to any folder ({error})") from error
+    return contents_of(folder)
 
 
 def page(contents: Contents) -> str:
@@ -119,11 +129,6 @@ def drawing_library() -> str | None:
     The package runs a JavaScript engine, which takes its process with it where it gets no memory (`ulimit -v`): it has
     one of its own.
     """
-    if find_spec("vl_convert") is None:
-        logger.warning(
-            "the report shows tables in the place of charts; for charts: %s", install_command("vl-convert-python")
-        )
-        return None
     made = subprocess.run([sys.executable, "-c", BUNDLE], capture_output=True, check=False)
     bundle = made.stdout.decode("utf-8", "replace")
     if made.returncode or not bundle:

@@ -10,8 +10,16 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from prunus.files.json_file import Count, FileContent, Number
+from prunus.results.comparison import DENSE, plan_name
 
-__all__ = ["ComparisonContent", "EvaluationContent", "MetricsContent", "SamplesContent"]
+__all__ = [
+    "ComparisonContent",
+    "ComparisonRow",
+    "EvaluationContent",
+    "MetricsContent",
+    "RecipeContent",
+    "SamplesContent",
+]
 
 _OneOrMore = Annotated[Count, Field(ge=1)]
 _Positive = Annotated[Number, Field(gt=0)]
@@ -143,7 +151,9 @@ class _Measured(FileContent):
     protocol: str
 
 
-class _Row(FileContent):
+class ComparisonRow(FileContent):
+    """A result of a comparison, or the dense model; infinite figures are None."""
+
     recipe: _Name | None = None
     seed: Count = 0
     ratio: _Share
@@ -158,10 +168,22 @@ class _Row(FileContent):
     compensated: bool | None = None
 
     @model_validator(mode="after")
-    def _has_a_name(self) -> _Row:
+    def _has_a_name(self) -> ComparisonRow:
         if self.recipe is None and self.method is None:
             raise ValueError("recipe is missing")
         return self
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.recipe or f"{self.method}{', compensated' * bool(self.compensated)}"
+
+    @property
+    def plan_file(self) -> str:
+        """The file of its plan in the folder plans/."""
+        if self.recipe:
+            return plan_name(self.recipe, self.ratio, self.seed)
+        return f"{self.method}-{self.ratio:g}{'-compensated' * bool(self.compensated)}.json"
 
 
 class _Scoring(FileContent):
@@ -172,7 +194,9 @@ class _Selection(FileContent):
     shape: str
 
 
-class _Recipe(FileContent):
+class RecipeContent(FileContent):
+    """What a comparison says about a recipe."""
+
     scoring: _Scoring
     selection: _Selection
     rounds: Count
@@ -182,8 +206,8 @@ class _Recipe(FileContent):
 class ComparisonContent(FileContent):
     """comparison.json: a row per result, the dense model's among them."""
 
-    rows: list[_Row]
-    recipes: dict[str, _Recipe] | None = None
+    rows: list[ComparisonRow]
+    recipes: dict[str, RecipeContent] | None = None
     model: str | None = None
     command: str | None = None
     calibration: dict[str, Any] | None = None
@@ -191,6 +215,16 @@ class ComparisonContent(FileContent):
 
     @model_validator(mode="after")
     def _has_the_dense_model(self) -> ComparisonContent:
-        if not any((row.recipe or row.method) == "dense" for row in self.rows):
+        if not any(row.name == DENSE for row in self.rows):
             raise ValueError("it has no row of the dense model; run `prunus compare` again")
         return self
+
+    @property
+    def dense(self) -> ComparisonRow:
+        """The row of the dense model."""
+        return next(row for row in self.rows if row.name == DENSE)
+
+    @property
+    def results(self) -> list[ComparisonRow]:
+        """The rows of all results."""
+        return [row for row in self.rows if row.name != DENSE]

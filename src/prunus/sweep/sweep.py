@@ -10,12 +10,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.batches import Batch, digest_batches
+from prunus.calibration.batches import Batch
+from prunus.calibration.made_from import made_from
 from prunus.errors import OptionError, StatisticsError
 from prunus.files.records import Records
 from prunus.files.tensor_file import TensorLayout
 from prunus.machine.processes import add_up_, is_first, number_of_processes, rank, share, wait_for_all
-from prunus.model.digest import digest_model
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
@@ -82,25 +82,19 @@ def sweep(
     geometry = Geometry.of(model)
     reports: list[dict[str, Tensor]] = [{} for _ in geometry.widths]
     text = prepare(batches)
-    made_from = None
-    if work is not None and engine == "streamed":
-        made_from = {
-            "model": digest_model(model),
-            "dtype": str(model.dtype),
-            "calibration tokens": digest_batches(batches),
-            "sequences per batch": [len(batch.input_ids) for batch in batches],
-            "statistics": [statistic.describe() for statistic in statistics],
-            "seed": seed,
-            "processes": number_of_processes(),
-            "torch": torch.__version__,
-        }
+    work = work if engine == "streamed" else None
+    inputs: Mapping[str, Any] = {}
+    if work is not None:
+        taken = [statistic.describe() for statistic in statistics]
+        more = {"dtype": str(model.dtype), "statistics": taken, "seed": seed, "processes": number_of_processes()}
+        inputs = made_from(model, batches, more)
     loss = None
     for labels in dict.fromkeys(statistic.labels for statistic in statistics):
         listening = [statistic for statistic in statistics if statistic.labels == labels]
         taps = Taps(geometry, listening)
         prepared = prepare(batches, sampling_seed=seed) if labels == "sampled" else text
-        folder = work / labels if work is not None and made_from is not None else None
-        records = _run(model, geometry, taps, listening, prepared, engine, folder, made_from, progress)
+        folder = work / labels if work is not None else None
+        records = _run(model, geometry, taps, listening, prepared, engine, folder, inputs, progress)
         for layer_idx, report in enumerate(reports):
             report |= records[layer_idx]
         if taps.needs_gradients and labels == "text":
@@ -117,7 +111,7 @@ def _run(
     prepared: Sequence[PreparedBatch],
     engine: Engine,
     folder: Path | None,
-    made_from: Mapping[str, Any] | None,
+    inputs: Mapping[str, Any],
     progress: bool,
 ) -> Records:
     """One forward pass, or forward and backward pass, over this process' share of the batches."""
@@ -126,7 +120,7 @@ def _run(
     spool = Spool()
     if not is_first():
         wait_for_all()  # until the first process has checked the folder, or made it
-    records = Records(folder, made_from, writes=is_first())
+    records = Records(folder, inputs, writes=is_first())
     if is_first():
         wait_for_all()
     if folder is not None:
