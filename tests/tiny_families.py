@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import cycle, islice
 from typing import Any
 
 import pytest
@@ -47,6 +48,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.2}
 #: as published: `head_dim` is no field of this family's config, and follows from the number of heads
 DERIVED_HEADS = {"head_dim": None}
 #: a sliding window in every second layer
@@ -114,6 +116,59 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             },
         },
     },
+    # The same norms, and a window in layer 0 with rotary positions of its own.
+    "olmo3": {
+        "gqa-window": {
+            **GQA,
+            **DERIVED_HEADS,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 6,
+            "rope_parameters": {
+                "full_attention": {**YARN, "rope_theta": 1e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    },
+    # Norms per head, and positions in the layer with a window only.
+    "exaone4": {
+        "gqa-window-tied": {
+            **GQA,
+            **TIED,
+            **DERIVED_HEADS,
+            "sliding_window": 6,
+            "sliding_window_pattern": 2,
+        },
+    },
+    "glm": {
+        "gqa-narrow-rotary": {**GQA, "attention_bias": True, "partial_rotary_factor": 0.25},
+        "mha-tied": {**MHA, **TIED, "attention_bias": False},
+    },
+    "glm4": {"gqa-biases": {**GQA, "attention_bias": True}, "mqa": {**MQA, "attention_bias": True}},
+    "seed_oss": {
+        "gqa-biases": {**GQA, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    },
+    "ernie4_5": {"gqa-tied-biases": {**GQA, **TIED, "use_bias": True}},
+    "hunyuan_v1_dense": {
+        "gqa-biases-alpha": {
+            **GQA,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 50.0},
+        },
+    },
+    # Queries are scaled by their position, from the eighth on.
+    "ministral3": {
+        "gqa-tied": {
+            **GQA,
+            **TIED,
+            "rope_parameters": {
+                **YARN,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 8,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    },
+    "gemma": {"gqa-tied-wide-heads": {**GQA, **TIED, "head_dim": 12, "attention_bias": True}},
     "gemma2": {"gqa-tied": {**GQA, **TIED, **GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}},
     "gemma3_text": {
         "gqa-wide-heads": {
@@ -150,6 +205,8 @@ def tiny_config(model_type: str, variant: str, **fields: Any) -> Any:
     fields = {**BASE, **VARIANTS[model_type][variant], **fields}
     if fields["head_dim"] is None:
         del fields["head_dim"]
+    if "layer_types" in fields:  # of more layers, the same again
+        fields["layer_types"] = [*islice(cycle(fields["layer_types"]), fields["num_hidden_layers"])]
     return AutoConfig.for_model(model_type, **fields)
 
 
@@ -164,9 +221,10 @@ def make_model(model_type: str, variant: str | None = None, *, seed: int = 0, **
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        norm = 1.0 - FAMILIES[model_type].norm_offset
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.normal_(mean=float("norm" in name), std=0.25)
+                parameter.normal_(mean=norm if "norm" in name else 0.0, std=0.25)
     model.tie_weights()
     return model
 
@@ -260,7 +318,7 @@ def weights_of_group(layer: Any, axis: str, group: int, config: Any) -> Iterator
         key_value = list(range(group * head_dim, (group + 1) * head_dim))
         rows = {"self_attn.q_proj": query, "self_attn.k_proj": key_value, "self_attn.v_proj": key_value}
         columns = {"self_attn.o_proj": query}
-        shared = {"self_attn.q_norm", "self_attn.k_norm"}
+        shared = {f"self_attn.{name}" for name in ("q_norm", "k_norm", "query_layernorm", "key_layernorm")}
         if hasattr(layer.self_attn, "qkv_proj"):
             groups = groups_of(layer, axis, config)
             first_key, first_value = groups * query_heads * head_dim, groups * (query_heads + 1) * head_dim

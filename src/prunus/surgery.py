@@ -18,6 +18,7 @@ from prunus.model.families import Block, Projection
 from prunus.model.geometry import SPACE_AXIS, Geometry
 from prunus.model.layers import Fetched, LayerState, StoredLayers, layers_of, outside_layers
 from prunus.model.live import live_model
+from prunus.model.whole import attach_whole_, whole_of
 from prunus.selection.plan import KeptGroups, Plan
 
 __all__ = ["apply_plan", "cut_tensors"]
@@ -42,7 +43,9 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     model = live_model(model)
     geometry = Geometry.of(model)
     plan.check_fits(geometry)
-    survivors = plan.surviving_layers
+    survivors, whole = plan.surviving_layers, whole_of(model)
+    if whole is not None:
+        whole.check_layers(survivors)
     config = pruned_config(
         config_as_weighted(model), [plan.layers[i].widths for i in survivors], layer_indices=survivors
     )
@@ -63,6 +66,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
             smaller.to(model.device)
     if getattr(model, "generation_config", None) is not None:
         smaller.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
+    attach_whole_(smaller, whole)
     smaller.train(model.training)
     return smaller
 

@@ -54,6 +54,16 @@ def test_beams_and_sampling_as_the_model_at_full_size(shaped, mode):
 
 
 @hardest
+def test_draft_of_the_dense_model(shaped, folder_of):
+    """Assisted generation: the dense model says what it says alone, and so does the pruned one with it as its draft."""
+    pruned = AutoModelForCausalLM.from_pretrained(folder_of(shaped))
+    prompt = random_tokens(1, 9)
+    given = {"attention_mask": torch.ones_like(prompt), **GREEDY}
+    for model, draft in ((shaped.dense, pruned), (pruned, shaped.dense)):
+        assert torch.equal(model.generate(prompt, assistant_model=draft, **given), model.generate(prompt, **given))
+
+
+@hardest
 def test_text_generation_pipeline_from_the_folder(shaped, folder_of):
     folder = folder_of(shaped)
     speak = pipeline("text-generation", model=str(folder), device="cpu")

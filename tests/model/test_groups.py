@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaModel
 
 from prunus.errors import PlanError, UnsupportedModelError
-from prunus.model.families import AXES, FAMILIES, family_of
+from prunus.model.families import AXES, FAMILIES, UNFIT, family_of
 from prunus.model.geometry import Geometry, LayerWidths, layer_widths_of, submodule
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
@@ -81,14 +81,16 @@ def test_block_parameters(model):
     def numel(*modules) -> int:
         return sum(getattr(p, "numel", int)() for p in modules)
 
-    head_norms = [
-        getattr(layer.self_attn, name).weight for name in ("q_norm", "k_norm") if hasattr(layer.self_attn, name)
-    ]
+    names = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
+    head_norms = [getattr(layer.self_attn, name).weight for name in names if hasattr(layer.self_attn, name)]
     norms = {"attention": ["input_layernorm"], "mlp": ["post_attention_layernorm"]}
-    if model.config.model_type.startswith("gemma"):
+    if model.config.model_type in ("gemma2", "gemma3_text"):
         norms["attention"].append("post_attention_layernorm")
         norms["mlp"] = ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    if model.config.model_type == "olmo2":
+    if model.config.model_type == "glm4":
+        norms["attention"].append("post_self_attn_layernorm")
+        norms["mlp"].append("post_mlp_layernorm")
+    if model.config.model_type in ("olmo2", "olmo3", "exaone4"):
         norms = {"attention": ["post_attention_layernorm"], "mlp": ["post_feedforward_layernorm"]}
     weights = {axis: [layer.get_submodule(name).weight for name in names] for axis, names in norms.items()}
     bias = [b for b in (layer.self_attn.o_proj.bias,) if b is not None]
@@ -243,7 +245,9 @@ def test_malformed_geometry(geometry, changes):
 
 def test_another_family():
     config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20)
-    with pytest.raises(UnsupportedModelError, match=r"model type 'gpt2' is not supported.*Supported: .*llama, mistral"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"model type 'gpt2' is not supported.*Supported: .*llama, ministral3, mistral"
+    ):
         Geometry.of(AutoModelForCausalLM.from_config(config))
 
 
@@ -251,6 +255,11 @@ def refusal(config) -> str:
     with pytest.raises(UnsupportedModelError) as caught:
         family_of(config)
     return str(caught.value)
+
+
+def test_dense_types_that_do_not_fit_are_told_why():
+    for model_type, reason in UNFIT.items():
+        assert f"{model_type!r} is not supported: {reason}" in refusal(AutoConfig.for_model(model_type))
 
 
 def test_no_family_is_guessed_from_a_name():
@@ -290,7 +299,7 @@ DENSE = "a dense model of a type made for mixtures of experts"
         ({"model_type": "t5"}, "an encoder-decoder model"),
         ({"model_type": "unheard_of", "is_encoder_decoder": True}, "an encoder-decoder model"),
         ({"model_type": "bert"}, "an encoder"),
-        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "'gemma3_text'. That part can be cut"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "'gemma3_text'. Give its folder"),
         ({"model_type": "gemma3"}, "text part (text_config) is of type 'gemma3_text'"),
         ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "'llama'. That part can be cut"),
         ({"model_type": "qwen2_5_vl"}, "text part (text_config) is of type 'qwen2_5_vl_text'"),

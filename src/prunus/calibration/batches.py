@@ -34,6 +34,17 @@ class Batch:
         """Number of tokens, padding not counted."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
+    def mask_arguments(self, device: torch.device | str) -> dict[str, Tensor]:
+        """What a model is called with beside the ids: the mask, and positions that padding does not count in.
+
+        As in `generate`. Most families see only how far tokens are apart, but some see where they are: Ministral 3
+        scales queries by position, and Hunyuan has norms behind the rotation.
+        """
+        if self.attention_mask is None:
+            return {}
+        mask = self.attention_mask.to(device)
+        return {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
 
 @dataclass(frozen=True)
 class Provenance:

@@ -1,9 +1,9 @@
 """Reading and writing model folders, and the classes of models whose layers differ in width."""
 
 from prunus.checkpoint.architecture import config_as_weighted, empty_model, is_ragged, pruned_config, register
-from prunus.checkpoint.load import check_finite, check_folder, load_model, locate, read_config
+from prunus.checkpoint.load import check_finite, check_folder, load_model, locate, read_config, whole_around
 from prunus.checkpoint.open import open_model
-from prunus.checkpoint.save import model_bytes, save_checkpoint
+from prunus.checkpoint.save import check_whole, model_bytes, save_checkpoint
 from prunus.machine.placement import resolve_device, resolve_dtype
 
 register()
@@ -11,6 +11,7 @@ register()
 __all__ = [
     "check_finite",
     "check_folder",
+    "check_whole",
     "config_as_weighted",
     "empty_model",
     "is_ragged",
@@ -24,4 +25,5 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "save_checkpoint",
+    "whole_around",
 ]

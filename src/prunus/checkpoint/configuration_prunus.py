@@ -15,20 +15,34 @@ from __future__ import annotations
 from dataclasses import is_dataclass
 from typing import Any
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
 
+#: the stock configurations that get one with widths per layer; transformers 4 does not have all of them
+STOCK = (
+    "Ernie4_5Config",
+    "Exaone4Config",
+    "Gemma2Config",
+    "Gemma3TextConfig",
+    "GemmaConfig",
+    "Glm4Config",
+    "GlmConfig",
+    "GraniteConfig",
+    "HunYuanDenseV1Config",
+    "LlamaConfig",
+    "Ministral3Config",
+    "MistralConfig",
+    "Olmo2Config",
+    "Olmo3Config",
+    "Phi3Config",
+    "Qwen2Config",
+    "Qwen2_5_VLTextConfig",
+    "Qwen3Config",
+    "Qwen3VLTextConfig",
+    "SeedOssConfig",
+    "SmolLM3Config",
+)  #: those of multimodal models that hold such a language model
+STOCK_MULTIMODAL = ("Gemma3Config", "Mistral3Config", "Qwen2_5_VLConfig", "Qwen3VLConfig")
 #: families whose configuration, in transformers 4, refuses a `rope_scaling` with any but the keys it knows
 COUNTS_ROPE_SCALING = ("phi3",)
 WIDTH_FIELDS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -65,7 +79,7 @@ def rope_fields_of_transformers_4(model_type: str, rope_parameters: dict[str, An
     if model_type.removeprefix("prunus_") in COUNTS_ROPE_SCALING:
         scaling["type"] = scaling.pop("rope_type", scaling.get("type"))
         scaling.pop("original_max_position_embeddings", None)  # a field of the configuration itself
-    plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
+    plain = scaling.keys() <= {"rope_type", "type"} and {*scaling.values()} <= {"default"}
     return {**fields, "rope_scaling": None if plain else scaling}
 
 
@@ -167,95 +181,97 @@ class LayerConfig:
         return getattr(self.__dict__["_config"], name)
 
 
-@strict_if_dataclass
-class PrunusLlamaConfig(LayerWidthsMixin, LlamaConfig):
-    """Llama with one set of widths per decoder layer."""
+class LanguageWidthsMixin:
+    """Makes the `text_config` of a multimodal configuration one with widths per layer."""
 
-    model_type = "prunus_llama"
-    layer_widths: list[dict[str, int]] | None = None
+    _auto_class = "AutoConfig"
+    text_config: Any
 
+    def __init__(self, *, text_config: Any = None, **kwargs: Any):
+        # Only transformers 4 comes here.
+        super().__init__(text_config=own_text_config(text_config), **kwargs)  # type: ignore[call-arg]
+        self._complete()
 
-@strict_if_dataclass
-class PrunusMistralConfig(LayerWidthsMixin, MistralConfig):
-    """Mistral with one set of widths per decoder layer."""
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.text_config = own_text_config(self.text_config)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self._complete()
 
-    model_type = "prunus_mistral"
-    layer_widths: list[dict[str, int]] | None = None
-
-
-@strict_if_dataclass
-class PrunusQwen2Config(LayerWidthsMixin, Qwen2Config):
-    """Qwen2 with one set of widths per decoder layer."""
-
-    model_type = "prunus_qwen2"
-    layer_widths: list[dict[str, int]] | None = None
-
-
-@strict_if_dataclass
-class PrunusQwen3Config(LayerWidthsMixin, Qwen3Config):
-    """Qwen3 with one set of widths per decoder layer."""
-
-    model_type = "prunus_qwen3"
-    layer_widths: list[dict[str, int]] | None = None
+    def _complete(self: Any) -> None:
+        stem = type(self).__name__.removesuffix("Config")
+        self.auto_map = {
+            "AutoConfig": f"configuration_prunus.{stem}Config",
+            "AutoModelForImageTextToText": f"modeling_prunus.{stem}ForConditionalGeneration",
+        }
 
 
-@strict_if_dataclass
-class PrunusGraniteConfig(LayerWidthsMixin, GraniteConfig):
-    """Granite with one set of widths per decoder layer."""
-
-    model_type = "prunus_granite"
-    layer_widths: list[dict[str, int]] | None = None
-
-
-@strict_if_dataclass
-class PrunusSmolLM3Config(LayerWidthsMixin, SmolLM3Config):
-    """SmolLM3 with one set of widths per decoder layer."""
-
-    model_type = "prunus_smollm3"
-    layer_widths: list[dict[str, int]] | None = None
+def own_text_config(fields: Any) -> Any:
+    """The configuration of a language model, from its fields; one that is made is answered as it is."""
+    if not isinstance(fields, dict):
+        return fields
+    classes = {cls.model_type: cls for cls in CONFIGURATIONS.values()}
+    return classes[fields["model_type"]](**{name: value for name, value in fields.items() if name != "model_type"})
 
 
-@strict_if_dataclass
-class PrunusOlmo2Config(LayerWidthsMixin, Olmo2Config):
-    """OLMo 2 with one set of widths per decoder layer."""
+def with_language_widths(stock: Any) -> Any:
+    """The configuration class of a multimodal model with a ragged language model.
 
-    model_type = "prunus_olmo2"
-    layer_widths: list[dict[str, int]] | None = None
+    Args:
+        stock: its configuration class in transformers, `Gemma3Config`.
 
-
-@strict_if_dataclass
-class PrunusPhi3Config(LayerWidthsMixin, Phi3Config):
-    """Phi-3 with one set of widths per decoder layer."""
-
-    model_type = "prunus_phi3"
-    layer_widths: list[dict[str, int]] | None = None
-
-
-@strict_if_dataclass
-class PrunusGemma2Config(LayerWidthsMixin, Gemma2Config):
-    """Gemma 2 with one set of widths per decoder layer."""
-
-    model_type = "prunus_gemma2"
-    layer_widths: list[dict[str, int]] | None = None
+    Returns:
+        `PrunusGemma3Config`, of model type `prunus_gemma3`.
+    """
+    return strict_if_dataclass(
+        type(
+            f"Prunus{stock.__name__}",
+            (LanguageWidthsMixin, stock),
+            {
+                "__module__": __name__,
+                "__doc__": f"{stock.__name__} whose language model has one set of widths per decoder layer.",
+                "model_type": f"prunus_{stock.model_type}",
+            },
+        )
+    )
 
 
-@strict_if_dataclass
-class PrunusGemma3TextConfig(LayerWidthsMixin, Gemma3TextConfig):
-    """Gemma 3 (text) with one set of widths per decoder layer."""
+def with_layer_widths(stock: Any) -> Any:
+    """The configuration class with `layer_widths` of a family.
 
-    model_type = "prunus_gemma3_text"
-    layer_widths: list[dict[str, int]] | None = None
+    Args:
+        stock: its configuration class in transformers, `LlamaConfig`.
+
+    Returns:
+        `PrunusLlamaConfig`, of model type `prunus_llama`.
+    """
+    return strict_if_dataclass(
+        type(
+            f"Prunus{stock.__name__}",
+            (LayerWidthsMixin, stock),
+            {
+                "__module__": __name__,
+                "__doc__": f"{stock.__name__} with one set of widths per decoder layer.",
+                "__annotations__": {"layer_widths": "list[dict[str, int]] | None"},
+                "model_type": f"prunus_{stock.model_type}",
+                "layer_widths": None,
+            },
+        )
+    )
 
 
-__all__ = [
-    "PrunusGemma2Config",
-    "PrunusGemma3TextConfig",
-    "PrunusGraniteConfig",
-    "PrunusLlamaConfig",
-    "PrunusMistralConfig",
-    "PrunusOlmo2Config",
-    "PrunusPhi3Config",
-    "PrunusQwen2Config",
-    "PrunusQwen3Config",
-    "PrunusSmolLM3Config",
-]
+#: family, as the names of its classes in transformers begin → its configuration here
+CONFIGURATIONS = {
+    name.removesuffix("Config"): with_layer_widths(getattr(transformers, name))
+    for name in STOCK
+    if hasattr(transformers, name)
+}
+#: the same for multimodal models, in which a language model has widths per layer
+MULTIMODAL = {
+    name.removesuffix("Config"): with_language_widths(getattr(transformers, name))
+    for name in STOCK_MULTIMODAL
+    if hasattr(transformers, name)
+}
+# transformers looks for a class by its name in this module.
+_CLASSES = [*CONFIGURATIONS.values(), *MULTIMODAL.values()]
+globals().update({cls.__name__: cls for cls in _CLASSES})
+__all__ = [cls.__name__ for cls in _CLASSES]

@@ -8,8 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from prunus.checkpoint.multimodal import language_fields
 from prunus.errors import CheckpointError, UnsupportedModelError
 from prunus.files.json_file import read_json
+from prunus.model.families import multimodal_of
 from prunus.model.kind import check_architecture, check_attention, check_own_code
 
 __all__ = ["ADAPTER", "check_kind", "check_no_sentence_model"]
@@ -31,14 +35,22 @@ def check_kind(folder: Path, fields: Mapping[str, Any]) -> None:
         CheckpointError: a field of config.json has another type than it should.
         UnsupportedModelError: classifier, encoder, text embedding model, or code of its own.
     """
-    path, config = folder / "config.json", SimpleNamespace(**fields)
+    path, config = folder / "config.json", SimpleNamespace(**language_fields(fields))
     architectures, code = fields.get("architectures") or [], fields.get("auto_map") or {}
     if not isinstance(architectures, list) or not isinstance(code, dict):
         raise CheckpointError(f"{path}: architectures is {architectures!r} and auto_map {code!r}, no list and no table")
     check_own_code({name: code[name] for name in code if name != "AutoTokenizer"}, config, str(path))
-    for name in architectures:
-        check_architecture(config, str(name), f"the model in {folder}")
-    check_attention(fields, str(path))
+    if (kind := multimodal_of(fields)) is not None:
+        stock = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind.model_type]
+        if other := [name for name in architectures if name not in (stock, f"Prunus{stock}")]:
+            raise UnsupportedModelError(
+                f"the model in {folder} is a {other[0]}; of model type {kind.model_type!r} prunus cuts the language "
+                f"model in {stock}"
+            )
+    else:
+        for name in architectures:
+            check_architecture(config, str(name), f"the model in {folder}")
+    check_attention(config, str(path))
     check_no_sentence_model(str(folder), (path.name for path in folder.iterdir()))
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file():

@@ -20,6 +20,7 @@ from prunus.checkpoint.agreement import check_no_adapter, check_numbers, check_t
 from prunus.checkpoint.architecture import config_as_weighted
 from prunus.checkpoint.hub import HUB_FILES, check_repository, hub_id
 from prunus.checkpoint.kind import check_kind
+from prunus.checkpoint.multimodal import LanguageWeights, language_fields
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
 from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
@@ -27,9 +28,10 @@ from prunus.files.json_file import read_json
 from prunus.files.links import check_inside, check_links
 from prunus.files.user_path import expanded
 from prunus.machine.placement import resolve_device, resolve_dtype
-from prunus.model.families import family_of
+from prunus.model.families import family_of, multimodal_of
+from prunus.model.whole import Whole
 
-__all__ = ["check_finite", "check_folder", "load_model", "locate", "read_config"]
+__all__ = ["check_finite", "check_folder", "load_model", "locate", "read_config", "whole_around"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +63,15 @@ def load_model(
         UnsupportedModelError: the family is not described, or the weights are quantised, GGUF or pickles.
         NonFiniteError: a weight is NaN or infinite.
     """
+    from prunus.checkpoint.open import open_model, read_layers_  # which imports this module
+
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
     folder = locate(source)
-    config, tokenizer = read_small_files(folder)
+    config, weights = check_folder(folder)
+    tokenizer = read_tokenizer(folder)
+    if weights.whole is not None:
+        # transformers has no class that reads a language model from there.
+        return read_layers_(open_model(folder, dtype=dtype, device=device)[0]), tokenizer
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -149,12 +157,23 @@ def read_config(folder: Path) -> Any:
     return _config_and_weights(folder)[0]
 
 
+def whole_around(folder: Path) -> Whole | None:
+    """The multimodal model in a folder, without its language model; None where there is a language model alone.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: see `read_config`.
+    """
+    return _config_and_weights(folder)[1].whole
+
+
 def _config_and_weights(folder: Path) -> tuple[Any, StoredWeights]:
     values = check_config(folder)
-    weights = StoredWeights(folder)
-    check_numbers(values, weights)
+    weights = StoredWeights(folder) if multimodal_of(values) is None else LanguageWeights(folder, values)
+    check_numbers(language_fields(values), weights)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if isinstance(weights, LanguageWeights):
+            config = weights.taken_out_of(config)
         # Others (FlashAttention, a kernel of the Hub) were there where the model was trained, and need not be here.
         if config._attn_implementation not in ATTENTIONS:
             config._attn_implementation = None
@@ -258,7 +277,7 @@ def check_config(folder: Path) -> dict[str, Any]:
             f"the model in {folder} is already quantised ({method}); its packed weights cannot be cut. Prune the bf16, "
             "fp16 or fp32 checkpoint that it was made from, and quantise the result"
         )
-    family_of(SimpleNamespace(**config))
+    family_of(SimpleNamespace(**language_fields(config)))
     check_kind(folder, config)
     return config
 

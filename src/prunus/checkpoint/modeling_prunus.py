@@ -8,69 +8,18 @@ that answers zero, so that the stock forward adds nothing for it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    Gemma2ForCausalLM,
-    Gemma2Model,
-    Gemma2PreTrainedModel,
-    Gemma3ForCausalLM,
-    Gemma3PreTrainedModel,
-    Gemma3TextModel,
-    GraniteForCausalLM,
-    GraniteModel,
-    GranitePreTrainedModel,
-    LlamaForCausalLM,
-    LlamaModel,
-    LlamaPreTrainedModel,
-    MistralForCausalLM,
-    MistralModel,
-    MistralPreTrainedModel,
-    Olmo2ForCausalLM,
-    Olmo2Model,
-    Olmo2PreTrainedModel,
-    Phi3ForCausalLM,
-    Phi3Model,
-    Phi3PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen2PreTrainedModel,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-    Qwen3PreTrainedModel,
-    SmolLM3ForCausalLM,
-    SmolLM3Model,
-    SmolLM3PreTrainedModel,
-)
+from transformers import AutoModel
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
-from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
-from transformers.models.granite.modeling_granite import GraniteDecoderLayer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
-from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
-from .configuration_prunus import (
-    PrunusGemma2Config,
-    PrunusGemma3TextConfig,
-    PrunusGraniteConfig,
-    PrunusLlamaConfig,
-    PrunusMistralConfig,
-    PrunusOlmo2Config,
-    PrunusPhi3Config,
-    PrunusQwen2Config,
-    PrunusQwen3Config,
-    PrunusSmolLM3Config,
-)
+from .configuration_prunus import CONFIGURATIONS, MULTIMODAL
 
 
 class AbsentBlock(nn.Module):
@@ -91,9 +40,11 @@ class AbsentAttention(AbsentBlock):
     # Gemma 3 asks for it in transformers 4, to choose between two kinds of positions; here nothing depends on them.
     is_sliding = False
 
-    def __init__(self, layer_idx: int):
+    def __init__(self, layer_idx: int, attention_type: str | None):
         super().__init__()
         self.layer_idx = layer_idx
+        # OLMo 3 asks for it in transformers 4, to choose between masks; here nothing depends on them.
+        self.attention_type = attention_type
 
     def forward(
         self,
@@ -195,7 +146,7 @@ class LayerWidthsModel:
         layer: Any = self.decoder_layer(self.config.layer_config(layer_idx), layer_idx)
         widths = self.config.layer_widths[layer_idx]
         if not widths["num_key_value_heads"]:
-            layer.self_attn = AbsentAttention(layer_idx)
+            layer.self_attn = AbsentAttention(layer_idx, getattr(layer.self_attn, "attention_type", None))
             for norm in self.attention_norms:
                 setattr(layer, norm, nn.Identity())
         if not widths["intermediate_size"]:
@@ -217,6 +168,19 @@ class LayerWidthsClassifier:
         super().__init__(config)  # type: ignore[call-arg]
 
 
+class LayerWidthsInside:
+    """Mixin for multimodal models: the decoder of their language model is the ragged one."""
+
+    def __init__(self: Any, config: Any):
+        decoder: Any = DECODERS[type(config.text_config).__name__]
+        # As for classifiers: some ask AutoModel for it. Others take the stock class, which then makes room.
+        AutoModel.register(type(config.text_config), decoder, exist_ok=True)
+        super().__init__(config)  # type: ignore[call-arg]
+        if not isinstance(self.model.language_model, decoder):
+            self.model.language_model = decoder._from_config(config.text_config)
+            self.post_init()
+
+
 class SequenceClassifier(LayerWidthsClassifier, GenericForSequenceClassification):
     """A head on the last token that is no padding."""
 
@@ -225,379 +189,121 @@ class TokenClassifier(LayerWidthsClassifier, GenericForTokenClassification):
     """A head on every token."""
 
 
-class PrunusLlamaModel(LayerWidthsModel, LlamaModel):
-    """Llama decoder with one set of widths per layer."""
-
-    config_class = PrunusLlamaConfig
-    decoder_layer = LlamaDecoderLayer
-    _auto_class = "AutoModel"
-
-
-class PrunusLlamaForCausalLM(LayerWidthsModel, LlamaForCausalLM):
-    """Llama language model with one set of widths per layer."""
-
-    config_class = PrunusLlamaConfig
-    decoder_layer = LlamaDecoderLayer
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunusLlamaForSequenceClassification(SequenceClassifier, LlamaPreTrainedModel):
-    """Llama sequence classifier with one set of widths per layer."""
-
-    config_class = PrunusLlamaConfig
-    decoder = PrunusLlamaModel
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunusLlamaForTokenClassification(TokenClassifier, LlamaPreTrainedModel):
-    """Llama token classifier with one set of widths per layer."""
-
-    config_class = PrunusLlamaConfig
-    decoder = PrunusLlamaModel
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunusMistralModel(LayerWidthsModel, MistralModel):
-    """Mistral decoder with one set of widths per layer."""
-
-    config_class = PrunusMistralConfig
-    decoder_layer = MistralDecoderLayer
-    _auto_class = "AutoModel"
-
-
-class PrunusMistralForCausalLM(LayerWidthsModel, MistralForCausalLM):
-    """Mistral language model with one set of widths per layer."""
-
-    config_class = PrunusMistralConfig
-    decoder_layer = MistralDecoderLayer
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunusMistralForSequenceClassification(SequenceClassifier, MistralPreTrainedModel):
-    """Mistral sequence classifier with one set of widths per layer."""
-
-    config_class = PrunusMistralConfig
-    decoder = PrunusMistralModel
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunusMistralForTokenClassification(TokenClassifier, MistralPreTrainedModel):
-    """Mistral token classifier with one set of widths per layer."""
-
-    config_class = PrunusMistralConfig
-    decoder = PrunusMistralModel
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunusQwen2Model(LayerWidthsModel, Qwen2Model):
-    """Qwen2 decoder with one set of widths per layer."""
-
-    config_class = PrunusQwen2Config
-    decoder_layer = Qwen2DecoderLayer
-    _auto_class = "AutoModel"
-
-
-class PrunusQwen2ForCausalLM(LayerWidthsModel, Qwen2ForCausalLM):
-    """Qwen2 language model with one set of widths per layer."""
-
-    config_class = PrunusQwen2Config
-    decoder_layer = Qwen2DecoderLayer
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunusQwen2ForSequenceClassification(SequenceClassifier, Qwen2PreTrainedModel):
-    """Qwen2 sequence classifier with one set of widths per layer."""
-
-    config_class = PrunusQwen2Config
-    decoder = PrunusQwen2Model
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunusQwen2ForTokenClassification(TokenClassifier, Qwen2PreTrainedModel):
-    """Qwen2 token classifier with one set of widths per layer."""
-
-    config_class = PrunusQwen2Config
-    decoder = PrunusQwen2Model
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunusQwen3Model(LayerWidthsModel, Qwen3Model):
-    """Qwen3 decoder with one set of widths per layer."""
-
-    config_class = PrunusQwen3Config
-    decoder_layer = Qwen3DecoderLayer
-    _auto_class = "AutoModel"
-
-
-class PrunusQwen3ForCausalLM(LayerWidthsModel, Qwen3ForCausalLM):
-    """Qwen3 language model with one set of widths per layer."""
-
-    config_class = PrunusQwen3Config
-    decoder_layer = Qwen3DecoderLayer
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunusQwen3ForSequenceClassification(SequenceClassifier, Qwen3PreTrainedModel):
-    """Qwen3 sequence classifier with one set of widths per layer."""
-
-    config_class = PrunusQwen3Config
-    decoder = PrunusQwen3Model
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunusQwen3ForTokenClassification(TokenClassifier, Qwen3PreTrainedModel):
-    """Qwen3 token classifier with one set of widths per layer."""
-
-    config_class = PrunusQwen3Config
-    decoder = PrunusQwen3Model
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunusGraniteModel(LayerWidthsModel, GraniteModel):
-    """Granite decoder with one set of widths per layer."""
-
-    config_class = PrunusGraniteConfig
-    decoder_layer = GraniteDecoderLayer
-    _auto_class = "AutoModel"
-
-
-class PrunusGraniteForCausalLM(LayerWidthsModel, GraniteForCausalLM):
-    """Granite language model with one set of widths per layer."""
-
-    config_class = PrunusGraniteConfig
-    decoder_layer = GraniteDecoderLayer
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunusGraniteForSequenceClassification(SequenceClassifier, GranitePreTrainedModel):
-    """Granite sequence classifier with one set of widths per layer."""
-
-    config_class = PrunusGraniteConfig
-    decoder = PrunusGraniteModel
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunusGraniteForTokenClassification(TokenClassifier, GranitePreTrainedModel):
-    """Granite token classifier with one set of widths per layer."""
-
-    config_class = PrunusGraniteConfig
-    decoder = PrunusGraniteModel
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunusSmolLM3Model(LayerWidthsModel, SmolLM3Model):
-    """SmolLM3 decoder with one set of widths per layer."""
-
-    config_class = PrunusSmolLM3Config
-    decoder_layer = SmolLM3DecoderLayer
-    _auto_class = "AutoModel"
-
-
-class PrunusSmolLM3ForCausalLM(LayerWidthsModel, SmolLM3ForCausalLM):
-    """SmolLM3 language model with one set of widths per layer."""
-
-    config_class = PrunusSmolLM3Config
-    decoder_layer = SmolLM3DecoderLayer
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunusSmolLM3ForSequenceClassification(SequenceClassifier, SmolLM3PreTrainedModel):
-    """SmolLM3 sequence classifier with one set of widths per layer."""
-
-    config_class = PrunusSmolLM3Config
-    decoder = PrunusSmolLM3Model
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunusSmolLM3ForTokenClassification(TokenClassifier, SmolLM3PreTrainedModel):
-    """SmolLM3 token classifier with one set of widths per layer."""
-
-    config_class = PrunusSmolLM3Config
-    decoder = PrunusSmolLM3Model
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunusOlmo2Model(LayerWidthsModel, Olmo2Model):
-    """OLMo 2 decoder with one set of widths per layer."""
-
-    config_class = PrunusOlmo2Config
-    decoder_layer = Olmo2DecoderLayer
-    attention_norms = ("post_attention_layernorm",)
-    mlp_norms = ("post_feedforward_layernorm",)
-    _auto_class = "AutoModel"
-
-
-class PrunusOlmo2ForCausalLM(LayerWidthsModel, Olmo2ForCausalLM):
-    """OLMo 2 language model with one set of widths per layer."""
-
-    config_class = PrunusOlmo2Config
-    decoder_layer = Olmo2DecoderLayer
-    attention_norms = ("post_attention_layernorm",)
-    mlp_norms = ("post_feedforward_layernorm",)
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunusOlmo2ForSequenceClassification(SequenceClassifier, Olmo2PreTrainedModel):
-    """OLMo 2 sequence classifier with one set of widths per layer."""
-
-    config_class = PrunusOlmo2Config
-    decoder = PrunusOlmo2Model
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunusOlmo2ForTokenClassification(TokenClassifier, Olmo2PreTrainedModel):
-    """OLMo 2 token classifier with one set of widths per layer."""
-
-    config_class = PrunusOlmo2Config
-    decoder = PrunusOlmo2Model
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunusPhi3Model(LayerWidthsModel, Phi3Model):
-    """Phi-3 decoder with one set of widths per layer."""
-
-    config_class = PrunusPhi3Config
-    decoder_layer = Phi3DecoderLayer
-    _auto_class = "AutoModel"
-
-
-class PrunusPhi3ForCausalLM(LayerWidthsModel, Phi3ForCausalLM):
-    """Phi-3 language model with one set of widths per layer."""
-
-    config_class = PrunusPhi3Config
-    decoder_layer = Phi3DecoderLayer
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunusPhi3ForSequenceClassification(SequenceClassifier, Phi3PreTrainedModel):
-    """Phi-3 sequence classifier with one set of widths per layer."""
-
-    config_class = PrunusPhi3Config
-    decoder = PrunusPhi3Model
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunusPhi3ForTokenClassification(TokenClassifier, Phi3PreTrainedModel):
-    """Phi-3 token classifier with one set of widths per layer."""
-
-    config_class = PrunusPhi3Config
-    decoder = PrunusPhi3Model
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunusGemma2Model(LayerWidthsModel, Gemma2Model):
-    """Gemma 2 decoder with one set of widths per layer."""
-
-    config_class = PrunusGemma2Config
-    decoder_layer = Gemma2DecoderLayer
-    attention_norms = ("input_layernorm", "post_attention_layernorm")
-    mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-    _auto_class = "AutoModel"
-
-
-class PrunusGemma2ForCausalLM(LayerWidthsModel, Gemma2ForCausalLM):
-    """Gemma 2 language model with one set of widths per layer."""
-
-    config_class = PrunusGemma2Config
-    decoder_layer = Gemma2DecoderLayer
-    attention_norms = ("input_layernorm", "post_attention_layernorm")
-    mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunusGemma2ForSequenceClassification(SequenceClassifier, Gemma2PreTrainedModel):
-    """Gemma 2 sequence classifier with one set of widths per layer."""
-
-    config_class = PrunusGemma2Config
-    decoder = PrunusGemma2Model
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunusGemma2ForTokenClassification(TokenClassifier, Gemma2PreTrainedModel):
-    """Gemma 2 token classifier with one set of widths per layer."""
-
-    config_class = PrunusGemma2Config
-    decoder = PrunusGemma2Model
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunusGemma3TextModel(LayerWidthsModel, Gemma3TextModel):
-    """Gemma 3 (text) decoder with one set of widths per layer."""
-
-    config_class = PrunusGemma3TextConfig
-    base_model_prefix = "model"  # in transformers 4 another, under which AutoModel would not find the weights
-    decoder_layer = Gemma3DecoderLayer
-    attention_norms = ("input_layernorm", "post_attention_layernorm")
-    mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-    _auto_class = "AutoModel"
-
-
-class PrunusGemma3TextForCausalLM(LayerWidthsModel, Gemma3ForCausalLM):
-    """Gemma 3 (text) language model with one set of widths per layer."""
-
-    config_class = PrunusGemma3TextConfig
-    base_model_prefix = "model"  # in transformers 4 another, under which AutoModel would not find the weights
-    decoder_layer = Gemma3DecoderLayer
-    attention_norms = ("input_layernorm", "post_attention_layernorm")
-    mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunusGemma3TextForSequenceClassification(SequenceClassifier, Gemma3PreTrainedModel):
-    """Gemma 3 (text) sequence classifier with one set of widths per layer."""
-
-    config_class = PrunusGemma3TextConfig
-    decoder = PrunusGemma3TextModel
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunusGemma3TextForTokenClassification(TokenClassifier, Gemma3PreTrainedModel):
-    """Gemma 3 (text) token classifier with one set of widths per layer."""
-
-    config_class = PrunusGemma3TextConfig
-    decoder = PrunusGemma3TextModel
-    _auto_class = "AutoModelForTokenClassification"
-
-
-__all__ = [
-    "PrunusGemma2ForCausalLM",
-    "PrunusGemma2ForSequenceClassification",
-    "PrunusGemma2ForTokenClassification",
-    "PrunusGemma2Model",
-    "PrunusGemma3TextForCausalLM",
-    "PrunusGemma3TextForSequenceClassification",
-    "PrunusGemma3TextForTokenClassification",
-    "PrunusGemma3TextModel",
-    "PrunusGraniteForCausalLM",
-    "PrunusGraniteForSequenceClassification",
-    "PrunusGraniteForTokenClassification",
-    "PrunusGraniteModel",
-    "PrunusLlamaForCausalLM",
-    "PrunusLlamaForSequenceClassification",
-    "PrunusLlamaForTokenClassification",
-    "PrunusLlamaModel",
-    "PrunusMistralForCausalLM",
-    "PrunusMistralForSequenceClassification",
-    "PrunusMistralForTokenClassification",
-    "PrunusMistralModel",
-    "PrunusOlmo2ForCausalLM",
-    "PrunusOlmo2ForSequenceClassification",
-    "PrunusOlmo2ForTokenClassification",
-    "PrunusOlmo2Model",
-    "PrunusPhi3ForCausalLM",
-    "PrunusPhi3ForSequenceClassification",
-    "PrunusPhi3ForTokenClassification",
-    "PrunusPhi3Model",
-    "PrunusQwen2ForCausalLM",
-    "PrunusQwen2ForSequenceClassification",
-    "PrunusQwen2ForTokenClassification",
-    "PrunusQwen2Model",
-    "PrunusQwen3ForCausalLM",
-    "PrunusQwen3ForSequenceClassification",
-    "PrunusQwen3ForTokenClassification",
-    "PrunusQwen3Model",
-    "PrunusSmolLM3ForCausalLM",
-    "PrunusSmolLM3ForSequenceClassification",
-    "PrunusSmolLM3ForTokenClassification",
-    "PrunusSmolLM3Model",
-]
+#: the norms that leave with an absent attention and an absent MLP, as families lay them out: one norm before each
+#: block, one after, both, and both in GLM's words
+BEFORE = (("input_layernorm",), ("post_attention_layernorm",))
+AFTER = (("post_attention_layernorm",), ("post_feedforward_layernorm",))
+AROUND = (
+    ("input_layernorm", "post_attention_layernorm"),
+    ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+AROUND_GLM = (
+    ("input_layernorm", "post_self_attn_layernorm"),
+    ("post_attention_layernorm", "post_mlp_layernorm"),
+)
+
+#: family, as the names of its classes in transformers begin → its norms
+NORMS = {
+    "Ernie4_5": BEFORE,
+    "Exaone4": AFTER,
+    "Gemma": BEFORE,
+    "Gemma2": AROUND,
+    "Gemma3Text": AROUND,
+    "Glm": BEFORE,
+    "Glm4": AROUND_GLM,
+    "Granite": BEFORE,
+    "HunYuanDenseV1": BEFORE,
+    "Llama": BEFORE,
+    "Ministral3": BEFORE,
+    "Mistral": BEFORE,
+    "Olmo2": AFTER,
+    "Olmo3": AFTER,
+    "Phi3": BEFORE,
+    "Qwen2": BEFORE,
+    "Qwen2_5_VLText": BEFORE,
+    "Qwen3": BEFORE,
+    "Qwen3VLText": BEFORE,
+    "SeedOss": BEFORE,
+    "SmolLM3": BEFORE,
+}
+#: families that transformers has inside multimodal models only: of those it has no language model
+ONLY_INSIDE = ("Qwen2_5_VLText", "Qwen3VLText")
+
+
+def stock_class(family: str, ending: str) -> Any:
+    """A class of a family in transformers: `LlamaModel`; Gemma 3 says "Text" in the names of some only."""
+    module: Any = sys.modules[getattr(transformers, f"{family}Model").__module__]
+    name = next(name for name in (family + ending, family.removesuffix("Text") + ending) if hasattr(module, name))
+    return getattr(module, name)
+
+
+def ragged_classes(family: str) -> Iterator[type]:
+    """The decoder, the language model and the two classifiers of a family, with one set of widths per layer.
+
+    Args:
+        family: a key of `NORMS`.
+    """
+    attention_norms, mlp_norms = NORMS[family]
+    common = {"__module__": __name__, "config_class": CONFIGURATIONS[family]}
+    own_layers = {
+        **common,
+        "decoder_layer": stock_class(family, "DecoderLayer"),
+        "attention_norms": attention_norms,
+        "mlp_norms": mlp_norms,
+    }
+    decoder = type(
+        f"Prunus{family}Model",
+        (LayerWidthsModel, stock_class(family, "Model")),
+        {**own_layers, "_auto_class": "AutoModel", "__doc__": f"{family} decoder with one set of widths per layer."},
+    )
+    yield decoder
+    if family in ONLY_INSIDE:
+        return
+    yield type(
+        f"Prunus{family}ForCausalLM",
+        (LayerWidthsModel, stock_class(family, "ForCausalLM")),
+        {
+            **own_layers,
+            "_auto_class": "AutoModelForCausalLM",
+            "__doc__": f"{family} language model with one set of widths per layer.",
+        },
+    )
+    for kind, mixin in (("Sequence", SequenceClassifier), ("Token", TokenClassifier)):
+        yield type(
+            f"Prunus{family}For{kind}Classification",
+            (mixin, stock_class(family, "PreTrainedModel")),
+            {
+                **common,
+                "decoder": decoder,
+                "_auto_class": f"AutoModelFor{kind}Classification",
+                "__doc__": f"{family} {kind.lower()} classifier with one set of widths per layer.",
+            },
+        )
+
+
+def multimodal_class(name: str) -> type:
+    """A multimodal model around a language model with one set of widths per layer.
+
+    Args:
+        name: as the names of its classes in transformers begin.
+    """
+    return type(
+        f"Prunus{name}ForConditionalGeneration",
+        (LayerWidthsInside, getattr(transformers, f"{name}ForConditionalGeneration")),
+        {
+            "__module__": __name__,
+            "__doc__": f"{name} around a language model with one set of widths per layer.",
+            "config_class": MULTIMODAL[name],
+            "_auto_class": "AutoModelForImageTextToText",
+        },
+    )
+
+
+_CLASSES: list[Any] = [cls for family in CONFIGURATIONS for cls in ragged_classes(family)]
+#: name of a language model's configuration class → its decoder; by name, as transformers may have loaded the class a
+#: second time, from another copy of its file
+DECODERS = {cls.config_class.__name__: cls for cls in _CLASSES if cls._auto_class == "AutoModel"}
+_CLASSES += [multimodal_class(name) for name in MULTIMODAL]
+# transformers looks for a class by its name in this module.
+globals().update({cls.__name__: cls for cls in _CLASSES})
+__all__ = [cls.__name__ for cls in _CLASSES]

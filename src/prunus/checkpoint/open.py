@@ -20,9 +20,10 @@ from prunus.files.links import check_inside
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of
 from prunus.model.geometry import submodule
-from prunus.model.layers import ATTRIBUTE, Fetched, StoredLayers, move_present_, outside_layers
+from prunus.model.layers import ATTRIBUTE, Fetched, StoredLayers, layers_of, move_present_, outside_layers
+from prunus.model.whole import attach_whole_
 
-__all__ = ["attach_layers_", "open_model"]
+__all__ = ["attach_layers_", "open_model", "read_layers_"]
 
 
 def open_model(
@@ -77,7 +78,20 @@ def open_model(
     outer = {name: checked(name, weights.read(stored_as[name])) for name in outside_layers(model)}
     model.load_state_dict(outer, strict=False, assign=True)
     attach_layers_(model, fetch_layer, torch_device, scratch, weights.verify)
+    attach_whole_(model, weights.whole)
     return model, tokenizer
+
+
+def read_layers_(model: Any) -> Any:
+    """Read all layers of an opened model into memory; it is an ordinary model from then on."""
+    layers = layers_of(model)
+    assert isinstance(layers, StoredLayers)
+    for layer_idx, layer in enumerate(layers.modules):
+        state = layers.read(layer_idx)
+        layer.load_state_dict({name: tensor.to(layers.device) for name, tensor in state.items()}, assign=True)
+        del layer.forward  # that of the class shows again
+    delattr(model, ATTRIBUTE)
+    return model.requires_grad_(True)
 
 
 def _read_generation_config_(model: Any, folder: Path) -> None:

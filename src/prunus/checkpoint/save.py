@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import GenerationConfig
 
 from prunus.checkpoint.architecture import config_as_weighted
 from prunus.checkpoint.configuration_prunus import rope_fields_of_transformers_4
+from prunus.checkpoint.multimodal import copy_processor, empty_whole, tensors_around, whole_name
 from prunus.errors import CheckpointError
 from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import check_disk, output_folder, place_of
@@ -22,8 +25,9 @@ from prunus.files.tensor_file import TensorLayout, write_tensors
 from prunus.model.families import family_of
 from prunus.model.layers import layers_of, outside_layers
 from prunus.model.live import live_model
+from prunus.model.whole import Whole, whole_of
 
-__all__ = ["model_bytes", "save_checkpoint"]
+__all__ = ["check_whole", "model_bytes", "save_checkpoint"]
 
 #: JSON fields in which a path on this machine would travel with the model
 LOCAL_FIELDS = ("_name_or_path", "name_or_path", "_commit_hash", "tokenizer_file", "vocab_file", "merges_file")
@@ -68,7 +72,9 @@ def save_checkpoint(
     model = live_model(model)
     try:
         with output_folder(out, overwrite=overwrite) as folder:
-            check_disk(out, model_bytes(model) + sum(map(len, extras.values())))
+            whole = whole_of(model)
+            around = whole.parameters * model.dtype.itemsize if whole else 0
+            check_disk(out, model_bytes(model) + around + sum(map(len, extras.values())))
             _write_files(folder, model, tokenizer, card, extras, max_shard_size)
             layers_of(model).verify()
     except (OSError, SafetensorError) as error:
@@ -104,36 +110,97 @@ def _save_model(folder: Path, model: Any, max_shard_size: int | str) -> None:
     stored = layers_of(model).stored
     model.config = config_as_weighted(model)
     try:
-        # Of an opened model only what is not weights: those follow, layer by layer.
-        model.save_pretrained(folder, max_shard_size=max_shard_size, **({"state_dict": {}} if stored else {}))
+        if (whole := whole_of(model)) is not None:
+            _save_whole(folder, model, whole, max_shard_size)
+        elif stored:
+            # What is not weights; those follow, layer by layer.
+            model.save_pretrained(folder, state_dict={})
+            _stream_weights(folder, model, max_shard_size)
+        else:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
     finally:
         model.generation_config, model.config = generation_config, config
-    if stored:
-        _stream_weights(folder, model, max_shard_size)
     generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
     _keep_rope_readable(folder / "config.json")
 
 
-def _stream_weights(folder: Path, model: Any, max_shard_size: int | str) -> None:
-    """Write the weights of an opened model with one decoder layer in memory at a time."""
+def _save_whole(folder: Path, model: Any, whole: Whole, max_shard_size: int | str) -> None:
+    """Write a multimodal model with this language model in it."""
+    empty, around = _parts(model, whole)
+    empty.save_pretrained(folder, state_dict={})
+    _stream_weights(folder, model, max_shard_size, around, partial(whole_name, whole))
+    copy_processor(whole, folder)
+
+
+def check_whole(model: Any) -> None:
+    """Check, before long work, that the multimodal model around a language model can be written, if there is one.
+
+    Raises:
+        CheckpointError: its tensors cannot be read, or are not those of its class.
+    """
+    if (whole := whole_of(model)) is not None:
+        _parts(model, whole)
+
+
+def _parts(model: Any, whole: Whole) -> tuple[Any, dict[str, Tensor]]:
+    """The multimodal model around a language model, without weights, and the tensors that are not the latter's."""
+    around = tensors_around(whole)
+    empty = empty_whole(whole, model.config, model.dtype)
+    expected = {name for name in empty.state_dict() if name != "lm_head.weight" or not model.config.tie_word_embeddings}
+    written = {*around, *(whole_name(whole, name) for name in _names(model))}
+    if other := sorted(expected ^ written):
+        raise CheckpointError(
+            f"the {whole.kind.title} around the language model cannot be written: {len(other)} tensors would be "
+            f"missing, or have no place in it, first {other[0]!r}. Save the language model alone (`output.text_only`)"
+        )
+    # In the dtype of the language model, should that be another one than the folder's.
+    return empty, {
+        name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in around.items()
+    }
+
+
+def _names(model: Any) -> list[str]:
+    """Names of the tensors of a model that are stored, tied ones once."""
+    prefix = family_of(model.config).layers + "."
+    return [*outside_layers(model), *(name for name in model.state_dict() if name.startswith(prefix))]
+
+
+def _stream_weights(
+    folder: Path,
+    model: Any,
+    max_shard_size: int | str,
+    around: Mapping[str, Tensor] = types.MappingProxyType({}),
+    renamed: Callable[[str], str] = str,
+) -> None:
+    """Write the weights of a model with one decoder layer of an opened one in memory at a time.
+
+    Args:
+        folder: where.
+        model: a language model.
+        max_shard_size: largest weights file.
+        around: tensors that are written with it, see `tensors_around`.
+        renamed: the name of a tensor of the model in the files.
+    """
     layers, prefix = layers_of(model), family_of(model.config).layers
-    names = [*outside_layers(model), *(name for name in model.state_dict() if name.startswith(prefix + "."))]
-    whole = model.state_dict()
-    split = split_torch_state_dict_into_shards({name: whole[name] for name in names}, max_shard_size=max_shard_size)
+    state_dict = model.state_dict()
+    inner = {renamed(name): name for name in _names(model)}
+    whole = {**around, **{name: state_dict[inside] for name, inside in inner.items()}}
+    split = split_torch_state_dict_into_shards(whole, max_shard_size=max_shard_size)
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         outside = outside_layers(model)
         held, state = -1, {}
-        for name in wanted:
-            if name in outside:
-                yield name, outside[name]
+        for stored in wanted:
+            name = inner.get(stored, stored)
+            if stored in around or name in outside:
+                yield stored, around[stored] if stored in around else outside[name]
                 continue
             number, _, inside = name.removeprefix(prefix + ".").partition(".")
             if int(number) != held:
                 held = int(number)
                 with layers.hold(held, then=held + 1) as layer:
                     state = dict(layer.state_dict())
-            yield name, state[inside]
+            yield stored, state[inside]
 
     for file_name, wanted in split.filename_to_tensors.items():
         layouts = {name: TensorLayout.of(whole[name]) for name in wanted}
@@ -149,8 +216,10 @@ def _keep_rope_readable(path: Path) -> None:
     Those ignore `rope_parameters` and silently fall back to a default base; transformers 5 accepts both forms at once.
     """
     config = read_json(path)
-    if fields := rope_fields_of_transformers_4(config["model_type"], config.get("rope_parameters") or {}):
-        _write_json(path, {**config, **fields})
+    for part in (config, config.get("text_config")):
+        if part:
+            part |= rope_fields_of_transformers_4(part["model_type"], part.get("rope_parameters") or {})
+    _write_json(path, config)
 
 
 def _keep_readable_by_transformers_4(path: Path, tokenizer: Any) -> None:

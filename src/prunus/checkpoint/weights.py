@@ -20,6 +20,7 @@ from prunus.errors import CheckpointError, UnsupportedModelError
 from prunus.files.json_file import read_json
 from prunus.files.links import check_inside
 from prunus.files.tensor_file import DTYPES, TensorFile, TensorLayout
+from prunus.model.whole import Whole
 
 __all__ = ["INDEX", "WEIGHTS", "StoredWeights", "shards_of"]
 
@@ -39,6 +40,9 @@ class StoredWeights(Collection[str]):
         CheckpointError: a file is missing, damaged, outside the folder, or holds other tensors than the index says.
         UnsupportedModelError: the weights are pickles.
     """
+
+    #: the multimodal model around a language model, where there is one
+    whole: Whole | None = None
 
     def __init__(self, folder: Path):
         self.folder = folder

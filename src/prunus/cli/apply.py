@@ -19,6 +19,7 @@ def apply(
     *,
     out: Path,
     device: DeviceFlags = NO_DEVICE,
+    text_only: Flag = False,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -31,10 +32,11 @@ def apply(
         model: folder, Hub id, `smollm2-135m`, or a GGUF file of the model that the plan is for.
         plan: plan.json, from `prunus plan` or from the folder prunus/ of a pruned model.
         out: folder for the result, or file if `model` is one; it appears when it is complete.
+        text_only: of a multimodal model, save the language model by itself.
         overwrite: replace an earlier result.
         json: print the metrics as JSON.
     """
-    from prunus.cli.printing import print_json, print_rows, typed_command
+    from prunus.cli.printing import parameter_rows, print_json, print_rows, typed_command
     from prunus.export import apply_plan_to_gguf, is_gguf
     from prunus.files.outputs import check_inputs
     from prunus.pipeline.apply import apply_checkpoint
@@ -57,13 +59,11 @@ def apply(
         Plan.load(plan, geometry_of(model)),
         out,
         model_options=model_options(device),
+        text_only=text_only,
         overwrite=overwrite,
         command=typed_command(),
     )
     if json:
         print_json(metrics)
     else:
-        before, after = metrics["parameters_before"], metrics["parameters_after"]
-        print_rows(
-            f"{metrics['base_model']} → {out}", ("", "before", "after"), [("parameters", f"{before:,}", f"{after:,}")]
-        )
+        print_rows(f"{metrics['base_model']} → {out}", ("", "before", "after"), parameter_rows(metrics))

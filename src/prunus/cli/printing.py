@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.text import Text
 from prunus.cli.terminal import quoted_command
 from prunus.escaping import terminal_text
 
-__all__ = ["print_json", "print_rows", "short", "typed_command"]
+__all__ = ["parameter_rows", "print_json", "print_rows", "short", "typed_command"]
 
 out_console = Console()
 
@@ -38,6 +38,14 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*(_text(cell) for cell in row))
     out_console.print(table)
+
+
+def parameter_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Parameters before and after: of a language model, and of the multimodal model around it, if there is one."""
+    whole = metrics.get("whole")
+    named = [("parameters of the language model" if whole else "parameters", metrics)]
+    named += [("parameters in all", whole)] if whole else []
+    return [(name, f"{of['parameters_before']:,}", f"{of['parameters_after']:,}") for name, of in named]
 
 
 def _text(value: str) -> Text:

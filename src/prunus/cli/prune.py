@@ -38,6 +38,7 @@ def prune(
     calibration: CalibrationFlags = NO_CALIBRATION,
     evaluation: EvaluationFlags = NO_EVALUATION,
     device: DeviceFlags = NO_DEVICE,
+    text_only: Flag = False,
     overwrite: Flag = False,
     dry_run: Flag = False,
     json: Flag = False,
@@ -49,7 +50,9 @@ def prune(
     Args:
         model: folder, Hub id or `smollm2-135m`; a recipe file of an earlier result knows its own.
         out: folder for the result; it appears when it is complete.
-        ratio: share of all parameters to remove, or of what --target says, from 0 to below 1; 0.25 by default.
+        ratio: share of all parameters to remove, or of what --target says, from 0 to below 1; 0.25 by default. Of a
+            multimodal model, a share of its language model's parameters.
+        text_only: of a multimodal model, save the language model by itself.
         overwrite: replace an earlier result in the folder.
         dry_run: say what would be removed, and what memory, disk and time it would take; nothing is written.
         json: print the metrics as JSON.
@@ -65,6 +68,8 @@ def prune(
     if ratio is not None and (fit.fit or fit.fit_memory):
         raise OptionError("`ratio` and `fit` both say how much to remove; give one of them")
     direct = {"model": model, "ratio": ratio, **size, **given(recipe, calibration, evaluation, device)}
+    if text_only:
+        direct["output.text_only"] = True
     job = read_job(recipe.recipe, recipe.set, direct)
     if ratio is not None:
         job = replace(job, fit=FitOptions())  # that of the recipe's file

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.cli.printing import print_rows
+from prunus.cli.printing import parameter_rows, print_rows
 from prunus.cli.terminal import say
 from prunus.machine.stages import show_seconds
 
@@ -25,7 +25,7 @@ def show_result(metrics: Mapping[str, Any], out: Path) -> None:
         f"{metrics['base_model']} → {out}",
         ("", "before", "after"),
         [
-            ("parameters", f"{metrics['parameters_before']:,}", f"{metrics['parameters_after']:,}"),
+            *parameter_rows(metrics),
             *_target_row(metrics["target"]),
             ("removed", f"{metrics['ratio']:.1%} asked", f"{metrics['achieved_ratio']:.1%}"),
             *_perplexity_row(metrics),

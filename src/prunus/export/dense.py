@@ -24,6 +24,7 @@ from prunus.export.memory import check_export_memory
 from prunus.files.json_file import read_json
 from prunus.files.outputs import check_disk, check_output, claimed
 from prunus.model.geometry import layer_widths_of
+from prunus.model.whole import attach_whole_, whole_of
 from prunus.results.card import license_of
 
 __all__ = ["export_dense", "fill_model"]
@@ -102,6 +103,7 @@ def fill_model(model: Any) -> Any:
         }
         filled.load_state_dict(weights, assign=True)
         filled.tie_weights()
+    attach_whole_(filled, whole_of(model))
     filled.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
     return filled
 

@@ -13,13 +13,28 @@ Spaces:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from prunus.errors import UnsupportedModelError
-from prunus.model.known_types import what_is_known
+from prunus.model.known_types import fields_of, what_is_known
 
-__all__ = ["AXES", "FAMILIES", "PRUNED_PREFIX", "Axis", "Block", "Family", "Projection", "Space", "family_of"]
+__all__ = [
+    "AXES",
+    "FAMILIES",
+    "MULTIMODAL",
+    "PRUNED_PREFIX",
+    "UNFIT",
+    "Axis",
+    "Block",
+    "Family",
+    "Multimodal",
+    "Projection",
+    "Space",
+    "family_of",
+    "multimodal_of",
+]
 
 Axis = Literal["attention", "mlp"]
 Space = Literal["residual", "query", "key_value", "channel"]
@@ -104,6 +119,7 @@ class Family:
         residual_multiplier: config field that holds a factor on all that blocks add to the residual stream; None where
             there is no such factor.
         norm_offset: what its norms add to their weights before they multiply by them.
+        notes: what is particular about it, for the tables of the documentation.
     """
 
     model_type: str
@@ -115,6 +131,7 @@ class Family:
     head: str = "lm_head"
     residual_multiplier: str | None = None
     norm_offset: float = 0.0
+    notes: str = ""
 
     def block(self, axis: Axis) -> Block:
         """The block of one axis."""
@@ -130,8 +147,36 @@ class Family:
         return float(getattr(config, self.residual_multiplier)) if self.residual_multiplier else 1.0
 
 
+@dataclass(frozen=True)
+class Multimodal:
+    """A model that holds a language model of a described family beside what sees images: only the former is cut.
+
+    Attributes:
+        model_type: `config.model_type` of the whole.
+        title: the name people use.
+        parts: model type of its `text_config` → the family that computes the same of text.
+        decoder: path of the language model's decoder in the whole; its head is beside, as in a language model.
+        axes: the kinds of group that its class can hold fewer of.
+        early_layers: field of the vision config with one entry for each decoder layer, from the first on, behind which
+            features of images are added: those layers must stay. None where there are none.
+    """
+
+    model_type: str
+    title: str
+    parts: Mapping[str, str]
+    decoder: str = "model.language_model"
+    axes: tuple[Axis, ...] = AXES
+    early_layers: str | None = None
+
+    @property
+    def default_part(self) -> str:
+        """Model type of a `text_config` that does not say."""
+        return next(iter(self.parts))
+
+
 #: norms of queries and keys: where they work on each head by itself, all heads share their weights
 _QUERY_KEY_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_HUNYUAN_QUERY_KEY_NORMS = ("self_attn.query_layernorm", "self_attn.key_layernorm")
 
 
 def _attention(
@@ -157,16 +202,22 @@ def _attention(
     )
 
 
-def _gated_mlp(*, norms: tuple[str, ...] = ("post_attention_layernorm",), post_norm: str | None = None) -> Block:
+def _gated_mlp(
+    *, norms: tuple[str, ...] = ("post_attention_layernorm",), post_norm: str | None = None, fused: bool = False
+) -> Block:
+    into = (
+        (Projection("mlp.gate_up_proj", ("channel", "channel"), "residual"),)
+        if fused
+        else (
+            Projection("mlp.gate_proj", ("channel",), "residual"),
+            Projection("mlp.up_proj", ("channel",), "residual"),
+        )
+    )
     return Block(
         axis="mlp",
         module="mlp",
         norms=norms,
-        projections=(
-            Projection("mlp.gate_proj", ("channel",), "residual"),
-            Projection("mlp.up_proj", ("channel",), "residual"),
-            Projection("mlp.down_proj", ("residual",), "channel"),
-        ),
+        projections=(*into, Projection("mlp.down_proj", ("residual",), "channel")),
         post_norm=post_norm,
     )
 
@@ -186,16 +237,22 @@ def _between_norms(*, untouched: tuple[str, ...] = ()) -> tuple[Block, Block]:
     )
 
 
-#: OLMo 2: a norm after each block and none before, and norms that run over the queries, and the keys, of all heads
-_NORMS_AFTER = (
-    _attention(
-        norms=("post_attention_layernorm",),
-        untouched=_QUERY_KEY_NORMS,
-        post_norm="post_attention_layernorm",
-        indivisible=True,
-    ),
-    _gated_mlp(norms=("post_feedforward_layernorm",), post_norm="post_feedforward_layernorm"),
-)
+def _norms_after(*, over_all_heads: bool) -> tuple[Block, Block]:
+    """Attention and MLP with a norm after each block and none before, and norms of queries and keys.
+
+    Args:
+        over_all_heads: whether those run over the queries, and the keys, of all heads (OLMo 2), not of each.
+    """
+    return (
+        _attention(
+            norms=("post_attention_layernorm",),
+            untouched=_QUERY_KEY_NORMS,
+            post_norm="post_attention_layernorm",
+            indivisible=over_all_heads,
+        ),
+        _gated_mlp(norms=("post_feedforward_layernorm",), post_norm="post_feedforward_layernorm"),
+    )
+
 
 #: Phi-3: q, k and v in one projection, gate and up in another
 _FUSED = (
@@ -208,33 +265,131 @@ _FUSED = (
             Projection("self_attn.o_proj", ("residual",), "query"),
         ),
     ),
-    Block(
-        axis="mlp",
-        module="mlp",
-        norms=("post_attention_layernorm",),
-        projections=(
-            Projection("mlp.gate_up_proj", ("channel", "channel"), "residual"),
-            Projection("mlp.down_proj", ("residual",), "channel"),
-        ),
-    ),
+    _gated_mlp(fused=True),
+)
+
+#: GLM-4-0414: gate and up in one projection, one norm before and another after each block
+_GLM4 = (
+    _attention(norms=("input_layernorm", "post_self_attn_layernorm"), post_norm="post_self_attn_layernorm"),
+    _gated_mlp(norms=("post_attention_layernorm", "post_mlp_layernorm"), post_norm="post_mlp_layernorm", fused=True),
 )
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama 2, 3, 3.x; SmolLM2; TinyLlama", (_attention(), _gated_mlp())),
+        Family(
+            "llama",
+            "Llama 2, 3, 3.x; SmolLM2; TinyLlama",
+            (_attention(), _gated_mlp()),
+            notes="GQA, MHA, MQA; tied and untied embeddings",
+        ),
         Family("mistral", "Mistral", (_attention(), _gated_mlp())),
-        Family("qwen2", "Qwen2, Qwen2.5", (_attention(), _gated_mlp())),
-        Family("qwen3", "Qwen3", (_attention(untouched=_QUERY_KEY_NORMS), _gated_mlp())),
-        Family("granite", "Granite 3", (_attention(), _gated_mlp()), residual_multiplier="residual_multiplier"),
-        Family("smollm3", "SmolLM3", (_attention(), _gated_mlp())),
-        Family("olmo2", "OLMo 2", _NORMS_AFTER),
-        Family("phi3", "Phi-3, Phi-3.5, Phi-4", _FUSED),
-        Family("gemma2", "Gemma 2", _between_norms(), norm_offset=1.0),
-        Family("gemma3_text", "Gemma 3 (text)", _between_norms(untouched=_QUERY_KEY_NORMS), norm_offset=1.0),
+        Family(
+            "ministral3", "Ministral 3 (text)", (_attention(), _gated_mlp()), notes="queries scaled by their position"
+        ),
+        Family("qwen2", "Qwen2, Qwen2.5", (_attention(), _gated_mlp()), notes="biases of q, k, v"),
+        Family(
+            "qwen3",
+            "Qwen3",
+            (_attention(untouched=_QUERY_KEY_NORMS), _gated_mlp()),
+            notes="norms per head; head_dim independent of the hidden size",
+        ),
+        Family(
+            "granite",
+            "Granite 3 (dense)",
+            (_attention(), _gated_mlp()),
+            residual_multiplier="residual_multiplier",
+            notes="multipliers of embeddings, residual stream, attention and logits",
+        ),
+        Family(
+            "smollm3",
+            "SmolLM3",
+            (_attention(), _gated_mlp()),
+            notes="layers without rotary positions stay so when other layers are removed",
+        ),
+        Family(
+            "olmo2",
+            "OLMo 2",
+            _norms_after(over_all_heads=True),
+            notes="norms over all heads: a layer's attention is kept or removed as a whole",
+        ),
+        Family("olmo3", "OLMo 3", _norms_after(over_all_heads=True), notes="as OLMo 2, and sliding windows by layer"),
+        Family(
+            "exaone4",
+            "EXAONE 4",
+            _norms_after(over_all_heads=False),
+            notes="a norm after each block; norms per head; positions in layers with a sliding window only",
+        ),
+        Family(
+            "phi3",
+            "Phi-3, Phi-3.5, Phi-4 (text)",
+            _FUSED,
+            notes="fused `qkv_proj` and `gate_up_proj`; long rope",
+        ),
+        Family(
+            "glm",
+            "GLM-4-9B (2024), GLM-Edge",
+            (_attention(), _gated_mlp(fused=True)),
+            notes="fused `gate_up_proj`; part of each head is rotated",
+        ),
+        Family("glm4", "GLM-4-0414, GLM-Z1", _GLM4, notes="as GLM, and a norm after each block"),
+        Family("seed_oss", "Seed-OSS", (_attention(), _gated_mlp()), notes="biases of q, k, v"),
+        Family("ernie4_5", "ERNIE 4.5 (dense)", (_attention(), _gated_mlp())),
+        Family(
+            "hunyuan_v1_dense",
+            "Hunyuan (dense)",
+            (_attention(untouched=_HUNYUAN_QUERY_KEY_NORMS), _gated_mlp()),
+            notes="norms per head, behind the rotation",
+        ),
+        Family("gemma", "Gemma", (_attention(), _gated_mlp()), norm_offset=1.0),
+        Family(
+            "gemma2",
+            "Gemma 2",
+            _between_norms(),
+            norm_offset=1.0,
+            notes="a norm after each block; sliding windows by layer; transformers 4 needs "
+            '`attn_implementation="eager"`, pruned or not',
+        ),
+        Family(
+            "gemma3_text",
+            "Gemma 3 1B, other text models of Gemma 3",
+            _between_norms(untouched=_QUERY_KEY_NORMS),
+            norm_offset=1.0,
+            notes="as Gemma 2, and norms per head; rotary frequencies by layer",
+        ),
     )
 }
+
+MULTIMODAL: dict[str, Multimodal] = {
+    kind.model_type: kind
+    for kind in (
+        Multimodal("gemma3", "Gemma 3 (4B and up)", {"gemma3_text": "gemma3_text"}),
+        Multimodal(
+            "mistral3", "Mistral Small 3.1, 3.2; Ministral 3", {"mistral": "mistral", "ministral3": "ministral3"}
+        ),
+        Multimodal("qwen3_vl", "Qwen3-VL (dense)", {"qwen3_vl_text": "qwen3"}, early_layers="deepstack_visual_indexes"),
+        # Its heads always span the hidden size.
+        Multimodal("qwen2_5_vl", "Qwen2.5-VL", {"qwen2_5_vl_text": "qwen2"}, axes=("mlp",)),
+    )
+}
+
+_SIDE_BY_SIDE = (
+    "its attention and its MLP read the same norm side by side, and prunus repairs and removes them one after the other"
+)
+#: dense model types that are not described because they do not fit, and why
+UNFIT: dict[str, str] = {
+    "cohere": _SIDE_BY_SIDE,
+    "cohere2": _SIDE_BY_SIDE,
+    "phi": _SIDE_BY_SIDE,
+    "helium": "transformers builds its o_proj for heads that span the hidden size, so that none can be cut",
+}
+
+
+def multimodal_of(config: Any) -> Multimodal | None:
+    """The multimodal model that a config describes, or the content of a config.json; None for any other model."""
+    model_type = str(fields_of(config).get("model_type") or getattr(config, "model_type", ""))
+    return MULTIMODAL.get(model_type.removeprefix(PRUNED_PREFIX))
 
 
 def family_of(config: Any) -> Family:
@@ -250,7 +405,12 @@ def family_of(config: Any) -> Family:
     family = FAMILIES.get(model_type.removeprefix(PRUNED_PREFIX))
     if family is not None:
         return family
-    known, supported = what_is_known(config), ", ".join(sorted(FAMILIES))
+    supported = ", ".join(sorted(FAMILIES))
+    if model_type in UNFIT:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not supported: {UNFIT[model_type]}. Supported: {supported}."
+        )
+    known = what_is_known(config)
     if not known:
         raise UnsupportedModelError(
             f"model type {model_type!r} is not supported: no entry in prunus.model.families.FAMILIES says which "
@@ -262,6 +422,11 @@ def family_of(config: Any) -> Family:
         advice = (
             " A router sends each token to some of the experts only, so that neither importance nor cost of their "
             "channels compares with that of a dense model's."
+        )
+    elif model_type.removeprefix(PRUNED_PREFIX) in MULTIMODAL:
+        advice = (
+            " Give its folder: prunus.load_model takes the language model out, and what is saved of that is the whole "
+            "again."
         )
     elif any(known.endswith(f"is of type {name!r}") for name in FAMILIES):
         advice = " That part can be cut: save it as a language model of its own, and give that folder."

@@ -9,6 +9,8 @@ from typing import Any
 from prunus.checkpoint import locate
 from prunus.files.outputs import check_output, claimed
 from prunus.model.geometry import Geometry
+from prunus.model.whole import attach_whole_
+from prunus.pipeline.multimodal import whole_metrics
 from prunus.results.lineage import lineage_of
 from prunus.results.result_folder import read_metrics, save_result
 from prunus.selection.plan import Plan
@@ -26,6 +28,7 @@ def apply_checkpoint(
     out: str | Path,
     *,
     model_options: ModelOptions | None = None,
+    text_only: bool = False,
     overwrite: bool = False,
     command: str | None = None,
 ) -> dict[str, Any]:
@@ -36,6 +39,7 @@ def apply_checkpoint(
         plan: which groups stay.
         out: folder for the result.
         model_options: device and dtype.
+        text_only: of a multimodal model, save the language model by itself.
         overwrite: replace an earlier result.
         command: what the user typed, for the model card.
 
@@ -44,7 +48,7 @@ def apply_checkpoint(
     """
     model_options = model_options or ModelOptions()
     model = model_options.named(model)
-    asked = "apply", model, plan.fingerprint, model_options, overwrite
+    asked = "apply", model, plan.fingerprint, model_options, text_only, overwrite
     with claimed(out, run=asked, command=command) as claim:
         if claim.finished:
             metrics = read_metrics(claim.path)
@@ -52,9 +56,12 @@ def apply_checkpoint(
             check_output(out, overwrite, model)
             lineage_of(locate(model))  # damaged records are refused before the weights are read
             dense, tokenizer, _ = load_or_open(model, model_options, workload=Workload(cuts=True))
+            if text_only:
+                attach_whole_(dense, None)
             geometry = Geometry.of(dense)
             plan.check_fits(geometry)
             smaller = apply_plan(dense, plan)
+            whole = whole_metrics(dense, smaller)
             del dense
             metrics = {
                 "prunus": __version__,
@@ -63,6 +70,7 @@ def apply_checkpoint(
                 "ratio": 1 - smaller.num_parameters() / geometry.total_parameters,
                 "parameters_before": geometry.total_parameters,
                 "parameters_after": smaller.num_parameters(),
+                **whole,
                 "plan": plan.fingerprint,
             }
             metrics = save_result(

@@ -12,6 +12,7 @@ from prunus.calibration.self_text import text_for_repair
 from prunus.machine.stages import Stages
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
+from prunus.pipeline.multimodal import recipe_inside
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.rounds import Round, carry_over
 from prunus.pipeline.stages import WRITING, cutting, scoring
@@ -159,6 +160,7 @@ def cut(
         passes: how passes run.
         calibration: what later rounds are scored on.
     """
+    recipe = recipe_inside(recipe, model)
     geometry, steps = Geometry.of(model), recipe.steps(ratio)
     costs, text, repairing = recipe.target.costs(geometry), prepared.repair_text, recipe.repair is not None
     pruned, plan, table = model, Plan.keep_all(geometry), with_costs(prepared.score.table, costs)

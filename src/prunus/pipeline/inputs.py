@@ -22,6 +22,7 @@ from prunus.evaluation.perplexity import (
 from prunus.evaluation.zero_shot import EncodedTask, encode_task, zero_shot_of
 from prunus.model.geometry import Geometry
 from prunus.model.tokens import check_tokens
+from prunus.model.whole import attach_whole_
 from prunus.pipeline.options import DEFAULT_CALIBRATION_LEN, CalibrationOptions, EvaluationOptions
 from prunus.pipeline.request import Request
 from prunus.sweep import Engine
@@ -183,6 +184,8 @@ def open_inputs(request: Request, *, progress: bool = True) -> Inputs:
     job = request.job
     run = replace(job.run, engine=request.engine, max_memory=None)
     dense, tokenizer, engine = load_or_open(job.model, run, scratch=request.work, progress=progress)
+    if job.output.text_only:
+        attach_whole_(dense, None)
     name, windows = f"held-out calibration sequences ({Path(job.calibration.source).name})", None
     if request.text is not None:
         name = Path(str(job.evaluation.text)).name

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prunus.checkpoint import empty_model, locate, read_config
+from prunus.checkpoint import empty_model, locate, read_config, whole_around
 from prunus.errors import PlanError
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry, submodule
@@ -54,12 +54,17 @@ def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
         check_ratio(ratio)
     folder = locate(model)
     geometry = geometry_of(model)
-    family = geometry.family
+    family, whole = geometry.family, whole_around(folder)
     facts: dict[str, Any] = {
         "model": Path(model).name,
         "family": family.model_type,
         "family_title": family.title,
         "parameters": geometry.total_parameters,
+        **(
+            {"inside": whole.kind.title, "parameters_in_all": geometry.total_parameters + whole.parameters}
+            if whole
+            else {}
+        ),
         "head_dim": geometry.head_dim,
         "query_heads_per_group": geometry.num_key_value_groups,
         "groups": {axis: sum(widths[axis] for widths in geometry.widths) for axis in AXES},

@@ -25,10 +25,12 @@ class OutputOptions:
         report: write report.html, with what both models make of a few prompts.
         work: folder from which an interrupted run resumes when the same command is given again; by default OUT.work,
             with the streamed engine only. Removed at the end.
+        text_only: of a multimodal model, save the language model by itself.
     """
 
     report: bool = True
     work: str | None = None
+    text_only: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from prunus.pipeline.forecast import Forecast, begun, forecast
 from prunus.pipeline.inputs import Inputs, open_inputs
 from prunus.pipeline.job import Job
 from prunus.pipeline.job_file import job_text
+from prunus.pipeline.multimodal import recipe_inside, whole_metrics
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.request import check_request
@@ -70,7 +71,7 @@ def prune(
         UnsupportedModelError: the model is of another kind, or not in memory, see `prunus.model.live`.
     """
     model = live_model(model)
-    recipe, geometry = recipe or Recipe(), Geometry.of(model)
+    recipe, geometry = recipe_inside(recipe or Recipe(), model), Geometry.of(model)
     recipe.check(ratio, sequences=None if calibration is None else len(calibration))
     check_reachable(geometry, ratio, recipe.selection, recipe.target.costs(geometry))
     if calibration is not None:
@@ -208,6 +209,7 @@ def _measured(inputs: Inputs, result: PruneResult, progress: bool) -> dict[str, 
     return {
         "parameters_before": inputs.geometry.total_parameters,
         "parameters_after": result.model.num_parameters(),
+        **whole_metrics(inputs.model, result.model),
         "perplexity_before": before.perplexity if before else None,
         "perplexity_after": after.perplexity if after else None,
         "perplexity_text": inputs.text_name if after else None,

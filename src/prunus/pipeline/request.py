@@ -10,14 +10,24 @@ from typing import Any
 
 import torch
 
-from prunus.checkpoint import empty_model, locate, model_bytes, resolve_device, resolve_dtype
+from prunus.checkpoint import (
+    check_whole,
+    empty_model,
+    locate,
+    model_bytes,
+    resolve_device,
+    resolve_dtype,
+    whole_around,
+)
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import read_text
 from prunus.evaluation.zero_shot import Task, load_tasks
 from prunus.files.outputs import check_disk, check_output
 from prunus.model.geometry import Geometry
+from prunus.model.whole import attach_whole_
 from prunus.option_values import check_utf8
 from prunus.pipeline.job import Job
+from prunus.pipeline.multimodal import recipe_inside
 from prunus.pipeline.recipe import Recipe
 from prunus.results.lineage import lineage_of
 from prunus.scoring.adaptive import check_enough
@@ -137,9 +147,13 @@ def check_request(
     if job.fit:
         job = job.fitted(geometry, str(empty.dtype).removeprefix("torch."))
         asked, recipes = [job.ratio], [job.recipe]
+    if not job.output.text_only:
+        attach_whole_(empty, whole_around(locate(job.model)))
+    recipes = [recipe_inside(recipe, empty) for recipe in recipes]
     for recipe, ratio in product(recipes, asked):
         check_reachable(geometry, ratio, recipe.selection, recipe.target.costs(geometry))
     if saves:
+        check_whole(empty)
         # How many parameters another target leaves is not known before groups are ranked.
         in_parameters = all(recipe.target.name == "params" for recipe in recipes)
         check_disk(out, int(model_bytes(empty) * (1 - min(asked) if in_parameters else 1)))

@@ -128,6 +128,8 @@ class CardFacts:
         details: more settings, shown as they are (normalisation, repair, layer range, …).
         original: the model that was never cut; None if that is the base model.
         quantity: what `ratio` is a share of.
+        around: parameters of a multimodal model beside its language model, which all else is about; None for a
+            language model alone.
     """
 
     name: str
@@ -151,6 +153,7 @@ class CardFacts:
     details: Mapping[str, str] = field(default_factory=dict)
     original: OriginalFacts | None = None
     quantity: str = "parameters"
+    around: int | None = None
 
 
 def license_of(folder: Path) -> dict[str, str]:
@@ -260,7 +263,7 @@ def _front_matter(facts: CardFacts) -> str:
         fields |= {"eval_results": results, "model_name": facts.name, "metrics": metrics}
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if facts.around is None else "image-text-to-text",
         tags=["prunus", "pruned"],
         **{name: facts.license[name] for name in LICENSE_FIELDS if name in facts.license},
         **fields,
@@ -289,23 +292,34 @@ def _summary(facts: CardFacts) -> str:
             f" It was cut in steps: the base of this one was {_base(facts)}, with {facts.parameters_before:,} "
             "parameters left."
         )
+    of_what, parameters = "its parameters", f"| parameters | {before:,} | {facts.parameters_after:,} |\n"
+    if facts.around is not None:
+        of_what = "the parameters of its language model"
+        counts = before + facts.around, facts.parameters_after + facts.around
+        parameters = (
+            f"| parameters of the language model | {before:,} | {facts.parameters_after:,} |\n"
+            f"| parameters in all | {counts[0]:,} | {counts[1]:,} |\n"
+        )
     return (
-        f"{whole} without {1 - facts.parameters_after / before:.1%} of its parameters: whole attention groups (a "
+        f"{whole} without {1 - facts.parameters_after / before:.1%} of {of_what}: whole attention groups (a "
         "key/value head with its query heads) and MLP channels were removed, chosen in one ranking over all layers by "
         f"prunus.{steps}\n\n"
         f"| | {'original' if facts.original else 'base'} | this model |\n|---|---:|---:|\n"
-        f"| parameters | {before:,} | {facts.parameters_after:,} |\n"
+        f"{parameters}"
         f"| decoder layers | {len(facts.base_widths)} | {sum(map(_is_left, facts.widths))} |"
     )
 
 
 def _loading(facts: CardFacts) -> str:
     name = json.dumps(facts.name)
-    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    model = f"model = AutoModelForCausalLM.from_pretrained({name})\n"
-    remote = f"model = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)\n"
+    auto_class, reader, reader_class = "AutoModelForCausalLM", "tokenizer", "AutoTokenizer"
+    if facts.around is not None:
+        auto_class, reader, reader_class = "AutoModelForImageTextToText", "processor", "AutoProcessor"
+    imports = f"from transformers import {', '.join(sorted((auto_class, reader_class)))}\n\n"
+    model = f"model = {auto_class}.from_pretrained({name})\n"
+    remote = f"model = {auto_class}.from_pretrained({name}, trust_remote_code=True)\n"
     with_prunus = f"import prunus\n{imports}"
-    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
+    tokenizer = f"{reader} = {reader_class}.from_pretrained({name})"
     if not facts.ragged:
         return (
             f"All layers have equal widths, so it is an ordinary {markdown_code(facts.model_type)} model and loads "

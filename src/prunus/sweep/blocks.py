@@ -57,8 +57,7 @@ def layer_calls(model: Any, layers_path: str, batch: Batch) -> LayerCalls:
         return hidden_states
 
     with answering(dict.fromkeys(layers, note)):
-        mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
-        decoder(input_ids=batch.input_ids.to(model.device), attention_mask=mask, use_cache=False)
+        decoder(input_ids=batch.input_ids.to(model.device), **batch.mask_arguments(model.device), use_cache=False)
     return LayerCalls(entered[0], arguments)
 
 
@@ -112,8 +111,8 @@ def last_hidden_states(model: Any, batches: Sequence[Batch]) -> Iterator[Tensor]
     if not layers.stored:
         decoder = submodule(model, family.layers.rpartition(".")[0])
         for batch in batches:
-            mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-            yield decoder(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).last_hidden_state
+            beside = batch.mask_arguments(device)
+            yield decoder(input_ids=batch.input_ids.to(device), **beside, use_cache=False).last_hidden_state
         return
     norm = submodule(model, family.final_norm)
     for group in _groups(batches):

@@ -34,10 +34,9 @@ class PreparedBatch:
     targets: Tensor
     sampling_seeds: tuple[int, ...] | None = None
 
-    def on(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
-        """Token ids and mask (or None) on a device."""
-        mask = self.batch.attention_mask
-        return self.batch.input_ids.to(device), None if mask is None else mask.to(device)
+    def on(self, device: torch.device | str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Token ids on a device, and what a model is called with beside them."""
+        return self.batch.input_ids.to(device), self.batch.mask_arguments(device)
 
 
 def prepare(batches: Sequence[Batch], sampling_seed: int | None = None) -> list[PreparedBatch]:

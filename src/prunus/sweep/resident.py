@@ -56,18 +56,18 @@ def run_resident(
 
 def _run_batch(model: Any, geometry: Geometry, taps: Taps, batch: PreparedBatch) -> Tensor | None:
     """One batch through the model; the losses per sequence if there was a backward pass."""
-    input_ids, mask = batch.on(model.device)
+    input_ids, arguments = batch.on(model.device)
     taps.start_batch(batch, model.device)
     decoder = submodule(model, geometry.family.layers.rpartition(".")[0])
     embeddings = submodule(model, geometry.family.embedding)(input_ids).detach()
     if not taps.needs_gradients:
         with torch.no_grad():
-            decoder(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
+            decoder(inputs_embeds=embeddings, **arguments, use_cache=False)
         return None
     # Gradients start here: the weights have none, so autograd computes those of the activations alone.
     embeddings.requires_grad_()
     with torch.enable_grad():
-        hidden = decoder(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = decoder(inputs_embeds=embeddings, **arguments, use_cache=False).last_hidden_state
         losses, gradient = losses_and_gradient(
             hidden, head_function(model), batch.labels.to(model.device), batch.sampling_seeds
         )
@@ -91,8 +91,8 @@ def _first_non_finite(model: Any, geometry: Geometry, batch: PreparedBatch) -> s
     handles = [layer.register_forward_hook(watch(f"layer {i}")) for i, layer in enumerate(layers)]
     try:
         with torch.no_grad():
-            input_ids, mask = batch.on(model.device)
-            model(input_ids, attention_mask=mask, use_cache=False)
+            input_ids, arguments = batch.on(model.device)
+            model(input_ids, **arguments, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
