@@ -21,7 +21,7 @@ from prunus.files.outputs import check_output, whole_file
 from prunus.pipeline.work_folder import WorkFolder
 
 #: the quickest way to a pruned folder
-QUICK = ["--ratio", "0.1", *PLAIN, "--method", "magnitude", *UNMEASURED, "--set", "output.report=false"]
+QUICK = ["--ratio", "0.1", *PLAIN, "--method", "magnitude", *UNMEASURED]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

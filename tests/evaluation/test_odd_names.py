@@ -6,14 +6,14 @@ import json
 import os
 
 from hostile_text import UNSEEN
-from plain import PLAIN, UNMEASURED
+from plain import PLAIN
 from tiny_folder import run, save_tiny_folder
 
 
 def test_an_evaluation_text_of_any_name_ends_in_the_card(capsys, tmp_path):
     model = save_tiny_folder(tmp_path / "model", "llama", "gqa")
     out = tmp_path / "small_[red]"
-    quick = ["--ratio", "0.1", *PLAIN, "--method", "magnitude", *UNMEASURED]
+    quick = ["--ratio", "0.1", *PLAIN, "--method", "magnitude", "--set", "evaluation.held_out=0"]
     run(capsys, "prune", model, "--out", out, *quick)
     text = tmp_path / os.fsdecode(b"te\x1b[31mxt|# a\n.txt")
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)

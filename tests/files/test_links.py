@@ -71,7 +71,7 @@ def test_commands_refuse_and_write_nothing(capsys, model, tmp_path):
 
 
 def test_a_result_whose_card_is_a_link(capsys, folder, tmp_path):
-    run(capsys, "prune", folder, "--out", tmp_path / "out", *QUICK, "--set", "output.report=false")
+    run(capsys, "prune", folder, "--out", tmp_path / "out", *QUICK)
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "out" / "README.md").unlink()
     (tmp_path / "out" / "README.md").symlink_to(tmp_path / "secret")

@@ -19,13 +19,16 @@ import prunus
 from prunus.cli import main
 from prunus.errors import CheckpointError
 from prunus.model.geometry import Geometry
+from prunus.pipeline.job import Job
+from prunus.pipeline.options import OutputOptions
+from prunus.pipeline.prune import prune_job
 from prunus.results.lineage import COMPOSED_PLAN, lineage_of
 from prunus.selection.plan import Plan
 
 QUICK = {
     "recipe": plain_recipe(plain_scoring(method="magnitude", normalize="layer_sum")),
     "evaluation": prunus.EvaluationOptions(held_out=0),
-    "progress": False,
+    "output": OutputOptions(report=False),
 }
 
 
@@ -45,7 +48,7 @@ def saved(tmp_path):
 
 
 def prune(source, out, ratio):
-    return prunus.prune_checkpoint(str(source), out, ratio, **QUICK)
+    return prune_job(Job(str(source), ratio, **QUICK), out, progress=False)
 
 
 def by_hand(source, out, kept):
@@ -105,6 +108,8 @@ def test_the_default_recipe_on_a_pruned_model(engine, saved, tmp_path):
         "evaluation.held_out=2",
         "--set",
         f"run.engine={engine}",
+        "--set",
+        "output.report=false",
     ]
     assert main(["prune", str(once), "--out", str(twice), "--ratio", "0.15", *words, "--device", "cpu"]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(twice)

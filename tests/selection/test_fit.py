@@ -20,7 +20,7 @@ from prunus.selection.fit import FitOptions
 from prunus.selection.select import select
 from prunus.selection.table import build_table
 
-QUICK = [*PLAIN, "--method", "magnitude", *UNMEASURED, "--set", "output.report=false"]
+QUICK = [*PLAIN, "--method", "magnitude", *UNMEASURED]
 
 
 def importance(geometry: Geometry):
