@@ -86,14 +86,16 @@ class Probe:
         """Seconds per token of a scoring pass through all layers, without the head."""
         if not options.needs:
             return 0.0
-        parts = options.parts
-
-        def run(tokens: int) -> None:
-            sequences = calibration_from_tokens(self._ids(self._batch_size, max(2, tokens // self._batch_size)))
-            take_statistics(self._model, sequences, parts, options, batch_size=self._batch_size, progress=False)
-
-        each = self._seconds((options, seq_len), run, self._batch_size * seq_len)
         head = self.head_backward if options.takes_gradients else 0.0
+        # A backward pass takes about twice as long as a forward pass.
+        affordable = int(ALLOWANCE / (3 * self.forward(seq_len) / self.scale + head))
+        length = min(seq_len, max(FIRST, affordable // self._batch_size))
+
+        def run(passes: int) -> None:
+            sequences = calibration_from_tokens(self._ids(passes * self._batch_size, length))
+            take_statistics(self._model, sequences, options.parts, options, batch_size=self._batch_size, progress=False)
+
+        each = self._known((options, seq_len), lambda: self._one_more(run)) / (self._batch_size * length)
         return max(each - head, 0.0) * self.scale
 
     def forward(self, seq_len: int) -> float:
@@ -207,9 +209,19 @@ class Probe:
 
     def _seconds(self, what: object, run: Callable[[int], object], units: int = AT_ONCE, first: int = FIRST) -> float:
         """Seconds per unit of something, run for as many units as a job does, or as many as there is time for."""
+        return self._known(what, lambda: self._measure(run, units, first))
+
+    def _known(self, what: object, measure: Callable[[], float]) -> float:
+        """A measurement that is made once."""
         if what not in self._measured:
-            self._measured[what] = self._measure(run, units, first)
+            self._measured[what] = measure()
         return self._measured[what]
+
+    def _one_more(self, run: Callable[[int], object]) -> float:
+        """Seconds that a pass more takes: what is done once for all passes counts in neither."""
+        self._timed(run, 1)  # also sets up what a first run sets up
+        one, three = self._timed(run, 1), self._timed(run, 3)
+        return (three - one) / 2 if three > one else three / 3
 
     def _measure(self, run: Callable[[int], object], units: int, first: int) -> float:
         number = min(units, first)
