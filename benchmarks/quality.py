@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rows import add_run_options, markdown_table
+
 import prunus
-from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 from prunus.pipeline.compare import compare
 from prunus.pipeline.job import Job
 from prunus.pipeline.recipe import Recipe
@@ -25,8 +26,7 @@ from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.score import ScoringOptions
 
 DEFAULT = Recipe()
-#: what methods are compared with: on the calibration text alone
-REPAIR = RepairOptions(self_text=0)
+REPAIR = RepairOptions()
 ALL_RATIOS, FEW_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5), (0.2, 0.4)
 
 
@@ -62,25 +62,26 @@ def plain(methods: Mapping[str, ScoringOptions]) -> dict[str, Recipe]:
 
 
 def repaired(methods: Mapping[str, ScoringOptions]) -> dict[str, Recipe]:
-    """One cut, repaired on the calibration text alone."""
+    """One cut, repaired."""
     return {f"{name}, repaired": Recipe(1, scoring, repair=REPAIR) for name, scoring in methods.items()}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Recipes that are compared on the same text at the same ratios."""
+    """Recipes that are compared on the same text at the same ratios: the given one, or half of it and half `self`."""
 
     recipes: Mapping[str, Recipe]
     ratios: tuple[float, ...] = ALL_RATIOS
     every_seed: bool = False
     in_domain: bool = False
+    own_text: bool = False
     tasks: bool = False
 
 
 #: the most wanted first
 PARTS: Mapping[str, Part] = {
-    "default": Part({"default recipe": DEFAULT, "taylor": Recipe.original()}, every_seed=True),
-    "tasks": Part({"default recipe": DEFAULT, "taylor": Recipe.original()}, FEW_RATIOS, tasks=True),
+    "default": Part({"default recipe": DEFAULT, "taylor": Recipe.original()}, every_seed=True, own_text=True),
+    "tasks": Part({"default recipe": DEFAULT, "taylor": Recipe.original()}, FEW_RATIOS, own_text=True, tasks=True),
     "variants": Part(
         {
             "default recipe, one round": replace(DEFAULT, rounds=1),
@@ -88,9 +89,15 @@ PARTS: Mapping[str, Part] = {
             "three rounds with wanda, layer_sum": replace(
                 DEFAULT, rounds=3, scoring=ScoringOptions(method="wanda", normalize="layer_sum")
             ),
-            "default recipe, calibration text alone": replace(DEFAULT, repair=REPAIR),
-            "two rounds, calibration text alone, no noise": SILENT,
-            "three rounds, calibration text alone, no noise": replace(SILENT, rounds=3),
+        },
+        FEW_RATIOS,
+        own_text=True,
+    ),
+    "given-text": Part(
+        {
+            "default recipe": DEFAULT,
+            "two rounds, no noise": SILENT,
+            "three rounds, no noise": replace(SILENT, rounds=3),
         },
         FEW_RATIOS,
     ),
@@ -100,8 +107,7 @@ PARTS: Mapping[str, Part] = {
     "in-domain": Part(
         {
             "default recipe": DEFAULT,
-            "default recipe, calibration text alone": replace(DEFAULT, repair=REPAIR),
-            "two rounds, calibration text alone, no noise": SILENT,
+            "two rounds, no noise": SILENT,
             **repaired({"gate_fisher": scored()}),
             "taylor": Recipe.original(),
         },
@@ -118,9 +124,10 @@ def main() -> None:
         wanted = text and (options.tasks or not part.tasks) and (not options.parts or name in options.parts)
         if not wanted or (out / "report.html").exists():
             continue
+        sources = (str(text), "self") if part.own_text else (str(text),)
         job = Job(
             options.model,
-            calibration=prunus.CalibrationOptions(str(text), options.samples, options.seq_len),
+            calibration=prunus.CalibrationOptions(sources, options.samples, options.seq_len),
             evaluation=prunus.EvaluationOptions(
                 str(options.text),
                 seq_len=options.eval_seq_len,
@@ -148,31 +155,21 @@ def markdown(folder: Path) -> str:
             if row["recipe"] != "dense":
                 lines.setdefault((name, row["recipe"], str(row["seed"])), {})[row["ratio"]] = row["relative"]
     ratios = sorted({ratio for found in lines.values() for ratio in found})
-    head = ["part", "recipe", "seed", *(f"{100 * ratio:g} %" for ratio in ratios)]
-    table = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for key, found in lines.items():
-        cells = [f"{found[ratio]:,.2f}" if ratio in found else "" for ratio in ratios]
-        table.append(f"| {' | '.join([*key, *cells])} |")
-    return "\n".join(table) + "\n"
+    shown = {key: {f"{100 * ratio:g} %": figure for ratio, figure in found.items()} for key, found in lines.items()}
+    return markdown_table(("part", "recipe", "seed"), shown, [f"{100 * ratio:g} %" for ratio in ratios])
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=PACKAGED_MODEL)
+    add_run_options(parser)
     parser.add_argument("--calibration", type=Path, required=True, help="text of another kind than the evaluation's")
     parser.add_argument("--in-domain", type=Path, help="calibration text of the evaluation's own kind")
     parser.add_argument("--text", type=Path, required=True, help="evaluation text")
     parser.add_argument("--tasks", type=Path, help="folder of zero-shot files")
     parser.add_argument("--items", type=int, default=500, help="zero-shot items of each task")
     parser.add_argument("--parts", nargs="*", choices=PARTS, help="only these")
-    parser.add_argument("--ratios", type=lambda text: [float(part) for part in text.split(",")], help="only these")
-    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--eval-seq-len", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=20, help="windows of the evaluation text")
-    parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
 

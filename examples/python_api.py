@@ -29,11 +29,9 @@ print(scored.table.head(3).to_string(index=False))
 plan = prunus.select(scored.table, scored.geometry, args.ratio, prunus.Constraints(min_keep_attention=1))
 print(f"{len(plan.surviving_layers)} of {len(plan.layers)} layers left")
 
-# 4. Plan + model → a smaller model; 5. repair of what is left, in closed form, on text half written by the model.
+# 4. Plan + model → a smaller model; 5. repair of what is left, in closed form, on the same text.
 smaller = prunus.apply_plan(model, plan)
-repair = prunus.RepairOptions()
-text = prunus.text_for_repair(model, fit, repair.self_text)
-prunus.repair_(smaller, model, plan, list(text.batches(1)), repair)
+prunus.repair_(smaller, model, plan, list(fit.batches(1)))
 
 # 6. Measure.
 for name, candidate in (("dense", model), ("pruned", smaller)):

@@ -73,7 +73,7 @@ def test_plans_and_repaired_weights(model, way):
             model,
             0.3,
             calibration,
-            plain_recipe(scoring, repair=RepairOptions(self_text=0), rounds=2),
+            plain_recipe(scoring, repair=RepairOptions(), rounds=2),
             batch_size=size,
             progress=False,
         )

@@ -69,9 +69,8 @@ def test_factors(make, value):
         lambda value: ScoringOptions(noise=value),
         lambda value: RepairOptions(noise=value),
         lambda value: RepairOptions(residual=value),
-        lambda value: RepairOptions(self_text=value),
     ],
-    ids=["noise", "noise", "residual", "self_text"],
+    ids=["noise", "noise", "residual"],
 )
 def test_shares(make, value):
     with pytest.raises(OptionError, match=r"must lie in \[0, 1\]"):

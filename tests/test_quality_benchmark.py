@@ -17,6 +17,7 @@ PROGRAM = Path(__file__).parents[1] / "benchmarks" / "quality.py"
 
 @pytest.fixture(scope="module")
 def quality():
+    sys.path.insert(0, str(PROGRAM.parent))
     spec = importlib.util.spec_from_file_location("quality", PROGRAM)
     module = importlib.util.module_from_spec(spec)
     # Its dataclasses look their module up by name.
@@ -24,6 +25,7 @@ def quality():
     spec.loader.exec_module(module)
     yield module
     del sys.modules["quality"]
+    sys.path.remove(str(PROGRAM.parent))
 
 
 def test_parts_and_table(quality, folder, text, tmp_path, monkeypatch, capsys):
@@ -46,7 +48,8 @@ def test_parts_and_table(quality, folder, text, tmp_path, monkeypatch, capsys):
     assert {row["piqa"] for row in rows["tasks"]} <= {0.0, 1.0}
 
     model, tokenizer = prunus.load_model(folder)
-    drawn = prunus.load_calibration(str(calibration), tokenizer, samples=8, seq_len=24, seed=1)
+    sources = [str(calibration), "self"]
+    drawn = prunus.load_calibration(sources, tokenizer, samples=8, seq_len=24, seed=1, model=model, progress=False)
     for name, recipe in (("default recipe", prunus.Recipe()), ("taylor", prunus.Recipe.original())):
         result = prunus.prune(model, 0.2, drawn, recipe, batch_size=2, progress=False)
         expected = prunus.perplexity(result.model, tokenizer, TEXT, seq_len=32, max_windows=3, progress=False)

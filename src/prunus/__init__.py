@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         calibration_from_tokens,
         load_calibration,
     )
-    from prunus.calibration.self_text import text_for_repair
     from prunus.checkpoint import load_model, open_model, save_checkpoint
     from prunus.errors import PrunusError
     from prunus.evaluation.perplexity import perplexity
@@ -95,7 +94,6 @@ __all__ = [
     "save_checkpoint",
     "score",
     "select",
-    "text_for_repair",
 ]
 
 #: module → what comes from there, when it is first asked for: a command's --help needs none of them
@@ -107,7 +105,6 @@ _HOMES = {
         "calibration_from_tokens",
         "load_calibration",
     ),
-    "prunus.calibration.self_text": ("text_for_repair",),
     "prunus.checkpoint": (
         "load_model",
         "open_model",

@@ -417,40 +417,6 @@ def test_text_from_the_model_itself(tokenizer):
     assert model.training
 
 
-@pytest.mark.parametrize("begin", [None, 5])
-@pytest.mark.parametrize(("length", "at_once"), [(20, 64), (20, 2), (8, 3)])
-def test_text_from_the_model_follows_its_probabilities(monkeypatch, length, at_once, begin):
-    monkeypatch.setattr(sampled, "PIECE_LENGTH", length)
-    monkeypatch.setattr(sampled, "PIECES_AT_ONCE", at_once)
-    model = tiny_model().eval()
-    with torch.no_grad():
-        model.lm_head.weight *= 50  # far from uniform
-    before = [] if begin is None else [begin]
-    found = sampled.sample_from_model(model, samples=3, seq_len=20 + len(before), seed=4, begin=begin)
-    # The same draws, from the model run on the whole text so far each time, looking for the token one by one.
-    generator = torch.Generator().manual_seed(4)
-    pieces = -(-60 // length)
-    starts = torch.randint(model.config.vocab_size, (pieces, 1), generator=generator)
-    texts = []
-    for first in range(0, pieces, at_once):
-        ids = starts[first : first + at_once]
-        for _ in range(length - 1):
-            with torch.no_grad():
-                read = torch.cat([torch.tensor([before] * len(ids), dtype=torch.int64), ids], dim=1)
-                probabilities = model(read).logits[:, -1].softmax(dim=-1).double()
-            thresholds = torch.rand(len(ids), 1, generator=generator, dtype=torch.float64)
-            chosen = []
-            for row, threshold in zip(probabilities, thresholds[:, 0], strict=True):
-                token, left = 0, float(threshold * row.sum())
-                while left >= float(row[token]) and token < len(row) - 1:
-                    left -= float(row[token])
-                    token += 1
-                chosen.append(token)
-            ids = torch.cat([ids, torch.tensor(chosen)[:, None]], dim=1)
-        texts += ids.flatten().tolist()
-    assert found.tolist() == [[*before, *texts[20 * number : 20 * number + 20]] for number in range(3)]
-
-
 def test_text_from_the_model_has_no_impossible_token():
     logits = torch.full((2000, 4), -1e30)
     logits[:, 1:3] = torch.tensor([0.0, 1.0])

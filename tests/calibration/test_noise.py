@@ -160,7 +160,7 @@ def test_the_seed_of_the_run_is_that_of_the_noise(seed):
 def test_a_whole_run_hands_its_seed_on_to_the_repair(drawn):
     """By hand, from the plan and the sequences noised with the seed: the one given, or that of the drawn sequences."""
     model, ids = make_model("llama", "gqa"), random_tokens(8, 12)
-    repair = RepairOptions(noise=0.4, fit_logits=False, self_text=0)
+    repair = RepairOptions(noise=0.4, fit_logits=False)
     calibration = calibration_from_tokens(ids)
     if drawn:
         calibration = replace(calibration, provenance=replace(calibration.provenance, seed=5))

@@ -1,127 +1,234 @@
-"""Text of the model's own in the repair: which sequences there are, and that a recipe repairs on them."""
+"""Text that the model writes: prompts of all kinds, what follows them, the languages, and that it is written once."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import replace
+import json
+from collections import Counter
 
 import pytest
 import torch
-from plain import plain_recipe, plain_scoring
-from tiny_families import make_model, random_tokens
-from tiny_folder import save_tiny_folder
+from tiny_families import make_model
+from tiny_folder import byte_tokenizer, save_tiny_folder
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-import prunus
-from prunus.calibration import calibration_from_tokens, self_text
-from prunus.calibration.sampled import sample_from_model
-from prunus.calibration.self_text import text_for_repair
-from prunus.checkpoint import open_model
-from prunus.errors import OptionError, StatisticsError
-from prunus.repair.block_repair import RepairOptions, repair_
-from prunus.surgery import apply_plan
+from prunus.calibration import load_calibration, prompts, self_text
+from prunus.calibration.languages import SENTENCES, language_costs, language_shares
+from prunus.calibration.prompts import LANGUAGES, SCRIPTS, fill, kinds_of
+from prunus.calibration.sampled import continuations
+from prunus.calibration.self_text import AT_ONCE, self_written
+from prunus.calibration.words import FEWEST, Words, words_of
+from prunus.checkpoint import load_model, open_model
+from prunus.errors import CalibrationError, NonFiniteError, OptionError
+from prunus.model.loss import IGNORE_INDEX
+
+CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
 
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model("llama", "gqa")
+    made = make_model("llama", "gqa", vocab_size=260)
+    with torch.no_grad():
+        made.lm_head.weight *= 20  # far from uniform
+    return made
 
 
-@pytest.fixture(scope="module")
-def calibration():
-    return calibration_from_tokens(random_tokens(8, 12), source="web")
+def word_tokenizer(words) -> PreTrainedTokenizerFast:
+    """Tokens of bytes, and of each word with a space before it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    encode = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    marked = [piece for word in words for piece, _ in encode(word)]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys([*alphabet, *marked]))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
-def rows(ids):
-    return sorted(map(tuple, ids.tolist()))
+# --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("share", "number"), [(0.5, 4), (0.3, 2), (1, 8)])
-def test_a_share_is_written_by_the_model(model, calibration, share, number):
-    options = RepairOptions(self_text=share)
-    mixed = text_for_repair(model, calibration, options.self_text, seed=3, progress=False)
-    written = sample_from_model(model, samples=number, seq_len=12, seed=3, progress=False)
-    given = calibration.input_ids[: 8 - number]
-    assert rows(mixed.input_ids) == rows(torch.cat([given, written]))
-    assert mixed.provenance.source == f"{8 - number} sequences of web, {number} sampled from the model"
-    again = text_for_repair(model, calibration, options.self_text, seed=3, progress=False)
-    assert torch.equal(mixed.input_ids, again.input_ids)
-    assert not torch.equal(
-        mixed.input_ids, text_for_repair(model, calibration, options.self_text, progress=False).input_ids
+def test_words_are_whole_and_sorted_by_script():
+    words = words_of(
+        word_tokenizer([" house", " Haus", "ing", " no", " привет", " a1b", "数据", "人", " 文件", " mixеd"])
     )
+    assert words.by_script == {"LATIN": ["house", "haus"], "CYRILLIC": ["привет"], "CJK": ["数据", "文件"]}
+    assert set("abcxyz") <= set(words_of(byte_tokenizer()).letters)
 
 
-def test_what_the_model_writes_begins_as_the_given_sequences_do(model):
-    ids = random_tokens(8, 12)
-    ids[:, 0] = 3
-    mixed = text_for_repair(model, calibration_from_tokens(ids), 0.5, seed=3, progress=False)
-    written = sample_from_model(model, samples=4, seq_len=12, seed=3, begin=3, progress=False)
-    assert (written[:, 0] == 3).all()
-    assert rows(mixed.input_ids) == rows(torch.cat([ids[:4], written]))
-
-
-def test_the_first_part_has_both_kinds(model):
-    given = calibration_from_tokens(random_tokens(32, 6))
-    mixed = text_for_repair(model, given, 0.5, progress=False)
-    known = set(rows(given.input_ids))
-    assert 2 <= sum(row in known for row in rows(mixed.input_ids[:8])) <= 6
-
-
-def test_padding_stays_with_its_sequence(model):
-    ids = random_tokens(4, 6)
-    mask = torch.ones_like(ids)
-    mask[0, :2] = mask[1, 4:] = 0
-    mixed = text_for_repair(model, calibration_from_tokens(ids, mask), 0.5, progress=False)
-    found = {
-        tuple(row.tolist()): kept.tolist() for row, kept in zip(mixed.input_ids, mixed.attention_mask, strict=True)
-    }
-    assert [found[tuple(row.tolist())] for row in ids[:2]] == mask[:2].tolist()
-    assert sum(sum(kept) for kept in found.values()) == int(mask[:2].sum()) + 2 * 6
-
-
-@pytest.mark.parametrize("share", [0, 0.1])
-def test_nothing_is_written(model, calibration, share):
-    assert text_for_repair(model, calibration, share) is calibration
-
-
-def test_a_model_on_disk_writes_nothing_and_says_so(tmp_path, calibration, caplog):
-    save_tiny_folder(tmp_path / "model", "llama")
-    opened, _ = open_model(tmp_path / "model")
-    with caplog.at_level(logging.INFO):
-        assert text_for_repair(opened, calibration, 0.5) is calibration
-    assert "writes no text" in caplog.text
-
-
-def test_text_is_kept_for_a_run_that_goes_on(model, calibration, tmp_path, monkeypatch):
-    options = RepairOptions()
-    first = text_for_repair(model, calibration, options.self_text, work=tmp_path / "text", progress=False)
-    monkeypatch.setattr(self_text, "sample_from_model", None)
-    again = text_for_repair(model, calibration, options.self_text, work=tmp_path / "text", progress=False)
-    assert torch.equal(first.input_ids, again.input_ids)
-    with pytest.raises(StatisticsError, match="seed"):
-        text_for_repair(model, calibration, options.self_text, seed=1, work=tmp_path / "text", progress=False)
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
-def test_a_share_out_of_range_is_refused(share):
-    with pytest.raises(OptionError, match="self_text"):
-        RepairOptions(self_text=share)
-
-
-def test_a_recipe_repairs_on_this_text(model, calibration):
-    scoring, repair = plain_scoring(method="taylor", random_seed=7), RepairOptions()
-    result = prunus.prune(model, 0.2, calibration, plain_recipe(scoring, repair=repair), progress=False)
-    text = text_for_repair(model, calibration, repair.self_text, seed=7, progress=False)
-    by_hand = apply_plan(model, result.plan)
-    repair_(by_hand, model, result.plan, list(text.batches(1)), repair, seed=7, progress=False)
-    for name, tensor in by_hand.state_dict().items():
-        assert torch.equal(tensor, result.model.state_dict()[name]), name
-    assert result.score.about["repair_text"] == text.provenance.to_dict()
-    # The scores are of the given text alone.
-    assert result.score.about["calibration"] == calibration.provenance.to_dict()
-    plain = prunus.prune(
-        model, 0.2, calibration, plain_recipe(scoring, repair=replace(repair, self_text=0)), progress=False
+def test_every_kind_in_every_language_is_filled():
+    words = Words(
+        {script: [f"{script}{number}x".lower() for number in range(FEWEST)] for script in ("LATIN", "CJK", "CYRILLIC")},
+        [],
     )
-    assert plain.plan == result.plan
-    assert any(
-        not torch.equal(tensor, result.model.state_dict()[name]) for name, tensor in plain.model.state_dict().items()
+    kinds = kinds_of(chat=True)
+    assert {kind for language in LANGUAGES.values() for kind in language} <= set(kinds)
+    assert [kind for kind in kinds if kind not in kinds_of(chat=False)] == ["chat"]
+    assert set(LANGUAGES) == set(SCRIPTS) == set(SENTENCES)
+    for language, templates in LANGUAGES.items():
+        assert templates.keys() == LANGUAGES["en"].keys()
+        for kind in kinds:
+            first, other = (fill(kind, language, words, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+            assert "{" not in first.replace("{}", "")
+            assert first != other
+            script = SCRIPTS[language][0].lower()
+            assert script in first.lower()
+
+
+def test_a_language_costs_half_of_its_share_for_every_tenth_more():
+    words = Words({"LATIN": ["word"] * FEWEST, "CJK": ["词"] * FEWEST}, [])
+    costs = {"en": 100.0, "de": 110.0, "fr": 300.0, "zh": 100.0, "ru": 90.0}
+    assert language_shares(costs, words) == pytest.approx({"en": 0.4, "de": 0.2, "zh": 0.4})
+    # A tokenizer that has no words of any language leaves the choice to the costs.
+    assert list(language_shares({"en": 200.0, "ru": 100.0}, Words({}, ["a"]))) == ["ru"]
+
+
+@pytest.mark.parametrize("begin", [None, 5])
+def test_costs_are_those_of_each_sentence_alone(model, begin):
+    tokenizer = byte_tokenizer()
+    found = language_costs(model, tokenizer, begin)
+    context = model.config.max_position_embeddings
+    for language in ("en", "zh"):
+        ids = tokenizer(SENTENCES[language])["input_ids"]
+        ids = torch.tensor([[*([] if begin is None else [begin]), *ids][:context]])
+        with torch.no_grad():
+            chances = model(ids).logits[0, :-1].double().log_softmax(dim=-1)
+        expected = -sum(float(row[token]) for row, token in zip(chances, ids[0, 1:].tolist(), strict=True))
+        assert found[language] == pytest.approx(expected, rel=1e-4)
+
+
+# --- what follows them -----------------------------------------------------------------------------------------------
+
+
+def test_continuations_follow_the_model_s_probabilities(model):
+    """The same draws, from the model run on each text so far alone, looking for the token one by one."""
+    given = [torch.tensor([5, 6, 7, 8]), torch.tensor([9]), torch.tensor([10, 11])]
+    stop = {3, 30, 31, 32, 33, 34, 35}
+    found = continuations(model, given, new_tokens=12, stop=stop, generator=torch.Generator().manual_seed(4))
+    generator, texts, ended = torch.Generator().manual_seed(4), [ids.tolist()[:1] for ids in given], set()
+    for place in range(1, 4 + 12):
+        thresholds = torch.rand(3, 1, generator=generator, dtype=torch.float64)
+        for number, (prompt, text) in enumerate(zip(given, texts, strict=True)):
+            with torch.no_grad():
+                chances = model(torch.tensor([text])).logits[0, -1].softmax(dim=-1).double()
+            token, left = 0, float(thresholds[number] * chances.sum())
+            while left >= float(chances[token]) and token < len(chances) - 1:
+                left -= float(chances[token])
+                token += 1
+            token = int(prompt[place]) if place < len(prompt) else token
+            if place >= len(prompt) and token in stop:
+                ended.add(number)
+            if number not in ended:
+                text.append(token)
+    assert [ids.tolist() for ids in found] == texts
+    assert len({len(text) for text in texts}) > 1  # one that ended early, one that did not
+
+
+def test_a_broken_model_is_named(model):
+    broken = make_model("llama", "gqa", vocab_size=260)
+    with torch.no_grad():
+        broken.lm_head.weight[3] = float("nan")
+    with pytest.raises(NonFiniteError, match="not finite"):
+        continuations(broken, [torch.tensor([4])], new_tokens=2, stop=(), generator=torch.Generator())
+    with pytest.raises(OptionError, match="the model embeds only"):
+        next(self_written(make_model("llama", "gqa"), byte_tokenizer(), seq_len=8, progress=False))
+
+
+def test_documents_are_of_all_kinds_and_begin_with_their_prompts(model):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    written = self_written(model, tokenizer, seq_len=4, seed=2, progress=False)
+    documents = [next(written) for _ in range(AT_ONCE)]
+    counts = Counter(document.kind for document in documents)
+    assert set(counts) == set(kinds_of(chat=True))
+    assert max(counts.values()) - min(counts.values()) <= 1
+    beginnings = {"heading": " \n = ", "function": "def ", "words": ""}
+    for document in documents:
+        text = tokenizer.decode(document.ids)
+        assert text.startswith(beginnings.get(document.kind, ""))
+        assert len(document.ids) <= self_text.LONGEST_PROMPT + 4 + self_text.LONGEST_PROMPT
+    assert IGNORE_INDEX not in torch.cat([document.ids for document in documents])
+
+
+def test_both_engines_write_the_same(tmp_path):
+    path = save_tiny_folder(tmp_path / "model", "llama", "gqa")
+    options = {"samples": 5, "seq_len": 24, "seed": 3, "progress": False}
+    resident, streamed = (
+        load_calibration("self", tokenizer, model=model, **options)
+        for model, tokenizer in (load_model(path), open_model(path))
     )
+    assert torch.equal(resident.input_ids, streamed.input_ids)
+    assert resident.provenance == streamed.provenance
+    assert resident.provenance.source == f"written by the model, prompts {prompts.VERSION}"
+
+
+# --- written once ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(model, tmp_path):
+    """Loads text of the model, kept in a folder."""
+
+    def load(samples=6, seed=0, **options):
+        sizes = {"samples": samples, "seq_len": 16, "seed": seed, "progress": False}
+        return load_calibration("self", byte_tokenizer(), model=model, keep=tmp_path / "beside", **sizes, **options)
+
+    load.folder = tmp_path / "beside"
+    return load
+
+
+def test_text_is_kept_and_used_again(kept, monkeypatch):
+    first = kept(samples=6)
+    (file,) = kept.folder.iterdir()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines[0]["made_from"].keys() == {"model", "prompts", "new_tokens", "seed", "begin"}
+    assert len(lines) == 1 + AT_ONCE
+    assert all(byte_tokenizer().decode(line["ids"]) == line["text"] for line in lines[1:])
+    # A person's or another program's reading of it: JSON lines with text.
+    load_calibration(str(file), byte_tokenizer(), samples=2, seq_len=16)
+
+    calls = []
+    real = self_text.continuations
+    monkeypatch.setattr(self_text, "continuations", lambda *args, **options: calls.append(1) or real(*args, **options))
+    assert torch.equal(kept(samples=6).input_ids, first.input_ids)
+    assert torch.equal(kept(samples=3).input_ids, first.input_ids[:3])
+    assert not calls
+    # More is written behind it; what is written for another seed lies beside it.
+    longer = kept(samples=400)
+    assert torch.equal(longer.input_ids[:6], first.input_ids)
+    written = len(calls)
+    assert written == (len(file.read_text().splitlines()) - 1) // AT_ONCE - 1 > 0
+    assert not torch.equal(kept(samples=6, seed=1).input_ids, first.input_ids)
+    assert len(list(kept.folder.iterdir())) == 2
+
+
+def test_a_run_that_was_killed_goes_on_after_the_last_batch(kept, monkeypatch):
+    expected = kept(samples=400).input_ids
+    (file,) = kept.folder.iterdir()
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[: 1 + AT_ONCE]) + "\n")
+    assert torch.equal(kept(samples=400).input_ids, expected)
+    assert file.read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize("damage", ["cut", "other head", "no JSON", "no ids", "no text"])
+def test_a_damaged_file_is_named(kept, damage):
+    kept()
+    (file,) = kept.folder.iterdir()
+    lines = file.read_text().splitlines()
+    if damage == "cut":
+        del lines[-1]
+    elif damage == "other head":
+        lines[0] = lines[0].replace("prompts", "prompt")
+    elif damage == "no JSON":
+        lines[1] = lines[1][:-3]
+    elif damage == "no ids":
+        lines[1] = json.dumps({**json.loads(lines[1]), "ids": [-4]})
+    file.write_bytes(b"\xff" if damage == "no text" else "\n".join(lines).encode())
+    with pytest.raises(CalibrationError, match=f"{file.name}.*remove"):
+        kept()
+
+
+def test_words_fall_back(model):
+    tokenizer = byte_tokenizer()
+    assert words_of(tokenizer).of(("LATIN",)) == words_of(tokenizer).letters

@@ -163,9 +163,6 @@ FUNCTIONS = {
     "repair_, dense": lambda model, calibration, plan, out: prunus.repair_(
         prunus.apply_plan(shared_model("llama", "gqa"), plan), model, plan, list(calibration.batches(2))
     ),
-    "text_for_repair": lambda model, calibration, plan, out: prunus.text_for_repair(
-        model, calibration, prunus.RepairOptions()
-    ),
     "perplexity": lambda model, calibration, plan, out: prunus.perplexity(model, byte_tokenizer(), "text", seq_len=4),
     "perplexity_of_windows": lambda model, calibration, plan, out: prunus.perplexity_of_windows(
         model, calibration.input_ids

@@ -92,12 +92,11 @@ def test_recipes_of_several_rounds_repairs_and_seeds(paths, tmp_path):
     recipes = {
         "default": prunus.Recipe(),
         "rounds": plain_recipe(rounds=2),
-        "own text": plain_recipe(repair=REPAIR),
-        "given text": plain_recipe(repair=RepairOptions(self_text=0)),
+        "repaired": plain_recipe(repair=REPAIR),
         "uniform": prunus.Recipe(selection=prunus.Constraints(shape="uniform")),
     }
     frame = run(paths, tmp_path / "out", recipes, [0.3], seeds=[0, 5])
-    assert len(frame) == 2 * (1 + 5)
+    assert len(frame) == 2 * (1 + 4)
     plans = {name.replace(" ", "-"): recipe for name, recipe in recipes.items()}
     frame["recipe"] = frame["recipe"].str.replace(" ", "-")
     check_against_prune(paths, frame, plans, tmp_path / "out")

@@ -130,8 +130,10 @@ def test_a_count_by_hand(folder, text, tmp_path, monkeypatch):
     stages = ahead.stages
     assert stages["scoring, round 1 of 2"] == pytest.approx(6 * 24 * (10 + 1000))
     assert stages["scoring, round 2 of 2"] == pytest.approx(3 * 24 * (0.9 * 10 + 1000))
-    # Half of the sequences: 72 tokens in pieces of 24, all at once.
-    assert stages["writing text"] == pytest.approx(24 * 7)
+    assert "writing text" not in stages
+    mixed = replace(job, calibration=replace(job.calibration, source=(*job.calibration.source, "self:3")))
+    # Three quarters of 6 and 4 sequences of 24 tokens: one batch, of texts of 24 tokens behind prompts of about 32.
+    assert forecast_prune(mixed, tmp_path / "out").stages["writing text"] == pytest.approx((24 + 32) * 7)
     heads = geometry.num_key_value_groups * geometry.head_dim
     for name, gone, sequences in (("cut and repair, round 1 of 2", 0.1, 1), ("cut and repair, round 2 of 2", 0.2, 6)):
         share = gone * geometry.total_parameters / ahead.removals[0].most

@@ -62,7 +62,6 @@ recipes = st.builds(
         damping=st.floats(1e-12, 1e3),
         residual=share,
         noise=share,
-        self_text=share,
         fit_logits=st.booleans(),
     ),
 )

@@ -12,7 +12,6 @@ from tiny_families import ONE_EACH, case_id, make_model, random_tokens
 
 import prunus
 from prunus.calibration import calibration_from_tokens
-from prunus.calibration.self_text import text_for_repair
 from prunus.errors import OptionError, PlanError
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
@@ -113,10 +112,10 @@ def test_only_the_last_repair_is_made_on_all_sequences():
     result = prunus.prune(model, 0.3, calibration, plain_recipe(options, repair=repair, rounds=2), progress=False)
     geometry = Geometry.of(model)
     first = select(score(model, calibration, options, progress=False).table, geometry, 0.15)
-    halfway, text = apply_plan(model, first), text_for_repair(model, calibration, repair.self_text, progress=False)
-    prunus.repair_(halfway, model, first, list(text.split(6)[0].batches(1)), repair, progress=False)
+    halfway = apply_plan(model, first)
+    prunus.repair_(halfway, model, first, list(calibration.split(6)[0].batches(1)), repair, progress=False)
     later = apply_plan(halfway, result.plan.after(first, Geometry.of(halfway)))
-    prunus.repair_(later, model, result.plan, list(text.batches(1)), repair, progress=False)
+    prunus.repair_(later, model, result.plan, list(calibration.batches(1)), repair, progress=False)
     for name, tensor in later.state_dict().items():
         torch.testing.assert_close(result.model.state_dict()[name], tensor)
 

@@ -59,7 +59,7 @@ def test_prune_with_weights_on_disk_saves_what_it_saves_with_them_in_memory(caps
         0.3,
         drawn,
         # A model on disk writes no text.
-        prunus.Recipe(rounds, prunus.ScoringOptions(method="taylor"), repair=prunus.RepairOptions(self_text=0)),
+        prunus.Recipe(rounds, prunus.ScoringOptions(method="taylor"), repair=prunus.RepairOptions()),
         engine="streamed",
         progress=False,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ class Batch:
     Attributes:
         input_ids: int64, shape (batch, seq_len).
         attention_mask: int64, shape (batch, seq_len), 1 for a token and 0 for padding; None when nothing is padded.
+        source: which of the calibration's sources all of them are of, counted from 0.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
+    source: int = 0
 
     @property
     def tokens(self) -> int:
@@ -52,7 +55,8 @@ class Provenance:
 
     Attributes:
         source: name of the source; of a file only its last part, never its place on a machine.
-        kind: `text`, `jsonl`, `parquet`, `hub`, `embedded`, `model`, `texts`, `tokens`, or `chat` for conversations.
+        kind: `text`, `jsonl`, `parquet`, `hub`, `embedded`, `model`, `texts`, `tokens`, `chat` for conversations, or
+            `mixture` of several sources.
         seed: what decided the order of documents and windows; None where nothing was drawn.
         samples: number of sequences.
         seq_len: tokens in a sequence.
@@ -60,6 +64,7 @@ class Provenance:
         documents: documents that were used; None where the source has none.
         sha256: hash of the token ids (and of the mask, if anything is padded).
         part: `all`, or which side of `Calibration.split` this is.
+        sources: of a mixture, where the sequences of each source came from.
     """
 
     source: str
@@ -71,10 +76,12 @@ class Provenance:
     documents: int | None
     sha256: str
     part: str = "all"
+    sources: tuple[Provenance, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types."""
-        return asdict(self)
+        """The fields as plain JSON types; `sources` only of a mixture."""
+        values = {name: value for name, value in asdict(self).items() if name != "sources"}
+        return {**values, "sources": [source.to_dict() for source in self.sources]} if self.sources else values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
@@ -84,13 +91,24 @@ class Provenance:
             CalibrationError: a field is missing or unknown.
         """
         known = {field.name for field in fields(cls)}
-        required = known - {"part"}
+        required = known - {"part", "sources"}
         if (missing := required - values.keys()) or (values.keys() - known):
             raise CalibrationError(
                 f"this is not the provenance of calibration data: missing {sorted(missing)}, "
                 f"unknown {sorted(values.keys() - known)}"
             )
-        return cls(**values)
+        return cls(**{**values, "sources": tuple(cls.from_dict(source) for source in values.get("sources", ()))})
+
+    def of_part(self, ids: Tensor, mask: Tensor | None, part: str) -> Provenance:
+        """The same for some of the sequences.
+
+        Args:
+            ids: (samples, seq_len).
+            mask: of the same shape; None when nothing is padded.
+            part: see the attribute.
+        """
+        tokens = ids.numel() if mask is None else int(mask.sum())
+        return replace(self, samples=len(ids), tokens=tokens, sha256=hash_tokens(ids, mask), part=part)
 
 
 @dataclass(frozen=True)
@@ -102,28 +120,46 @@ class Calibration:
         provenance: where they came from.
         attention_mask: int64, shape (samples, seq_len), 1 for a token and 0 for padding; None when nothing is padded,
             which is always so for calibration made from text.
+        sources: int64, shape (samples,): the source of each sequence, counted from 0; None where there is one. See
+            `prunus.calibration.sources`.
     """
 
     input_ids: Tensor
     provenance: Provenance
     attention_mask: Tensor | None = None
+    sources: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def each_source(self) -> list[Calibration]:
+        """The sequences of each source by themselves; of one source, all."""
+        if self.sources is None:
+            return [self]
+        return [
+            replace(self._part(self.sources == number, self.provenance.part), provenance=provenance, sources=None)
+            for number, provenance in enumerate(self.provenance.sources)
+            if provenance.samples
+        ]
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """The sequences in order, `batch_size` at a time; the last batch may be smaller.
+        """The sequences in order, `batch_size` at a time; of several sources, one source after the other.
+
+        The last batch of a source may be smaller.
 
         Raises:
             OptionError: `batch_size` is below 1.
         """
         check_whole("batch_size", batch_size)
-        masks = self.attention_mask.split(batch_size) if self.attention_mask is not None else None
         # Checked here, not in a generator: the error must come with the call, not with the first batch.
-        return (
-            Batch(ids, masks[number] if masks is not None else None)
-            for number, ids in enumerate(self.input_ids.split(batch_size))
+        return chain.from_iterable(
+            source._batches(number, batch_size) for number, source in enumerate(self.each_source())
         )
+
+    def _batches(self, source: int, batch_size: int) -> Iterator[Batch]:
+        masks = self.attention_mask.split(batch_size) if self.attention_mask is not None else None
+        for number, ids in enumerate(self.input_ids.split(batch_size)):
+            yield Batch(ids, masks[number] if masks is not None else None, source)
 
     def split(self, held_out: int) -> tuple[Calibration, Calibration]:
         """Part the last `held_out` sequences from the others.
@@ -139,23 +175,26 @@ class Calibration:
                 f"`held_out` is {held_out}, of {len(self)} calibration sequences: both parts need at least one"
             )
         cut = len(self) - held_out
-        return self._part(slice(None, cut), "fitted"), self._part(slice(cut, None), "held_out")
+        part = "" if self.provenance.part == "all" else f"{self.provenance.part}/"
+        return self._part(slice(None, cut), f"{part}fitted"), self._part(slice(cut, None), f"{part}held_out")
 
     def first(self, number: int) -> Calibration:
         """The first `number` sequences, at least one; itself where it has no more."""
         return self if number >= len(self) else self.split(len(self) - number)[0]
 
-    def _part(self, which: slice, name: str) -> Calibration:
+    def _part(self, which: slice | Tensor, name: str) -> Calibration:
         ids = self.input_ids[which]
         mask = self.attention_mask[which] if self.attention_mask is not None else None
-        provenance = replace(
-            self.provenance,
-            samples=len(ids),
-            tokens=ids.numel() if mask is None else int(mask.sum()),
-            sha256=hash_tokens(ids, mask),
-            part=name if self.provenance.part == "all" else f"{self.provenance.part}/{name}",
-        )
-        return Calibration(ids, provenance, mask)
+        provenance = self.provenance.of_part(ids, mask, name)
+        if self.sources is None:
+            return Calibration(ids, provenance, mask)
+        sources = self.sources[which]
+        rows = [sources == number for number in range(len(provenance.sources))]
+        each = [
+            source.of_part(ids[row], None if mask is None else mask[row], name)
+            for source, row in zip(provenance.sources, rows, strict=True)
+        ]
+        return Calibration(ids, replace(provenance, sources=tuple(each)), mask, sources)
 
 
 def hash_tokens(input_ids: Tensor, attention_mask: Tensor | None = None) -> str:

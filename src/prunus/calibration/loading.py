@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +18,12 @@ from prunus.calibration.embedded import embedded_name
 from prunus.calibration.files import TEXT_KINDS
 from prunus.calibration.hub import HUB_NAMES
 from prunus.calibration.packing import Packed, pack_documents, pack_windows
+from prunus.calibration.prompts import VERSION
 from prunus.calibration.reading import READERS, Reading, Wanted, shuffled
+from prunus.calibration.sources import mixed, read_sources, sequences_of
 from prunus.errors import CalibrationError, OptionError
 from prunus.files.user_path import expanded
-from prunus.option_values import check_seed, check_utf8, check_whole
+from prunus.option_values import check_seed, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +44,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
 
 
 def load_calibration(
-    source: str | None,
+    source: str | Sequence[str] | None,
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int = 128,
@@ -49,6 +52,7 @@ def load_calibration(
     seed: int = 0,
     reading: Reading | None = None,
     model: PreTrainedModel | None = None,
+    keep: Path | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Make `samples` sequences of `seq_len` tokens from a source of text.
@@ -61,13 +65,15 @@ def load_calibration(
     Args:
         source: None or `default` for the text that ships with Python; `self` for text the model writes; a `.txt`,
             `.md`, `.jsonl`, `.json` or `.parquet` file; `c4`, `wikitext2`, `ptb` or `owner/name[:config[:split]]` for a
-            data set of the hub.
+            data set of the hub. Several of them, `["FILE:2", "self"]`, share the sequences by weight, see
+            `prunus.calibration.sources`.
         tokenizer: of the model that will be calibrated.
         samples: number of sequences.
         seq_len: tokens in each.
         seed: of the shuffling, and of the sampling for `self`.
         reading: which column is text or conversations, and what a sequence begins with.
         model: needed only for `self`.
+        keep: folder in which what the model writes is kept, and found again.
         progress: show a bar on a terminal where it takes long (`self`).
 
     Raises:
@@ -75,10 +81,27 @@ def load_calibration(
         TextTooShortError: the source has fewer tokens than asked for.
         CalibrationError: the source is missing, unreadable, of an unknown kind, or has no such column.
     """
-    reading = reading or Reading()
     check_counts(samples, seq_len)
     check_seed("seed", seed)
-    check_utf8("the calibration source", source)
+    sources = read_sources(DEFAULT_SOURCE if source is None else source)
+    how: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "reading": reading or Reading(), "model": model}
+    each = zip(sources, sequences_of(sources, samples), strict=True)
+    return mixed([_loaded(one.name, tokenizer, number, **how, keep=keep, progress=progress) for one, number in each])
+
+
+def _loaded(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    *,
+    seq_len: int,
+    seed: int,
+    reading: Reading,
+    model: PreTrainedModel | None,
+    keep: Path | None,
+    progress: bool,
+) -> Calibration:
+    """The sequences of one source."""
     kind = _kind_of(source)
     name = embedded_name() if kind == "embedded" else str(source)
     column = column_of(reading.text_column, reading.chat_column, tokenizer)
@@ -88,14 +111,16 @@ def load_calibration(
             "`chat_column` out, or give one of these"
         )
     path, begin = expanded(name), begin_token_of(tokenizer) if reading.begin_token else None
+    which: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "seed": seed, "begin": begin}
     wanted = Wanted(
-        name, path, column, tokenizer, samples, seq_len, seed, begin, reading.fewer, model=model, progress=progress
+        name, path, column, tokenizer, **which, fewer=reading.fewer, model=model, keep=keep, progress=progress
     )
     try:
         packed = READERS[kind](wanted)
     except OSError as error:
         raise CalibrationError(f"cannot read the calibration text {name}: {error.strerror or error}") from error
-    shown = {"model": "sampled from the model", **dict.fromkeys(TEXT_KINDS.values(), path.name)}.get(kind, name)
+    own_text = f"written by the model, prompts {VERSION}"
+    shown = {"model": own_text, **dict.fromkeys(TEXT_KINDS.values(), path.name)}.get(kind, name)
     return _calibration(packed, shown, kind if reading.chat_column is None else "chat", seed)
 
 

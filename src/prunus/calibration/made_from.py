@@ -25,6 +25,7 @@ def made_from(model: Any, batches: Sequence[Batch], more: Mapping[str, Any]) -> 
         "model": digest_model(model),
         "calibration tokens": digest_batches(batches),
         "sequences per batch": [len(batch.input_ids) for batch in batches],
+        "source of each batch": [batch.source for batch in batches],
         "torch": torch.__version__,
         **more,
     }

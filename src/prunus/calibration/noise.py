@@ -12,6 +12,7 @@ Source: Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularizati
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def with_noise(batches: Sequence[Batch], share: float, vocabulary: int, seed: in
                     replaced &= ~keep
                 row[replaced] = wrong[replaced]
             number += 1
-        noised.append(Batch(ids.to(batch.input_ids.device), batch.attention_mask))
+        noised.append(replace(batch, input_ids=ids.to(batch.input_ids.device)))
     return noised
 
 

@@ -18,7 +18,7 @@ from prunus.calibration.begin_token import begin_with
 from prunus.errors import TextTooShortError
 from prunus.model.tokens import token_ids
 
-__all__ = ["Packed", "pack_documents", "pack_windows", "too_short"]
+__all__ = ["Packed", "pack_documents", "pack_tokens", "pack_windows", "too_short"]
 
 #: How many documents are tokenised together: about as much text as is needed still, taken at this many characters per
 #: token. What is missing then is taken from the next ones.
@@ -65,24 +65,59 @@ def pack_documents(
     Raises:
         TextTooShortError: there are fewer than `samples * seq_len` tokens; with `fewer`, not even one sequence.
     """
+    enough = samples * (seq_len - (begin is not None))
+
+    def encoded() -> Iterator[Tensor]:
+        remaining = (document for document in documents if document.strip())
+        found = 0
+        while some := _take(remaining, characters=_CHARACTERS_PER_TOKEN * (enough - found)):
+            for ids in token_ids(tokenizer, some, enough=enough - found):
+                found += len(ids)
+                yield ids
+
+    sizes = {"samples": samples, "seq_len": seq_len}
+    return pack_tokens(encoded(), tokenizer.eos_token_id, **sizes, name=name, fewer=fewer, begin=begin)
+
+
+def pack_tokens(
+    documents: Iterable[Tensor],
+    separator: int | None,
+    *,
+    samples: int,
+    seq_len: int,
+    name: str,
+    fewer: bool = False,
+    begin: int | None = None,
+) -> Packed:
+    """`pack_documents` of documents that are tokens.
+
+    Args:
+        documents: int64 vectors; read only until there are enough tokens.
+        separator: token between two documents; None for none.
+        samples: how many sequences.
+        seq_len: tokens in each.
+        name: of the source, for error messages.
+        fewer: do with as many whole sequences as there are.
+        begin: token that each sequence begins with.
+
+    Raises:
+        TextTooShortError: see `pack_documents`.
+    """
     length = seq_len - (begin is not None)
     needed = samples * length
-    separator = torch.tensor([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)], dtype=torch.int64)
-    remaining = (document for document in documents if document.strip())
+    between = torch.tensor([] if separator is None else [int(separator)], dtype=torch.int64)
     tokens: list[Tensor] = []
     found = used = 0
-    while found < needed:
-        some = _take(remaining, characters=_CHARACTERS_PER_TOKEN * (needed - found))
-        if not some:
-            if fewer and found >= length:
-                samples = found // length
-                break
+    for ids in documents:
+        tokens += [between, ids] if used else [ids]
+        found += len(ids) + len(between) * bool(used)
+        used += 1
+        if found >= needed:
+            break
+    else:
+        if not (fewer and found >= length):
             raise too_short(name, found, samples, seq_len)
-        for ids in token_ids(tokenizer, some, enough=needed - found):
-            if found < needed:
-                tokens += [separator, ids] if used else [ids]
-                found += len(ids) + len(separator) * bool(used)
-                used += 1
+        samples = found // length
     cut = torch.cat(tokens)[: samples * length].view(samples, length)
     return Packed(begin_with(begin, cut), used)
 

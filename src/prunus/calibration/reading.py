@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prunus.calibration.columns import Column
 from prunus.calibration.embedded import embedded_documents
 from prunus.calibration.files import json_documents, parquet_documents, text_readings
 from prunus.calibration.hub import hub_documents, hub_text
-from prunus.calibration.packing import Packed, pack_documents, pack_windows
-from prunus.calibration.sampled import sample_from_model
+from prunus.calibration.packing import Packed, pack_documents, pack_tokens, pack_windows
+from prunus.calibration.self_text import self_written
 from prunus.errors import CalibrationError
-from prunus.model.live import live_model
 
 __all__ = ["READERS", "Reading", "Wanted", "shuffled"]
 
@@ -55,6 +55,7 @@ class Wanted:
         begin: token that begins each sequence; None for none.
         fewer: do with as many sequences as the source has.
         model: that writes the text.
+        keep: folder in which what it writes is kept, and found again.
         progress: show a bar on a terminal where it takes long.
     """
 
@@ -68,6 +69,7 @@ class Wanted:
     begin: int | None
     fewer: bool
     model: Any
+    keep: Path | None
     progress: bool
 
     def windows(self, readings: Iterable[tuple[Iterable[str], int | None]]) -> Packed:
@@ -77,6 +79,10 @@ class Wanted:
     def documents(self, documents: Iterable[str]) -> Packed:
         """Documents, joined and cut, see `pack_documents`."""
         return pack_documents(documents, self.tokenizer, **self._how)
+
+    def tokens(self, documents: Iterable[Tensor]) -> Packed:
+        """Documents that are tokens already, joined and cut, see `pack_tokens`."""
+        return pack_tokens(documents, self.tokenizer.eos_token_id, **self._how)
 
     @property
     def _how(self) -> dict[str, Any]:
@@ -97,17 +103,11 @@ def _from_python(wanted: Wanted) -> Packed:
 def _from_model(wanted: Wanted) -> Packed:
     if wanted.model is None:
         raise CalibrationError(
-            f"the source {wanted.source!r} samples text from the model: give it as the argument `model`"
+            f"the source {wanted.source!r} has the model write text: give it as the argument `model`"
         )
-    ids = sample_from_model(
-        live_model(wanted.model),
-        samples=wanted.samples,
-        seq_len=wanted.seq_len,
-        seed=wanted.seed,
-        begin=wanted.begin,
-        progress=wanted.progress,
-    )
-    return Packed(ids, wanted.samples)
+    how: dict[str, Any] = {"seq_len": wanted.seq_len, "seed": wanted.seed, "begin": wanted.begin}
+    written = self_written(wanted.model, wanted.tokenizer, **how, keep=wanted.keep, progress=wanted.progress)
+    return wanted.tokens(document.ids for document in written)
 
 
 def _from_text(wanted: Wanted) -> Packed:

@@ -85,14 +85,15 @@ class _Calibration:
 
     Attributes:
         calibration: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for
-            the text that ships with Python; `self` for text that the model writes.
+            the text that ships with Python; `self` for text that the model writes. Repeat it for several, which share
+            the sequences equally, or by weight: `--calibration FILE:2 --calibration self`.
         samples: number of sequences.
         seq_len: tokens per sequence.
         seed: decides which sequences are drawn, and everything else that is random.
         chat_column: column that holds conversations in place of text.
     """
 
-    calibration: str | None = None
+    calibration: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     samples: int | None = None
     seq_len: int | None = None
     seed: Annotated[int | None, UNLISTED] = None

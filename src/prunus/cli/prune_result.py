@@ -61,5 +61,6 @@ def _perplexity_row(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if metrics["perplexity_after"] is None:
         return []
     before, after = metrics["perplexity_before"], metrics["perplexity_after"]
-    times = f"{after:.2f} ({after / before:.2f} ×)"
-    return [(f"perplexity, {metrics['perplexity_text']}", f"{before:.2f}", times)]
+    rows = [(f"perplexity, {metrics['perplexity_text']}", before, after)]
+    rows += [(f"  {each['source']}", each["before"], each["after"]) for each in metrics.get("perplexity_by_source", ())]
+    return [(name, f"{before:.2f}", f"{after:.2f} ({after / before:.2f} ×)") for name, before, after in rows]

@@ -17,16 +17,16 @@ from prunus.calibration import Calibration
 from prunus.errors import CalibrationError, OptionError
 from prunus.files.outputs import claimed, output_folder, whole_file
 from prunus.machine.byte_sizes import parse_bytes
-from prunus.machine.metering import Cost, metered
+from prunus.machine.metering import metered
 from prunus.machine.stages import Stages
 from prunus.model.geometry import Geometry
-from prunus.pipeline.cutting import Passes, Prepared, cut, repair_seed, repair_text
+from prunus.pipeline.cutting import Passes, cut, repair_seed
 from prunus.pipeline.forecast import Forecast, begun, forecast
 from prunus.pipeline.inputs import Inputs, open_inputs
 from prunus.pipeline.job import Job
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.request import Request, check_request
-from prunus.pipeline.stages import LOADING, WRITING, comparing, scoring
+from prunus.pipeline.stages import comparing, scoring
 from prunus.repair.block_repair import Cut, repair_together_
 from prunus.report import try_report
 from prunus.results.comparison import DENSE, plan_name
@@ -90,8 +90,7 @@ def compare(
         if not claim.finished:
             request = _request(job, recipes, ratios, out, seeds, overwrite)
             stages = begun(request, progress)
-            with stages.enter(LOADING):
-                inputs = open_inputs(request, progress=progress)
+            inputs = open_inputs(request, stages)
             if not inputs.measurable:
                 raise CalibrationError("there is no text left to measure perplexity on; give an evaluation text")
             about = {
@@ -105,9 +104,10 @@ def compare(
                 record = _Record(place, about, [DENSE, *recipes], stages)
                 with _shown_if_lost(record):
                     for seed in seeds:
-                        if seed != seeds[0]:
-                            inputs = inputs.drawn_again(replace(job.calibration, seed=seed), progress=progress)
                         with stages.enter(comparing(seed, seeds)):
+                            if seed != seeds[0]:
+                                drawn = replace(job.calibration, seed=seed)
+                                inputs = inputs.with_texts(request, drawn, progress=progress)
                             _compare_with(inputs, job, recipes, ratios, record, seed)
         if job.output.report:
             try_report(out)
@@ -179,18 +179,16 @@ def _compare_with(
             engine=passes.engine,
             progress=passes.progress,
         )
-    named = [_Shared(*each, None) for each in zip(recipes, recipes.values(), scores, strict=True)]
-    shared = _with_texts(inputs, named, passes)
+    shared = [_Shared(*each) for each in zip(recipes, recipes.values(), scores, strict=True)]
     at_once = [one for one in shared if len(one.recipe.steps(0.0)) == 1]
-    # A repair and the seed of the text that the model writes for it: what cuts must have in common to share a walk.
+    # A repair and the seed of its random tokens: what cuts must have in common to share a walk.
     kinds = dict.fromkeys((one.recipe.repair, one.recipe.scoring.random_seed) for one in at_once)
     for kind in kinds:
         alike = [one for one in at_once if (one.recipe.repair, one.recipe.scoring.random_seed) == kind]
         _cut_together(inputs, job, alike, ratios, record, seed)
     for one, ratio in product([one for one in shared if one not in at_once], ratios):
         with metered(inputs.model.device) as cost:
-            prepared = Prepared(one.score, one.text)
-            result = cut(inputs.model, ratio, prepared, one.recipe, passes, inputs.calibration)
+            result = cut(inputs.model, ratio, one.score, one.recipe, passes, inputs.calibration)
         row = one.row(ratio, seed, cost.seconds, cost.peak_bytes)
         record.keep_plan(result.plan, row)
         record.add(inputs, result.model, [row])
@@ -204,38 +202,17 @@ class _Shared:
         name: of the recipe.
         recipe: itself.
         score: of the dense model.
-        text: of its repairs; None where there are none.
-        writing: what it cost to make the text.
     """
 
     name: str
     recipe: Recipe
     score: Score
-    text: Calibration | None
-    writing: Cost | None = None
 
     def row(self, ratio: float, seed: int, seconds: float, peak_bytes: int | None) -> _Row:
         """A row with the cost of all that led to it."""
         about = self.score.about
-        writing = (self.writing.seconds, self.writing.peak_bytes) if self.writing else (0.0, None)
-        peaks = [peak for peak in (about["peak_bytes"], writing[1], peak_bytes) if peak is not None]
-        return _Row(self.name, ratio, seed, about["seconds"] + writing[0] + seconds, max(peaks, default=None))
-
-
-def _with_texts(inputs: Inputs, shared: Sequence[_Shared], passes: Passes) -> list[_Shared]:
-    """The same with the texts of the repairs; recipes that want the same text share it."""
-    texts: dict[tuple[float, int | None], tuple[Calibration | None, Cost]] = {}
-    result = []
-    for one in shared:
-        if one.recipe.repair is not None:
-            key = one.recipe.repair.self_text, one.recipe.scoring.random_seed
-            if key not in texts:
-                with passes.stages.enter(WRITING), metered(inputs.model.device) as cost:
-                    text = repair_text(inputs.model, inputs.calibration, one.recipe, progress=passes.progress)
-                texts[key] = text, cost
-            one = replace(one, text=texts[key][0], writing=texts[key][1])
-        result.append(one)
-    return result
+        peaks = [peak for peak in (about["peak_bytes"], peak_bytes) if peak is not None]
+        return _Row(self.name, ratio, seed, about["seconds"] + seconds, max(peaks, default=None))
 
 
 def _cut_together(
@@ -245,7 +222,7 @@ def _cut_together(
 
     Results with the same plan are the same model: it is made and measured once, for all of them.
     """
-    dense, repair, text = inputs.model, alike[0].recipe.repair, alike[0].text
+    dense, repair, text = inputs.model, alike[0].recipe.repair, inputs.calibration
     plans: dict[str, Plan] = {}
     wanted: dict[str, list[tuple[_Shared, float]]] = {}
     for one, ratio in product(alike, ratios):
@@ -284,10 +261,11 @@ def _cut_together(
 def _at_once(inputs: Inputs, job: Job, plans: Sequence[Plan], text: Calibration | None) -> int:
     limit = parse_bytes(job.run.max_memory) if job.run.max_memory else None
     tokens = 0 if text is None else text.input_ids.numel()
-    return cuts_at_once(inputs.model, plans, tokens, free_memory(inputs.model.device, limit))
+    sources = 1 if text is None else len(text.each_source())
+    return cuts_at_once(inputs.model, plans, tokens, free_memory(inputs.model.device, limit), sources)
 
 
-def cuts_at_once(dense: Any, plans: Sequence[Plan], tokens: int, free: int | None) -> int:
+def cuts_at_once(dense: Any, plans: Sequence[Plan], tokens: int, free: int | None, sources: int = 1) -> int:
     """How many cuts are repaired in one go: as many as fit into half of the free memory, and one at least.
 
     Args:
@@ -295,12 +273,13 @@ def cuts_at_once(dense: Any, plans: Sequence[Plan], tokens: int, free: int | Non
         plans: the cuts.
         tokens: that they are repaired on.
         free: memory that may still be taken, in bytes; None = not known: one at a time.
+        sources: of the tokens.
     """
     if free is None or not plans:
         return 1
     geometry = Geometry.of(dense)
     largest = max(geometry.parameters_left(plan.kept_widths) for plan in plans)
-    return max(1, min(len(plans), free // 2 // bytes_of_a_cut(dense, largest, tokens)))
+    return max(1, min(len(plans), free // 2 // bytes_of_a_cut(dense, largest, tokens, sources)))
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from prunus.calibration import Calibration
-from prunus.calibration.self_text import text_for_repair
 from prunus.machine.stages import Stages
 from prunus.model.geometry import Geometry
-from prunus.model.layers import layers_of
 from prunus.pipeline.multimodal import recipe_inside
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.rounds import Round, carry_over
-from prunus.pipeline.stages import WRITING, cutting, scoring
-from prunus.pipeline.work_folder import SELF_TEXT, of_round
+from prunus.pipeline.stages import cutting, scoring
+from prunus.pipeline.work_folder import of_round
 from prunus.repair.block_repair import Repair, repair_
 from prunus.scoring.score import Score, ScoringOptions, score, seed_of
 from prunus.selection.plan import Plan
@@ -25,7 +23,7 @@ from prunus.selection.table import with_costs
 from prunus.surgery import apply_plan
 from prunus.sweep import EngineChoice
 
-__all__ = ["Passes", "Prepared", "PruneResult", "cut", "prepare", "repair_seed", "repair_text"]
+__all__ = ["Passes", "PruneResult", "cut", "first_scores", "repair_seed"]
 
 
 @dataclass(frozen=True)
@@ -94,21 +92,8 @@ class Passes:
         return None if self.work is None else self.work.joinpath(*names)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What several cuts of one model can share.
-
-    Attributes:
-        score: the scores of the dense model.
-        repair_text: the sequences that repairs are made on; None without a repair.
-    """
-
-    score: Score
-    repair_text: Calibration | None
-
-
-def prepare(model: Any, calibration: Calibration | None, ratio: float, recipe: Recipe, passes: Passes) -> Prepared:
-    """Score the dense model, and have it write the text of the repairs.
+def first_scores(model: Any, calibration: Calibration | None, ratio: float, recipe: Recipe, passes: Passes) -> Score:
+    """Score the dense model.
 
     Args:
         model: the dense model.
@@ -118,22 +103,7 @@ def prepare(model: Any, calibration: Calibration | None, ratio: float, recipe: R
         passes: how passes run.
     """
     steps = recipe.steps(ratio)
-    scored = passes.score(model, calibration, recipe.scoring, steps[0], len(steps))
-    if not recipe.writes_text or layers_of(model).stored:
-        return Prepared(scored, repair_text(model, calibration, recipe, progress=passes.progress))
-    with passes.stages.enter(WRITING):
-        text = repair_text(model, calibration, recipe, work=passes.part(SELF_TEXT), progress=passes.progress)
-    return Prepared(scored, text)
-
-
-def repair_text(
-    model: Any, calibration: Calibration | None, recipe: Recipe, *, work: Path | None = None, progress: bool = True
-) -> Calibration | None:
-    """The sequences that the repairs of a recipe are made on, see `prunus.text_for_repair`; None without a repair."""
-    if recipe.repair is None or calibration is None:
-        return None
-    seed = repair_seed(calibration, recipe)
-    return text_for_repair(model, calibration, recipe.repair.self_text, seed=seed, work=work, progress=progress)
+    return passes.score(model, calibration, recipe.scoring, steps[0], len(steps))
 
 
 def repair_seed(calibration: Calibration | None, recipe: Recipe) -> int:
@@ -145,7 +115,7 @@ def repair_seed(calibration: Calibration | None, recipe: Recipe) -> int:
 def cut(
     model: Any,
     ratio: float,
-    prepared: Prepared,
+    scored: Score,
     recipe: Recipe,
     passes: Passes,
     calibration: Calibration | None,
@@ -155,15 +125,15 @@ def cut(
     Args:
         model: the dense model.
         ratio: share to remove in the end.
-        prepared: the dense model's scores, and the text of the repairs.
+        scored: the dense model's scores.
         recipe: how.
         passes: how passes run.
-        calibration: what later rounds are scored on.
+        calibration: what later rounds are scored on, and all are repaired on.
     """
     recipe = recipe_inside(recipe, model)
     geometry, steps = Geometry.of(model), recipe.steps(ratio)
-    costs, text, repairing = recipe.target.costs(geometry), prepared.repair_text, recipe.repair is not None
-    pruned, plan, table = model, Plan.keep_all(geometry), with_costs(prepared.score.table, costs)
+    costs, repairing = recipe.target.costs(geometry), recipe.repair is not None
+    pruned, plan, table = model, Plan.keep_all(geometry), with_costs(scored.table, costs)
     repairs: Sequence[Repair] = ()
     for step in steps:
         if step.number > 1:
@@ -173,7 +143,7 @@ def cut(
         with passes.stages.enter(cutting(step.number, len(steps), repairing)):
             earlier, plan = plan, select(table, geometry, step.share, recipe.selection, costs, last=step.last)
             pruned = apply_plan(pruned, plan.after(earlier, Geometry.of(pruned)))
-            sequences = _first(text, step.repaired_on)
+            sequences = _first(calibration, step.repaired_on)
             if recipe.repair is not None and sequences is not None:
                 repairs = repair_(
                     pruned,
@@ -185,10 +155,7 @@ def cut(
                     work=passes.part(of_round(step.number), "repair"),
                     progress=passes.progress,
                 )
-    findings: dict[str, Any] = {"rounds": len(steps)}
-    if text is not None:
-        findings["repair_text"] = text.provenance.to_dict()
-    scored = replace(prepared.score, table=table, about={**prepared.score.about, **findings})
+    scored = replace(scored, table=table, about={**scored.about, "rounds": len(steps)})
     return PruneResult(pruned, plan, scored.with_target(recipe.target, plan), repairs)
 
 

@@ -7,13 +7,15 @@ probe does not do, by typical speeds.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-from prunus.calibration.sampled import PIECE_LENGTH, PIECES_AT_ONCE
+from prunus.calibration.loading import SELF_SOURCE
+from prunus.calibration.self_text import AT_ONCE, FEWEST_NEW, LONGEST_PROMPT, MOST_NEW
 from prunus.checkpoint import model_bytes
 from prunus.evaluation.samples import NEW_TOKENS, PROMPTS
 from prunus.machine.byte_sizes import show_bytes
@@ -223,13 +225,14 @@ class _Timetable:
     def stages(self) -> dict[str, float]:
         """The stages in order."""
         request = self._request
+        texts = {LOADING: self.loading(), **({WRITING: self.writing()} if request.workload.writes_text else {})}
         if not request.ratios:
-            return {LOADING: self.loading(), scoring(1, 1): self.scoring(request.recipes[0], 1.0, 1.0)}
+            return {**texts, scoring(1, 1): self.scoring(request.recipes[0], 1.0, 1.0)}
         if not request.saves:
             seconds = self.comparing()
-            return {LOADING: self.loading(), **{comparing(seed, request.seeds): seconds for seed in request.seeds}}
+            return {**texts, **{comparing(seed, request.seeds): seconds for seed in request.seeds}}
         recipe, ratio = request.recipes[0], request.ratios[0]
-        stages = {LOADING: self.loading(), **self.pruning(recipe, ratio)}
+        stages = {**texts, **self.pruning(recipe, ratio)}
         stages[MEASURING] = self.measuring(0.0) + self.measuring(ratio)
         if request.job.output.report and request.engine == "resident":
             stages[SAMPLES] = self.samples(0.0) + self.samples(ratio)
@@ -245,14 +248,12 @@ class _Timetable:
         return SMALL_FILES + weights / READING + tokens / TOKENISING
 
     def pruning(self, recipe: Recipe, ratio: float) -> dict[str, float]:
-        """Scoring, writing text, cutting and repairing, in rounds."""
+        """Scoring, cutting and repairing, in rounds."""
         steps, sequences = recipe.steps(ratio), self._request.workload.sequences
         stages, gone = {}, 0.0
         for step in steps:
             part = step.scored_on(sequences) / max(sequences, 1)
             stages[scoring(step.number, len(steps))] = self.scoring(recipe, 1 - gone, part)
-            if step.number == 1 and recipe.writes_text and self._request.engine == "resident":
-                stages[WRITING] = self.writing(recipe)
             part = step.repaired_on(sequences) / max(sequences, 1)
             gone = step.share
             stages[cutting(step.number, len(steps), recipe.repair is not None)] = self.cutting(recipe, gone, part)
@@ -273,16 +274,18 @@ class _Timetable:
             seconds += probes * tokens / 8 * (self._forward + self._probe.head_forward)
         return seconds
 
-    def writing(self, recipe: Recipe) -> float:
-        """Text that the model writes for its repair."""
+    def writing(self) -> float:
+        """Text that the model writes, if none is kept."""
         request = self._request
-        share = recipe.repair.self_text if recipe.repair is not None else 0.0
-        length = min(request.seq_len, PIECE_LENGTH)
-        pieces = -(-int(share * request.workload.sequences) * request.seq_len // length)
-        rows = min(pieces, PIECES_AT_ONCE)
-        if not pieces:
-            return 0.0
-        return pieces / rows * length * self._probe.writing(rows, length // 2, True)
+        sources = request.job.calibration.sources
+        share = sum(source.weight for source in sources if source.name == SELF_SOURCE)
+        share /= sum(source.weight for source in sources)
+        wanted = share * (request.workload.sequences + request.held_out) * request.seq_len
+        least, most = min(FEWEST_NEW, request.seq_len), min(MOST_NEW, request.seq_len)
+        length = (least + most) // 2
+        passes = math.ceil(wanted / (AT_ONCE * length)) * (length + LONGEST_PROMPT // 2)
+        reading = self._bytes / READING if request.engine == "streamed" else 0.0
+        return passes * (self._probe.writing(AT_ONCE, length // 2, True) + reading)
 
     def cutting(self, recipe: Recipe, gone: float, part: float) -> float:
         """Selecting, cutting, and repairing what is left on a part of the sequences."""
@@ -324,12 +327,9 @@ class _Timetable:
         request = self._request
         passes = {(recipe.scoring.takes_gradients, recipe.scoring.noise): recipe for recipe in request.recipes}
         seconds = self.measuring(0.0) + sum(self.scoring(recipe, 1.0, 1.0) for recipe in passes.values())
-        if writers := [recipe for recipe in request.recipes if recipe.writes_text]:
-            seconds += self.writing(writers[0])
         for recipe, ratio in product(request.recipes, request.ratios):
             own = self.pruning(recipe, ratio)
             own.pop(next(iter(own)))  # the first scoring is shared
-            own.pop(WRITING, None)
             seconds += sum(own.values()) + self.measuring(ratio)
         return seconds
 

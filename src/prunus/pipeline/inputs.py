@@ -20,11 +20,13 @@ from prunus.evaluation.perplexity import (
     window_length,
 )
 from prunus.evaluation.zero_shot import EncodedTask, encode_task, zero_shot_of
+from prunus.machine.stages import Stages
 from prunus.model.geometry import Geometry
 from prunus.model.tokens import check_tokens
 from prunus.model.whole import attach_whole_
 from prunus.pipeline.options import DEFAULT_CALIBRATION_LEN, CalibrationOptions, EvaluationOptions
 from prunus.pipeline.request import Request
+from prunus.pipeline.stages import LOADING, WRITING
 from prunus.sweep import Engine
 from prunus.sweep.engine import load_or_open
 from prunus.sweep.sequence_loss import PerplexityResult, perplexity_of_windows
@@ -45,15 +47,25 @@ def draw_calibration(
     *,
     held_out: int,
     needed: bool,
+    keep: Path | None = None,
     progress: bool = True,
 ) -> tuple[Calibration | None, Calibration | None]:
-    """The sequences to calibrate on, and others of the same source that are held out for measuring.
+    """The sequences to calibrate on, and others of the same sources that are held out for measuring.
+
+    Args:
+        model: the dense model.
+        tokenizer: its tokenizer.
+        options: the sources.
+        held_out: number of held-out sequences.
+        needed: whether there are sequences to calibrate on at all.
+        keep: folder in which text that the model writes is kept, and found again.
+        progress: show progress bars on a terminal.
 
     Raises:
         OptionError: the model cannot read them, see `prunus.model.tokens.check_tokens`.
         CalibrationError: the text is missing, unreadable or too short.
     """
-    calibration, rest = _draw(model, tokenizer, options, held_out, needed, progress)
+    calibration, rest = _draw(model, tokenizer, options, held_out, needed, keep, progress)
     for part in (calibration, rest):
         if part is not None:
             check_tokens(model.config, part.input_ids)
@@ -70,7 +82,13 @@ def draw_calibration(
 
 
 def _draw(
-    model: Any, tokenizer: Any, options: CalibrationOptions, held_out: int, needed: bool, progress: bool
+    model: Any,
+    tokenizer: Any,
+    options: CalibrationOptions,
+    held_out: int,
+    needed: bool,
+    keep: Path | None,
+    progress: bool,
 ) -> tuple[Calibration | None, Calibration | None]:
     samples = options.samples if needed else 0
     if samples + held_out == 0:
@@ -83,6 +101,7 @@ def _draw(
         seed=options.seed,
         reading=Reading(options.text_column, options.chat_column, options.begin_token),
         model=model,
+        keep=keep,
         progress=progress,
     )
     if not held_out:
@@ -97,7 +116,7 @@ def _draw(
         logger.warning(
             "%s has no %d sequences beyond the %d to calibrate on, so perplexity is not measured; give an evaluation "
             "text, or fewer held-out sequences",
-            options.source,
+            options.name,
             held_out,
             samples,
         )
@@ -148,60 +167,73 @@ class Inputs:
             )
         return None
 
+    def measure_sources(self, model: Any, *, progress: bool = True) -> list[tuple[str, float]]:
+        """Perplexity on the held-out sequences of each source, by name; nothing where there is one, or a text."""
+        sources = self.held_out.each_source() if self.held_out is not None and self.text is None else []
+        return [
+            (source.provenance.source, perplexity_of_windows(model, source.input_ids, progress=progress).perplexity)
+            for source in (sources if len(sources) > 1 else ())
+        ]
+
     def accuracies(self, model: Any) -> dict[str, float]:
         """Zero-shot accuracy of a model on each task, normalised by length where the task's rules say so."""
         results = (zero_shot_of(model, task) for task in self.tasks)
         return {result.task: result.accuracy_norm for result in results}
 
-    def drawn_again(self, calibration: CalibrationOptions, *, progress: bool = True) -> Inputs:
-        """The same model and evaluation text with other calibration sequences.
+    def with_texts(self, request: Request, calibration: CalibrationOptions, *, progress: bool = True) -> Inputs:
+        """The same model and evaluation text with calibration sequences drawn.
 
         Args:
-            calibration: with another seed.
+            request: what a command is asked to do.
+            calibration: its own, or with another seed.
             progress: show progress bars on a terminal.
         """
         sequences, held_out = draw_calibration(
             self.model,
             self.tokenizer,
             calibration,
-            held_out=0 if self.held_out is None else len(self.held_out),
-            needed=self.calibration is not None,
+            held_out=request.held_out,
+            needed=request.calibrates,
+            keep=request.beside,
             progress=progress,
         )
         return replace(self, calibration=sequences, held_out=held_out)
 
 
-def open_inputs(request: Request, *, progress: bool = True) -> Inputs:
+def open_inputs(request: Request, stages: Stages) -> Inputs:
     """Load the model and the texts of a request that was checked.
 
     Args:
         request: what a command is asked to do.
-        progress: show progress bars on a terminal.
+        stages: told which stage begins.
 
     Raises:
         PrunusError: whatever is wrong with weights or texts.
     """
+    calibration, writes = request.job.calibration, request.workload.writes_text
+    with stages.enter(LOADING):
+        inputs = _opened(request, stages.progress)
+        if not writes:
+            return inputs.with_texts(request, calibration, progress=stages.progress)
+    with stages.enter(WRITING):
+        return inputs.with_texts(request, calibration, progress=stages.progress)
+
+
+def _opened(request: Request, progress: bool) -> Inputs:
+    """The model, and the texts that it is measured on."""
     job = request.job
     run = replace(job.run, engine=request.engine, max_memory=None)
     dense, tokenizer, engine = load_or_open(job.model, run, scratch=request.work, progress=progress)
     if job.output.text_only:
         attach_whole_(dense, None)
-    name, windows = f"held-out calibration sequences ({Path(job.calibration.source).name})", None
+    name, windows = f"held-out calibration sequences ({job.calibration.name})", None
     if request.text is not None:
         name = Path(str(job.evaluation.text)).name
         windows = _windows(dense.config, tokenizer, request.text, job.evaluation)
         warn_of_few_tokens(name, windows.ids.numel() - len(windows.ids))
     encoded = [encode_task(dense.config, tokenizer, task, limit=job.evaluation.items) for task in request.tasks]
-    sequences, held_out = draw_calibration(
-        dense,
-        tokenizer,
-        job.calibration,
-        held_out=request.held_out,
-        needed=request.calibrates,
-        progress=progress,
-    )
     geometry = Geometry.of(dense)
-    return Inputs(job.model, dense, tokenizer, engine, geometry, sequences, held_out, windows, name, encoded)
+    return Inputs(job.model, dense, tokenizer, engine, geometry, None, None, windows, name, encoded)
 
 
 def _windows(config: Any, tokenizer: Any, text: str, options: EvaluationOptions) -> TextWindows:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from prunus.calibration.loading import SELF_SOURCE
 from prunus.errors import OptionError, PlanError
 from prunus.pipeline.job import Job
 from prunus.pipeline.recipe import Recipe
@@ -40,6 +41,17 @@ def _read_weights(raw: Any, name: str) -> tuple[tuple[str, float], ...]:
     return tuple((word, float(weight)) for word, weight in entries)
 
 
+def _read_sources(raw: Any, name: str) -> tuple[str, ...]:
+    words = (raw,) if isinstance(raw, str) else raw
+    if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
+        raise OptionError(f"{name} is {shown(raw)}; write a text, or a list of them: [FILE:2, self]")
+    return tuple(words)
+
+
+def _written_sources(words: tuple[str, ...]) -> str | list[str]:
+    return words[0] if len(words) == 1 else list(words)
+
+
 def _read_alignment(raw: Any, name: str) -> int:
     if isinstance(raw, str) and raw in ALIGNMENTS:
         return ALIGNMENTS[raw]
@@ -60,6 +72,14 @@ def _read_profile(raw: Any, name: str) -> LatencyProfile:
         raise OptionError(f"{name}: {error}") from error
 
 
+def _share_of_own_text(share: Any, values: dict[str, Any]) -> None:
+    """`repair.self_text`: the share of text that the model wrote for its repair, a source of its own today."""
+    if isinstance(share, int | float) and 0 < share <= 1:
+        given = values.get("calibration.source", ("default",))
+        others = [f"{source}:{(1 - share) / len(given):g}" for source in given if share < 1]
+        values["calibration.source"] = (*others, f"{SELF_SOURCE}:{share:g}")
+
+
 #: the settings of `prunus prune`, `score`, `plan` and `compare`
 JOB = Sheet(
     Job(""),
@@ -68,11 +88,13 @@ JOB = Sheet(
     example="repair.damping=0.1",
     presets={name: lambda recipe=recipe: Job("", recipe=recipe()) for name, recipe in PRESETS.items()},  # type: ignore[misc]
     forms={
+        "calibration.source": Form(_read_sources, _written_sources, "text, or a list, each text"),
         "scoring.hybrid": Form(_read_weights, dict),
         "selection.align": Form(_read_alignment),
         "target.profile": Form(_read_profile, LatencyProfile.to_dict, "a file of `prunus profile`"),
     },
     at_top=frozenset({"recipe"}),
+    earlier={"repair.self_text": _share_of_own_text},
 )
 
 read_job, job_text = JOB.read, JOB.text

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from prunus.calibration.loading import check_counts
+from prunus.calibration.loading import SELF_SOURCE, check_counts
+from prunus.calibration.sources import Source, read_sources, sequences_of
 from prunus.evaluation.perplexity import DEFAULT_SEQ_LEN, window_length
 from prunus.model.tokens import check_seq_len, longest_context
 from prunus.option_values import check_seed, check_utf8, check_whole
@@ -22,7 +24,8 @@ class CalibrationOptions:
 
     Attributes:
         source: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for
-            the text that ships with Python; `self` for text that the model writes.
+            the text that ships with Python; `self` for text that the model writes. Several of them share the sequences,
+            equally or by weight: `[FILE:2, self]`.
         samples: number of sequences.
         seq_len: tokens per sequence; by default 512, or as many as the model has positions for if those are fewer.
         seed: decides which sequences are drawn.
@@ -34,7 +37,7 @@ class CalibrationOptions:
             with it.
     """
 
-    source: str = "default"
+    source: tuple[str, ...] = ("self", "default")
     samples: int = 128
     seq_len: int | None = None
     seed: int = 0
@@ -45,7 +48,29 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         check_counts(self.samples, DEFAULT_CALIBRATION_LEN if self.seq_len is None else self.seq_len)
         check_seed("seed", self.seed)
-        check_utf8("calibration", self.source)
+        if isinstance(self.source, str):
+            object.__setattr__(self, "source", (self.source,))
+        sequences_of(self.sources, self.samples)
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources with their weights."""
+        return read_sources(self.source)
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model writes some of the text."""
+        return SELF_SOURCE in self.names
+
+    @property
+    def names(self) -> list[str]:
+        """The sources without their weights."""
+        return [source.name for source in self.sources]
+
+    @property
+    def name(self) -> str:
+        """The sources for a reader: of files the last part of the path."""
+        return " + ".join(Path(name).name for name in self.names)
 
     def length(self, config: Any) -> int:
         """Tokens per sequence for a model.

@@ -16,10 +16,9 @@ from prunus.evaluation.samples import side_by_side
 from prunus.files.outputs import claimed
 from prunus.machine.stages import Stages
 from prunus.model.geometry import Geometry
-from prunus.model.layers import layers_of
 from prunus.model.live import live_model
 from prunus.model.tokens import check_tokens
-from prunus.pipeline.cutting import Passes, PruneResult, cut, prepare
+from prunus.pipeline.cutting import Passes, PruneResult, cut, first_scores
 from prunus.pipeline.forecast import Forecast, begun, forecast
 from prunus.pipeline.inputs import Inputs, open_inputs
 from prunus.pipeline.job import Job
@@ -28,12 +27,12 @@ from prunus.pipeline.multimodal import recipe_inside, whole_metrics
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.request import check_request
-from prunus.pipeline.stages import LOADING, MEASURING, SAMPLES, SAVING, stages_of
+from prunus.pipeline.stages import MEASURING, SAMPLES, SAVING, WRITING, stages_of
 from prunus.pipeline.work_folder import WorkFolder
 from prunus.report import try_report
 from prunus.results.result_folder import read_metrics, save_result
 from prunus.selection.select import check_reachable
-from prunus.sweep import Engine, EngineChoice
+from prunus.sweep import EngineChoice
 from prunus.sweep.engine import model_name
 from prunus.version import __version__
 
@@ -76,10 +75,10 @@ def prune(
     check_reachable(geometry, ratio, recipe.selection, recipe.target.costs(geometry))
     if calibration is not None:
         check_tokens(model.config, calibration.input_ids)
-    held: Engine = "streamed" if layers_of(model).stored else "resident"
-    stages = Stages(stages_of(recipe, ratio, held), model.device, progress)
+    stages = Stages(stages_of(recipe, ratio), model.device, progress)
     passes = Passes(batch_size, engine, work, stages)
-    return cut(model, ratio, prepare(model, calibration, ratio, recipe, passes), recipe, passes, calibration)
+    scored = first_scores(model, calibration, ratio, recipe, passes)
+    return cut(model, ratio, scored, recipe, passes, calibration)
 
 
 def prune_checkpoint(
@@ -159,13 +158,12 @@ def _made(
     """Check, load, prune, measure and save; the metrics."""
     request = check_request(job, out, work=folder.path, saves=True, overwrite=overwrite)
     asked, job = job, request.job
-    pruning = stages_of(job.recipe, job.ratio, request.engine)
+    pruning = [*([WRITING] if request.workload.writes_text else []), *stages_of(job.recipe, job.ratio)]
     stages = begun(request, progress)
-    with stages.enter(LOADING):
-        inputs = open_inputs(request, progress=progress)
+    inputs = open_inputs(request, stages)
     passes = Passes(job.run.batch_size, inputs.engine, folder.used_by(inputs.engine), stages)
-    prepared = prepare(inputs.model, inputs.calibration, job.ratio, job.recipe, passes)
-    result = cut(inputs.model, job.ratio, prepared, job.recipe, passes, inputs.calibration)
+    scored = first_scores(inputs.model, inputs.calibration, job.ratio, job.recipe, passes)
+    result = cut(inputs.model, job.ratio, scored, job.recipe, passes, inputs.calibration)
     with stages.enter(MEASURING):
         measured = _measured(inputs, result, progress)
     samples: list[dict[str, str]] = []
@@ -206,12 +204,18 @@ def _measured(inputs: Inputs, result: PruneResult, progress: bool) -> dict[str, 
     """Parameters and perplexity before and after."""
     before = inputs.measure(inputs.model, progress=progress)
     after = inputs.measure(result.model, progress=progress)
+    each_before = inputs.measure_sources(inputs.model, progress=progress)
+    each_after = inputs.measure_sources(result.model, progress=progress)
     return {
         "parameters_before": inputs.geometry.total_parameters,
         "parameters_after": result.model.num_parameters(),
         **whole_metrics(inputs.model, result.model),
         "perplexity_before": before.perplexity if before else None,
         "perplexity_after": after.perplexity if after else None,
+        "perplexity_by_source": [
+            {"source": source, "before": dense, "after": pruned}
+            for (source, dense), (_, pruned) in zip(each_before, each_after, strict=True)
+        ],
         "perplexity_text": inputs.text_name if after else None,
         "perplexity_protocol": after.protocol if after else None,
     }

@@ -46,18 +46,13 @@ class Recipe:
 
     @classmethod
     def fast(cls) -> Self:
-        """The default recipe in one step, repaired on the given text alone: about half of the time."""
-        return cls(1, repair=RepairOptions(self_text=0.0))
+        """The default recipe in one step: about half of the time."""
+        return cls(1)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether any part needs calibration sequences."""
         return self.scoring.needs_calibration or self.repair is not None
-
-    @property
-    def writes_text(self) -> bool:
-        """Whether the model writes text for its repair."""
-        return self.repair is not None and self.repair.self_text > 0
 
     def by(self, method: str) -> Self:
         """The same with another importance method."""

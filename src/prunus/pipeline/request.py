@@ -22,7 +22,7 @@ from prunus.checkpoint import (
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import read_text
 from prunus.evaluation.zero_shot import Task, load_tasks
-from prunus.files.outputs import check_disk, check_output
+from prunus.files.outputs import check_disk, check_output, place_of
 from prunus.model.geometry import Geometry
 from prunus.model.whole import attach_whole_
 from prunus.option_values import check_utf8
@@ -57,6 +57,7 @@ class Request:
         holding: engine and memory.
         work: folder for changed layers of an opened model, and for what enters its layers; None = in memory.
         saves: whether pruned models will be written.
+        beside: folder that the output lies in, in which text that the model writes is kept.
         seeds: calibration sequences are drawn with each of these.
     """
 
@@ -73,6 +74,7 @@ class Request:
     holding: Holding
     work: Path | None
     saves: bool
+    beside: Path
     seeds: Sequence[int] = (0,)
 
     @property
@@ -124,7 +126,7 @@ def check_request(
     for recipe, ratio in product(recipes, asked):
         recipe.check(ratio, sequences=calibration.samples if calibrate else None)
     check_utf8("model", str(job.model))
-    check_output(out, overwrite, job.model, calibration.source, evaluation.text)
+    check_output(out, overwrite, job.model, *calibration.names, evaluation.text)
     if saves:
         lineage_of(locate(job.model))  # damaged records are refused before the weights are read
     text = read_text(evaluation.text) if evaluation.text else None
@@ -137,7 +139,7 @@ def check_request(
         seq_len=seq_len,
         batch_size=job.run.batch_size,
         repairs=any(recipe.repair is not None for recipe in recipes),
-        writes_text=any(recipe.writes_text for recipe in recipes),
+        writes_text=calibration.writes_text and (calibrate or bool(evaluation.held_out and not text)),
         cuts=True,
         evaluation_tokens=evaluation.tokens(text, seq_len),
         evaluation_window=evaluation.window(text, seq_len, config),
@@ -158,21 +160,23 @@ def check_request(
         in_parameters = all(recipe.target.name == "params" for recipe in recipes)
         check_disk(out, int(model_bytes(empty) * (1 - min(asked) if in_parameters else 1)))
     texts = seq_len, text, 0 if text else evaluation.held_out, tasks
-    return Request(job, recipes, asked, empty, geometry, *texts, workload, holding, work, saves)
+    return Request(job, recipes, asked, empty, geometry, *texts, workload, holding, work, saves, place_of(out).parent)
 
 
 def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwrite: bool) -> Request:
     """Check a job that scores; see `check_request`."""
     scoring = job.recipe.scoring
-    check_output(out, overwrite, job.model, job.calibration.source)
+    check_output(out, overwrite, job.model, *job.calibration.names)
     sequences = job.calibration.samples if scoring.needs_calibration else 0
     if scoring.method == "adaptive":
         check_enough(sequences)
     config = config_of(job.model)
     seq_len = job.calibration.length(config)
-    workload = Workload(scoring.needs, sequences, seq_len, job.run.batch_size)
+    writes_text = job.calibration.writes_text and sequences > 0
+    workload = Workload(scoring.needs, sequences, seq_len, job.run.batch_size, writes_text=writes_text)
     empty, geometry, holding = _held(job, config, workload)
-    return Request(job, [job.recipe], [], empty, geometry, seq_len, None, 0, (), workload, holding, work, False)
+    beside = place_of(out).parent
+    return Request(job, [job.recipe], [], empty, geometry, seq_len, None, 0, (), workload, holding, work, False, beside)
 
 
 def _held(job: Job, config: Any, workload: Workload) -> tuple[Any, Geometry, Holding]:

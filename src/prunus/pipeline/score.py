@@ -10,7 +10,7 @@ from prunus.pipeline.forecast import Forecast, begun, forecast
 from prunus.pipeline.inputs import open_inputs
 from prunus.pipeline.job import Job
 from prunus.pipeline.request import Request, check_score_request
-from prunus.pipeline.stages import LOADING, scoring
+from prunus.pipeline.stages import scoring
 from prunus.pipeline.work_folder import WorkFolder
 from prunus.scoring.score import Score, score
 
@@ -61,8 +61,7 @@ def forecast_score(job: Job, out: str | Path, *, overwrite: bool = False) -> For
 def _scored(request: Request, folder: WorkFolder, progress: bool) -> Score:
     job = request.job
     stages = begun(request, progress)
-    with stages.enter(LOADING):
-        inputs = open_inputs(request, progress=progress)
+    inputs = open_inputs(request, stages)
     with stages.enter(scoring(1, 1)):
         return score(
             inputs.model,

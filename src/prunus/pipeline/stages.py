@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.request import Request
-from prunus.sweep import Engine
 
 __all__ = [
     "LOADING",
@@ -36,14 +35,15 @@ def cutting(number: int, of: int, repairing: bool) -> str:
 
 def stages_of_job(request: Request) -> list[str]:
     """All stages of a job: of one that scores, that prunes and saves, or that compares."""
+    texts = [LOADING, *([WRITING] if request.workload.writes_text else [])]
     if not request.ratios:
-        return [LOADING, scoring(1, 1)]
+        return [*texts, scoring(1, 1)]
     if not request.saves:
-        return [LOADING, *(comparing(seed, request.seeds) for seed in request.seeds)]
-    pruning = stages_of(request.recipes[0], request.ratios[0], request.engine)
+        return [*texts, *(comparing(seed, request.seeds) for seed in request.seeds)]
+    pruning = stages_of(request.recipes[0], request.ratios[0])
     # A streamed model would be read from the disk once for every token.
     shows = request.job.output.report and request.engine == "resident"
-    return [LOADING, *pruning, MEASURING, *([SAMPLES] if shows else []), SAVING]
+    return [*texts, *pruning, MEASURING, *([SAMPLES] if shows else []), SAVING]
 
 
 def comparing(seed: int, seeds: Sequence[int]) -> str:
@@ -51,20 +51,17 @@ def comparing(seed: int, seeds: Sequence[int]) -> str:
     return "comparing" if len(seeds) == 1 else f"comparing, seed {seed}"
 
 
-def stages_of(recipe: Recipe, ratio: float, engine: Engine) -> list[str]:
+def stages_of(recipe: Recipe, ratio: float) -> list[str]:
     """The stages from a dense model to a smaller one, in order.
 
     Args:
         recipe: how.
         ratio: share to remove.
-        engine: which one the model is held for; from the disk it writes no text.
     """
     steps = recipe.steps(ratio)
     names = []
     for step in steps:
         names.append(scoring(step.number, len(steps)))
-        if step.number == 1 and recipe.writes_text and engine == "resident":
-            names.append(WRITING)
         names.append(cutting(step.number, len(steps), recipe.repair is not None))
     return names
 

@@ -9,13 +9,12 @@ from prunus.errors import OptionError
 from prunus.files.user_path import expanded
 from prunus.sweep import Engine
 
-__all__ = ["SEARCH", "SELF_TEXT", "WorkFolder", "of_round"]
+__all__ = ["WorkFolder", "of_round"]
 
-#: measured plans of the budget search, and text that the model wrote for the repair
-SEARCH, SELF_TEXT = "search", "self-text"
 ROUND = "round-{}"
-#: what prunus puts there, and takes away again; the last two are of the sweep and of an opened model
-CONTENTS = (SEARCH, SELF_TEXT, ROUND.format("*"), "statistics-*", "prunus-layers-*")
+#: what prunus puts there, and takes away again; the first two are of earlier versions, the last two of the sweep and of
+#: an opened model
+CONTENTS = ("search", "self-text", ROUND.format("*"), "statistics-*", "prunus-layers-*")
 
 
 def of_round(number: int) -> str:

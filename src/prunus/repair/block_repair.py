@@ -67,22 +67,18 @@ class RepairOptions:
         residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
         noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair
             holds for other text as well.
-        self_text: share of the sequences that the dense model writes itself, so that the repair holds for other kinds
-            of text; not read by a repair on given batches.
         fit_logits: at the end, multiply the logits by the factor that minimises the loss.
     """
 
     damping: float = 1e-1
     residual: float = 1.0
     noise: float = 0.3
-    self_text: float = 0.5
     fit_logits: bool = True
 
     def __post_init__(self) -> None:
         check_positive("damping", self.damping)  # without it, the solution may not exist
         check_share("residual", self.residual, "it is a share of the error of earlier blocks")
         check_noise("noise", self.noise)
-        check_share("self_text", self.self_text, "it is a share of the sequences")
 
 
 @dataclass(frozen=True)
@@ -279,7 +275,7 @@ class _Repairing:
             pruned = {"pruned model": digest_model(cut.pruned), "plan": cut.plan.fingerprint}
             self._records = Records(cut.work, made_from(dense, batches, {**pruned, "repair": asdict(options)}))
         self._walk, self._inputs = BlockWalk(cut.pruned, batches, wait("hidden")), wait("inputs")
-        self._batches = len(batches)
+        self._sources = [batch.source for batch in batches]
         self._scale = Geometry.of(dense).family.residual_scale(dense.config)
         self._new_index = {old: new for new, old in enumerate(cut.plan.surviving_layers)}
         self._sums: TokenSums | None = None
@@ -321,7 +317,8 @@ class _Repairing:
         if mask is not None:
             x, target = x[mask.to(x.device)], target[mask.to(x.device)]
         self._sums = self._sums or TokenSums(module)
-        self._sums.add(x.reshape(-1, module.in_features).float(), target.reshape(-1, module.out_features))
+        x = x.reshape(-1, module.in_features).float()
+        self._sums.add(x, target.reshape(-1, module.out_features), self._sources[number])
         self.seconds += time.perf_counter() - start
 
     def repair(self, block: Block) -> None:
@@ -331,7 +328,7 @@ class _Repairing:
         start, module = time.perf_counter(), self._walk.module(block)
         if not self._known:
             self._solve(block, module)
-        for number in range(self._batches):
+        for number in range(len(self._sources)):
             if self._remembers(block) and not self._known:
                 x = self._inputs[number]
                 del self._inputs[number]

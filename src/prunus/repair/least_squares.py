@@ -2,7 +2,13 @@
 
     W' = argmin_W ‖X Wᵀ − T‖² + λ ‖W − W₀‖²  =  ((XᵀX + λ I)⁻¹ (XᵀT + λ W₀ᵀ))ᵀ,      λ = damping · mean diag(XᵀX)
 
-X, (tokens, in_features), and T, (tokens, out_features), come piece by piece; only XᵀX, XᵀT and ‖T‖² are kept.
+X, (tokens, in_features), and T, (tokens, out_features), come piece by piece; only XᵀX, XᵀT and ‖T‖² are kept. Tokens of
+several sources, whose activations may be of different size, weigh as if those were equal: the sums of each source are
+divided by its mean ‖x‖² of a token,
+
+    XᵀX = Σ_s X_sᵀX_s / e_s,    e_s = tr(X_sᵀX_s) / (tokens of s),    and XᵀT and ‖T‖² likewise,
+
+so that a source counts by its share of the tokens alone.
 """
 
 from __future__ import annotations
@@ -37,9 +43,22 @@ class TokenSums:
         self._target_square = 0.0
         width = max(NARROWEST, -(-module.in_features // BLOCKS))
         self._edges = [*range(0, module.in_features, width), module.in_features]
+        self._source, self._tokens = 0, 0
+        #: the sums of sources that are complete; None while there is one
+        self._complete: NormalEquations | None = None
 
-    def add(self, x: Tensor, target: Tensor) -> None:
-        """Add tokens: x (tokens, in_features), target (tokens, out_features), both float32."""
+    def add(self, x: Tensor, target: Tensor, source: int = 0) -> None:
+        """Add tokens of a source; those of one source come one after the other.
+
+        Args:
+            x: float32, (tokens, in_features).
+            target: float32, (tokens, out_features).
+            source: number of the source.
+        """
+        if source != self._source and self._tokens:
+            self._complete_source()
+        self._source = source
+        self._tokens += len(x)
         for start, stop in pairwise(self._edges):
             self._gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
         self._cross.addmm_(x.T, target)
@@ -47,9 +66,26 @@ class TokenSums:
 
     def equations(self) -> NormalEquations:
         """What has been added up; nothing can be added any more."""
+        if self._complete is not None:
+            self._complete_source()
+            self._gram, self._cross = self._complete.gram, self._complete.cross
+            self._target_square = self._complete.target_square
         for start, stop in pairwise(self._edges):
             self._gram[stop:, start:stop] = self._gram[start:stop, stop:].T
         return NormalEquations(self._gram, self._cross, self._target_square)
+
+    def _complete_source(self) -> None:
+        """Add the sums of the source at work, at equal energy, to those of the sources before."""
+        energy = float(self._gram.diagonal().double().sum()) / max(self._tokens, 1)
+        scale = 1 / energy if energy > 0 else 0.0  # without energy there is nothing to scale
+        gram, cross, square = self._gram.mul_(scale), self._cross.mul_(scale), self._target_square * scale
+        if self._complete is not None:
+            gram += self._complete.gram
+            cross += self._complete.cross
+            square += self._complete.target_square
+        self._complete = NormalEquations(gram, cross, square)
+        self._gram, self._cross = torch.zeros_like(gram), torch.zeros_like(cross)
+        self._target_square, self._tokens = 0.0, 0
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def _of_result(result: Result) -> Contents:
             ["Continued greedily: the most likely token, again and again, at most 40."] * bool(samples),
             samples=samples,
         ),
-        _calibration(metrics.get("calibration")),
+        _calibration(metrics.get("calibration"), metrics.get("perplexity_by_source", ())),
         _settings(metrics),
         _commands(result),
     )
@@ -255,14 +255,26 @@ def _samples(result: Result) -> list[WritingSample]:
     return list(shown.values())
 
 
-def _calibration(provenance: Mapping[str, Any] | None) -> Section:
+def _calibration(provenance: Mapping[str, Any] | None, measured: Sequence[Mapping[str, Any]] = ()) -> Section:
+    """Where the calibration text came from.
+
+    Args:
+        provenance: of the text; None where there is none.
+        measured: perplexities on held-out sequences of each source, as metrics.json has them.
+    """
     if not provenance:
         return Section("calibration", "Calibration")
-    names = [*PROVENANCE, *sorted(set(provenance) - set(PROVENANCE))]
+    names = [*PROVENANCE, *sorted(set(provenance) - {*PROVENANCE, "sources"})]
     rows = [[name, _plain(provenance[name])] for name in names if provenance.get(name) not in (None, "", [], {})]
-    return Section(
-        "calibration", "Calibration", tables=[("The text that importance was measured on", Rows(["", ""], rows))]
-    )
+    tables = [("The text that importance was measured on", Rows(["", ""], rows))]
+    if sources := provenance.get("sources"):
+        columns = ["source", "kind", "samples", "tokens", "sha256"]
+        rows = [[_plain(source.get(name)) for name in columns] for source in sources]
+        tables.append(("Its sources", Rows(columns, rows)))
+    if measured:
+        rows = [[one["source"], f"{one['before']:,.2f}", f"{one['after']:,.2f}"] for one in measured]
+        tables.append(("Perplexity on held-out sequences", Rows(["source", "base model", "pruned"], rows)))
+    return Section("calibration", "Calibration", tables=tables)
 
 
 def _settings(metrics: Mapping[str, Any]) -> Section:

@@ -32,6 +32,12 @@ class _Original(FileContent):
     parameters: _OneOrMore
 
 
+class _OfSource(FileContent):
+    source: str
+    before: _Positive
+    after: _Positive
+
+
 class MetricsContent(FileContent):
     """prunus/metrics.json: what was done, and measured on the way."""
 
@@ -43,6 +49,7 @@ class MetricsContent(FileContent):
     calibration: dict[str, Any] | None = None
     perplexity_before: _Positive | None = None
     perplexity_after: _Positive | None = None
+    perplexity_by_source: tuple[_OfSource, ...] | list[_OfSource] = ()
     perplexity_text: str | None = None
     perplexity_protocol: str | None = None
 

@@ -26,6 +26,7 @@ from prunus.model.tokens import check_tokens
 from prunus.option_values import check_positive
 from prunus.scoring.adaptive import AdaptiveOptions, adapt, split_probe
 from prunus.scoring.hybrid import DEFAULT_MIX, Weights, check_weights, mix
+from prunus.scoring.mixing import mix_sources
 from prunus.scoring.weighing import weigh_attention
 from prunus.selection.plan import Plan
 from prunus.selection.table import (
@@ -133,13 +134,13 @@ class Score:
         geometry: shape of the model.
         about: method, options, calibration provenance, loss and cost, as plain values; `target` where the table is not
             at parameters.
-        statistics: what the table was made from; None where the method needs none.
+        statistics: what the table was made from, of each source of text; empty where the method needs none.
     """
 
     table: pd.DataFrame
     geometry: Geometry
     about: Mapping[str, Any]
-    statistics: Statistics | None = None
+    statistics: Sequence[Statistics] = ()
 
     @property
     def target(self) -> TargetOptions:
@@ -182,7 +183,9 @@ class Score:
         return replace(self, table=with_costs(self.table, costs), about={**self.about, "target": about})
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write a folder with groups.csv, score.json and, if there are any, statistics.safetensors.
+        """Write a folder with groups.csv, score.json and, if there are any, the statistics.
+
+        They are in statistics.safetensors, those of a second source in statistics-2.safetensors, and so on.
 
         Args:
             folder: complete or not there at all.
@@ -192,8 +195,9 @@ class Score:
             CheckpointError: `folder` may not be written, see `prunus.files.outputs.check_output`.
         """
         with output_folder(folder, overwrite=overwrite) as place:
-            if self.statistics is not None:
-                self.statistics.save(place / STATISTICS_FILE)
+            for number, statistics in enumerate(self.statistics, start=1):
+                name = Path(STATISTICS_FILE)
+                statistics.save(place / (name if number == 1 else f"{name.stem}-{number}{name.suffix}"))
             save_table(self.table, place / TABLE_FILE)
             (place / ABOUT_FILE).write_text(self.to_json(), encoding="utf-8")
 
@@ -369,7 +373,7 @@ def _score(
     model: Any,
     calibration: Calibration | None,
     options: ScoringOptions,
-    statistics: Statistics | None,
+    statistics: Sequence[Statistics],
     shared: Cost,
     progress: bool,
 ) -> Score:
@@ -393,7 +397,7 @@ def _score(
         "calibration": calibration.provenance.to_dict()
         if calibration is not None and options.needs_calibration
         else None,
-        "calibration_loss": statistics.loss if statistics else None,
+        "calibration_loss": _mean_loss(statistics),
         "seconds": round(shared.seconds + cost.seconds, 2),
         "peak_bytes": max(peaks, default=None),
         **findings,
@@ -401,13 +405,24 @@ def _score(
     return Score(table, geometry, about, statistics)
 
 
-def _table_of(model: Any, name: str, statistics: Statistics | None, options: ScoringOptions) -> pd.DataFrame:
+def _mean_loss(statistics: Sequence[Statistics]) -> float | None:
+    """Mean loss per token over all sources, whose sequences are equally long."""
+    losses = [each.loss for each in statistics if each.loss is not None]
+    sequences = [each.sequences for each in statistics if each.loss is not None]
+    if len(losses) < 2:
+        return losses[0] if losses else None
+    return sum(loss * number for loss, number in zip(losses, sequences, strict=True)) / sum(sequences)
+
+
+def _table_of(model: Any, name: str, statistics: Sequence[Statistics], options: ScoringOptions) -> pd.DataFrame:
     """The global table of one method, on its own or as a part of another."""
     method = get_method(name)
     normalization = options.normalize
     if options.method in COMPOSITES:
         normalization = "none" if method.comparable else "layer_sum"
-    importance = score_groups(model, method, statistics, options)
+    each = [score_groups(model, method, source, options) for source in statistics]
+    each = each or [score_groups(model, method, None, options)]
+    importance = mix_sources(each, [source.sequences for source in statistics])
     return build_table(Geometry.of(model), importance, normalization)
 
 
@@ -421,26 +436,29 @@ def take_statistics(
     engine: Engine = "resident",
     work: Path | None = None,
     progress: bool = True,
-) -> Statistics | None:
-    """One sweep that takes what several methods need together; None if they need nothing."""
-    wanted = statistics_for([get_method(name) for name in methods], options)
-    if not wanted:
-        return None
+) -> list[Statistics]:
+    """What several methods need together: of each source of text one sweep; nothing if they need nothing."""
+    methods_needing = [name for name in methods if get_method(name).needs]
+    if not methods_needing:
+        return []
     if calibration is None:
-        needy = ", ".join(name for name in methods if get_method(name).needs)
-        raise CalibrationError(f"method {needy} needs calibration sequences; give a calibration source")
-    return sweep(
-        model,
-        with_noise(
-            list(calibration.batches(batch_size)),
-            options.noise,
-            model.config.get_text_config().vocab_size,
-            options.random_seed or 0,
-        ),
-        wanted,
-        engine=engine,
-        seed=options.random_seed or 0,
-        provenance=calibration.provenance.to_dict(),
-        work=work,
-        progress=progress,
-    )
+        raise CalibrationError(
+            f"method {', '.join(methods_needing)} needs calibration sequences; give a calibration source"
+        )
+    sources, seed = calibration.each_source(), options.random_seed or 0
+    taken = []
+    for number, source in enumerate(sources):
+        batches = list(source.batches(batch_size))
+        taken.append(
+            sweep(
+                model,
+                with_noise(batches, options.noise, model.config.get_text_config().vocab_size, seed),
+                statistics_for([get_method(name) for name in methods], options),
+                engine=engine,
+                seed=seed,
+                provenance=source.provenance.to_dict(),
+                work=work / f"source-{number}" if work is not None and len(sources) > 1 else work,
+                progress=progress,
+            )
+        )
+    return taken

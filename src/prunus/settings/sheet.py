@@ -46,6 +46,7 @@ class Sheet(Generic[T]):
         presets: files with a name of their own, and what each sets.
         forms: key → how it is written, where that is not as its type says.
         at_top: fields whose own fields are keys without a section.
+        earlier: keys of files of earlier versions → what a value of theirs changes in the other keys of the file.
     """
 
     default: T
@@ -55,6 +56,7 @@ class Sheet(Generic[T]):
     presets: Mapping[str, Callable[[], T]] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
     at_top: frozenset[str] = frozenset()
+    earlier: Mapping[str, Callable[[Any, dict[str, Any]], None]] = field(default_factory=dict)
 
     @cached_property
     def keys(self) -> Mapping[str, Key]:
@@ -199,6 +201,7 @@ class Sheet(Generic[T]):
             raise OptionError(f"recipe {path} is {names}.{hint}")
         values: dict[str, Any] = {}
         record: dict[str, str] = {}
+        earlier: dict[str, Any] = {}
 
         def is_section(key: str) -> bool:
             return key in self._sections or is_record(key)
@@ -209,8 +212,12 @@ class Sheet(Generic[T]):
         for key, value, line in read_nodes(path, is_section):
             if is_record(key):
                 record[key.partition(".")[2]] = str(value)
+            elif key in self.earlier:
+                earlier[key] = value
             else:
                 values |= dict(self._leaves(key, value, f"{path}, line {line}"))
+        for key, value in earlier.items():
+            self.earlier[key](value, values)
         return values, record
 
     def _setting(self, setting: str) -> dict[str, Any]:

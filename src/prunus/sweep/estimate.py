@@ -14,10 +14,11 @@ and C channel columns, a vocabulary of V; N sequences of T tokens in batches of 
 Two layers are held because the next is read while one computes. Compensation adds a second model (resident) or its
 layer (streamed), the normal equations of the widest block and what solving them takes, 40 C² + 24 C H, and, unless they
 wait on disk (streamed), N T w (2 H + Q) for both models' residual streams and the inputs of o_proj. Each further cut
-that is repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H. Text that the model writes for the repair
-(resident) takes P w + 64 (2 t L K w + V (w + 24)): keys and values of 64 pieces of t = min(T, 256) tokens, and the
-chances of the next. A smaller model that is cut adds itself, at most P w (streamed: its layer at work). Perplexity
-needs the hidden states of as many tokens as go through the layers at once, with `a` for the tokens of its own batch.
+that is repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H, twice that for text of several sources.
+Text that the model writes takes P w (streamed: its layer at work) + 64 (2 t L K w + V (w + 24)): keys and values of 64
+documents of t = min(T, 384) + 64 tokens, and the chances of the next. A smaller model that is cut adds itself, at most
+P w (streamed: its layer at work). Perplexity needs the hidden states of as many tokens as go through the layers at
+once, with `a` for the tokens of its own batch.
 
 What the process has already (interpreter, libraries) is measured when the estimate is made, and what libraries take at
 their first use is added, with 600 bytes for every group of the table; on CUDA all of that is nothing. The rest is an
@@ -31,7 +32,7 @@ from typing import Any, Literal
 
 import torch
 
-from prunus.calibration.sampled import PIECE_LENGTH, PIECES_AT_ONCE
+from prunus.calibration.self_text import AT_ONCE, LONGEST_PROMPT, MOST_NEW
 from prunus.errors import OptionError
 from prunus.machine.byte_sizes import show_bytes
 from prunus.machine.memory import available_bytes, resident_set
@@ -71,7 +72,7 @@ class Workload:
         seq_len: tokens in each.
         batch_size: sequences per pass.
         repairs: whether weights are repaired.
-        writes_text: whether the model writes text for the repair, which it does where it is resident.
+        writes_text: whether the model writes text.
         cuts: whether a smaller model is made of it, which is in memory beside it.
         evaluation_tokens: tokens that perplexity is measured on; 0 = it is not.
         evaluation_window: of these, how many go through the model at a time; 0 = as many as of the calibration.
@@ -143,9 +144,10 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
         resident = max(resident, 2 * geometry.total_parameters * w + repair + waiting)
         streamed = max(streamed, 2 * weights + repair + waiting * (not workload.inputs_on_disk))
     if workload.writes_text:
-        keys_and_values = min(workload.seq_len, PIECE_LENGTH) * len(sizes) * 2 * key_value * w
-        written = PIECES_AT_ONCE * (keys_and_values + vocabulary * (w + 24))
+        keys_and_values = (min(workload.seq_len, MOST_NEW) + LONGEST_PROMPT) * len(sizes) * 2 * key_value * w
+        written = AT_ONCE * (keys_and_values + vocabulary * (w + 24))
         resident = max(resident, geometry.total_parameters * w + written)
+        streamed = max(streamed, weights + written)
     copies = 1 + workload.cuts
     resident = max(resident, copies * geometry.total_parameters * w)
     streamed = max(streamed, copies * weights)
@@ -175,13 +177,14 @@ def activation_bytes(hidden: int, query: int, key_value: int, channels: int, w: 
     return w * (12 * hidden + 4 * query + 4 * key_value + 6 * channels) + 24 * hidden
 
 
-def bytes_of_a_cut(model: Any, parameters: int, tokens: int) -> int:
+def bytes_of_a_cut(model: Any, parameters: int, tokens: int, sources: int = 1) -> int:
     """Memory that one more cut takes where several are repaired together, by the formulas above.
 
     Args:
         model: the dense model, in memory or opened.
         parameters: of the cut.
         tokens: that it is repaired on.
+        sources: of these tokens.
     """
     geometry, layers = Geometry.of(model), layers_of(model)
     w = model.dtype.itemsize
@@ -191,7 +194,8 @@ def bytes_of_a_cut(model: Any, parameters: int, tokens: int) -> int:
         largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers.modules)
         parameters = sum(tensor.numel() for tensor in outside_layers(model).values()) + 2 * largest
     waiting = tokens * (hidden + query * geometry.head_dim) * w
-    return int((parameters * w + waiting + 4 * channels * (channels + hidden)) * SLACK)
+    sums = min(sources, 2) * 4 * channels * (channels + hidden)
+    return int((parameters * w + waiting + sums) * SLACK)
 
 
 def choose_engine(

@@ -1,0 +1,237 @@
+r"""What pruning costs on text of several kinds: multiples of the dense perplexity, and their geometric mean.
+
+Scores and repair hold best for text of the calibration's kind, so one evaluation text tells little. Kinds are files
+that are named by `--kind` (`python` for the source code of Python's standard library), and of each `--calibration` the
+last fifth of its documents, which no recipe sees.
+
+    python benchmarks/kinds.py --calibration c4=c4-sample.jsonl --kind wikitext2=wikitext2-test.raw.txt \
+        --kind code=python --kind stories=stories.txt --kind chat=chat.jsonl:conversations --out results/kinds
+
+Text files are read from their beginning, as `prunus eval` does; of JSON lines, documents are drawn with a fixed seed
+and joined; `FILE:COLUMN` names a column of conversations, which become text by the model's chat template. Each row is
+written when it is measured, to rows.jsonl, and rows that are there are not made again. The seconds of a row are those
+of what it did not share with rows before it.
+
+`--recipes default default,repair.noise=0 mine.yaml` compares recipes, `--calibrations c4 self c4:2+self` the texts they
+are calibrated on: names given by `--calibration`, or what `prunus prune --calibration` takes. What the model writes is
+kept in the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import random
+import sysconfig
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rows import add_run_options, markdown_table
+
+import prunus
+from prunus.calibration import Calibration, Reading, calibration_from_texts, calibration_from_tokens, load_calibration
+from prunus.evaluation.perplexity import cut_text, read_text
+from prunus.pipeline.cutting import Passes, cut, first_scores
+from prunus.pipeline.inputs import draw_calibration
+from prunus.pipeline.job import Job
+from prunus.pipeline.job_file import job_text, read_job
+from prunus.scoring.score import Score
+from prunus.sweep.engine import model_name
+from prunus.sweep.sequence_loss import perplexity_of_windows
+
+#: share of a calibration file's documents that no recipe sees
+HELD_OUT = 5
+#: stands for the source code of Python's standard library
+STANDARD_LIBRARY = "python"
+DENSE, MEAN = "dense", "mean"
+
+
+def main() -> None:
+    options = parse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    given = {name: split_documents(path, options.out, name) for name, path in options.calibration.items()}
+    model, tokenizer = prunus.load_model(options.model, device="auto")
+    kinds = kinds_of_text(options, given, tokenizer)
+    rows = Rows(options.out, {name: kind.provenance.sha256 for name, kind in kinds.items()}, model_name(options.model))
+    passes = Passes(options.batch_size)
+    dense = rows.have(DENSE, "", 0.0, 0, "") or rows.add(DENSE, "", 0.0, 0, "", measure(model, kinds))
+    for source, seed in itertools.product(options.calibrations or given or ["default"], options.seeds):
+        shared: dict[str, Any] = {}
+        for recipe in options.recipes:
+            job = job_of(recipe, sources_of(source, given), seed, options)
+            # The path of a file that was parted here would differ with the folder; `kinds` tells its content.
+            named_alike = replace(job, ratio=0.0, calibration=replace(job.calibration, source=(source,)))
+            digest = hashlib.sha256(job_text(named_alike).encode()).hexdigest()[:16]
+            for ratio in options.ratios:
+                if rows.have(recipe, source, ratio, seed, digest):
+                    continue
+                start = time.perf_counter()
+                calibration, scored = prepare(model, tokenizer, job, passes, shared, options.out)
+                result = cut(model, ratio, scored, job.recipe, passes, calibration)
+                seconds = time.perf_counter() - start
+                found = measure(result.model, kinds, dense["perplexity"])
+                rows.add(
+                    recipe, source, ratio, seed, digest, found, seconds=round(seconds, 1), plan=result.plan.fingerprint
+                )
+    table = rows.table(list(kinds))
+    (options.out / "table.md").write_text(table, encoding="utf-8")
+    print(table, end="")
+
+
+def sources_of(words: str, given: Mapping[str, str]) -> tuple[str, ...]:
+    """The sources of `c4:2+self`, with the file in the place of a name that was given."""
+    names = [word.partition(":") for word in words.split("+")]
+    return tuple(given.get(name, name) + colon + rest for name, colon, rest in names)
+
+
+def job_of(recipe: str, source: tuple[str, ...], seed: int, options: argparse.Namespace) -> Job:
+    """The job of a row: a recipe with its settings, `default,repair.noise=0`, on a calibration text."""
+    name, *settings = recipe.split(",")
+    given = {"calibration.source": source, "calibration.seed": seed}
+    given |= {"calibration.samples": options.samples, "calibration.seq_len": options.seq_len}
+    return read_job(name, settings, {"model": options.model, **given})
+
+
+def prepare(
+    model: Any, tokenizer: Any, job: Job, passes: Passes, shared: dict[str, Any], keep: Path
+) -> tuple[Calibration | None, Score]:
+    """The text of a job and the scores of the dense model; what was made for others is not made again."""
+    if (text := f"text {job.calibration}") not in shared:
+        drawn = draw_calibration(model, tokenizer, job.calibration, held_out=0, needed=True, keep=keep)
+        shared[text] = drawn[0]
+    if (score := f"score {job.recipe.scoring}") not in shared:
+        shared[score] = first_scores(model, shared[text], max(job.ratio, 0.1), job.recipe, passes)
+    return shared[text], shared[score]
+
+
+def measure(model: Any, kinds: Mapping[str, Calibration], dense: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Perplexity on each kind of text; beside the dense model's also multiples of it, and their geometric mean."""
+    found = {name: perplexity_of_windows(model, kind.input_ids).perplexity for name, kind in kinds.items()}
+    if dense is None:
+        return {"perplexity": found}
+    relative = {name: perplexity / dense[name] for name, perplexity in found.items()}
+    mean = math.exp(sum(map(math.log, relative.values())) / len(relative))
+    return {"perplexity": found, "relative": relative, MEAN: mean}
+
+
+def kinds_of_text(options: argparse.Namespace, given: Mapping[str, str], tokenizer: Any) -> dict[str, Calibration]:
+    """The windows of every kind of text."""
+    sizes: dict[str, Any] = {"samples": options.windows, "seq_len": options.eval_seq_len}
+    files = {**{name: held_out_file(path) for name, path in given.items()}, **options.kind}
+    kinds = {}
+    for name, place in files.items():
+        path, _, column = place.partition(":")
+        if path == STANDARD_LIBRARY:
+            kinds[name] = calibration_from_texts(standard_library(), tokenizer, **sizes, source=path)
+        elif Path(path).suffix == ".txt":
+            windows = cut_text(tokenizer, read_text(path), seq_len=options.eval_seq_len, max_windows=options.windows)
+            kinds[name] = calibration_from_tokens(windows.ids, source=Path(path).name)
+        else:
+            kinds[name] = load_calibration(path, tokenizer, **sizes, reading=Reading(chat_column=column or None))
+    return kinds
+
+
+def standard_library() -> list[str]:
+    """Python's own modules, without packages and tests."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    random.Random(0).shuffle(files)
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def split_documents(file: str, folder: Path, name: str) -> str:
+    """Part a JSON lines file into what recipes are calibrated on, whose path is returned, and the last fifth."""
+    lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    cut_at = len(lines) - len(lines) // HELD_OUT
+    path = folder / f"{name}-calibration.jsonl"
+    path.write_text("\n".join(lines[:cut_at]) + "\n", encoding="utf-8")
+    Path(held_out_file(str(path))).write_text("\n".join(lines[cut_at:]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def held_out_file(path: str) -> str:
+    return path.replace("-calibration.jsonl", "-held-out.jsonl")
+
+
+@dataclass
+class Rows:
+    """The rows of a folder, on disk after each measurement.
+
+    Attributes:
+        folder: with rows.jsonl.
+        kinds: hash of the windows of each kind of text; rows that were measured on others do not count.
+        model: name of the model.
+    """
+
+    folder: Path
+    kinds: Mapping[str, Any]
+    model: str
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        path = self.folder / "rows.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            row = json.loads(line)
+            if (row["kinds"], row["model"]) == (self.kinds, self.model):
+                yield row
+
+    def have(self, recipe: str, calibration: str, ratio: float, seed: int, digest: str) -> dict[str, Any] | None:
+        """The row of a run, if it is there."""
+        wanted = self._run(recipe, calibration, ratio, seed, digest)
+        return next((row for row in self if wanted.items() <= row.items()), None)
+
+    def add(
+        self, recipe: str, calibration: str, ratio: float, seed: int, digest: str, found: Mapping[str, Any], **more: Any
+    ) -> dict[str, Any]:
+        """Write the row of a run."""
+        about = {"model": self.model, "prunus": prunus.__version__, "torch": str(torch.__version__)}
+        row = {**self._run(recipe, calibration, ratio, seed, digest), **found, **more, **about, "kinds": self.kinds}
+        with (self.folder / "rows.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def table(self, kinds: list[str]) -> str:
+        """Multiples of the dense perplexity, one line per row; the perplexities themselves for the dense model."""
+        lines: dict[tuple[str, ...], dict[str, float]] = {}
+        for row in self:
+            key = (row["recipe"], row["calibration"], f"{100 * row['ratio']:g} %", str(row["seed"]))
+            lines[key] = {**row.get("relative", row["perplexity"]), **({MEAN: row[MEAN]} if MEAN in row else {})}
+        return markdown_table(("recipe", "calibration", "removed", "seed"), lines, [*kinds, MEAN])
+
+    @staticmethod
+    def _run(recipe: str, calibration: str, ratio: float, seed: int, digest: str) -> dict[str, Any]:
+        return {"recipe": recipe, "calibration": calibration, "ratio": ratio, "seed": seed, "settings": digest}
+
+
+def named(words: str) -> tuple[str, str]:
+    name, equals, path = words.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"write NAME=FILE, not {words!r}")
+    return name, path
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_options(parser)
+    for flag, meaning in (
+        ("--calibration", "JSON lines; the last fifth is a kind of text of its own"),
+        ("--kind", "a kind of text to measure on"),
+    ):
+        parser.add_argument(flag, type=named, action="append", default=[], metavar="NAME=FILE", help=meaning)
+    parser.add_argument("--calibrations", nargs="+", help="texts to calibrate on (default: those of --calibration)")
+    parser.add_argument("--recipes", nargs="+", default=["default"], help="names or files, settings after commas")
+    parser.add_argument("--windows", type=int, default=12, help="windows of each kind of text")
+    parser.add_argument("--eval-seq-len", type=int, default=1024)
+    options = parser.parse_args()
+    options.ratios = options.ratios or [0.2, 0.4]
+    options.calibration, options.kind = dict(options.calibration), dict(options.kind)
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The benchmark of kinds of text on a tiny model: its figures are those of prune, and rows that are there stay."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_folder import TEXT
+
+import prunus
+from prunus.pipeline.prune import prune
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def kinds(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("kinds", BENCHMARKS / "kinds.py")
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up by name.
+    monkeypatch.setitem(sys.modules, "kinds", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_and_table(kinds, folder, text, tmp_path, monkeypatch, capsys):
+    documents = [f"{number}: {TEXT[200 * number : 200 * number + 150]}" for number in range(50)]
+    lines = [json.dumps({"text": document}) for document in documents]
+    (tmp_path / "web.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    words = [
+        *("--model", folder, "--calibration", f"web={tmp_path / 'web.jsonl'}", "--kind", f"story={text}"),
+        *("--kind", "code=python"),
+        *("--samples", "8", "--seq-len", "24", "--eval-seq-len", "32", "--windows", "3", "--batch-size", "1"),
+        *("--ratios", "0.2,0.4", "--seeds", "1", "--recipes", "fast", "fast,scoring.method=magnitude", "--out", out),
+    ]
+    monkeypatch.setattr(sys, "argv", ["kinds.py", *map(str, words)])
+    kinds.main()
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert [(row["recipe"], row["ratio"]) for row in rows] == [
+        ("dense", 0.0),
+        *(("fast", ratio) for ratio in (0.2, 0.4)),
+        *(("fast,scoring.method=magnitude", ratio) for ratio in (0.2, 0.4)),
+    ]
+
+    # What recipes are calibrated on and what is measured on have no document in common.
+    parts = [(out / f"web-{part}.jsonl").read_text().split("\n")[:-1] for part in ("calibration", "held-out")]
+    assert parts == [lines[:40], lines[40:]]
+
+    model, tokenizer = prunus.load_model(folder)
+    drawn = prunus.load_calibration(str(out / "web-calibration.jsonl"), tokenizer, samples=8, seq_len=24, seed=1)
+    smaller = prune(model, 0.4, drawn, prunus.Recipe.fast(), progress=False).model
+    story = [
+        prunus.perplexity(each, tokenizer, TEXT, seq_len=32, max_windows=3, progress=False).perplexity
+        for each in (model, smaller)
+    ]
+    row, dense = rows[2], rows[0]["perplexity"]
+    assert (dense["story"], row["perplexity"]["story"]) == pytest.approx(tuple(story), rel=1e-6)
+    assert row["relative"]["story"] == pytest.approx(story[1] / story[0], rel=1e-6)
+    ratios = [row["perplexity"][name] / dense[name] for name in ("web", "story", "code")]
+    assert row["mean"] == pytest.approx(math.prod(ratios) ** (1 / 3))
+    table = (out / "table.md").read_text()
+    assert f"| fast | web | 40 % | 1 | {' | '.join(f'{ratio:,.2f}' for ratio in [*ratios, row['mean']])} |" in table
+
+    # Rows that are there are not made again; those of another recipe are added.
+    monkeypatch.setattr(sys, "argv", ["kinds.py", *map(str, words), "--recipes", "fast", "fast,repair.noise=0"])
+    kinds.main()
+    again = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert again[: len(rows)] == rows
+    assert [row["recipe"] for row in again[len(rows) :]] == ["fast,repair.noise=0"] * 2
+    assert again[-1]["perplexity"] != row["perplexity"]
