@@ -53,7 +53,7 @@ def test_the_stages_are_those_of_the_run(capsys, tmp_path, folder, text):
     first = next(number for number, line in enumerate(said) if line.startswith("Llama"))
     assert said[first + 1].startswith(f"removes 20.0%: {removal['removed']:,.0f} of {removal['before']:,} parameters")
     assert said[first + 3].startswith("about ")
-    lines = [re.fullmatch(r"(\d) of 9: (.*), \d+ s left", line) for line in said[first + 4 :]]
+    lines = [re.fullmatch(rf"(\d) of {len(ahead['stages'])}: (.*), \d+ s left", line) for line in said[first + 4 :]]
     assert [(match[1], match[2]) for match in lines if match] == [
         (str(number), name) for number, name in enumerate(ahead["stages"], start=1)
     ]

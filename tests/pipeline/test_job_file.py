@@ -26,6 +26,7 @@ from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.adaptive import AdaptiveOptions
 from prunus.scoring.score import ScoringOptions
 from prunus.selection.constraints import Constraints
+from prunus.selection.fit import FitOptions
 from prunus.selection.targets import TargetOptions
 from prunus.sweep.engine import ModelOptions
 
@@ -205,6 +206,7 @@ def test_every_field_of_every_option_class_is_a_key_with_a_meaning():
         "evaluation.": EvaluationOptions,
         "run.": ModelOptions,
         "output.": OutputOptions,
+        "fit.": FitOptions,
     }
     expected = {"model", "ratio", "rounds", "scoring.adaptive.candidates"}
     expected |= {prefix + field.name for prefix, cls in classes.items() for field in dataclasses.fields(cls)}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from transformers import DynamicCache
 
 from prunus.calibration import Batch, calibration_from_tokens
@@ -264,4 +265,5 @@ class Probe:
         return numbers.to(self._device)
 
     def _projection(self, inputs: int, outputs: int) -> nn.Linear:
-        return nn.Linear(inputs, outputs, bias=False, device=self._device)
+        # Without values of its own: drawing them would move the global random state.
+        return skip_init(nn.Linear, inputs, outputs, bias=False, device=self._device)
