@@ -420,7 +420,7 @@ def test_text_from_the_model_itself(tokenizer):
 def test_text_from_the_model_has_no_impossible_token():
     logits = torch.full((2000, 4), -1e30)
     logits[:, 1:3] = torch.tensor([0.0, 1.0])
-    drawn = sampled._draw(logits, torch.Generator().manual_seed(0)).flatten()
+    drawn = sampled.draw_tokens(logits, torch.Generator().manual_seed(0)).flatten()
     assert set(drawn.tolist()) == {1, 2}
     assert abs(float((drawn == 2).float().mean()) - math.e / (1 + math.e)) < 0.04
 
