@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import plans
-from tiny_families import ONE_EACH, case_id, count_parameters, logits, make_model, random_tokens, shared_model, zeroed
+from tiny_families import ONE_UNLIKE, case_id, count_parameters, logits, make_model, random_tokens, shared_model, zeroed
 
 from prunus.checkpoint import is_ragged
 from prunus.errors import PlanError, UnsupportedModelError
@@ -36,7 +36,7 @@ def plan(geometry):
 
 
 @settings(max_examples=12)
-@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+@pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
 @given(data=st.data())
 def test_any_plan(case, data):
     """The cut model is the whole one without the cut groups, whatever the plan."""
@@ -192,7 +192,7 @@ def test_one_tensor_at_a_time(llama, geometry, plan):
 
 @given(data=st.data())
 def test_in_any_order(data):
-    model = shared_model(*ONE_EACH[0])
+    model = shared_model(*ONE_UNLIKE[0])
     geometry = Geometry.of(model)
     plan = data.draw(plans(geometry.widths, "llama"))
     items = list(model.state_dict().items())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import cycle, islice
 from typing import Any
@@ -189,6 +190,13 @@ CASES: list[tuple[str, str]] = [
 ]
 #: one variant per family, for what does not depend on the variant
 ONE_EACH: list[tuple[str, str]] = [next(case for case in CASES if case[0] == model_type) for model_type in FAMILIES]
+#: the first of the families that are described alike → its description. What prunus does with a model, it does by the
+#: description alone: every family is needed where the model's own class takes part.
+_UNLIKE = {replace(FAMILIES[case[0]], model_type="", title="", notes=""): case[0] for case in reversed(ONE_EACH)}
+#: variants of families that are described differently
+UNLIKE: list[tuple[str, str]] = [case for case in CASES if case[0] in _UNLIKE.values()]
+#: one variant of each of these
+ONE_UNLIKE: list[tuple[str, str]] = [case for case in ONE_EACH if case in UNLIKE]
 
 
 def case_id(case: tuple[str, str]) -> str:

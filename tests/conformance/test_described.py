@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_families import CASES, ONE_EACH, VARIANTS, case_id, groups_of, make_model, tiny_config, weights_of_group
+from tiny_families import CASES, ONE_UNLIKE, VARIANTS, case_id, groups_of, make_model, tiny_config, weights_of_group
 from torch import nn
 
 from prunus.errors import UnsupportedModelError
@@ -95,7 +95,7 @@ def test_a_layer_answers_its_input_and_what_its_blocks_add(tiny):
 
 
 @pytest.mark.parametrize("place", ["", "self_attn.", "mlp."], ids=["layer", "attention", "mlp"])
-@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+@pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
 def test_an_additional_linear_is_refused(case, place):
     model = make_model(*case)
     layer = model.get_submodule(FAMILIES[case[0]].layers)[1]
@@ -105,7 +105,7 @@ def test_an_additional_linear_is_refused(case, place):
 
 
 @pytest.mark.parametrize("wrapper", [Quantised, LowRank])
-@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+@pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
 def test_a_changed_projection_is_refused(case, wrapper):
     for projection in FAMILIES[case[0]].projections:
         model = make_model(*case)

@@ -82,9 +82,15 @@ def zeroed_model(shaped: Shaped) -> Any:
     return zeroed(shaped.dense, shaped.plan.layers)
 
 
-EVERY = [Shaped(case, shape) for case in ONE_EACH for shape in SHAPES]
 #: one per family, with all that is hard in one model
 HARDEST = [Shaped(case, "everything") for case in ONE_EACH]
+#: and one that fits the stock class, and every shape of three: as Llama is, with fused projections, with norms behind
+EVERY = list(
+    dict.fromkeys(
+        [Shaped(case, shape) for case in ONE_EACH for shape in ("everything", "uniform")]
+        + [Shaped(case, shape) for case in ONE_EACH if case[0] in ("llama", "phi3", "gemma2") for shape in SHAPES]
+    )
+)
 
 PAD = 0
 

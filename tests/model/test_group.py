@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 import torch
-from tiny_families import CASES, case_id, make_model
+from tiny_families import UNLIKE, case_id, make_model
 from tiny_folder import SIZES, run
 
 from prunus.errors import OptionError
@@ -19,7 +19,7 @@ from prunus.surgery import apply_plan
 
 
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", UNLIKE, ids=case_id)
 def test_its_parts_are_what_surgery_removes(case, axis):
     model = make_model(*case)
     geometry = Geometry.of(model)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_families import ONE_EACH, case_id, make_model, random_tokens
+from tiny_families import ONE_UNLIKE, case_id, make_model, random_tokens
 
 from prunus.calibration import Batch
 from prunus.repair.temperature import HIGHEST, LOWEST, fit_temperature_
@@ -28,7 +28,7 @@ def sure(model, by):
     return model
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+@pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
 def test_the_factor_is_the_best_of_a_fine_grid_and_stands_in_the_norm(case):
     model = sure(make_model(*case, tie_word_embeddings=False), 3.0)
     ids = random_tokens(batch=6, seq_len=16)

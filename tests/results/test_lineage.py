@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import metadata_load
 from plain import plain_recipe, plain_scoring
-from tiny_families import ONE_EACH, case_id, logits, make_model, plan_keeping, random_tokens, zeroed
+from tiny_families import ONE_UNLIKE, case_id, logits, make_model, plan_keeping, random_tokens, zeroed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -61,7 +61,7 @@ def plan_in(folder, name=COMPOSED_PLAN):
     return Plan.load(folder / "prunus" / name)
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+@pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
 def test_two_steps_of_every_family(case, saved, tmp_path):
     model, tokens = make_model(*case, num_hidden_layers=4), random_tokens()
     dense, once, twice = saved(model), tmp_path / "once", tmp_path / "twice"

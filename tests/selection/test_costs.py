@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import geometries
-from tiny_families import CASES, ONE_EACH, case_id, make_model, plan_keeping, random_tokens
+from tiny_families import CASES, ONE_UNLIKE, case_id, make_model, plan_keeping, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunus.errors import PlanError
@@ -57,7 +57,7 @@ def test_cache_bytes_are_those_of_a_real_cache(case):
         assert predicted == BYTES_PER_NUMBER * sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+@pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
 def test_parameters_are_those_of_the_model(case):
     model = make_model(*case)
     costs, plan = parameter_costs(Geometry.of(model)), ragged(model)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import geometries, profiles, seconds
-from tiny_families import ONE_EACH, case_id, logits, make_model, random_tokens
+from tiny_families import ONE_UNLIKE, case_id, logits, make_model, random_tokens
 
 from prunus.errors import OptionError, PlanError
 from prunus.evaluation.profiling import _marked, profile, widths_to_measure
@@ -89,7 +89,7 @@ def test_wide_blocks_are_measured_to_take_longer(table):
     assert (table.model, table.dtype, table.threads) == ("wide", "float32", torch.get_num_threads())
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+@pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
 def test_each_block_gets_its_own_time(case, tmp_path):
     """A wide MLP beside a narrow attention, in every family: the time is the MLP's, and no part is lost."""
     make_model(*case, intermediate_size=16384, num_hidden_layers=1).save_pretrained(tmp_path / "wide")
@@ -104,7 +104,7 @@ def test_each_block_gets_its_own_time(case, tmp_path):
         assert mlp > times * attention > 0, (phase, mlp, attention)
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+@pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
 def test_the_marks_stand_where_the_blocks_begin(case):
     """The order of a pass, noted by hooks of the test's own on the blocks: one mark between attention and MLP."""
     model, passed = make_model(*case), []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import CASES, ONE_EACH, case_id, logits, make_model, padded_batches, plan_keeping, random_tokens
+from tiny_families import CASES, ONE_UNLIKE, case_id, logits, make_model, padded_batches, plan_keeping, random_tokens
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -66,7 +66,7 @@ def test_statistics_are_those_of_the_model_in_memory(case, tmp_path):
                 torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-12, msg=lambda m, n=name: n + m)
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=case_id)
+@pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
 def test_scored_cut_repaired_measured_and_saved_as_in_memory(case, tmp_path):
     model = make_model(*case, num_hidden_layers=4)
     folder = save(model, tmp_path / "model")
