@@ -43,6 +43,56 @@ class Mutation:
 
 NUMBERS, STATISTICS, NOISE = "test_scales_of_numbers.py", "test_statistics.py", "test_noise.py"
 MUTATIONS = (
+    # experts
+    Mutation(
+        "routing.py",
+        "flow.weights[tokens, places].double() * norms",
+        "norms",
+        ("test_mixtures.py::test_importances",),
+        "reap without the router's weight of an expert",
+    ),
+    Mutation(
+        "routing.py",
+        "contributions = contributions[flow.mask.flatten()[tokens]]",
+        "pass",
+        ("test_mixtures.py::test_importances",),
+        "padding counts for experts",
+    ),
+    Mutation(
+        "gates.py",
+        "shares = flow.weights.double() * flow.gradient.double()",
+        "shares = flow.gradient.double()",
+        ("test_mixtures.py::test_importances",),
+        "gates of experts without the router's weight",
+    ),
+    Mutation(
+        "gradients.py",
+        "(delta[tokens] * flow.weights[tokens, places, None].float())",
+        "delta[tokens]",
+        ("test_mixtures.py::test_importances",),
+        "gradients of an expert as if its output were not weighed",
+    ),
+    Mutation(
+        "expert_repair.py",
+        "parts[tokens, places, None] * error[tokens]",
+        "error[tokens]",
+        ("test_expert_repair.py",),
+        "every expert of a token takes back the whole error of all experts",
+    ),
+    Mutation(
+        "surgery.py",
+        "tensor.index_select(stack.dim, geometry",
+        "tensor.index_select(0, geometry",
+        ("test_mixtures.py::test_a_cut_model_is_the_whole_one_with_routers_that_see_only_what_stays",),
+        "experts along another dimension than the first are not found",
+    ),
+    Mutation(
+        "constraints.py",
+        'self.experts_needed if axis == "expert" else 0',
+        "0",
+        ("test_experts.py::test_as_many_stay_as_each_token_goes_to",),
+        "fewer experts stay than each token goes to",
+    ),
     # importance and statistics
     Mutation(
         "gates.py",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from tiny_families import undivided
+from tiny_families import DENSE, undivided
 
 from prunus.model.families import AXES, FAMILIES
 from prunus.model.geometry import Geometry, LayerWidths
@@ -34,7 +34,7 @@ def layer_widths(draw: Any, max_layers: int = 5, max_attention: int = 4, max_mlp
 
 
 #: families in which every group can go by itself
-DIVISIBLE = sorted(name for name, family in FAMILIES.items() if not any(block.indivisible for block in family.blocks))
+DIVISIBLE = sorted(name for name, family in DENSE.items() if not any(block.indivisible for block in family.blocks))
 
 
 @st.composite
@@ -80,7 +80,7 @@ def tables(draw: Any, geometry: Geometry, scores: st.SearchStrategy[float] = any
 def plans(draw: Any, widths: tuple[LayerWidths, ...] | None = None, model_type: str | None = None) -> Plan:
     """A plan for layers of these widths, with which a model of the family can be cut; it keeps at least one group."""
     widths = widths or draw(layer_widths())
-    family = FAMILIES[model_type or draw(st.sampled_from(sorted(FAMILIES)))]
+    family = FAMILIES[model_type or draw(st.sampled_from(sorted(DENSE)))]
     kept = [{axis: [group for group in range(layer[axis]) if draw(st.booleans())] for axis in AXES} for layer in widths]
     if not any(groups for layer in kept for groups in layer.values()):
         layer_idx, axis = next((i, axis) for i, layer in enumerate(widths) for axis in AXES if layer[axis])

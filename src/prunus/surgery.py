@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunus.checkpoint.architecture import config_as_weighted, empty_model, pruned_config
 from prunus.checkpoint.open import attach_layers_
-from prunus.model.families import Block, Projection
+from prunus.model.families import Block, Projection, Stack
 from prunus.model.geometry import SPACE_AXIS, Geometry
 from prunus.model.layers import Fetched, LayerState, StoredLayers, layers_of, outside_layers
 from prunus.model.live import live_model
@@ -118,15 +118,20 @@ def cut_tensors(tensors: Iterable[tuple[str, Tensor]], geometry: Geometry, plan:
 
 def _cut_layer_tensor(name: str, tensor: Tensor, geometry: Geometry, layer_idx: int, kept: KeptGroups) -> Tensor | None:
     module, _, parameter = name.rpartition(".")
-    for block in geometry.family.blocks:
+    for block in geometry.blocks(layer_idx):
         if not _belongs_to(name, block):
             continue
         groups = kept[block.axis]
         if not groups:
             return None
+        if len(groups) == geometry.widths[layer_idx][block.axis]:
+            continue
         for projection in block.projections:
-            if projection.path == module and len(groups) < geometry.widths[layer_idx][block.axis]:
+            if projection.path == module:
                 return _cut_projection(tensor, parameter, projection, geometry, layer_idx, groups)
+        for stack in block.stacks:
+            if stack.path == name:
+                return _cut_stack(tensor, stack, geometry, groups)
     return tensor
 
 
@@ -146,5 +151,9 @@ def _cut_projection(
     return tensor
 
 
+def _cut_stack(tensor: Tensor, stack: Stack, geometry: Geometry, groups: Sequence[int]) -> Tensor:
+    return tensor.index_select(stack.dim, geometry.indices(groups, stack.space).to(tensor.device))
+
+
 def _belongs_to(name: str, block: Block) -> bool:
-    return any(name.startswith(path + ".") for path in (block.module, *block.norms))
+    return any(name.startswith(path + ".") for path in (block.module, *block.norms, *block.untouched))

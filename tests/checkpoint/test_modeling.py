@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_families import DENSE
 from tiny_models import ALL, INTERMEDIATE, LAYERS, RAGGED, Kept, cut, dense_model, zeroed
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from prunus.checkpoint import is_ragged, modeling_prunus, pruned_config
-from prunus.model.families import FAMILIES
 from prunus.model.geometry import Geometry
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -74,7 +74,7 @@ def test_a_ragged_model_can_be_cut_again(family, input_ids):
 
 def test_the_families_agree_on_norms():
     """The norms that leave with a block are named in two places, since checkpoints carry one of them with them."""
-    for model_type, family in FAMILIES.items():
+    for model_type, family in DENSE.items():
         config_class = type(AutoConfig.for_model(f"prunus_{model_type}"))
         for auto_class in (AutoModel, AutoModelForCausalLM):
             model_class = auto_class._model_mapping[config_class]

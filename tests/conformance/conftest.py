@@ -7,10 +7,8 @@ a tiny model of a new family (`tests/tiny_families.py`) and an oracle for a new 
 from __future__ import annotations
 
 import pytest
-from cut_cases import CUTS, Tiny
+from cut_cases import CUTS, METHODS, Tiny
 from tiny_families import CASES, case_id
-
-from prunus.importance import METHODS
 
 
 @pytest.fixture(params=CASES, ids=case_id)

@@ -10,7 +10,8 @@ from tiny_families import random_tokens, shared_model
 from torch import Tensor
 
 from prunus.calibration import Batch
-from prunus.importance import METHODS, MethodOptions, get_method, score_groups
+from prunus.importance import METHODS as ALL_METHODS
+from prunus.importance import MethodOptions, get_method, score_groups
 from prunus.importance.registry import statistics_for
 from prunus.model.families import AXES, FAMILIES, Axis, Family
 from prunus.model.geometry import Geometry
@@ -23,6 +24,8 @@ from prunus.sweep import sweep
 
 #: what chooses the groups where a test is about a cut, and not about how it was chosen
 CHOOSER = "random"
+#: those that score the groups of a dense model
+METHODS = {name: method for name, method in ALL_METHODS.items() if set(AXES) <= set(method.axes)}
 CUTS: dict[str, tuple[Axis, ...]] = {"attention": ("attention",), "mlp": ("mlp",), "both": AXES}
 
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from cut_cases import CUTS, Tiny, half, sweep_for
+from cut_cases import CUTS, METHODS, Tiny, half, sweep_for
 from tiny_families import ONE_UNLIKE, case_id
 
-from prunus.importance import METHODS, score_groups
+from prunus.importance import score_groups
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
 

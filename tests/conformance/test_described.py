@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_families import CASES, ONE_UNLIKE, VARIANTS, case_id, groups_of, make_model, tiny_config, weights_of_group
+from tiny_families import (
+    CASES,
+    DENSE,
+    ONE_UNLIKE,
+    VARIANTS,
+    case_id,
+    groups_of,
+    make_model,
+    tiny_config,
+    weights_of_group,
+)
 from torch import nn
 
 from prunus.errors import UnsupportedModelError
@@ -120,10 +130,10 @@ def test_a_changed_projection_is_refused(case, wrapper):
 
 
 def test_every_family_has_tiny_models():
-    assert VARIANTS.keys() == FAMILIES.keys()
+    assert VARIANTS.keys() == DENSE.keys()
     # How heads are laid out is a matter of the projections: families that have the same ones are tested together.
-    for projections in {family.projections for family in FAMILIES.values()}:
-        alike = [model_type for model_type, family in FAMILIES.items() if family.projections == projections]
+    for projections in {family.projections for family in DENSE.values()}:
+        alike = [model_type for model_type, family in DENSE.items() if family.projections == projections]
         configs = [tiny_config(*case) for case in CASES if case[0] in alike]
         heads = {(c.num_attention_heads, c.num_key_value_heads) for c in configs}
         assert any(q > kv > 1 for q, kv in heads), f"{alike} lack a variant with grouped queries"

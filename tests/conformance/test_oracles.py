@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from cut_cases import Tiny
+from cut_cases import METHODS, Tiny
 from tiny_families import (
     CASES,
     ONE_UNLIKE,
@@ -25,7 +25,7 @@ from tiny_families import (
 from torch import Tensor
 
 from prunus.calibration import Batch
-from prunus.importance import METHODS, MethodOptions, score_groups
+from prunus.importance import MethodOptions, score_groups
 from prunus.importance.registry import statistics_for
 from prunus.model.families import AXES, FAMILIES
 from prunus.model.geometry import Geometry

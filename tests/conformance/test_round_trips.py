@@ -12,7 +12,7 @@ import torch
 from cut_cases import Tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_families import CASES, FAMILIES, case_id, count_parameters, logits, plan_keeping, shared_model
+from tiny_families import CASES, DENSE, case_id, count_parameters, logits, plan_keeping, shared_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -115,4 +115,4 @@ def test_without_the_package(tokenizer, tmp_path):
         assert bool(answers[f"{name}.tied"]) == model.config.tie_word_embeddings, name
         expected = model.generate(input_ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
         assert torch.equal(answers[f"{name}.tokens"], expected), name
-    assert {name.split("-")[1] for name in pruned} == set(FAMILIES)
+    assert {name.split("-")[1] for name in pruned} == set(DENSE)

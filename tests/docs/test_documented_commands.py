@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_folder import TEXT, byte_tokenizer
+from tiny_mixtures import make_mixture
 from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,6 +47,7 @@ WORDS = {
     "smollm2-135m": "dense",
     "meta-llama/Llama-3.2-1B": "dense",
     "BIG": "dense",
+    "Qwen/Qwen3-30B-A3B": "mixture",
     "my-model": "dense",
     "c4": "my-text.jsonl",  # a data set of the Hub
     "cuda": "cpu",
@@ -278,7 +280,10 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(place / "dense")
+    mixture = make_mixture("qwen3_moe", vocab_size=260, max_position_embeddings=4096)
     tokenizer = byte_tokenizer()
+    for part in (mixture, tokenizer):
+        part.save_pretrained(place / "mixture")
     # llama.cpp knows this way of splitting by a name.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.save_pretrained(place / "dense")
@@ -300,7 +305,7 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_a_page_does_what_it_says(page, brought, tmp_path, monkeypatch, capsys):
-    for name in ("dense", *TEXTS, TASKS):
+    for name in ("dense", "mixture", *TEXTS, TASKS):
         (tmp_path / name).symlink_to(brought / name)
     if page in PRUNED:
         shutil.copytree(brought / "pruned", tmp_path / PRUNED[page])

@@ -13,8 +13,10 @@ from prunus.importance.registry import method, statistics_for
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.selection.table import build_table
-from prunus.statistics import ActivationStatistics, GateGradients, Statistics, WeightGradients
+from prunus.statistics import ActivationStatistics, GateGradients, RoutingStatistics, Statistics, WeightGradients
 from prunus.sweep import sweep
+
+DENSE_METHODS = [name for name, found in METHODS.items() if set(AXES) <= set(found.axes)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_methods_describe_themselves(name):
     assert found.name == name
     assert len(found.summary) > 20
     assert found.summary.endswith(".")
-    assert found.needs <= {"gradients", "squares", "activations", "gates"}
+    assert found.needs <= {"gradients", "squares", "activations", "gates", "routing"}
     assert found.importance.__module__ == f"prunus.importance.{name}"
 
 
@@ -108,7 +110,7 @@ def test_each_statistic_is_taken_once():
     assert kinds("taylor") == kinds("taylor", "taylor_2nd") == [WeightGradients]
     assert kinds("wanda", "magnitude") == [ActivationStatistics]
     assert kinds("gate_fisher") == [GateGradients]
-    assert kinds(*METHODS) == [WeightGradients, ActivationStatistics, GateGradients]
+    assert kinds(*METHODS) == [WeightGradients, ActivationStatistics, GateGradients, RoutingStatistics]
     (plain,) = statistics_for([METHODS["taylor"]], MethodOptions(hessian="empirical_fisher"))
     assert (plain.squares, plain.loss_scale) == (False, "sum")
     (both,) = statistics_for([METHODS["taylor"], METHODS["taylor_2nd"]], MethodOptions())
@@ -124,7 +126,7 @@ def test_only_what_needs_a_backward_pass_gets_one(model):
 # --- statistics that do not fit ---
 
 
-@pytest.mark.parametrize("name", [name for name, found in METHODS.items() if found.needs])
+@pytest.mark.parametrize("name", [name for name in DENSE_METHODS if METHODS[name].needs])
 def test_missing_statistics(model, name):
     empty = Statistics(({}, {}), sequences=1)
     for statistics in (None, empty):
@@ -143,14 +145,14 @@ def test_statistics_of_another_depth(model, statistics):
         score_groups(model, METHODS["taylor"], Statistics(statistics.layers[:1], 3))
 
 
-@pytest.mark.parametrize("name", [name for name, found in METHODS.items() if found.needs])
+@pytest.mark.parametrize("name", [name for name in DENSE_METHODS if METHODS[name].needs])
 def test_statistics_of_another_width(statistics, name):
     other = make_model("llama", "gqa", intermediate_size=21)
     with pytest.raises(StatisticsError, match=r"layer 0.*of another model"):
         score_groups(other, METHODS[name], statistics)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", DENSE_METHODS)
 def test_statistics_from_a_file(model, statistics, tmp_path, name):
     statistics.save(tmp_path / "statistics.safetensors")
     again = Statistics.load(tmp_path / "statistics.safetensors")

@@ -208,7 +208,7 @@ def test_every_field_of_every_option_class_is_a_key_with_a_meaning():
         "output.": OutputOptions,
         "fit.": FitOptions,
     }
-    expected = {"model", "ratio", "rounds", "scoring.adaptive.candidates"}
+    expected = {"model", "ratio", "experts", "rounds", "scoring.adaptive.candidates"}
     expected |= {prefix + field.name for prefix, cls in classes.items() for field in dataclasses.fields(cls)}
     assert set(job_keys()) == expected - {"scoring.adaptive"}
     assert all(

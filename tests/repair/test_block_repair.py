@@ -62,7 +62,7 @@ def test_sums_over_tokens_are_those_of_all_tokens_at_once(width):
     """Also where XᵀX goes in one block, in equal ones and in unequal ones."""
     generator = torch.Generator().manual_seed(1)
     x, target = (torch.randn(30, columns, generator=generator) for columns in (width, 7))
-    sums = TokenSums(torch.nn.Linear(width, 7))
+    sums = TokenSums(width, 7, torch.device("cpu"))
     for part, its_target in zip(x.split(8), target.split(8), strict=True):
         sums.add(part, its_target)
     found = sums.equations()

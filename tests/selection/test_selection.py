@@ -12,9 +12,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import DIVISIBLE, any_scores, exact_scores, geometries, tables
+from tiny_families import DENSE
 
 from prunus.errors import BudgetError, OptionError, PlanError
-from prunus.model.families import AXES, FAMILIES
+from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.selection.nearness import NEAR
 from prunus.selection.plan import Plan
@@ -51,8 +52,8 @@ def constraints_for(draw, geometry: Geometry) -> Constraints:
 @st.composite
 def jobs(draw, scores=any_scores, constrained: bool = True):
     """A model, its table, constraints and a ratio that they allow."""
-    geometry = draw(geometries(sorted(FAMILIES) if constrained else DIVISIBLE))
-    constraints = draw(constraints_for(geometry)) if constrained else Constraints()
+    geometry = draw(geometries(sorted(DENSE) if constrained else DIVISIBLE))
+    constraints = draw(constraints_for(geometry)) if constrained else Constraints(axes=AXES)
     reachable = reachable_parameters(geometry, constraints) / geometry.total_parameters
     # Just below what is reachable: the product with the total must not round up past it.
     ratio = draw(st.floats(0, 1)) * reachable * (1 - 1e-12)
@@ -290,7 +291,7 @@ def test_bundles_of_equal_groups_keep_their_order(tiny_model, align):
 @given(geometry=geometries(), align=st.integers(2, 9), data=st.data())
 def test_a_bundle_too_many_is_not_promised(geometry, align, data):
     """With nothing protected the last bundle of some block has to stay, and what is reachable allows for it."""
-    constraints = Constraints(align=align)
+    constraints = Constraints(axes=AXES, align=align)
     reachable = reachable_parameters(geometry, constraints)
     table, ratio = data.draw(tables(geometry, exact_scores)), reachable / geometry.total_parameters * (1 - 1e-12)
     plan = select(table, geometry, ratio, constraints, last=False)

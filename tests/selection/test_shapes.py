@@ -10,11 +10,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from plain import plain_recipe, plain_scoring
 from strategies import geometries, tables
-from tiny_families import ONE_UNLIKE, case_id, make_model
+from tiny_families import DENSE, ONE_UNLIKE, case_id, make_model
 
 import prunus
 from prunus.errors import BudgetError, OptionError
-from prunus.model.families import AXES, FAMILIES
+from prunus.model.families import AXES
 from prunus.model.geometry import Geometry, LayerWidths
 from prunus.selection.nearness import NEAR
 from prunus.selection.plan import Plan
@@ -46,7 +46,7 @@ def can_be_uniform(geometry: Geometry) -> bool:
 @st.composite
 def jobs(draw, shape: str):
     """A model, its table, constraints of a shape and a ratio that they allow."""
-    geometry = draw(geometries(sorted(FAMILIES)).filter(lambda g: shape == "depth" or can_be_uniform(g)))
+    geometry = draw(geometries(sorted(DENSE)).filter(lambda g: shape == "depth" or can_be_uniform(g)))
     narrowest = min(layer.intermediate_size for layer in geometry.widths)
     constraints = Constraints(
         shape=shape,
@@ -172,7 +172,7 @@ def test_depth_keeps_frozen_layers(table, geometry):
 def test_what_cannot_go_together(table, geometry):
     with pytest.raises(OptionError, match="layer range"):
         select(table, geometry, 0.2, Constraints(shape="uniform", layer_start=1))
-    with pytest.raises(OptionError, match="choose one of ragged, uniform, depth"):
+    with pytest.raises(OptionError, match="choose one of auto, ragged, uniform, depth"):
         Constraints(shape="round")
     with pytest.raises(BudgetError, match="shape"):
         select(table, geometry, 0.5, Constraints(shape="depth", min_keep_mlp=1))

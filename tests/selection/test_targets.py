@@ -46,7 +46,7 @@ def jobs(draw, shape: str = "ragged"):
     costs = draw(targets(geometry)).costs(geometry)
     constraints = Constraints(shape=shape, axes=draw(st.sampled_from([AXES, AXES, ("attention",)])))
     if shape == "uniform" and len({w["mlp"] for w in geometry.widths}) > 1:
-        constraints = Constraints(shape=shape)
+        constraints = Constraints(shape=shape, axes=AXES)
     share = reachable(geometry, constraints, costs) / costs.total if costs.total else 0.0
     ratio = draw(st.floats(0, 1)) * share * (1 - 1e-9)
     return geometry, draw(tables(geometry, whole)), costs, constraints, ratio

@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from prunus.checkpoint.architecture import empty_model
+from prunus.checkpoint.conversion import Conversion
 from prunus.checkpoint.kind import ADAPTER
 from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError, UnsupportedModelError
@@ -33,6 +34,8 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 HELD_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: config fields that are dimensions of tensors, or divide one
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+#: those of mixtures of experts, beside the number of experts
+EXPERT_SIZES = ("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok", "moe_k")
 #: other config fields that count something
 COUNTS = ("max_position_embeddings", "sliding_window")
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -94,17 +97,26 @@ def check_numbers(values: Mapping[str, Any], weights: StoredWeights) -> None:
         )
     _check_every_number(path, values)
     largest = max((max(weights.shape(name), default=0) for name in weights if _has_bytes(weights, name)), default=0)
-    for name in (*SIZES, *COUNTS, "num_hidden_layers"):
+    family = FAMILIES.get(str(values.get("model_type")).removeprefix(PRUNED_PREFIX))
+    experts = (*EXPERT_SIZES, family.mixture.count) if family and family.mixture else ()
+    for name in (*SIZES, *COUNTS, *experts, "num_hidden_layers"):
         if values.get(name) is not None:
-            # Of layers that differ, the fields of the same names describe the dense model.
-            bounded = name in SIZES and not (by_layer is not None and name in WIDTHS)
-            _check_size(path, name, values[name], 1, largest if bounded else None)
+            # Of layers that differ, the fields of the same names describe the dense model; a mixture may have no layer
+            # that is as wide as those without experts would be.
+            unbounded = (by_layer is not None and name in WIDTHS) or (experts and name == "intermediate_size")
+            bounded = name in (*SIZES, *experts) and not unbounded
+            # A window that is not in use is 0 in configs that transformers has written.
+            least = 0 if name == "sliding_window" and values.get("use_sliding_window") is False else 1
+            _check_size(path, name, values[name], least, largest if bounded else None)
     layers = len({match[1] for name in weights if (match := _LAYER.match(name))})
     said = values.get("num_hidden_layers")
     # That a list of widths has as many entries is for the config's class to check; it has to be built for that.
     described = len(by_layer) if isinstance(by_layer, list) else said
+    # Layers behind those, which predict further tokens (GLM-4.5), are no part of the model that transformers builds.
+    further = values.get("num_nextn_predict_layers")
+    matching = (described, (described or 0) + further if type(further) is int else None)
     # Under names of another kind, which are left to transformers, every layer still has a tensor at least.
-    if (said or 0) > len(weights) or (layers and described not in (None, layers)):
+    if (said or 0) > len(weights) or (layers and described is not None and layers not in matching):
         raise CheckpointError(
             f"{path} describes {said or described:,} decoder layers, and the weights are {len(weights):,} tensors in "
             f"{layers:,} layers; fetch the model again, or correct num_hidden_layers"
@@ -142,18 +154,22 @@ def check_tensors(config: Any, weights: StoredWeights) -> None:
             "layer_types and sliding_window"
         ) from error
     model = empty_model(copy.deepcopy(config), torch.float32)  # building notes dtype and attention in the config
-    expected = model.state_dict()
-    for name, tensor in expected.items():
-        stored = _stored_as(name, model, weights)
-        if stored not in weights:
-            continue  # for the engines to refuse: transformers knows older names of some tensors
-        _check_float(stored, weights)
-        if weights.shape(stored) != tuple(tensor.shape):
+    for name, parts in Conversion(model, weights).stored.items():
+        found = {part: stored for part in parts if (stored := _stored_as(part, model, weights)) in weights}
+        if found and (missing := [part for part in parts if part not in found]):
             raise CheckpointError(
-                f"{weights.path(stored)}: {stored!r} has shape {weights.shape(stored)}, config.json makes it "
-                f"{tuple(tensor.shape)}, so that the model cannot be loaded; fetch the model again, or correct "
-                "config.json"
+                f"{weights.folder} lacks {len(missing)} of the {len(parts)} tensors that {name!r} is made of, first "
+                f"{missing[0]!r}; fetch the model again, or correct the number of experts in config.json"
             )
+        for part, stored in found.items():  # where there are none, for the engines to refuse: there are older names
+            tensor = parts[part]
+            _check_float(stored, weights)
+            if weights.shape(stored) != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"{weights.path(stored)}: {stored!r} has shape {weights.shape(stored)}, config.json makes it "
+                    f"{tuple(tensor.shape)}, so that the model cannot be loaded; fetch the model again, or correct "
+                    "config.json"
+                )
     unused = unused_tensors(model, weights)
     for name in unused:
         if _LAYER.match(name):
@@ -176,7 +192,8 @@ def unused_tensors(model: Any, weights: Collection[str]) -> list[str]:
         model: a causal language model, which may be without weights.
         weights: names of tensors.
     """
-    expected = {_stored_as(name, model, weights) for name in model.state_dict()}
+    parts = (part for parts in Conversion(model, weights).stored.values() for part in parts)
+    expected = {_stored_as(part, model, weights) for part in parts}
     ignored = re.compile("|".join([_OLD_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]))
     return sorted(name for name in weights if name not in expected and not ignored.search(name))
 
@@ -259,6 +276,6 @@ def _described() -> set[str]:
     return {
         path
         for family in FAMILIES.values()
-        for block in family.blocks
+        for block in family.all_blocks
         for path in (*(projection.path for projection in block.projections), *block.norms, *block.untouched)
     }

@@ -18,13 +18,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunus.checkpoint import configuration_prunus, modeling_prunus
 from prunus.errors import CheckpointError, PlanError, PrunusError, UnsupportedModelError
-from prunus.model.families import PRUNED_PREFIX, family_of
-from prunus.model.geometry import LayerWidths, submodule
+from prunus.model.families import PRUNED_PREFIX, Mixture, family_of
+from prunus.model.geometry import LayerWidths, layer_widths_of, submodule
 
 __all__ = ["config_as_weighted", "empty_model", "is_ragged", "pruned_config", "register"]
 
 #: config fields that hold one value per decoder layer
 PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+#: config field that lists the layers without experts, in families whose layers have them every so often
+DENSE_LAYERS, EXPERT_STEP = "mlp_only_layers", "decoder_sparse_step"
+#: config field with the number of layers without experts in front of those that have some
+FIRST_DENSE = "first_k_dense_replace"
+#: config fields with the first and the last layer that have experts (ERNIE), and their distance
+FIRST_SPARSE, LAST_SPARSE, SPARSE_STEP = "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"
+#: config field with the number of layers behind the decoder that predict further tokens
+FURTHER_TOKENS = "num_nextn_predict_layers"
 #: config fields that describe one checkpoint rather than the architecture, or are set anew
 DROPPED_FIELDS = ("layer_widths", "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 #: fields of Llama's config that Mistral's does not have
@@ -74,13 +82,14 @@ def pruned_config(config: Any, widths: Sequence[LayerWidths], layer_indices: Seq
             per layer follow them.
 
     Returns:
-        The family's stock config if all layers have equal widths and both blocks. A Llama whose number of heads does
-        not divide its hidden size is refused by LlamaConfig; without biases it is exactly a Mistral without sliding
-        window, and becomes one. Everything else gets the config with `layer_widths`.
+        The family's stock config if all layers (of a mixture, all of a kind) have equal widths and all blocks. A Llama
+        whose number of heads does not divide its hidden size is refused by LlamaConfig; without biases it is exactly a
+        Mistral without sliding window, and becomes one. Everything else gets the config with `layer_widths`.
 
     Raises:
         PlanError: no layer is left, a layer has neither block, or `layer_indices` are not increasing indices of layers.
-        UnsupportedModelError: the family is not described, or the config has per-layer overrides of its own.
+        UnsupportedModelError: the family is not described, the config has per-layer overrides of its own, or no class
+            loads a mixture of experts of these widths.
     """
     family = family_of(config)
     _check_layers(config, widths, layer_indices)
@@ -89,6 +98,8 @@ def pruned_config(config: Any, widths: Sequence[LayerWidths], layer_indices: Seq
             "the config has a per_layer_config, whose overrides prunus would lose; load the model with a plain config"
         )
     fields = _fields_of_layers(config, layer_indices)
+    if family.mixture is not None:
+        return _mixture_config(config, family.model_type, family.mixture, fields, widths)
     fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
     pruned = None
@@ -167,6 +178,43 @@ def _give_values_to_buffers(model: Any) -> None:
                 )
 
 
+def _mixture_config(
+    config: Any, model_type: str, mixture: Mixture, fields: dict[str, Any], widths: Sequence[LayerWidths]
+) -> Any:
+    """The stock config of a mixture of experts whose layers have these widths.
+
+    Raises:
+        UnsupportedModelError: no stock config describes them.
+    """
+    num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim * widths[0].num_key_value_heads * num_key_value_groups != config.hidden_size or "head_dim" in fields:
+        fields["head_dim"] = head_dim
+    if FURTHER_TOKENS in fields:
+        fields[FURTHER_TOKENS] = 0  # their layers were not read, and are not in the result
+    first = {bool(layer.num_experts): layer for layer in reversed(widths)}
+    fields["num_key_value_heads"] = widths[0].num_key_value_heads
+    fields["num_attention_heads"] = widths[0].num_key_value_heads * num_key_value_groups
+    if False in first:
+        fields["intermediate_size"] = first[False].intermediate_size
+    if True in first:
+        for name in (mixture.count, config.attribute_map.get(mixture.count)):
+            if name is not None:
+                fields.pop(name, None)
+        fields[mixture.count] = first[True].num_experts
+        if mixture.shared_field:
+            fields[mixture.shared_field] = first[True].intermediate_size
+    pruned = AutoConfig.for_model(model_type, **fields)
+    if layer_widths_of(pruned) != tuple(widths):
+        raise UnsupportedModelError(
+            f"no class of transformers loads a {model_type} model whose layers keep "
+            f"{'; '.join(dict.fromkeys(map(str, widths)))}: all of a kind must keep as many, and shared experts whole "
+            "ones. Plan with `shape` uniform"
+        )
+    pruned._attn_implementation = config._attn_implementation
+    return pruned
+
+
 def _check_layers(config: Any, widths: Sequence[LayerWidths], layer_indices: Sequence[int]) -> None:
     if not widths:
         raise PlanError("the plan leaves no decoder layer; keep at least one group")
@@ -179,7 +227,7 @@ def _check_layers(config: Any, widths: Sequence[LayerWidths], layer_indices: Seq
             f"{config.num_hidden_layers} decoder layers"
         )
     for layer_idx, layer in zip(layer_indices, widths, strict=True):
-        if not layer.num_key_value_heads and not layer.intermediate_size:
+        if not layer:
             raise PlanError(f"layer {layer_idx} keeps neither attention nor MLP; leave it out altogether")
 
 
@@ -190,6 +238,19 @@ def _fields_of_layers(config: Any, layer_indices: Sequence[int]) -> dict[str, An
     for name in PER_LAYER_FIELDS:
         if fields.get(name) is not None:
             fields[name] = [fields[name][layer_idx] for layer_idx in layer_indices]
+    if fields.get(DENSE_LAYERS) is not None and len(layer_indices) < config.num_hidden_layers:
+        # Which layers have experts no longer follows from their number.
+        mixture = family_of(config).mixture
+        has_experts = [mixture is not None and mixture.in_layer(config, layer_idx) for layer_idx in layer_indices]
+        fields[DENSE_LAYERS] = [number for number, has in enumerate(has_experts) if not has]
+        fields[EXPERT_STEP] = 1
+    if fields.get(FIRST_SPARSE) is not None and len(layer_indices) < config.num_hidden_layers:
+        mixture = family_of(config).mixture
+        has_experts = [mixture is not None and mixture.in_layer(config, layer_idx) for layer_idx in layer_indices]
+        sparse = [number for number, has in enumerate(has_experts) if has]
+        fields |= {FIRST_SPARSE: min(sparse, default=1), LAST_SPARSE: max(sparse, default=0), SPARSE_STEP: 1}
+    if fields.get(FIRST_DENSE) is not None:
+        fields[FIRST_DENSE] = sum(layer_idx < fields[FIRST_DENSE] for layer_idx in layer_indices)
     if fields.get("max_window_layers") is not None and len(layer_indices) < config.num_hidden_layers:
         # Layers from this one on have a sliding window. transformers 5 reads layer_types, other readers this.
         fields["max_window_layers"] = sum(layer_idx < fields["max_window_layers"] for layer_idx in layer_indices)

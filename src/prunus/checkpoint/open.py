@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from prunus.checkpoint.agreement import unused_tensors, warn_of_unused
 from prunus.checkpoint.architecture import empty_model
+from prunus.checkpoint.conversion import Conversion
 from prunus.checkpoint.load import check_finite_tensor, check_folder, locate, read_tokenizer
 from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError
@@ -20,7 +21,7 @@ from prunus.files.links import check_inside
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of
 from prunus.model.geometry import submodule
-from prunus.model.layers import ATTRIBUTE, Fetched, StoredLayers, layers_of, move_present_, outside_layers
+from prunus.model.layers import ATTRIBUTE, Fetched, LayerState, StoredLayers, layers_of, move_present_, outside_layers
 from prunus.model.whole import attach_whole_
 
 __all__ = ["attach_layers_", "open_model", "read_layers_"]
@@ -62,20 +63,28 @@ def open_model(
         torch_dtype = config.dtype
     model = empty_model(config, torch_dtype)
     _read_generation_config_(model, folder)
-    stored_as = _names_in_folder(model, weights)
+    conversion = Conversion(model, weights)
+    stored_as = _names_in_folder(model, weights, conversion)
     warn_of_unused(folder, unused_tensors(model, weights))
-    prefix, checked = family_of(config).layers + ".", _Checked(torch_dtype)
+    prefix, checked = family_of(config).layers + ".", _Checked(model)
 
     def fetch_layer(layer_idx: int) -> Fetched:
         start = f"{prefix}{layer_idx}."
         names = [name.removeprefix(start) for name in stored_as if name.startswith(start)]
-        return Fetched(
-            {name: weights.read(start + name) for name in names},
-            # Popped: what was read goes as soon as it is converted.
-            lambda state: {name: checked(start + name, state.pop(name)) for name in names},
-        )
 
-    outer = {name: checked(name, weights.read(stored_as[name])) for name in outside_layers(model)}
+        def finish(state: LayerState) -> LayerState:
+            # Popped: what was read goes as soon as it is converted.
+            return {
+                name: checked(
+                    start + name,
+                    conversion.make(start + name, {part: state.pop(part) for part in stored_as[start + name]}),
+                )
+                for name in names
+            }
+
+        return Fetched({part: weights.read(part) for name in names for part in stored_as[start + name]}, finish)
+
+    outer = {name: checked(name, weights.read(stored_as[name][0])) for name in outside_layers(model)}
     model.load_state_dict(outer, strict=False, assign=True)
     attach_layers_(model, fetch_layer, torch_device, scratch, weights.verify)
     attach_whole_(model, weights.whole)
@@ -105,14 +114,18 @@ def _read_generation_config_(model: Any, folder: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _names_in_folder(model: Any, weights: StoredWeights) -> dict[str, str]:
-    """The name that each tensor of a model has in its folder, where tied weights may have either; all are there."""
+def _names_in_folder(model: Any, weights: StoredWeights, conversion: Conversion) -> dict[str, list[str]]:
+    """The tensors of its folder that each tensor of a model is made of; all are there.
+
+    Tied weights may have either name.
+    """
     family = family_of(model.config)
-    names = {name: name for name in model.state_dict()}
+    names = {name: list(parts) for name, parts in conversion.stored.items()}
     if model.config.tie_word_embeddings and (embedding := f"{family.embedding}.weight") not in weights:
-        names[embedding] = f"{family.head}.weight"
+        names[embedding] = [f"{family.head}.weight"]
     in_layers = [name for name in names if name.startswith(f"{family.layers}.")]
-    if missing := [name for name in (*outside_layers(model), *in_layers) if names[name] not in weights]:
+    wanted = [part for name in (*outside_layers(model), *in_layers) for part in names[name]]
+    if missing := [part for part in wanted if part not in weights]:
         raise CheckpointError(
             f"{weights.folder} lacks {len(missing)} tensors of its model, first {missing[0]!r}. If it loads in "
             "transformers, its tensors have other names there: use `engine` resident, or save it again with "
@@ -122,14 +135,14 @@ def _names_in_folder(model: Any, weights: StoredWeights) -> dict[str, str]:
 
 
 class _Checked:
-    """Converts tensors to a dtype, and refuses any with NaN or infinite values when it is first seen."""
+    """Converts tensors to their dtypes in a model, and refuses NaN and infinite values when one is first seen."""
 
-    def __init__(self, dtype: torch.dtype):
-        self._dtype = dtype
+    def __init__(self, model: Any):
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         self._seen: set[str] = set()
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        tensor = tensor.to(self._dtypes[name]) if tensor.is_floating_point() else tensor
         if name not in self._seen:
             check_finite_tensor(name, tensor)
             self._seen.add(name)

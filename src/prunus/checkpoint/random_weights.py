@@ -26,12 +26,15 @@ def random_weights(model: Any, device: torch.device) -> Any:
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         weight = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
-        if weight.ndim == 2:
+        if weight.ndim >= 2:
             block = drawn[: weight.numel()].to(device, weight.dtype)
             whole = weight.numel() // len(block)
             weight.view(-1)[: whole * len(block)].view(whole, -1).copy_(block)
             weight.view(-1)[whole * len(block) :] = block[: weight.numel() % len(block)]
         weights[name] = weight
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            weights[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.to(device)

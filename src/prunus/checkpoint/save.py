@@ -13,16 +13,17 @@ from typing import Any
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import CONFIG_MAPPING, GenerationConfig
 
 from prunus.checkpoint.architecture import config_as_weighted
 from prunus.checkpoint.configuration_prunus import rope_fields_of_transformers_4
+from prunus.checkpoint.conversion import as_stored
 from prunus.checkpoint.multimodal import copy_processor, empty_whole, tensors_around, whole_name
 from prunus.errors import CheckpointError
 from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import check_disk, output_folder, place_of
 from prunus.files.tensor_file import TensorLayout, write_tensors
-from prunus.model.families import family_of
+from prunus.model.families import FAMILIES, PRUNED_PREFIX, family_of
 from prunus.model.layers import layers_of, outside_layers
 from prunus.model.live import live_model
 from prunus.model.whole import Whole, whole_of
@@ -122,6 +123,7 @@ def _save_model(folder: Path, model: Any, max_shard_size: int | str) -> None:
         model.generation_config, model.config = generation_config, config
     generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
     _keep_rope_readable(folder / "config.json")
+    _keep_experts_readable(folder / "config.json")
 
 
 def _save_whole(folder: Path, model: Any, whole: Whole, max_shard_size: int | str) -> None:
@@ -183,24 +185,26 @@ def _stream_weights(
     """
     layers, prefix = layers_of(model), family_of(model.config).layers
     state_dict = model.state_dict()
-    inner = {renamed(name): name for name in _names(model)}
-    whole = {**around, **{name: state_dict[inside] for name, inside in inner.items()}}
+    tensors = as_stored(model, {name: state_dict[name] for name in _names(model)})
+    inner = {renamed(name): name for name in tensors}
+    whole = {**around, **{name: tensors[inside] for name, inside in inner.items()}}
     split = split_torch_state_dict_into_shards(whole, max_shard_size=max_shard_size)
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        outside = outside_layers(model)
+        outside = as_stored(model, outside_layers(model))
         held, state = -1, {}
         for stored in wanted:
             name = inner.get(stored, stored)
             if stored in around or name in outside:
                 yield stored, around[stored] if stored in around else outside[name]
                 continue
-            number, _, inside = name.removeprefix(prefix + ".").partition(".")
+            number = name.removeprefix(prefix + ".").partition(".")[0]
             if int(number) != held:
                 held = int(number)
                 with layers.hold(held, then=held + 1) as layer:
-                    state = dict(layer.state_dict())
-            yield stored, state[inside]
+                    held_state = {f"{prefix}.{held}.{inside}": tensor for inside, tensor in layer.state_dict().items()}
+                    state = as_stored(model, held_state)
+            yield stored, state[name]
 
     for file_name, wanted in split.filename_to_tensors.items():
         layouts = {name: TensorLayout.of(whole[name]) for name in wanted}
@@ -208,6 +212,19 @@ def _stream_weights(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _keep_experts_readable(path: Path) -> None:
+    """Write the number of experts also under the name that the family's own checkpoints have for it.
+
+    transformers 5 maps some families' name to another one, and reads both; other readers know only the first.
+    """
+    config = read_json(path)
+    family = FAMILIES.get(config["model_type"].removeprefix(PRUNED_PREFIX))
+    mixture = family.mixture if family else None
+    other = CONFIG_MAPPING[config["model_type"]].attribute_map.get(mixture.count) if mixture else None
+    if mixture and other and other in config:
+        _write_json(path, {**config, mixture.count: config[other]})
 
 
 def _keep_rope_readable(path: Path) -> None:

@@ -23,13 +23,12 @@ def inspect(
     Args:
         model: folder, Hub id or `smollm2-135m`; its weights are not read.
         ratio: also say what removing this share of all parameters means.
-        group: show one group instead, e.g. `3:mlp:17` or `0:attention:1`: which rows and columns of which tensors are
-            cut together, and what that saves.
+        group: show one group instead, e.g. `3:mlp:17`, `0:attention:1` or `2:expert:5`: which rows and columns of which
+            tensors are cut together, and what that saves.
         table: groups.csv, or the folder that `prunus score` wrote: importance, score and rank of the group.
         json: print the facts as JSON.
     """
     from prunus.cli.printing import print_json, print_rows, short
-    from prunus.model.families import AXES
     from prunus.pipeline.inspection import inspect as inspect_model
     from prunus.pipeline.inspection import inspect_group
 
@@ -46,11 +45,11 @@ def inspect(
     if json:
         print_json(facts)
         return
-    layers, removed = facts.pop("layers"), facts.pop("removed", None)
+    layers, removed, axes = facts.pop("layers"), facts.pop("removed", None), list(facts["groups"])
     print_rows(str(facts.pop("model")), ("", ""), [(name, short(value)) for name, value in facts.items()])
     if removed is None:
         rows = [(str(i), *(f"{count:,}" for count in layer.values())) for i, layer in enumerate(layers)]
-        print_rows("groups per layer", ("layer", *AXES), rows)
+        print_rows("groups per layer", ("layer", *axes), rows)
     else:
-        rows = [(str(row["layer_idx"]), *(f"{row[axis]:,} of {row['of'][axis]:,}" for axis in AXES)) for row in removed]
-        print_rows("groups removed, by layer of the base model", ("layer", *AXES), rows)
+        rows = [(str(row["layer_idx"]), *(f"{row[axis]:,} of {row['of'][axis]:,}" for axis in axes)) for row in removed]
+        print_rows("groups removed, by layer of the base model", ("layer", *axes), rows)

@@ -44,12 +44,14 @@ class _Recipe:
         recipe: default, original (plain slicing by first-order Taylor scores), fast, or a YAML file, such as
             prunus/recipe.yaml of an earlier result.
         set: any other setting, e.g. `--set repair.damping=0.2 --set rounds=1`; `prunus recipe` lists the keys.
-        method: gate_fisher, taylor, taylor_2nd, wanda, magnitude, random, hybrid or adaptive.
+        method: gate_fisher, taylor, taylor_2nd, wanda, magnitude, random, hybrid or adaptive; for experts also reap
+            and frequency.
         rounds: number of prune–repair steps of equal size, with re-scoring in between.
         shape: ragged cuts wherever the score is lowest; uniform leaves all layers equally wide; depth removes whole
             layers.
         align: kept MLP widths are multiples of this: a number, gpu (64), gpu128 (128) or gguf (256).
-        target: what the ratio is a share of: params, flops, kv_cache, latency, size or memory.
+        target: what the ratio is a share of: params, flops, kv_cache, latency, size, memory, or
+            experts of a mixture of experts.
     """
 
     recipe: str | None = None

@@ -35,7 +35,6 @@ def plan(
     """
     from prunus.cli.printing import print_json, print_rows
     from prunus.files.outputs import check_output_file, output_file
-    from prunus.model.families import AXES
     from prunus.pipeline.job import Job
     from prunus.pipeline.job_file import read_job
     from prunus.pipeline.recipe import Recipe
@@ -71,8 +70,8 @@ def plan(
         print_json(facts)
         return
     rows = [
-        (str(layer_idx), *(f"{len(kept[axis])} of {before[axis]}" for axis in AXES))
+        (str(layer_idx), *(f"{len(kept[axis])} of {before[axis]}" for axis in chosen.axes))
         for layer_idx, (before, kept) in enumerate(zip(chosen.widths, chosen.layers, strict=True))
     ]
     title = f"{facts['achieved_ratio']:.2%} of all {costs.quantity} go ({ratio:.2%} asked) → {out}"
-    print_rows(title, ("layer", *AXES), rows)
+    print_rows(title, ("layer", *chosen.axes), rows)

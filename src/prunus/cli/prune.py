@@ -33,6 +33,7 @@ def prune(
     *,
     out: Path,
     ratio: float | None = None,
+    experts: float | None = None,
     fit: FitFlags = NO_FIT,
     recipe: RecipeFlags = NO_RECIPE,
     calibration: CalibrationFlags = NO_CALIBRATION,
@@ -52,6 +53,7 @@ def prune(
         out: folder for the result; it appears when it is complete.
         ratio: share of all parameters to remove, or of what --target says, from 0 to below 1; 0.25 by default. Of a
             multimodal model, a share of its language model's parameters.
+        experts: share of the experts to remove from each layer of a mixture of experts, e.g. 0.5, in place of --ratio.
         text_only: of a multimodal model, save the language model by itself.
         overwrite: replace an earlier result in the folder.
         dry_run: say what would be removed, and what memory, disk and time it would take; nothing is written.
@@ -67,7 +69,8 @@ def prune(
     size = given(fit)
     if ratio is not None and (fit.fit or fit.fit_memory):
         raise OptionError("`ratio` and `fit` both say how much to remove; give one of them")
-    direct = {"model": model, "ratio": ratio, **size, **given(recipe, calibration, evaluation, device)}
+    direct = {"model": model, "ratio": ratio, "experts": experts, **size}
+    direct |= given(recipe, calibration, evaluation, device)
     if text_only:
         direct["output.text_only"] = True
     job = read_job(recipe.recipe, recipe.set, direct)

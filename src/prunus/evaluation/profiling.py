@@ -28,6 +28,7 @@ import transformers
 
 from prunus.checkpoint import empty_model, locate, pruned_config, read_config, resolve_device, resolve_dtype
 from prunus.checkpoint.random_weights import random_weights
+from prunus.errors import UnsupportedModelError
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.speed import check_context
 from prunus.evaluation.speed_options import SpeedOptions
@@ -75,6 +76,11 @@ def profile(
     device, dtype = resolve_device(model_options.device), resolve_dtype(model_options.dtype)
     held_in: torch.dtype = config.dtype if dtype == "auto" else dtype
     geometry = Geometry.of(empty_model(config, held_in))
+    if geometry.family.mixture is not None:
+        raise UnsupportedModelError(
+            f"{folder.name} is a mixture of experts: which experts a token goes to decides its time, and widths alone "
+            "do not tell it. Choose another `target` than latency"
+        )
     prompts = torch.randint(
         geometry.vocab_size,
         (options.batch_size, options.prompt_tokens),

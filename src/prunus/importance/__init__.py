@@ -3,7 +3,16 @@
 `METHODS` is the registry; each file of this package registers the method it is named after.
 """
 
-from prunus.importance import gate_fisher, magnitude, random, taylor, taylor_2nd, wanda  # noqa: F401 (each registers itself)
+from prunus.importance import (  # noqa: F401 (each registers itself)
+    frequency,
+    gate_fisher,
+    magnitude,
+    random,
+    reap,
+    taylor,
+    taylor_2nd,
+    wanda,
+)
 from prunus.importance.registry import (
     COMPOSITES,
     METHODS,

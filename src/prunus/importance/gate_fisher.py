@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from prunus.importance.registry import LayerEvidence, MethodOptions, method
-from prunus.model.families import AXES, Axis
+from prunus.model.families import Axis
 
 
 @method("gate_fisher", needs=["gates"])
@@ -16,4 +16,4 @@ def gate_fisher(layer: LayerEvidence, options: MethodOptions) -> dict[Axis, Tens
 
     Source: Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", eqs. 5-7.
     """
-    return {axis: layer.statistics[f"gate_square.{axis}"] for axis in AXES}
+    return {axis: layer.statistics[f"gate_square.{axis}"] for axis in layer.axes}

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from prunus.importance.registry import LayerEvidence, MethodOptions, method
-from prunus.model.families import AXES, Axis
+from prunus.model.families import Axis
 
 
 @method("magnitude", comparable=False)
@@ -14,5 +14,5 @@ def magnitude(layer: LayerEvidence, options: MethodOptions) -> dict[Axis, Tensor
     """
     return {
         axis: layer.sum_to_groups(axis, {name: w.float().abs() for name, w in layer.projection_weights(axis)})
-        for axis in AXES
+        for axis in layer.axes
     }

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from prunus.errors import OptionError, StatisticsError
-from prunus.model.families import AXES, Axis
+from prunus.model.families import ALL_AXES, Axis
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.option_values import check_seed
-from prunus.statistics import ActivationStatistics, GateGradients, Statistic, Statistics, WeightGradients
+from prunus.statistics import (
+    ActivationStatistics,
+    GateGradients,
+    RoutingStatistics,
+    Statistic,
+    Statistics,
+    WeightGradients,
+)
 from prunus.statistics.activations import ACTIVATION_STATISTICS, ActivationStatistic
 from prunus.statistics.gradients import LossScale
 
@@ -73,12 +80,14 @@ class LayerEvidence:
         layer_idx: the decoder layer.
         weights: parameters of the layer's projections by name inside the layer, e.g. `mlp.up_proj.weight`.
         statistics: what the sweep took for this layer.
+        axes: what the method is asked about.
     """
 
     geometry: Geometry
     layer_idx: int
     weights: Mapping[str, Tensor]
     statistics: Mapping[str, Tensor]
+    axes: tuple[Axis, ...] = ALL_AXES
 
     def sum_to_groups(self, axis: Axis, values: Mapping[str, Tensor]) -> Tensor:
         """One value per weight to one per group, see `Geometry.sum_to_groups`."""
@@ -86,11 +95,15 @@ class LayerEvidence:
 
     def projection_weights(self, axis: Axis) -> Iterable[tuple[str, Tensor]]:
         """Names and tensors of an axis' weights and biases that belong to groups."""
-        for projection in self.geometry.family.block(axis).projections:
+        block = self.geometry.block(self.layer_idx, axis)
+        for projection in block.projections if block else ():
             for parameter in ("weight", "bias"):
                 name = f"{projection.path}.{parameter}"
                 if name in self.weights:
                     yield name, self.weights[name]
+        for stack in block.stacks if block else ():
+            if stack.path in self.weights:
+                yield stack.path, self.weights[stack.path]
 
 
 LayerImportance = Callable[[LayerEvidence, MethodOptions], dict[Axis, Tensor]]
@@ -103,9 +116,11 @@ class Method:
     Attributes:
         name: as users write it.
         summary: one line.
-        needs: what it reads of the statistics: any of gradients, squares, activations, gates; empty = weights alone.
+        needs: what it reads of the statistics: any of gradients, squares, activations, gates, routing; empty = weights
+            alone.
         importance: one layer's evidence → axis → importance, float64 (groups,).
         comparable: whether raw scores of different layers are on one scale.
+        axes: the kinds of group that it says something about, as far as a model has them.
     """
 
     name: str
@@ -113,6 +128,21 @@ class Method:
     needs: frozenset[str]
     importance: LayerImportance
     comparable: bool
+    axes: tuple[Axis, ...] = ALL_AXES
+
+    def axes_of(self, geometry: Geometry) -> tuple[Axis, ...]:
+        """The kinds of group of a model that it says something about.
+
+        Raises:
+            OptionError: none.
+        """
+        axes = tuple(axis for axis in geometry.axes if axis in self.axes)
+        if not axes:
+            raise OptionError(
+                f"`method` {self.name} scores {' and '.join(self.axes)} groups, and {geometry.family.title} has "
+                f"{' and '.join(geometry.axes)} groups; choose another method"
+            )
+        return axes
 
 
 METHODS: dict[str, Method] = {}
@@ -124,13 +154,13 @@ COMPOSITES: dict[str, str] = {
 
 
 def method(
-    name: str, *, needs: Iterable[str] = (), comparable: bool = True
+    name: str, *, needs: Iterable[str] = (), comparable: bool = True, axes: tuple[Axis, ...] = ALL_AXES
 ) -> Callable[[LayerImportance], LayerImportance]:
     """Register a method under a name; its summary is the first line of the function's docstring."""
 
     def register(function: LayerImportance) -> LayerImportance:
         summary = (function.__doc__ or "").partition("\n")[0]
-        METHODS[name] = Method(name, summary, frozenset(needs), function, comparable)
+        METHODS[name] = Method(name, summary, frozenset(needs), function, comparable, axes)
         return function
 
     return register
@@ -154,8 +184,13 @@ def get_method(name: str) -> Method:
     raise OptionError(f"`method` {name!r} is unknown.{hint} Choose one of {', '.join(known)}.")
 
 
-def statistics_for(methods: Iterable[Method], options: MethodOptions) -> list[Statistic]:
+def statistics_for(methods: Iterable[Method], options: MethodOptions, *, experts: bool = False) -> list[Statistic]:
     """The statistics that some methods need together, each taken once.
+
+    Args:
+        methods: whose.
+        options: see `MethodOptions`.
+        experts: the model has experts: where there is a pass at all, note how many tokens each gets.
 
     Source: Kunstner et al. 2019, "Limitations of the Empirical Fisher Approximation for Natural Gradient Descent",
     eqs. 3-5, for the two Fisher matrices.
@@ -173,6 +208,8 @@ def statistics_for(methods: Iterable[Method], options: MethodOptions) -> list[St
         statistics.append(ActivationStatistics())
     if "gates" in needs:
         statistics.append(GateGradients(labels="sampled" if sampled else "text"))
+    if "routing" in needs or (needs and experts):
+        statistics.append(RoutingStatistics(outputs="routing" in needs))
     return statistics
 
 
@@ -199,23 +236,29 @@ def score_groups(
     by_layer: Sequence[Mapping[str, Tensor]] = statistics.layers if statistics else [{}] * len(layers)
     if len(by_layer) != len(layers):
         raise StatisticsError(f"the statistics are of {len(by_layer)} layers, the model has {len(layers)}")
+    axes = method.axes_of(geometry)
     importance = []
     for layer_idx, seen in enumerate(by_layer):
         try:
             with layers.hold(layer_idx, then=layer_idx + 1) as layer:
                 weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-                groups = method.importance(LayerEvidence(geometry, layer_idx, weights, seen), options)
+                groups = method.importance(LayerEvidence(geometry, layer_idx, weights, seen, axes), options)
                 del weights
         except KeyError as error:
             raise StatisticsError(
                 f"layer {layer_idx}: method {method.name!r} needs the statistic {error}, which was not taken; "
                 f"it needs a sweep that takes {', '.join(sorted(method.needs)) or 'nothing'}"
             ) from error
-        for axis in AXES:
+        if missing := [axis for axis in axes if axis not in groups]:
+            raise StatisticsError(
+                f"method {method.name!r} gives no importances of {missing[0]} groups, which {geometry.family.title} "
+                "has; register it with the axes that it scores: @method(…, axes=…)"
+            )
+        for axis in axes:
             if groups[axis].shape != (expected := (geometry.widths[layer_idx][axis],)):
                 raise StatisticsError(
                     f"layer {layer_idx}, {axis}: the statistics are of another model: they give importances of shape "
                     f"{tuple(groups[axis].shape)}, the model's groups are {expected}"
                 )
-        importance.append({axis: groups[axis].to("cpu", torch.float64) for axis in AXES})
+        importance.append({axis: groups[axis].to("cpu", torch.float64) for axis in axes})
     return importance

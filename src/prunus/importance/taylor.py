@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from prunus.importance.registry import LayerEvidence, MethodOptions, method
-from prunus.model.families import AXES, Axis
+from prunus.model.families import Axis
 
 
 @method("taylor", needs=["gradients"])
@@ -16,4 +16,4 @@ def taylor(layer: LayerEvidence, options: MethodOptions) -> dict[Axis, Tensor]:
     Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", eq. 8 (without the square);
     Ma et al. 2023, "LLM-Pruner", eq. 5.
     """
-    return {axis: layer.statistics[f"first_order.{axis}"] for axis in AXES}
+    return {axis: layer.statistics[f"first_order.{axis}"] for axis in layer.axes}

@@ -6,7 +6,7 @@ from prunus.importance.registry import LayerEvidence, MethodOptions, method
 from prunus.model.families import AXES, Axis
 
 
-@method("taylor_2nd", needs=["gradients", "squares"])
+@method("taylor_2nd", needs=["gradients", "squares"], axes=AXES)
 def taylor_2nd(layer: LayerEvidence, options: MethodOptions) -> dict[Axis, Tensor]:
     """Second-order Taylor: Σ |θ · ḡ| + ½ |θ² · H| over the weights of a group.
 
@@ -18,5 +18,6 @@ def taylor_2nd(layer: LayerEvidence, options: MethodOptions) -> dict[Axis, Tenso
     Source: Ma et al. 2023, "LLM-Pruner", eq. 6; LeCun et al. 1989, "Optimal Brain Damage", eq. 3.
     """
     return {
-        axis: layer.statistics[f"first_order.{axis}"] + 0.5 * layer.statistics[f"second_order.{axis}"] for axis in AXES
+        axis: layer.statistics[f"first_order.{axis}"] + 0.5 * layer.statistics[f"second_order.{axis}"]
+        for axis in layer.axes
     }

@@ -8,7 +8,7 @@ from prunus.model.families import AXES, Axis
 from prunus.statistics.activations import read_activations
 
 
-@method("wanda", needs=["activations"], comparable=False)
+@method("wanda", needs=["activations"], comparable=False, axes=AXES)
 def wanda(layer: LayerEvidence, options: MethodOptions) -> dict[Axis, Tensor]:
     """Wanda: Σ |θ · A| over the weights of a group; forward passes only.
 
@@ -20,7 +20,7 @@ def wanda(layer: LayerEvidence, options: MethodOptions) -> dict[Axis, Tensor]:
     groups.
     """
     importance: dict[Axis, Tensor] = {}
-    for axis in AXES:
+    for axis in layer.axes:
         values = {}
         for name, weight in layer.projection_weights(axis):
             projection = name.split(".")[-2]

@@ -9,18 +9,21 @@ Spaces:
     query      outputs of the query heads, `num_key_value_groups * head_dim` rows per attention group
     key_value  outputs of the key (or value) heads, `head_dim` rows per attention group
     channel    the MLP's intermediate activations, one row per MLP group
+    head       query heads, `num_key_value_groups` entries per attention group
+    expert     routed experts of a mixture, one entry per expert
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from prunus.errors import UnsupportedModelError
 from prunus.model.known_types import fields_of, what_is_known
 
 __all__ = [
+    "ALL_AXES",
     "AXES",
     "FAMILIES",
     "MULTIMODAL",
@@ -29,16 +32,21 @@ __all__ = [
     "Axis",
     "Block",
     "Family",
+    "Mixture",
     "Multimodal",
     "Projection",
     "Space",
+    "Stack",
     "family_of",
     "multimodal_of",
 ]
 
-Axis = Literal["attention", "mlp"]
-Space = Literal["residual", "query", "key_value", "channel"]
+Axis = Literal["attention", "mlp", "expert"]
+Space = Literal["residual", "query", "key_value", "channel", "head", "expert"]
+#: the axes of a dense layer
 AXES: tuple[Axis, ...] = ("attention", "mlp")
+#: all axes, in the order in which tables and plans list them; a family has some of them
+ALL_AXES: tuple[Axis, ...] = (*AXES, "expert")
 
 #: `model_type` of a checkpoint with unequal layers is this prefix before the family's own model type.
 PRUNED_PREFIX = "prunus_"
@@ -65,8 +73,23 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A tensor of a decoder layer that belongs to no linear module, with entries for every group along one dimension.
+
+    Attributes:
+        path: of the parameter or buffer inside the decoder layer, e.g. `mlp.experts.down_proj`.
+        space: what that dimension carries.
+        dim: which dimension it is.
+    """
+
+    path: str
+    space: Space
+    dim: int = 0
+
+
+@dataclass(frozen=True)
 class Block:
-    """Attention or MLP of a decoder layer: what one axis cuts.
+    """Attention, MLP or experts of a decoder layer: what one axis cuts.
 
     Attributes:
         axis: the kind of group it is made of.
@@ -78,6 +101,10 @@ class Block:
             projection is added to it directly.
         indivisible: its groups stay or go together, because a norm runs over all of them: without some, those that
             stay would compute something else.
+        stacks: its tensors that belong to no linear module.
+        experts: path of the module that computes what the routed experts make of tokens; None without experts.
+        router: path of the module that chooses experts and weighs them.
+        beside_experts: it is a part of the module of the layer's experts, and adds to the residual stream with them.
     """
 
     axis: Axis
@@ -87,6 +114,10 @@ class Block:
     untouched: tuple[str, ...] = ()
     post_norm: str | None = None
     indivisible: bool = False
+    stacks: tuple[Stack, ...] = ()
+    experts: str | None = None
+    router: str | None = None
+    beside_experts: bool = False
 
     @property
     def output(self) -> Projection:
@@ -101,7 +132,28 @@ class Block:
     @property
     def adds(self) -> str:
         """Path of the module whose output the decoder layer adds to the residual stream."""
-        return self.post_norm or self.output.path
+        return self.post_norm or (self.module if self.experts else self.output.path)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a family with routed experts says of the layers that have some.
+
+    Attributes:
+        blocks: of such a layer, in the order in which it runs them; shared experts before the routed ones.
+        count: config field with the number of experts.
+        in_layer: config and index of a layer → whether it has experts.
+        shared_channels: config → channels of the shared experts beside them.
+        shared_field: config field with that number; None where it follows from fields that say more.
+        routing_groups: config field with the number of groups of experts that routing goes by; None without.
+    """
+
+    blocks: tuple[Block, ...]
+    count: str = "num_experts"
+    in_layer: Callable[[Any, int], bool] = lambda config, layer_idx: True
+    shared_channels: Callable[[Any], int] = lambda config: 0
+    shared_field: str | None = None
+    routing_groups: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +163,8 @@ class Family:
     Attributes:
         model_type: `config.model_type` of transformers.
         title: the name people use.
-        blocks: attention and MLP, in the order in which a decoder layer runs them.
+        blocks: attention and MLP, in the order in which a decoder layer runs them; of a mixture, those of a layer
+            without experts.
         embedding: path of the token embedding in the causal language model.
         layers: path of the list of decoder layers.
         final_norm: path of the norm before the head.
@@ -120,6 +173,7 @@ class Family:
             there is no such factor.
         norm_offset: what its norms add to their weights before they multiply by them.
         notes: what is particular about it, for the tables of the documentation.
+        mixture: its layers with experts; None in a dense family.
     """
 
     model_type: str
@@ -132,15 +186,31 @@ class Family:
     residual_multiplier: str | None = None
     norm_offset: float = 0.0
     notes: str = ""
+    mixture: Mixture | None = None
+
+    @property
+    def all_blocks(self) -> tuple[Block, ...]:
+        """The blocks of all kinds of its decoder layers."""
+        return self.blocks + (self.mixture.blocks if self.mixture else ())
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The kinds of group that its layers consist of, in the order of `ALL_AXES`."""
+        there = {block.axis for block in self.all_blocks}
+        return tuple(axis for axis in ALL_AXES if axis in there)
 
     def block(self, axis: Axis) -> Block:
-        """The block of one axis."""
-        return next(block for block in self.blocks if block.axis == axis)
+        """The block of one axis; of a mixture, that of a layer without experts where such a layer has one."""
+        return next(block for block in self.all_blocks if block.axis == axis)
+
+    def blocks_of(self, experts: int) -> tuple[Block, ...]:
+        """The blocks of a decoder layer that has so many experts."""
+        return self.mixture.blocks if self.mixture and experts else self.blocks
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """All projections of a decoder layer."""
-        return tuple(projection for block in self.blocks for projection in block.projections)
+        """All projections of a decoder layer; of a mixture, of all kinds of layers."""
+        return tuple(projection for block in self.all_blocks for projection in block.projections)
 
     def residual_scale(self, config: Any) -> float:
         """The factor on all that the blocks of a model with this config add to the residual stream."""
@@ -274,6 +344,124 @@ _GLM4 = (
     _gated_mlp(norms=("post_attention_layernorm", "post_mlp_layernorm"), post_norm="post_mlp_layernorm", fused=True),
 )
 
+#: in the notes on a mixture
+_EXPERTS = "experts are removed whole"
+#: of a layer with experts: the norm in front of them serves the shared ones, too
+_BEFORE_EXPERTS = ("post_attention_layernorm",)
+_FUSED_EXPERTS = ("gate_up_proj", "down_proj")
+
+
+def _experts(
+    *, module: str = "mlp", router: str = "gate", tensors: tuple[str, ...] = _FUSED_EXPERTS, routing: tuple[Stack, ...]
+) -> Block:
+    """Routed experts, with their weights in one tensor for all of them.
+
+    Args:
+        module: the block.
+        router: in the block.
+        tensors: of the experts' module.
+        routing: those of the router, their paths inside it.
+    """
+    return Block(
+        axis="expert",
+        module=module,
+        norms=_BEFORE_EXPERTS,
+        projections=(),
+        stacks=(
+            *(Stack(f"{module}.experts.{name}", "expert") for name in tensors),
+            *(Stack(f"{module}.{router}.{stack.path}", "expert", stack.dim) for stack in routing),
+        ),
+        experts=f"{module}.experts",
+        router=f"{module}.{router}",
+    )
+
+
+_ROUTER_ROWS = (Stack("weight", "expert"),)
+
+
+def _shared_experts(module: str, *, untouched: tuple[str, ...] = ()) -> Block:
+    return Block(
+        axis="mlp",
+        module=module,
+        norms=(),
+        projections=(
+            Projection(f"{module}.gate_proj", ("channel",), "residual"),
+            Projection(f"{module}.up_proj", ("channel",), "residual"),
+            Projection(f"{module}.down_proj", ("residual",), "channel"),
+        ),
+        untouched=untouched,
+        beside_experts=True,
+    )
+
+
+def _in_every_few_layers(config: Any, layer_idx: int) -> bool:
+    """Where Qwen's mixtures have experts."""
+    if layer_idx in config.mlp_only_layers or not config.num_experts:
+        return False
+    return (layer_idx + 1) % int(config.decoder_sparse_step) == 0
+
+
+def _between_layers(config: Any, layer_idx: int) -> bool:
+    """Where ERNIE 4.5 has experts."""
+    there = config.moe_layer_start_index <= layer_idx <= config.moe_layer_end_index
+    return there and (layer_idx + 1) % int(config.moe_layer_interval) == 0
+
+
+#: OLMoE: norms that run over the queries, and the keys, of all heads
+_OLMOE = Mixture((_attention(untouched=_QUERY_KEY_NORMS, indivisible=True), _experts(routing=_ROUTER_ROWS)))
+_MIXTRAL = Mixture((_attention(), _experts(routing=_ROUTER_ROWS)), count="num_local_experts")
+_QWEN3_MOE = Mixture(
+    (_attention(untouched=_QUERY_KEY_NORMS), _experts(routing=_ROUTER_ROWS)), in_layer=_in_every_few_layers
+)
+_QWEN2_MOE = Mixture(
+    (
+        _attention(),
+        _shared_experts("mlp.shared_expert", untouched=("mlp.shared_expert_gate",)),
+        _experts(routing=_ROUTER_ROWS),
+    ),
+    in_layer=_in_every_few_layers,
+    shared_channels=lambda config: int(config.shared_expert_intermediate_size),
+    shared_field="shared_expert_intermediate_size",
+)
+_GRANITE_MOE = Mixture(
+    (_attention(), _experts(module="block_sparse_moe", router="router", routing=_ROUTER_ROWS)),
+    count="num_local_experts",
+)
+#: a learned sink per query head, which the softmax of its attention counts beside the tokens
+_ATTENTION_WITH_SINKS = replace(_attention(), stacks=(Stack("self_attn.sinks", "head"),))
+_GPT_OSS = Mixture(
+    (
+        _ATTENTION_WITH_SINKS,
+        _experts(
+            router="router",
+            tensors=("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
+            routing=(*_ROUTER_ROWS, Stack("bias", "expert")),
+        ),
+    ),
+    count="num_local_experts",
+)
+_GLM4_MOE = Mixture(
+    (
+        _attention(untouched=_QUERY_KEY_NORMS),
+        _shared_experts("mlp.shared_experts"),
+        _experts(routing=(*_ROUTER_ROWS, Stack("e_score_correction_bias", "expert"))),
+    ),
+    count="n_routed_experts",
+    in_layer=lambda config, layer_idx: layer_idx >= config.first_k_dense_replace,
+    shared_channels=lambda config: int(config.moe_intermediate_size * config.n_shared_experts),
+    routing_groups="n_group",
+)
+_ERNIE_MOE = Mixture(
+    (
+        _attention(),
+        _shared_experts("mlp.shared_experts"),
+        _experts(routing=(*_ROUTER_ROWS, Stack("moe_statics.e_score_correction_bias", "expert", dim=1))),
+    ),
+    count="moe_num_experts",
+    in_layer=_between_layers,
+    shared_channels=lambda config: int(config.moe_intermediate_size * config.moe_num_shared_experts),
+)
+
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -358,6 +546,45 @@ FAMILIES: dict[str, Family] = {
             norm_offset=1.0,
             notes="as Gemma 2, and norms per head; rotary frequencies by layer",
         ),
+        Family(
+            "qwen3_moe",
+            "Qwen3 mixtures, such as Qwen3-30B-A3B",
+            (_attention(untouched=_QUERY_KEY_NORMS), _gated_mlp()),
+            mixture=_QWEN3_MOE,
+            notes=_EXPERTS,
+        ),
+        Family("olmoe", "OLMoE", (), mixture=_OLMOE, notes=f"{_EXPERTS}; attention as in OLMo 2"),
+        Family("mixtral", "Mixtral", (), mixture=_MIXTRAL, notes=_EXPERTS),
+        Family(
+            "qwen2_moe",
+            "Qwen1.5-MoE, Qwen2 mixtures",
+            (_attention(), _gated_mlp()),
+            mixture=_QWEN2_MOE,
+            notes=f"{_EXPERTS}; a shared one",
+        ),
+        Family(
+            "granitemoe",
+            "Granite 3 mixtures",
+            (),
+            residual_multiplier="residual_multiplier",
+            mixture=_GRANITE_MOE,
+            notes=_EXPERTS,
+        ),
+        Family("gpt_oss", "gpt-oss, in bf16", (), mixture=_GPT_OSS, notes=f"{_EXPERTS}; a sink per query head"),
+        Family(
+            "glm4_moe",
+            "GLM-4.5, 4.6",
+            (_attention(untouched=_QUERY_KEY_NORMS), _gated_mlp()),
+            mixture=_GLM4_MOE,
+            notes=f"{_EXPERTS}; shared ones; first layers without",
+        ),
+        Family(
+            "ernie4_5_moe",
+            "ERNIE 4.5 mixtures",
+            (_attention(), _gated_mlp()),
+            mixture=_ERNIE_MOE,
+            notes=f"{_EXPERTS}; shared ones; first layers without",
+        ),
     )
 }
 
@@ -420,8 +647,8 @@ def family_of(config: Any) -> Family:
     advice = ""
     if known.endswith("mixture of experts"):
         advice = (
-            " A router sends each token to some of the experts only, so that neither importance nor cost of their "
-            "channels compares with that of a dense model's."
+            " Of mixtures of experts, prunus cuts those of type "
+            f"{', '.join(sorted(name for name, family in FAMILIES.items() if family.mixture))}."
         )
     elif model_type.removeprefix(PRUNED_PREFIX) in MULTIMODAL:
         advice = (

@@ -1,12 +1,13 @@
 """The geometry of groups: which rows and columns of each weight belong to a group, and what cutting it saves.
 
-An attention group is one key/value head with all query heads that read it; an MLP group is one channel. Group `k` of a
-layer owns `unit(space)` consecutive indices of every dimension that carries one of the axis' spaces.
+An attention group is one key/value head with all query heads that read it; an MLP group is one channel; an expert of a
+mixture is a group. Group `k` of a layer owns `unit(space)` consecutive indices of every dimension that carries one of
+the axis' spaces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -17,30 +18,51 @@ from transformers import DynamicCache
 
 from prunus.errors import PlanError, UnsupportedModelError
 from prunus.files.json_file import Count, FileContent, check_content
-from prunus.model.families import AXES, FAMILIES, Axis, Family, Projection, Space, family_of
+from prunus.model.families import FAMILIES, Axis, Block, Family, Projection, Space, Stack, family_of
 from prunus.model.kind import causal_language_model
 
 __all__ = ["SPACE_AXIS", "Geometry", "LayerWidths", "layer_widths_of", "submodule"]
 
 #: the axis that cuts a space; `residual` is never cut
-SPACE_AXIS: dict[Space, Axis] = {"query": "attention", "key_value": "attention", "channel": "mlp"}
+SPACE_AXIS: dict[Space, Axis] = {
+    "query": "attention",
+    "key_value": "attention",
+    "head": "attention",
+    "channel": "mlp",
+    "expert": "expert",
+}
 
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """How many groups a decoder layer has on each axis; 0 means the block is not there."""
+    """How many groups a decoder layer has on each axis; 0 means the block is not there.
+
+    In a layer with experts, `intermediate_size` is the width of the shared ones.
+    """
 
     num_key_value_heads: int
     intermediate_size: int
+    num_experts: int = 0
+
+    @classmethod
+    def of(cls, groups: Mapping[Axis, int]) -> LayerWidths:
+        """From the number of groups on each axis; an axis that is not named has none."""
+        return cls(groups.get("attention", 0), groups.get("mlp", 0), groups.get("expert", 0))
 
     def __getitem__(self, axis: Axis) -> int:
         """Number of groups on an axis."""
+        if axis == "expert":
+            return self.num_experts
         return self.num_key_value_heads if axis == "attention" else self.intermediate_size
 
+    def __bool__(self) -> bool:
+        """Whether any block is there."""
+        return bool(self.num_key_value_heads or self.intermediate_size or self.num_experts)
 
-class _OfAxes(FileContent):
-    attention: Count
-    mlp: Count
+    def __str__(self) -> str:
+        """As messages say it."""
+        experts = f" and {self.num_experts} experts" if self.num_experts else ""
+        return f"{self.num_key_value_heads} attention groups, {self.intermediate_size} channels{experts}"
 
 
 class _GeometryContent(FileContent):
@@ -49,11 +71,13 @@ class _GeometryContent(FileContent):
     head_dim: Count
     num_key_value_groups: Count
     vocab_size: Count
-    layers: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    layers: list[Annotated[list[Count], Field(min_length=2, max_length=3)]]
     windows: list[Count | None]
     total_parameters: Count
-    group_parameters: _OfAxes
-    block_parameters: _OfAxes
+    group_parameters: dict[str, Count]
+    block_parameters: dict[str, Count]
+    experts_per_token: Count = 0
+    beside_experts: dict[str, Count] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +95,8 @@ class Geometry:
         total_parameters: all parameters of the model, tied embeddings counted once.
         group_parameters: parameters of one group of each axis.
         block_parameters: parameters that leave only with a whole block: its norms, output bias and per-head norms.
+        experts_per_token: how many experts each token goes to; 0 without experts.
+        beside_experts: as `block_parameters`, in layers with experts.
     """
 
     family: Family
@@ -83,6 +109,36 @@ class Geometry:
     total_parameters: int
     group_parameters: Mapping[Axis, int] = field(hash=False)
     block_parameters: Mapping[Axis, int] = field(hash=False)
+    experts_per_token: int = 0
+    beside_experts: Mapping[Axis, int] = field(default_factory=dict, hash=False)
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The kinds of group that the family's layers consist of."""
+        return self.family.axes
+
+    def blocks(self, layer_idx: int) -> tuple[Block, ...]:
+        """The blocks of a layer's kind, in the order in which it runs them; some may have no groups left."""
+        return self.family.blocks_of(self.widths[layer_idx].num_experts)
+
+    def block(self, layer_idx: int, axis: Axis) -> Block | None:
+        """The block of an axis in a layer; None where layers of its kind have none."""
+        return next((block for block in self.blocks(layer_idx) if block.axis == axis), None)
+
+    def leaves_with_block(self, layer_idx: int, axis: Axis) -> int:
+        """Parameters of a block that belong to none of its groups, and leave with the last one."""
+        kind = self.beside_experts if self.widths[layer_idx].num_experts else self.block_parameters
+        return kind.get(axis, 0)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that work on each token: all but the experts that it does not go to."""
+        return self.active_parameters_left(self.widths)
+
+    def active_parameters_left(self, kept: Sequence[LayerWidths]) -> int:
+        """The same once every layer keeps only `kept` groups."""
+        idle = sum(max(0, layer.num_experts - self.experts_per_token) for layer in kept)
+        return self.parameters_left(kept) - idle * self.group_parameters.get("expert", 0)
 
     @classmethod
     def of(cls, model: Any) -> Geometry:
@@ -99,6 +155,7 @@ class Geometry:
         model = causal_language_model(model)
         config: Any = model.config
         family = family_of(config)
+        _check_routing(config, family)
         widths = layer_widths_of(config)
         hidden_size = int(config.hidden_size)
         head_dim = int(getattr(config, "head_dim", None) or hidden_size // config.num_attention_heads)
@@ -124,24 +181,29 @@ class Geometry:
             total_parameters=sum(p.numel() for p in model.parameters()),
             group_parameters={},
             block_parameters={},
+            experts_per_token=int(config.num_experts_per_tok) if family.mixture else 0,
         )
-        group_parameters: dict[Axis, int] = dict.fromkeys(AXES, 0)
-        block_parameters: dict[Axis, int] = dict.fromkeys(AXES, 0)
+        group_parameters: dict[Axis, int] = dict.fromkeys(family.axes, 0)
+        block_parameters: dict[Axis, int] = dict.fromkeys(family.axes, 0)
+        beside_experts: dict[Axis, int] = {}
         for layer_idx, layer in enumerate(layers):
             geometry._check_layer(layer_idx, layer)
-            for axis in AXES:
-                groups = widths[layer_idx][axis]
+            for block in geometry.blocks(layer_idx):
+                groups = widths[layer_idx][block.axis]
                 if groups:
-                    block = family.block(axis)
                     in_groups = sum(
                         _parameters_in_groups(projection, submodule(layer, projection.path))
                         for projection in block.projections
-                    )
-                    modules = [submodule(layer, path) for path in (block.module, *block.norms)]
-                    whole = sum(p.numel() for module in modules for p in module.parameters())
-                    group_parameters[axis] = in_groups // groups
-                    block_parameters[axis] = whole - in_groups
-        return cls(**{**geometry.__dict__, "group_parameters": group_parameters, "block_parameters": block_parameters})
+                    ) + sum(_parameters_in(layer, stack) for stack in block.stacks)
+                    group_parameters[block.axis] = in_groups // groups
+                    kind = beside_experts if widths[layer_idx].num_experts else block_parameters
+                    kind[block.axis] = geometry._parameters_of(layer_idx, layer, block) - in_groups
+        found = {
+            "group_parameters": group_parameters,
+            "block_parameters": block_parameters,
+            "beside_experts": beside_experts,
+        }
+        return cls(**{**geometry.__dict__, **found})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -151,11 +213,13 @@ class Geometry:
             "head_dim": self.head_dim,
             "num_key_value_groups": self.num_key_value_groups,
             "vocab_size": self.vocab_size,
-            "layers": [[widths[axis] for axis in AXES] for widths in self.widths],
+            "layers": [[widths[axis] for axis in self.axes] for widths in self.widths],
             "windows": list(self.windows),
             "total_parameters": self.total_parameters,
             "group_parameters": dict(self.group_parameters),
             "block_parameters": dict(self.block_parameters),
+            **({"experts_per_token": self.experts_per_token} if self.experts_per_token else {}),
+            **({"beside_experts": dict(self.beside_experts)} if self.beside_experts else {}),
         }
 
     @classmethod
@@ -168,23 +232,31 @@ class Geometry:
         content = check_content(_GeometryContent, values, "malformed model geometry", PlanError)
         if content.model_type not in FAMILIES:
             raise PlanError(f"malformed model geometry: model_type is {content.model_type!r}, no family that is known")
+        family = FAMILIES[content.model_type]
+        for name in ("group_parameters", "block_parameters"):
+            if not set(family.axes) <= getattr(content, name).keys():
+                raise PlanError(f"malformed model geometry: {name} must name {', '.join(family.axes)}")
+        if any(len(layer) != len(family.axes) for layer in content.layers):
+            raise PlanError(f"malformed model geometry: layers must say how many groups of {', '.join(family.axes)}")
         geometry = cls(
-            family=FAMILIES[content.model_type],
+            family=family,
             hidden_size=content.hidden_size,
             head_dim=content.head_dim,
             num_key_value_groups=content.num_key_value_groups,
             vocab_size=content.vocab_size,
-            widths=tuple(LayerWidths(*layer) for layer in content.layers),
+            widths=tuple(LayerWidths.of(dict(zip(family.axes, layer, strict=True))) for layer in content.layers),
             windows=tuple(content.windows),
             total_parameters=content.total_parameters,
-            group_parameters={axis: getattr(content.group_parameters, axis) for axis in AXES},
-            block_parameters={axis: getattr(content.block_parameters, axis) for axis in AXES},
+            group_parameters={axis: content.group_parameters[axis] for axis in family.axes},
+            block_parameters={axis: content.block_parameters[axis] for axis in family.axes},
+            experts_per_token=content.experts_per_token,
+            beside_experts={axis: n for axis in family.axes if (n := content.beside_experts.get(axis)) is not None},
         )
         if len(geometry.windows) != len(geometry.widths):
             raise PlanError(
                 f"malformed model geometry: windows of {len(geometry.windows)} layers, widths of {len(geometry.widths)}"
             )
-        for axis in AXES:
+        for axis in family.axes:
             if any(widths[axis] for widths in geometry.widths) and not geometry.group_parameters[axis]:
                 raise PlanError(f"malformed model geometry: groups of {axis} without parameters")
         in_layers = geometry.total_parameters - geometry.parameters_left([LayerWidths(0, 0)] * len(geometry.widths))
@@ -199,10 +271,12 @@ class Geometry:
         """How many consecutive indices of a dimension one group owns."""
         if space == "query":
             return self.num_key_value_groups * self.head_dim
+        if space == "head":
+            return self.num_key_value_groups
         return self.head_dim if space == "key_value" else 1
 
     def group_weights(self, axis: Axis) -> int:
-        """Entries of the weight matrices that one group owns: its parameters without biases."""
+        """Entries of the weight matrices that one attention group or channel owns: its parameters without biases."""
         total = 0
         for projection in self.family.block(axis).projections:
             cut = projection.outputs if projection.inputs == "residual" else (projection.inputs,)
@@ -234,18 +308,26 @@ class Geometry:
         Args:
             layer_idx: the decoder layer.
             axis: which groups.
-            values: keyed by parameter name inside the decoder layer (`self_attn.q_proj.weight`, `….bias`), of the
-                parameter's own shape. Parameters that are not given count as zero.
+            values: keyed by parameter name inside the decoder layer (`self_attn.q_proj.weight`, `….bias`, the path of a
+                stack), of the parameter's own shape. Parameters that are not given count as zero.
 
         Returns:
             float64 on the CPU, shape (groups,).
         """
         total = torch.zeros(self.widths[layer_idx][axis], dtype=torch.float64)
-        for projection in self.family.block(axis).projections:
+        block = self.block(layer_idx, axis)
+        if block is None or not len(total):
+            return total
+        for projection in block.projections:
             for parameter in ("weight", "bias"):
                 value = values.get(f"{projection.path}.{parameter}")
                 if value is not None:
                     total += self.sum_projection_to_groups(layer_idx, axis, projection, value).cpu()
+        for stack in block.stacks:
+            value = values.get(stack.path)
+            if value is not None:
+                entries = value.movedim(stack.dim, 0).reshape(len(total), -1)
+                total += entries.sum(dim=1, dtype=torch.float64).cpu()
         return total
 
     def sum_projection_to_groups(
@@ -279,25 +361,42 @@ class Geometry:
         A block that keeps none leaves with its norm.
         """
         removed = 0
-        for before, after in zip(self.widths, kept, strict=True):
-            for axis in AXES:
+        for layer_idx, (before, after) in enumerate(zip(self.widths, kept, strict=True)):
+            for axis in self.axes:
                 removed += (before[axis] - after[axis]) * self.group_parameters[axis]
                 if before[axis] and not after[axis]:
-                    removed += self.block_parameters[axis]
+                    removed += self.leaves_with_block(layer_idx, axis)
         return self.total_parameters - removed
 
+    def least(self, axis: Axis) -> int:
+        """How many groups of an axis a layer needs where it has any: as many experts as each token goes to."""
+        return self.experts_per_token if axis == "expert" else 0
+
+    def _parameters_of(self, layer_idx: int, layer: nn.Module, block: Block) -> int:
+        """Parameters of a block and its norms, without those of a block inside its module."""
+        inside = [other.module for other in self.blocks(layer_idx) if other.module.startswith(block.module + ".")]
+        inside += [path for other in self.blocks(layer_idx) if other.module in inside for path in other.untouched]
+        places = (block.module, *block.norms, *block.untouched)
+        return sum(
+            parameter.numel()
+            for name, parameter in layer.named_parameters()
+            if _is_in(name, places) and not _is_in(name, inside)
+        )
+
     def _check_layer(self, layer_idx: int, layer: nn.Module) -> None:
-        described = {projection.path for projection in self.family.projections}
-        untouched = tuple(path for block in self.family.blocks for path in (*block.untouched, *block.norms))
+        blocks = self.blocks(layer_idx)
+        described = {projection.path for block in blocks for projection in block.projections}
+        untouched = tuple(path for block in blocks for path in (*block.untouched, *block.norms))
+        stacks = {stack.path for block in blocks for stack in block.stacks}
         for path, module in layer.named_modules():
-            leaf_with_weights = next(module.parameters(recurse=False), None) is not None
-            if leaf_with_weights and path not in described and path not in untouched:
+            own = {f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
+            if own - stacks and path not in described and path not in untouched:
                 raise UnsupportedModelError(
                     f"layer {layer_idx} holds {path!r} ({type(module).__name__}), which the family "
                     f"{self.family.model_type!r} does not describe; cutting around it could break the model. "
                     "Merge adapters first, or describe the module, as docs/extending.md shows."
                 )
-        for block in self.family.blocks:
+        for block in blocks:
             if self.widths[layer_idx][block.axis] == 0:
                 continue
             for path in (*(projection.path for projection in block.projections), *block.norms):
@@ -309,6 +408,8 @@ class Geometry:
                     ) from None
             for projection in block.projections:
                 self._check_projection(layer_idx, layer, projection)
+            for stack in block.stacks:
+                self._check_stack(layer_idx, layer, stack)
 
     def _check_projection(self, layer_idx: int, layer: nn.Module, projection: Projection) -> None:
         module = submodule(layer, projection.path)
@@ -325,14 +426,81 @@ class Geometry:
                 f"the config implies {(rows, columns)}"
             )
 
+    def _check_stack(self, layer_idx: int, layer: nn.Module, stack: Stack) -> None:
+        tensor = _tensor_of(layer, stack)
+        if tensor is None:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} has no {stack.path!r}, which the family {self.family.model_type!r} describes. "
+                "Quantised weights cannot be cut: load in bf16 or fp32"
+            )
+        if (found := tensor.shape[stack.dim]) != (expected := self.size(layer_idx, stack.space)):
+            raise UnsupportedModelError(
+                f"layer {layer_idx}: {stack.path} has shape {tuple(tensor.shape)}, {found} entries where the config "
+                f"implies {expected}"
+            )
+
 
 def layer_widths_of(config: Any) -> tuple[LayerWidths, ...]:
     """Groups per layer, from the config of a stock model or of one that prunus wrote."""
     per_layer = getattr(config, "layer_widths", None)
     if per_layer is None:
-        widths = LayerWidths(int(config.num_key_value_heads), int(config.intermediate_size))
-        return (widths,) * int(config.num_hidden_layers)
-    return tuple(LayerWidths(int(w["num_key_value_heads"]), int(w["intermediate_size"])) for w in per_layer)
+        heads, mixture = int(config.num_key_value_heads), family_of(config).mixture
+        if mixture is None:
+            return (LayerWidths(heads, int(config.intermediate_size)),) * int(config.num_hidden_layers)
+        experts, shared = int(getattr(config, mixture.count)), mixture.shared_channels(config)
+        return tuple(
+            LayerWidths(heads, shared, experts)
+            if mixture.in_layer(config, layer_idx)
+            else LayerWidths(heads, int(config.intermediate_size))
+            for layer_idx in range(int(config.num_hidden_layers))
+        )
+    return tuple(
+        LayerWidths(int(w["num_key_value_heads"]), int(w["intermediate_size"]), int(w.get("num_experts", 0)))
+        for w in per_layer
+    )
+
+
+def _check_routing(config: Any, family: Family) -> None:
+    """Raise unless the numbers that routing goes by belong together, and routing is of a kind that can be cut.
+
+    Raises:
+        UnsupportedModelError: more experts per token than there are, or routing by groups of experts.
+    """
+    if family.mixture is None:
+        return
+    experts, chosen = getattr(config, family.mixture.count), config.num_experts_per_tok
+    if not 1 <= chosen <= experts:
+        raise UnsupportedModelError(
+            f"the config sends each token to {chosen} of {experts} experts; correct num_experts_per_tok or "
+            f"{family.mixture.count}"
+        )
+    field_of_groups = family.mixture.routing_groups
+    if field_of_groups and (groups := getattr(config, field_of_groups)) != 1:
+        raise UnsupportedModelError(
+            f"the model routes by {groups} groups of experts ({field_of_groups}), whose experts stay or go together; "
+            f"prunus cuts mixtures without such groups ({field_of_groups} 1), as GLM-4.5 is"
+        )
+
+
+def _tensor_of(layer: nn.Module, stack: Stack) -> Tensor | None:
+    """The parameter or buffer that a stack names; None where there is none."""
+    module, _, name = stack.path.rpartition(".")
+    try:
+        found = getattr(layer.get_submodule(module), name, None)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def _parameters_in(layer: nn.Module, stack: Stack) -> int:
+    """Parameters of a stack: none where it is a buffer."""
+    tensor = _tensor_of(layer, stack)
+    return tensor.numel() if isinstance(tensor, nn.Parameter) else 0
+
+
+def _is_in(name: str, places: Iterable[str]) -> bool:
+    """Whether a parameter is that of a path, or of a module there."""
+    return any(name == place or name.startswith(place + ".") for place in places)
 
 
 def _windows_of(config: Any) -> tuple[int | None, ...]:

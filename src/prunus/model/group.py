@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from prunus.errors import OptionError
-from prunus.model.families import AXES, Axis
+from prunus.model.families import ALL_AXES, Axis
 from prunus.model.geometry import SPACE_AXIS, Geometry
 
 __all__ = ["Group", "Part"]
@@ -18,10 +18,12 @@ class Part:
 
     Attributes:
         tensor: full parameter name, e.g. `model.layers.3.mlp.up_proj.weight`.
-        dim: 0 for rows (and for a bias), 1 for columns.
+        dim: 0 for rows (and for a bias), 1 for columns; of a tensor that holds all experts, the dimension of the
+            experts.
         start: first index.
         stop: one past the last index.
         parameters: number of entries.
+        kind: what is counted along the dimension, where that is neither rows nor columns: expert or head.
     """
 
     tensor: str
@@ -29,11 +31,12 @@ class Part:
     start: int
     stop: int
     parameters: int
+    kind: str | None = None
 
     @property
     def indices(self) -> str:
         """For a reader: `rows 16–31`."""
-        place = "column" if self.dim else "row"
+        place = ("column" if self.dim else "row") if self.kind is None else self.kind
         return f"{place} {self.start}" if self.stop == self.start + 1 else f"{place}s {self.start}–{self.stop - 1}"
 
     def __str__(self) -> str:
@@ -47,9 +50,10 @@ class Group:
     Attributes:
         geometry: shape of the model.
         layer_idx: decoder layer, from 0.
-        axis: attention or mlp.
-        group_idx: key/value head or channel, from 0.
+        axis: attention, mlp or expert.
+        group_idx: key/value head, channel or expert, from 0.
         biases: names of projections that have a bias, e.g. `self_attn.q_proj`.
+        stacks: entries of one group in each tensor that belongs to no linear module, by its path.
     """
 
     geometry: Geometry
@@ -57,9 +61,16 @@ class Group:
     axis: Axis
     group_idx: int
     biases: frozenset[str] = frozenset()
+    stacks: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @classmethod
-    def parse(cls, text: str, geometry: Geometry, biases: frozenset[str] = frozenset()) -> Group:
+    def parse(
+        cls,
+        text: str,
+        geometry: Geometry,
+        biases: frozenset[str] = frozenset(),
+        stacks: Mapping[str, int] | None = None,
+    ) -> Group:
         """A group from `LAYER:AXIS:GROUP`, e.g. `3:mlp:17`.
 
         Raises:
@@ -67,9 +78,9 @@ class Group:
         """
         layer, _, rest = text.partition(":")
         axis, _, number = rest.partition(":")
-        if axis not in AXES or not (layer.isdecimal() and number.isdecimal()):
+        if axis not in ALL_AXES or not (layer.isdecimal() and number.isdecimal()):
             raise OptionError(f"group {text!r} is not LAYER:AXIS:GROUP, e.g. 3:mlp:17 or 0:attention:1")
-        group = cls(geometry, int(layer), axis, int(number), biases)
+        group = cls(geometry, int(layer), axis, int(number), biases, stacks or {})
         if group.layer_idx >= len(geometry.widths):
             raise OptionError(f"group {text!r}: the model has layers 0 to {len(geometry.widths) - 1}")
         if group.group_idx >= (count := geometry.widths[group.layer_idx][axis]):
@@ -85,7 +96,12 @@ class Group:
     def parts(self) -> Iterator[Part]:
         """Everything that is cut with it, projection by projection."""
         geometry = self.geometry
-        for projection in geometry.family.block(self.axis).projections:
+        block = geometry.block(self.layer_idx, self.axis)
+        for stack in block.stacks if block else ():
+            unit = geometry.unit(stack.space)
+            start, name = self.group_idx * unit, f"{geometry.family.layers}.{self.layer_idx}.{stack.path}"
+            yield Part(name, stack.dim, start, start + unit, self.stacks[stack.path], stack.space)
+        for projection in block.projections if block else ():
             name = f"{geometry.family.layers}.{self.layer_idx}.{projection.path}"
             columns = geometry.size(self.layer_idx, projection.inputs)
             for space, first, _ in geometry.output_parts(self.layer_idx, projection):

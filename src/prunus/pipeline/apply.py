@@ -6,16 +6,19 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from prunus.checkpoint import locate
+import torch
+
+from prunus.checkpoint import empty_model, locate, pruned_config
 from prunus.files.outputs import check_output, claimed
 from prunus.model.geometry import Geometry
 from prunus.model.whole import attach_whole_
 from prunus.pipeline.multimodal import whole_metrics
 from prunus.results.lineage import lineage_of
 from prunus.results.result_folder import read_metrics, save_result
+from prunus.scoring.routing import active_parameters
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
-from prunus.sweep.engine import ModelOptions, load_or_open, model_name
+from prunus.sweep.engine import ModelOptions, config_of, load_or_open, model_name
 from prunus.sweep.estimate import Workload
 from prunus.version import __version__
 
@@ -55,6 +58,7 @@ def apply_checkpoint(
         else:
             check_output(out, overwrite, model)
             lineage_of(locate(model))  # damaged records are refused before the weights are read
+            _check_plan(model, plan)
             dense, tokenizer, _ = load_or_open(model, model_options, workload=Workload(cuts=True))
             if text_only:
                 attach_whole_(dense, None)
@@ -71,6 +75,7 @@ def apply_checkpoint(
                 "parameters_before": geometry.total_parameters,
                 "parameters_after": smaller.num_parameters(),
                 **whole,
+                **active_parameters(geometry, plan),
                 "plan": plan.fingerprint,
             }
             metrics = save_result(
@@ -85,3 +90,16 @@ def apply_checkpoint(
                 overwrite,
             )
     return metrics
+
+
+def _check_plan(model: str, plan: Plan) -> None:
+    """Check, before the weights are read, that a plan fits a model, and that a class loads what it leaves.
+
+    Raises:
+        PlanError: see `Plan.check_fits`.
+        UnsupportedModelError: see `pruned_config`.
+    """
+    config = config_of(model)
+    plan.check_fits(Geometry.of(empty_model(config, torch.float32)))
+    survivors = plan.surviving_layers
+    pruned_config(config, [plan.layers[layer_idx].widths for layer_idx in survivors], survivors)

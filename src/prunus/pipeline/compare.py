@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from prunus.report import try_report
 from prunus.results.comparison import DENSE, plan_name
 from prunus.scoring.score import Score, score_together
 from prunus.selection.plan import Plan
-from prunus.selection.select import select
+from prunus.selection.select import Constraints, select
 from prunus.surgery import apply_plan
 from prunus.sweep.engine import model_name
 from prunus.sweep.estimate import bytes_of_a_cut, free_memory
@@ -89,6 +89,7 @@ def compare(
     with claimed(out, run=asked, command=command) as claim:
         if not claim.finished:
             request = _request(job, recipes, ratios, out, seeds, overwrite)
+            recipes = dict(zip(recipes, request.recipes, strict=True))
             stages = begun(request, progress)
             inputs = open_inputs(request, stages)
             if not inputs.measurable:
@@ -284,7 +285,8 @@ def cuts_at_once(dense: Any, plans: Sequence[Plan], tokens: int, free: int | Non
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain values."""
-    return {**asdict(recipe), "target": recipe.target.to_dict()}
+    selection = {field.name: getattr(recipe.selection, field.name) for field in fields(Constraints)}
+    return {**asdict(recipe), "selection": selection, "target": recipe.target.to_dict()}
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ from prunus.model.families import AXES, FAMILIES, MULTIMODAL, UNFIT, Multimodal
 __all__ = ["PROGRAMS", "families_page", "families_table"]
 
 ANY, EQUAL, UNIFORM, PADDED, NOT_TRIED = ("any shape", "`uniform`, `depth`", "`uniform`", "padded", "not tried")
+#: no class loads those whose layers have unequal numbers of experts
+_MIXTURES = {name for name, family in FAMILIES.items() if family.mixture}
 _PER_LAYER = ("llama", "mistral", "qwen2", "qwen3")
 
 #: program → family → shapes of pruned models that were run there and agree with transformers; a family that is not
 #: named was not tried
 PROGRAMS: dict[str, dict[str, str]] = {
-    "transformers 5": dict.fromkeys(FAMILIES, ANY),
-    "transformers 4.57": {**dict.fromkeys(FAMILIES, ANY), "ministral3": "not in this version"},
+    "transformers 5": {**dict.fromkeys(FAMILIES, ANY), **dict.fromkeys(_MIXTURES, UNIFORM)},
+    "transformers 4.57": {**dict.fromkeys(FAMILIES.keys() - _MIXTURES, ANY), "ministral3": "not in this version"},
     "vLLM": {
         **dict.fromkeys(_PER_LAYER, ANY),
         **dict.fromkeys(("granite", "phi3", "smollm3", "gemma2", "gemma3_text"), UNIFORM),
@@ -73,8 +75,8 @@ CHECKS = """
 
 ## Refused
 
-Mixtures of experts, encoders, state-space models and hybrids with one are refused, with the reason. These dense types
-are, too:
+Other mixtures of experts, encoders, state-space models and hybrids with one are refused, with the reason. These dense
+types are, too:
 
 """
 

@@ -40,6 +40,7 @@ from prunus.pipeline.stages import (
 from prunus.scoring.adaptive import SCALE_SHARES
 from prunus.selection.costs import Costs
 from prunus.selection.select import reachable
+from prunus.sweep.estimate import expert_width
 
 __all__ = ["Forecast", "Removal", "begun", "forecast"]
 
@@ -115,7 +116,7 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """What people read before a job starts."""
-        counts = ", ".join(f"{self.groups[axis]:,} {_GROUPS[axis]}" for axis in AXES)
+        counts = ", ".join(f"{count:,} {_GROUPS[axis]}" for axis, count in self.groups.items())
         free = "" if self.free_bytes is None else f" of {show_bytes(self.free_bytes)}"
         longest = sorted(self.stages, key=lambda name: -self.stages[name])[:3]
         parts = ", ".join(f"{name} {show_seconds(self.stages[name])}" for name in self.stages if name in longest)
@@ -128,11 +129,11 @@ class Forecast:
         ]
 
 
-_GROUPS: Mapping[Axis, str] = {"attention": "attention groups", "mlp": "MLP channels"}
+_GROUPS: Mapping[Axis, str] = {"attention": "attention groups", "mlp": "MLP channels", "expert": "experts"}
 
 
 def _removal_line(removal: Removal) -> str:
-    counts = " and ".join(f"{removal.groups[axis]:,} {_GROUPS[axis]}" for axis in AXES if removal.groups[axis])
+    counts = " and ".join(f"{count:,} {_GROUPS[axis]}" for axis, count in removal.groups.items() if count)
     share = removal.removed / removal.most if removal.most else 0.0
     return (
         f"removes {removal.ratio:.1%}: {removal.removed:,.0f} of {removal.before:,.0f} {removal.quantity}, "
@@ -153,7 +154,7 @@ def forecast(request: Request) -> Forecast:
     return Forecast(
         family=geometry.family.title,
         parameters=geometry.total_parameters,
-        groups={axis: sum(widths[axis] for widths in geometry.widths) for axis in AXES},
+        groups={axis: sum(widths[axis] for widths in geometry.widths) for axis in geometry.axes},
         removals=removals,
         engine=request.engine,
         device=str(request.device),
@@ -184,20 +185,20 @@ def _removal(request: Request, recipe: Recipe, ratio: float) -> Removal:
     most = reachable(request.geometry, recipe.selection, costs)
     share = ratio * costs.total / most if most else 0.0
     cuttable = _cuttable(request, recipe, costs)
-    groups = {axis: round(share * cuttable[axis]) for axis in AXES}
+    groups = {axis: round(share * count) for axis, count in cuttable.items()}
     return Removal(ratio, costs.quantity, costs.total, ratio * costs.total, most, groups)
 
 
 def _cuttable(request: Request, recipe: Recipe, costs: Costs) -> dict[Axis, int]:
     """Groups of each axis that may go."""
-    widths, constraints = request.geometry.widths, recipe.selection
+    widths, constraints = request.geometry.widths, recipe.selection.of(request.geometry)
     return {
         axis: sum(
-            max(0, widths[layer_idx][axis] - constraints.min_keep(axis))
+            max(0, widths[layer_idx][axis] - constraints.least(axis))
             for layer_idx in constraints.layers(len(widths))
             if axis in constraints.axes and costs.group[layer_idx][axis]
         )
-        for axis in AXES
+        for axis in request.geometry.axes
     }
 
 
@@ -218,7 +219,7 @@ class _Timetable:
     def __init__(self, request: Request, probe: Probe):
         self._request, self._probe = request, probe
         self._layers = len(request.geometry.widths)
-        self._groups = sum(widths[axis] for widths in request.geometry.widths for axis in AXES)
+        self._groups = sum(widths[axis] for widths in request.geometry.widths for axis in request.geometry.axes)
         self._bytes = model_bytes(request.empty)
         self._forward = probe.forward(request.seq_len) if request.calibrates else 0.0
 
@@ -296,7 +297,14 @@ class _Timetable:
         kept = self._kept(recipe, gone)
         tokens = part * request.workload.sequences * request.seq_len
         solved = 0.0
-        for block in geometry.family.blocks:
+        experts = max(widths.num_experts for widths in geometry.widths)
+        if experts:
+            width = expert_width(geometry)
+            solved += tokens * geometry.experts_per_token * probe.sums(width, geometry.hidden_size, request.seq_len)
+            solved += kept["expert"] * probe.solution(width, geometry.hidden_size)
+        for block in geometry.family.blocks_of(experts):
+            if block.experts or block.beside_experts:
+                continue
             inputs = round(kept[block.axis]) * geometry.unit(block.output.inputs)
             solved += tokens * probe.sums(inputs, geometry.hidden_size, request.seq_len)
             solved += probe.solution(inputs, geometry.hidden_size)
@@ -337,4 +345,7 @@ class _Timetable:
         """Mean width of a layer on each axis when a share is gone."""
         removal = _removal(self._request, recipe, gone)
         widths: Sequence[LayerWidths] = self._request.geometry.widths
-        return {axis: (sum(w[axis] for w in widths) - removal.groups[axis]) / len(widths) for axis in AXES}
+        return {
+            axis: (sum(w[axis] for w in widths) - removal.groups[axis]) / len(widths)
+            for axis in self._request.geometry.axes
+        }

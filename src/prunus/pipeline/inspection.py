@@ -10,7 +10,7 @@ import torch
 
 from prunus.checkpoint import empty_model, locate, read_config, whole_around
 from prunus.errors import PlanError
-from prunus.model.families import AXES
+from prunus.model.families import Axis
 from prunus.model.geometry import Geometry, submodule
 from prunus.model.group import Group
 from prunus.results.lineage import plan_from_original
@@ -19,6 +19,13 @@ from prunus.selection.plan import Plan
 from prunus.selection.select import Constraints, check_ratio, reachable_parameters
 
 __all__ = ["geometry_of", "inspect", "inspect_group"]
+
+#: what the groups of an axis are counted by in a config
+WIDTH_NAMES: dict[Axis, str] = {
+    "attention": "num_key_value_heads",
+    "mlp": "intermediate_size",
+    "expert": "num_experts",
+}
 
 
 def geometry_of(model: str) -> Geometry:
@@ -67,26 +74,32 @@ def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
         ),
         "head_dim": geometry.head_dim,
         "query_heads_per_group": geometry.num_key_value_groups,
-        "groups": {axis: sum(widths[axis] for widths in geometry.widths) for axis in AXES},
+        "groups": {axis: sum(widths[axis] for widths in geometry.widths) for axis in geometry.axes},
         "parameters_per_group": dict(geometry.group_parameters),
         "prunable_parameters": reachable_parameters(geometry, Constraints()),
-        "layers": [asdict(widths) for widths in geometry.widths],
+        "layers": [{WIDTH_NAMES[axis]: widths[axis] for axis in geometry.axes} for widths in geometry.widths],
     }
+    if geometry.experts_per_token:
+        facts["active_parameters"] = geometry.active_parameters
+        facts["experts_per_token"] = geometry.experts_per_token
     if ratio is not None:
         target = ratio * geometry.total_parameters
         facts["ratio"] = {
             "ratio": ratio,
             "parameters_to_remove": round(target),
             "of_what_can_be_cut": target / max(facts["prunable_parameters"], 1),
-            "mlp_channels_if_only_mlp": round(target / max(geometry.group_parameters["mlp"], 1)),
         }
+        if geometry.experts_per_token:
+            facts["ratio"]["experts_if_only_experts"] = round(target / max(geometry.group_parameters["expert"], 1))
+        else:
+            facts["ratio"]["mlp_channels_if_only_mlp"] = round(target / max(geometry.group_parameters["mlp"], 1))
     if plan_file := plan_from_original(folder):
         plan = Plan.load(plan_file)
         facts["removed"] = [
             {
                 "layer_idx": layer_idx,
-                **{axis: before[axis] - len(kept[axis]) for axis in AXES},
-                "of": {axis: before[axis] for axis in AXES},
+                **{axis: before[axis] - len(kept[axis]) for axis in plan.axes},
+                "of": {axis: before[axis] for axis in plan.axes},
             }
             for layer_idx, (before, kept) in enumerate(zip(plan.widths, plan.layers, strict=True))
         ]
@@ -115,7 +128,14 @@ def inspect_group(model: str, group: str, table: str | Path | None = None) -> di
     # Of all layers: any of them may lack a block.
     modules = [pair for layer in layers for pair in layer.named_modules() if pair[0] in named]
     biases = frozenset(path for path, module in modules if module.bias is not None)
-    found = Group.parse(group, geometry, biases)
+    stacks = {
+        stack.path: tensor.numel() // tensor.shape[stack.dim] * geometry.unit(stack.space)
+        for block in geometry.family.all_blocks
+        for stack in block.stacks
+        for layer in layers
+        if (tensor := layer.state_dict(keep_vars=True).get(stack.path)) is not None
+    }
+    found = Group.parse(group, geometry, biases, stacks)
     parts = [{**asdict(part), "indices": part.indices} for part in found.parts()]
     facts: dict[str, Any] = {"group": group, "cost": found.cost, "parts": parts}
     if table is not None:

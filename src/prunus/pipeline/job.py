@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from prunus.errors import OptionError
 from prunus.model.geometry import Geometry
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
 from prunus.selection.fit import FitOptions
 from prunus.selection.select import check_ratio
+from prunus.selection.targets import TargetOptions
 from prunus.sweep.engine import ModelOptions
 
 __all__ = ["DEFAULT_RATIO", "Job", "OutputOptions"]
@@ -46,6 +48,8 @@ class Job:
         run: where and how the model is held.
         output: what is kept beside the result.
         fit: a size to fit in place of the ratio.
+        experts: share of the experts to remove from each layer of a mixture of experts, in place of `ratio`: the same
+            as that ratio with the target experts.
         made_by: of a job that was done: versions, and digests of the calibration sequences and of the plan.
     """
 
@@ -57,9 +61,21 @@ class Job:
     run: ModelOptions = field(default_factory=ModelOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     fit: FitOptions = field(default_factory=FitOptions)
+    experts: float | None = None
     made_by: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.experts is not None:
+            # One way to say it from here on.
+            if self.ratio != DEFAULT_RATIO or self.recipe.target.name not in ("params", "experts"):
+                raise OptionError(
+                    f"`experts` {self.experts:g} is a share of the experts, and `ratio` {self.ratio:g} one of all "
+                    f"{self.recipe.target.quantity}; give one of them"
+                )
+            check_ratio(self.experts, "experts", "experts")
+            object.__setattr__(self, "ratio", self.experts)
+            object.__setattr__(self, "recipe", replace(self.recipe, target=TargetOptions("experts")))
+            object.__setattr__(self, "experts", None)
         check_ratio(self.ratio, self.recipe.target.quantity)
         if self.run.revision is not None:
             # One way to say it from here on, as part of the name.

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from prunus.errors import OptionError
+from prunus.model.geometry import Geometry
 from prunus.model.whole import whole_of
 from prunus.pipeline.recipe import Recipe
 
@@ -13,19 +14,21 @@ __all__ = ["recipe_inside", "whole_metrics"]
 
 
 def recipe_inside(recipe: Recipe, model: Any) -> Recipe:
-    """The recipe with the constraints that the multimodal model around a language model adds.
+    """The recipe for a language model, with the constraints that a multimodal model around it adds.
 
     Args:
         recipe: how to prune.
         model: the language model.
 
     Raises:
-        OptionError: the recipe cuts what cannot be cut there.
+        OptionError: the recipe cuts what cannot be cut there, or does not fit the language model, see `Recipe.of`.
     """
+    recipe = recipe.of(Geometry.of(model))
     if (whole := whole_of(model)) is None:
         return recipe
     selection = recipe.selection
-    if other := [axis for axis in selection.axes if axis not in whole.kind.axes]:
+    axes = selection.axes or ()
+    if other := [axis for axis in axes if axis not in whole.kind.axes]:
         raise OptionError(
             f"inside {whole.kind.title} no class of transformers can hold fewer groups of {other[0]}; set "
             f"`selection.axes` to [{', '.join(whole.kind.axes)}], or save the language model alone (`output.text_only`)"

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import skip_init
+from torch import Tensor
 from transformers import DynamicCache
 
 from prunus.calibration import Batch, calibration_from_tokens
@@ -21,7 +20,7 @@ from prunus.calibration.sampled import cache_argument, draw_tokens
 from prunus.checkpoint import empty_model, pruned_config
 from prunus.checkpoint.random_weights import random_weights
 from prunus.model.evaluation_mode import evaluation_mode
-from prunus.model.families import AXES, family_of
+from prunus.model.families import family_of
 from prunus.model.geometry import Geometry, LayerWidths, submodule
 from prunus.model.loss import chunked_cross_entropy, head_function
 from prunus.repair.least_squares import TokenSums, solve_ridge
@@ -77,7 +76,8 @@ class Probe:
         config = pruned_config(empty.config, [geometry.widths[number] for number in chosen], chosen)
         self._model = random_weights(empty_model(config, empty.dtype), device).requires_grad_(False)
         self._geometry = Geometry.of(self._model)
-        self._widest = max(self._geometry.size(0, block.output.inputs) for block in geometry.family.blocks)
+        steps = [block for block in self._geometry.blocks(0) if not block.experts]
+        self._widest = max(self._geometry.size(0, block.output.inputs) for block in steps)
         self._measured: dict[object, float] = {}
         self._vocabulary = int(config.get_text_config().vocab_size)
         self._decoder = submodule(self._model, geometry.family.layers.rpartition(".")[0])
@@ -166,7 +166,7 @@ class Probe:
     def sums(self, inputs: int, outputs: int, seq_len: int) -> float:
         """Seconds per token of what a projection is solved from: measured on the widest, for others by operations."""
         widest = self._widest
-        sums = TokenSums(self._projection(widest, outputs))
+        sums = TokenSums(widest, outputs, self._device)
 
         def run(tokens: int) -> None:
             sums.add(self._floats(tokens, widest), self._floats(tokens, outputs))
@@ -179,7 +179,7 @@ class Probe:
     def solution(self, inputs: int, outputs: int) -> float:
         """Seconds to solve a projection in float64: measured on a square one, for others by operations."""
         size = min(SOLVED, self._widest)
-        sums = TokenSums(self._projection(size, size))
+        sums = TokenSums(size, size, self._device)
         sums.add(self._floats(2 * size, size), self._floats(2 * size, size))
         equations, weight = sums.equations(), self._floats(size, size).double()
 
@@ -197,16 +197,20 @@ class Probe:
     @property
     def selection(self) -> float:
         """Seconds per group to rank it, and to decide whether it goes."""
-        first = self._geometry.widths[0]
-        narrow = LayerWidths(first.num_key_value_heads, min(first.intermediate_size, SELECTED))
-        config = pruned_config(self._model.config, [narrow], [0])
+        widths = self._geometry.widths
+        # Of a mixture a layer with experts, as it is.
+        number = next((number for number, layer in enumerate(widths) if layer.num_experts), 0)
+        first = narrow = widths[number]
+        if not first.num_experts:
+            narrow = LayerWidths(first.num_key_value_heads, min(first.intermediate_size, SELECTED))
+        config = pruned_config(self._model.config, [narrow], [number])
         geometry = Geometry.of(empty_model(config, self._model.dtype))
-        importance = [{axis: torch.arange(narrow[axis], dtype=torch.float64) for axis in AXES}]
+        importance = [{axis: torch.arange(narrow[axis], dtype=torch.float64) for axis in geometry.axes}]
 
         def run(times: int) -> None:
             select(build_table(geometry, importance), geometry, 0.01, last=False)
 
-        return self._seconds("selection", run, 1, first=1) / max(1, sum(narrow[axis] for axis in AXES))
+        return self._seconds("selection", run, 1, first=1) / max(1, sum(narrow[axis] for axis in geometry.axes))
 
     def _seconds(self, what: object, run: Callable[[int], object], units: int = AT_ONCE, first: int = FIRST) -> float:
         """Seconds per unit of something, run for as many units as a job does, or as many as there is time for."""
@@ -263,7 +267,3 @@ class Probe:
     def _floats(self, rows: int, columns: int) -> Tensor:
         numbers = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
         return numbers.to(self._device)
-
-    def _projection(self, inputs: int, outputs: int) -> nn.Linear:
-        # Without values of its own: drawing them would move the global random state.
-        return skip_init(nn.Linear, inputs, outputs, bias=False, device=self._device)

@@ -31,6 +31,7 @@ from prunus.pipeline.stages import MEASURING, SAMPLES, SAVING, WRITING, stages_o
 from prunus.pipeline.work_folder import WorkFolder
 from prunus.report import try_report
 from prunus.results.result_folder import read_metrics, save_result
+from prunus.scoring.routing import active_parameters, routing_of
 from prunus.selection.select import check_reachable
 from prunus.sweep import EngineChoice
 from prunus.sweep.engine import model_name
@@ -157,7 +158,7 @@ def _made(
 ) -> dict[str, Any]:
     """Check, load, prune, measure and save; the metrics."""
     request = check_request(job, out, work=folder.path, saves=True, overwrite=overwrite)
-    asked, job = job, request.job
+    asked, job = job, replace(request.job, recipe=request.recipes[0])
     pruning = [*([WRITING] if request.workload.writes_text else []), *stages_of(job.recipe, job.ratio)]
     stages = begun(request, progress)
     inputs = open_inputs(request, stages)
@@ -182,6 +183,7 @@ def _made(
         "repair": asdict(job.recipe.repair) if job.recipe.repair else None,
         **_costs(stages, pruning),
         **{key: value for key, value in result.score.about.items() if key not in ("seconds", "peak_bytes")},
+        **routing_of(result.score.about.get("routing"), result.plan, _tokens_after(result)),
     }
     with stages.enter(SAVING):
         return save_result(
@@ -200,6 +202,11 @@ def _made(
         )
 
 
+def _tokens_after(result: PruneResult) -> dict[int, Sequence[int]]:
+    """How many tokens of the repair's text each expert that stays got, by the layer of the dense model."""
+    return {repair.layer_idx: repair.tokens for repair in result.repairs if repair.tokens}
+
+
 def _measured(inputs: Inputs, result: PruneResult, progress: bool) -> dict[str, Any]:
     """Parameters and perplexity before and after."""
     before = inputs.measure(inputs.model, progress=progress)
@@ -210,6 +217,7 @@ def _measured(inputs: Inputs, result: PruneResult, progress: bool) -> dict[str, 
         "parameters_before": inputs.geometry.total_parameters,
         "parameters_after": result.model.num_parameters(),
         **whole_metrics(inputs.model, result.model),
+        **active_parameters(inputs.geometry, result.plan),
         "perplexity_before": before.perplexity if before else None,
         "perplexity_after": after.perplexity if after else None,
         "perplexity_by_source": [

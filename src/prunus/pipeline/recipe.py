@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from prunus.errors import CalibrationError
+from prunus.model.geometry import Geometry
 from prunus.pipeline.rounds import Round, schedule
 from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.adaptive import check_enough
@@ -53,6 +54,18 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether any part needs calibration sequences."""
         return self.scoring.needs_calibration or self.repair is not None
+
+    def of(self, geometry: Geometry) -> Self:
+        """The same for a model, with axes and shape decided, see `Constraints.of`.
+
+        Raises:
+            OptionError: they do not fit the model, or the method says nothing about an axis that is to be cut.
+        """
+        selection = self.selection.of(geometry)
+        costs = self.target.costs(geometry)
+        cut = [axis for axis in selection.axes if any(layer.get(axis) for layer in costs.group)]
+        self.scoring.check_axes(geometry, cut)
+        return replace(self, selection=selection)
 
     def by(self, method: str) -> Self:
         """The same with another importance method."""

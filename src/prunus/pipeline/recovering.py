@@ -9,7 +9,6 @@ import torch
 
 from prunus.checkpoint import empty_model, model_bytes, read_config
 from prunus.files.outputs import check_disk, check_output
-from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.pipeline.forecast import READING, SMALL_FILES, WRITING_SPEED, Forecast
 from prunus.pipeline.probe import Probe
@@ -56,7 +55,7 @@ def forecast_recover(job: RecoveryJob, out: str | Path, *, resume: bool = False,
     return Forecast(
         family=geometry.family.title,
         parameters=geometry.total_parameters,
-        groups={axis: sum(widths[axis] for widths in geometry.widths) for axis in AXES},
+        groups={axis: sum(widths[axis] for widths in geometry.widths) for axis in geometry.axes},
         removals=(),
         engine="resident",
         device=str(prepared.device),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from prunus.model.families import AXES
+from prunus.model.families import ALL_AXES
 from prunus.option_values import check_whole
 from prunus.selection.plan import Plan
 from prunus.selection.table import rank_table
@@ -77,7 +77,7 @@ def carry_over(earlier: pd.DataFrame, plan: Plan, later: pd.DataFrame) -> pd.Dat
     """
     survivors = plan.surviving_layers
     parts = []
-    for axis in AXES:
+    for axis in ALL_AXES:
         rows = later[later["group_type"] == axis]
         for new_layer, groups in rows.groupby("layer_idx"):
             layer_idx = survivors[int(new_layer)]

@@ -13,7 +13,7 @@ so that each block also takes back what earlier blocks got wrong. Half of the se
 `prunus.calibration.noise`, so that the solution holds for more than the calibration text. No bias is added. Where the
 model multiplies what its blocks add to the residual stream by a factor (Granite), R − R̂ is divided by it. Where a norm
 stands between the block and the residual stream (Gemma), no answer of the projection makes up for a difference in the
-stream, and α is 0.
+stream, and α is 0. Experts of a mixture are repaired each by itself, see `prunus.repair.expert_repair`.
 
 Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", eq. 5 and section 3.2 (least
 squares reconstruction of the remaining channels, in layer order, on the pruned network's own inputs).
@@ -36,18 +36,19 @@ from torch import Tensor, nn
 from prunus.calibration import Batch
 from prunus.calibration.made_from import made_from
 from prunus.calibration.noise import check_noise, clean_sequences, with_noise
-from prunus.errors import CalibrationError
+from prunus.errors import CalibrationError, OptionError
 from prunus.files.records import Records
 from prunus.machine.bars import tracked
 from prunus.model.digest import digest_model
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.families import Block
-from prunus.model.geometry import Geometry
+from prunus.model.geometry import Geometry, submodule
 from prunus.model.layers import layers_of
 from prunus.model.live import live_model
 from prunus.model.tokens import check_tokens
 from prunus.option_values import check_positive, check_share
 from prunus.repair.block_walk import BlockWalk
+from prunus.repair.expert_repair import EXPERT_REPAIRS, ExpertRepair, ExpertSums
 from prunus.repair.least_squares import NormalEquations, TokenSums, solve_ridge
 from prunus.repair.temperature import fit_temperature_
 from prunus.selection.plan import Plan
@@ -67,6 +68,8 @@ class RepairOptions:
         residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
         noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair
             holds for other text as well.
+        experts: how the experts that stay take over from those that went: least_squares solves the last projection of
+            each again, gain multiplies it by a factor, none leaves it.
         fit_logits: at the end, multiply the logits by the factor that minimises the loss.
     """
 
@@ -74,11 +77,16 @@ class RepairOptions:
     residual: float = 1.0
     noise: float = 0.3
     fit_logits: bool = True
+    experts: ExpertRepair = "least_squares"
 
     def __post_init__(self) -> None:
         check_positive("damping", self.damping)  # without it, the solution may not exist
         check_share("residual", self.residual, "it is a share of the error of earlier blocks")
         check_noise("noise", self.noise)
+        if self.experts not in EXPERT_REPAIRS:
+            raise OptionError(
+                f"`repair.experts` {self.experts!r} is unknown; choose one of {', '.join(EXPERT_REPAIRS)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,10 +95,11 @@ class Repair:
 
     Attributes:
         layer_idx: decoder layer of the dense model.
-        axis: attention or mlp.
-        error_before: ‖X W_Sᵀ − T‖² / ‖T‖².
+        axis: attention, mlp or expert.
+        error_before: ‖X W_Sᵀ − T‖² / ‖T‖²; of experts, each with a target of its own, over all of them together.
         error_after: the same with the new weights; equal to `error_before` where the old ones were kept.
-        condition: condition number of the damped XᵀX, estimated by its Cholesky factor.
+        condition: condition number of the damped XᵀX, estimated by its Cholesky factor; of experts the largest.
+        tokens: of experts: how many tokens each that stays got.
     """
 
     layer_idx: int
@@ -98,6 +107,7 @@ class Repair:
     error_before: float
     error_after: float
     condition: float
+    tokens: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -223,12 +233,11 @@ def repair_together_(
                 held.enter_context(reference.at(layer_idx))
                 for one in repairing:
                     held.enter_context(one.at(layer_idx))
-                for block in geometry.family.blocks:
+                for block in reference.steps:
                     if not widths[block.axis]:
                         continue
                     for number, mask in enumerate(masks):
-                        residual, x = reference.hidden[number], reference.enter(block, number)
-                        output = reference.module(block)(x)
+                        residual, output = reference.hidden[number], reference.output(block, number)
                         for one in repairing:
                             one.compare(block, number, residual, output, mask)
                         reference.leave(block, number, output)
@@ -279,6 +288,7 @@ class _Repairing:
         self._scale = Geometry.of(dense).family.residual_scale(dense.config)
         self._new_index = {old: new for new, old in enumerate(cut.plan.surviving_layers)}
         self._sums: TokenSums | None = None
+        self._expert_sums: ExpertSums | None = None
         self.seconds = time.perf_counter() - start
 
     @contextmanager
@@ -306,17 +316,25 @@ class _Repairing:
         """
         if not self._kept[block.axis] or self._known:
             return
-        start, module = time.perf_counter(), self._walk.module(block)
+        start = time.perf_counter()
+        pull = 0.0 if block.post_norm else self._options.residual / self._scale
+        target = output.float() + pull * (residual.float() - self._walk.hidden[number].float())
+        if block.experts:
+            if self._options.experts != "none":
+                module = submodule(self._walk.layer, block.experts)
+                self._expert_sums = self._expert_sums or ExpertSums(module, self._options.experts)
+                self._expert_sums.add(self._walk.routed(block, number), target, mask)
+            self.seconds += time.perf_counter() - start
+            return
+        module = self._walk.module(block)
         x = self._walk.enter(block, number)
         if self._remembers(block):
             self._inputs[number] = x
-        pull = 0.0 if block.post_norm else self._options.residual / self._scale
-        target = output.float() + pull * (residual.float() - self._walk.hidden[number].float())
         if module.bias is not None:
             target -= module.bias.float()
         if mask is not None:
             x, target = x[mask.to(x.device)], target[mask.to(x.device)]
-        self._sums = self._sums or TokenSums(module)
+        self._sums = self._sums or TokenSums(module.in_features, module.out_features, module.weight.device)
         x = x.reshape(-1, module.in_features).float()
         self._sums.add(x, target.reshape(-1, module.out_features), self._sources[number])
         self.seconds += time.perf_counter() - start
@@ -325,20 +343,27 @@ class _Repairing:
         """Solve a block, unless an earlier run did, and go on behind it."""
         if not self._kept[block.axis]:
             return
-        start, module = time.perf_counter(), self._walk.module(block)
+        start = time.perf_counter()
         if not self._known:
-            self._solve(block, module)
+            self._solve(block)
         for number in range(len(self._sources)):
             if self._remembers(block) and not self._known:
-                x = self._inputs[number]
+                output = self._walk.module(block)(self._inputs[number])
                 del self._inputs[number]
             else:
-                x = self._walk.enter(block, number)
-            self._walk.leave(block, number, module(x))
+                output = self._walk.output(block, number)
+            self._walk.leave(block, number, output)
         self.seconds += time.perf_counter() - start
 
-    def _solve(self, block: Block, module: nn.Linear) -> None:
+    def _solve(self, block: Block) -> None:
+        if block.experts:
+            if self._expert_sums is not None:
+                sums, self._expert_sums = self._expert_sums, None
+                fit = sums.solve_(self._options.damping)
+                self.repairs.append(Repair(self._layer_idx, block.axis, *fit, tokens=sums.tokens.tolist()))
+            return
         assert self._sums is not None  # there is at least one batch
+        module = self._walk.module(block)
         equations, self._sums = self._sums.equations(), None
         self.repairs.append(_repair_(module, self._layer_idx, block, equations, self._options))
 
@@ -363,19 +388,32 @@ class _Repairing:
         """Whether a block's inputs wait until it is solved: those of the MLP are wide, and quickly found again."""
         return block.axis == "attention"
 
+    def _solved(self, block: Block) -> Tensor:
+        """The weights of the held layer that a block's repair changes."""
+        module, _, name = _solved_in(block).rpartition(".")
+        found: Tensor = (
+            getattr(submodule(self._walk.layer, module), name) if block.experts else self._walk.module(block).weight
+        )
+        return found
+
     def _record(self) -> None:
-        here = [block for block in self._walk.blocks if self._kept[block.axis]]
-        tensors = {block.output.path: self._walk.module(block).weight.detach().cpu().clone() for block in here}
+        here = [block for block in self._walk.steps if self._kept[block.axis]]
+        tensors = {_solved_in(block): self._solved(block).detach().cpu().clone() for block in here}
         repairs = [asdict(repair) for repair in self.repairs if repair.layer_idx == self._layer_idx]
         self._records.put(self._layer_idx, tensors, {"repairs": repairs})
 
     def _restore(self) -> None:
         """Put in place what an earlier run solved in the held layer."""
         found = self._records[self._layer_idx]
-        for block in self._walk.blocks:
-            if block.output.path in found:
-                self._walk.module(block).weight.copy_(found[block.output.path])
+        for block in self._walk.steps:
+            if _solved_in(block) in found:
+                self._solved(block).copy_(found[_solved_in(block)])
         self.repairs += [Repair(**values) for values in self._records.about(self._layer_idx)["repairs"]]
+
+
+def _solved_in(block: Block) -> str:
+    """Path of what a block's repair changes: its last projection, or the tensor of those of all experts."""
+    return f"{block.experts}.down_proj" if block.experts else block.output.path
 
 
 def _repair_(

@@ -18,7 +18,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["NormalEquations", "TokenSums", "solve_ridge"]
 
@@ -33,16 +33,18 @@ class TokenSums:
     """XᵀX, XᵀT and ‖T‖² as tokens come, in float32.
 
     Args:
-        module: the projection that is to be solved.
+        in_features: columns of the projection that is to be solved.
+        out_features: its rows.
+        device: where it is.
     """
 
-    def __init__(self, module: nn.Linear):
-        zeros = partial(torch.zeros, dtype=torch.float32, device=module.weight.device)
-        self._gram = zeros(module.in_features, module.in_features)
-        self._cross = zeros(module.in_features, module.out_features)
+    def __init__(self, in_features: int, out_features: int, device: torch.device):
+        zeros = partial(torch.zeros, dtype=torch.float32, device=device)
+        self._gram = zeros(in_features, in_features)
+        self._cross = zeros(in_features, out_features)
         self._target_square = 0.0
-        width = max(NARROWEST, -(-module.in_features // BLOCKS))
-        self._edges = [*range(0, module.in_features, width), module.in_features]
+        width = max(NARROWEST, -(-in_features // BLOCKS))
+        self._edges = [*range(0, in_features, width), in_features]
         self._source, self._tokens = 0, 0
         #: the sums of sources that are complete; None while there is one
         self._complete: NormalEquations | None = None

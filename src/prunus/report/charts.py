@@ -18,14 +18,14 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from prunus.model.families import AXES
+from prunus.model.families import Axis
 from prunus.results.result_content import ComparisonContent, ComparisonRow
 from prunus.selection.plan import Plan
 
 __all__ = ["Chart", "Rows", "accuracy_chart", "comparison_chart", "keep_chart", "score_charts", "seconds_chart"]
 
 #: axis → how a reader calls it
-TITLES = {"attention": "attention groups", "mlp": "MLP channels"}
+TITLES: dict[Axis, str] = {"attention": "attention groups", "mlp": "MLP channels", "expert": "experts"}
 BINS = 50
 #: the place of what a logarithmic scale has none for
 AT_MOST_ZERO = "zero or less"
@@ -68,9 +68,11 @@ def keep_chart(plans: Mapping[str, Plan]) -> Chart:
         plans: by name; with more than one, the reader chooses.
     """
     values, rows = [], []
+    axes = next(iter(plans.values())).axes
+    titles, every = [TITLES[axis] for axis in axes], "both" if len(axes) == 2 else "all"
     for name, plan in plans.items():
         for layer_idx, (before, kept) in enumerate(zip(plan.widths, plan.layers, strict=True)):
-            for axis in AXES:
+            for axis in axes:
                 groups, left = before[axis], len(kept[axis])
                 values.append(
                     {
@@ -81,21 +83,21 @@ def keep_chart(plans: Mapping[str, Plan]) -> Chart:
                         "groups": f"{left:,} of {groups:,}",
                     }
                 )
-            cells = [f"{len(kept[axis]):,} of {before[axis]:,}" for axis in AXES]
+            cells = [f"{len(kept[axis]):,} of {before[axis]:,}" for axis in axes]
             rows.append([*([name] if len(plans) > 1 else []), str(layer_idx), *cells])
-    chart = _bars(values).add_params(_choice("keep_axis", "show", ["both", *TITLES.values()]))
-    chart = chart.transform_filter("keep_axis == 'both' || datum.axis == keep_axis").encode(
+    chart = _bars(values).add_params(_choice("keep_axis", "show", [every, *titles]))
+    chart = chart.transform_filter(f"keep_axis == '{every}' || datum.axis == keep_axis").encode(
         alt.X("layer:O", title="decoder layer", axis=LAYERS),
-        alt.XOffset("axis:N", scale=alt.Scale(domain=list(TITLES.values()))),
+        alt.XOffset("axis:N", scale=alt.Scale(domain=titles)),
         alt.Y("share:Q", title="kept", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%")),
-        _colour("axis", list(TITLES.values())),
+        _colour("axis", titles),
         tooltip=["layer:O", "axis:N", alt.Tooltip("share:Q", title="kept", format=".1%"), "groups:N"],
     )
     if len(plans) > 1:
         choice = _choice("keep_plan", "plan", list(plans), kind=alt.binding_select)
         chart = chart.add_params(choice).transform_filter("datum.plan == keep_plan")
-    columns = [*(["plan"] if len(plans) > 1 else []), "layer", *(f"{TITLES[axis]} kept" for axis in AXES)]
-    what = "Bars of the share of attention groups and of MLP channels that stay, for every decoder layer."
+    columns = [*(["plan"] if len(plans) > 1 else []), "layer", *(f"{TITLES[axis]} kept" for axis in axes)]
+    what = f"Bars of the share of {' and of '.join(titles)} that stay, for every decoder layer."
     return Chart("keep", "What stays of each layer", what, _spec(chart, 260), Rows(columns, rows))
 
 
@@ -109,16 +111,19 @@ def score_charts(table: pd.DataFrame, plan: Plan) -> list[Chart]:
         table: one row per group, see `prunus.selection.table`.
         plan: which of them stay.
     """
-    kept = {(layer, axis, group) for layer, groups in enumerate(plan.layers) for axis in AXES for group in groups[axis]}
+    kept = {
+        (layer, axis, group) for layer, groups in enumerate(plan.layers) for axis in plan.axes for group in groups[axis]
+    }
     places = zip(table["layer_idx"], table["group_type"], table["group_idx"], strict=True)
     table = table.assign(state=np.where([place in kept for place in places], "kept", "removed"))
-    return [_histogram(table), _by_layer(table)]
+    axes = [axis for axis in plan.axes if (table["group_type"] == axis).any()] or list(plan.axes)
+    return [_histogram(table, axes), _by_layer(table, axes)]
 
 
-def _histogram(table: pd.DataFrame) -> Chart:
+def _histogram(table: pd.DataFrame, axes: Sequence[Axis]) -> Chart:
     values: list[dict[str, Any]] = []
     rows = []
-    for axis in AXES:
+    for axis in axes:
         of_axis = table[table["group_type"] == axis]
         for measure in MEASURES:
             values += _bins(axis, measure, of_axis)
@@ -133,7 +138,7 @@ def _histogram(table: pd.DataFrame) -> Chart:
     chart = (
         _bars(values)
         .add_params(
-            _choice("spread_axis", "groups", list(reversed(TITLES.values()))),
+            _choice("spread_axis", "groups", [TITLES[axis] for axis in reversed(axes)]),
             _choice("spread_measure", "quantity", MEASURES),
         )
         .transform_filter("datum.axis == spread_axis && datum.measure == spread_measure")
@@ -163,7 +168,7 @@ def _histogram(table: pd.DataFrame) -> Chart:
     )
 
 
-def _bins(axis: str, measure: str, groups: pd.DataFrame) -> list[dict[str, Any]]:
+def _bins(axis: Axis, measure: str, groups: pd.DataFrame) -> list[dict[str, Any]]:
     """Bars of a histogram, those that stay below, those removed on top of them; their groups add up to all.
 
     What is zero or less comes first, by itself; the rest in steps of equal ratio, those without groups too.
@@ -201,10 +206,10 @@ def _log_edges(numbers: np.ndarray) -> np.ndarray:
     return edges
 
 
-def _by_layer(table: pd.DataFrame) -> Chart:
+def _by_layer(table: pd.DataFrame, axes: Sequence[Axis]) -> Chart:
     names = ("q5", "q25", "q50", "q75", "q95")
     values, rows, floors = [], [], {}
-    for (axis, measure), of_axis in ((key, table[table["group_type"] == key[0]]) for key in product(AXES, MEASURES)):
+    for (axis, measure), of_axis in ((key, table[table["group_type"] == key[0]]) for key in product(axes, MEASURES)):
         quantiles = {
             int(layer): [float(f"{part[measure].quantile(q):.4g}") for q in QUANTILES]
             for layer, part in of_axis.groupby("layer_idx")
@@ -236,7 +241,7 @@ def _by_layer(table: pd.DataFrame) -> Chart:
             data=alt.Data(values=values),
         )
         .add_params(
-            _choice("layer_axis", "groups", list(reversed(TITLES.values()))),
+            _choice("layer_axis", "groups", [TITLES[axis] for axis in reversed(axes)]),
             _choice("layer_measure", "quantity", MEASURES),
         )
         .transform_filter("datum.axis == layer_axis && datum.measure == layer_measure")

@@ -10,7 +10,6 @@ from typing import Any
 from prunus.errors import CheckpointError
 from prunus.files.json_file import check_content, read_json
 from prunus.files.user_path import expanded
-from prunus.model.families import AXES
 from prunus.report.charts import (
     TITLES,
     Chart,
@@ -129,6 +128,7 @@ def _of_result(result: Result) -> Contents:
         Section("kept", "Layers", charts=[keep_chart({name: result.plan})]),
         Section("scores", "Scores", charts=scores),
         _removed(result),
+        _routing(metrics.get("routing")),
         _measured(figures, result.evaluation),
         Section(
             "samples",
@@ -143,9 +143,8 @@ def _of_result(result: Result) -> Contents:
     return Contents(
         title=f"{name}: {metrics['base_model']} without {1 - after / before:.1%} of its parameters",
         summary=(
-            f"prunus removed whole attention groups (a key/value head with the query heads that read it) and MLP "
-            f"channels from {metrics['base_model']}, chosen in one ranking over all layers. "
-            f"{before:,} parameters became {after:,}."
+            f"prunus removed {_what_went(result.plan)} from {metrics['base_model']}{_how_chosen(result.plan)}. "
+            f"{before:,} parameters became {after:,}{_active(metrics)}."
         ),
         prunus=str(metrics.get("prunus", "")),
         tiles=_tiles(result, figures),
@@ -182,7 +181,7 @@ def _tiles(result: Result, figures: Sequence[MeasuredFacts]) -> list[Tile]:
 def _removed(result: Result) -> Section:
     plan, table = result.plan, result.table
     rows = []
-    for axis in AXES:
+    for axis in plan.axes:
         total = sum(widths[axis] for widths in plan.widths)
         left = sum(len(kept[axis]) for kept in plan.layers)
         row = [TITLES[axis], f"{total:,}", f"{left:,}", f"{total - left:,}", f"{1 - left / total:.1%}" if total else ""]
@@ -195,16 +194,62 @@ def _removed(result: Result) -> Section:
     columns = ["", "before", "kept", "removed", "share removed", *(["parameters removed"] if table is not None else [])]
     gone = [i for i in range(len(plan.layers)) if i not in plan.surviving_layers]
     bare = {
-        axis: [i for i in plan.surviving_layers if plan.widths[i][axis] and not plan.layers[i][axis]] for axis in AXES
+        axis: [i for i in plan.surviving_layers if plan.widths[i][axis] and not plan.layers[i][axis]]
+        for axis in plan.axes
     }
     notes = []
     if gone:
         notes.append(f"Nothing is left of {_layers(gone)}.")
     if bare["attention"]:
         notes.append(f"No attention is left in {_layers(bare['attention'])}.")
-    if bare["mlp"]:
+    if bare.get("mlp"):
         notes.append(f"No MLP is left in {_layers(bare['mlp'])}.")
     return Section("removed", "What was removed", notes, [("Groups over all layers", Rows(columns, rows))])
+
+
+def _what_went(plan: Plan) -> str:
+    if any(widths.num_experts for widths in plan.widths):
+        return "whole experts"
+    return "whole attention groups (a key/value head with the query heads that read it) and MLP channels"
+
+
+def _how_chosen(plan: Plan) -> str:
+    mixture = any(widths.num_experts for widths in plan.widths)
+    return ", in every layer those that do least" if mixture else ", chosen in one ranking over all layers"
+
+
+def _active(metrics: Mapping[str, Any]) -> str:
+    active = metrics.get("active_parameters_after")
+    return "" if active is None else f", of which {active:,} work on each token"
+
+
+def _routing(routing: Mapping[str, Any] | None) -> Section:
+    """What became of the tokens of removed experts."""
+    if not routing or not routing["layers"]:
+        return Section("routing", "Routing")
+
+    def spread(tokens: Sequence[int] | None) -> str:
+        return f"{tokens[0]:,} / {tokens[len(tokens) // 2]:,} / {tokens[-1]:,}" if tokens else ""
+
+    rows = [
+        [
+            str(layer["layer_idx"]),
+            f"{layer['kept']:,} of {layer['experts']:,}",
+            f"{layer['moved']:.1%}",
+            spread(layer["tokens_before"]),
+            spread(layer["tokens_after"]),
+        ]
+        for layer in routing["layers"]
+    ]
+    columns = ["layer", "experts kept", "moved", "tokens per kept expert, before", "after"]
+    idle, experts = routing["experts_without_tokens"], routing["experts"]
+    notes = [
+        "Moved: the share of a layer's calibration tokens, counted once for every expert that they went to, whose "
+        "expert was removed; the router sends them to others. Tokens per expert: least, median, most; after the cut on "
+        "the text of the repair, where there was one.",
+        f"{idle:,} of {experts:,} experts got no token of the calibration text.",
+    ]
+    return Section("routing", "Routing", notes, [("Tokens and experts", Rows(columns, rows))])
 
 
 def _layers(indices: Sequence[int]) -> str:

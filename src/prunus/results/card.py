@@ -130,6 +130,9 @@ class CardFacts:
         quantity: what `ratio` is a share of.
         around: parameters of a multimodal model beside its language model, which all else is about; None for a
             language model alone.
+        active_before: of a mixture of experts, the base model's parameters that work on each token (of the original
+            model's, if there is one); None of a dense model.
+        active_after: of this model.
     """
 
     name: str
@@ -154,6 +157,8 @@ class CardFacts:
     original: OriginalFacts | None = None
     quantity: str = "parameters"
     around: int | None = None
+    active_before: int | None = None
+    active_after: int | None = None
 
 
 def license_of(folder: Path) -> dict[str, str]:
@@ -301,13 +306,29 @@ def _summary(facts: CardFacts) -> str:
             f"| parameters in all | {counts[0]:,} | {counts[1]:,} |\n"
         )
     return (
-        f"{whole} without {1 - facts.parameters_after / before:.1%} of {of_what}: whole attention groups (a "
-        "key/value head with its query heads) and MLP channels were removed, chosen in one ranking over all layers by "
+        f"{whole} without {1 - facts.parameters_after / before:.1%} of {of_what}: {_what_went(facts)} by "
         f"prunus.{steps}\n\n"
         f"| | {'original' if facts.original else 'base'} | this model |\n|---|---:|---:|\n"
         f"{parameters}"
-        f"| decoder layers | {len(facts.base_widths)} | {sum(map(_is_left, facts.widths))} |"
+        f"{_active(facts)}"
+        f"| decoder layers | {len(facts.base_widths)} | {sum(map(bool, facts.widths))} |"
     )
+
+
+def _what_went(facts: CardFacts) -> str:
+    if any(widths.num_experts for widths in facts.base_widths):
+        return "whole experts were removed in every layer, chosen by what they do for the calibration text,"
+    return (
+        "whole attention groups (a key/value head with its query heads) and MLP channels were removed, chosen in one "
+        "ranking over all layers"
+    )
+
+
+def _active(facts: CardFacts) -> str:
+    """A row on the parameters that work on each token, of a mixture of experts."""
+    if facts.active_before is None or facts.active_after is None:
+        return ""
+    return f"| parameters active per token | {facts.active_before:,} | {facts.active_after:,} |\n"
 
 
 def _loading(facts: CardFacts) -> str:
@@ -377,21 +398,18 @@ def _evaluation(measured: Sequence[MeasuredFacts], notes: Sequence[str]) -> str:
 
 def _widths(facts: CardFacts) -> str:
     of = "original" if facts.original else "base"
-    rows = [f"| layer of the {of} | query heads | key/value heads | MLP channels |", "|---:|---:|---:|---:|"]
+    experts = any(widths.num_experts for widths in facts.base_widths)
+    titles = ["query heads", "key/value heads", "MLP channels", *(["experts"] if experts else [])]
+    rows = [f"| layer of the {of} | {' | '.join(titles)} |", f"|---:|{'---:|' * len(titles)}"]
     for layer_idx, (before, after) in enumerate(zip(facts.base_widths, facts.widths, strict=True)):
-        if not _is_left(after):
-            rows.append(f"| {layer_idx} | removed | removed | removed |")
-            continue
-        query = _of(*(widths.num_key_value_heads * facts.num_key_value_groups for widths in (after, before)))
-        key_value = _of(after.num_key_value_heads, before.num_key_value_heads)
-        rows.append(
-            f"| {layer_idx} | {query} | {key_value} | {_of(after.intermediate_size, before.intermediate_size)} |"
-        )
+        cells = ["removed"] * len(titles)
+        if after:
+            query = (widths.num_key_value_heads * facts.num_key_value_groups for widths in (after, before))
+            cells = [_of(*query), _of(after.num_key_value_heads, before.num_key_value_heads)]
+            cells.append(_of(after.intermediate_size, before.intermediate_size))
+            cells += [_of(after.num_experts, before.num_experts)] if experts else []
+        rows.append(f"| {layer_idx} | {' | '.join(cells)} |")
     return "\n".join(rows)
-
-
-def _is_left(widths: LayerWidths) -> bool:
-    return bool(widths.num_key_value_heads or widths.intermediate_size)
 
 
 def _of(after: int, before: int) -> str:

@@ -38,6 +38,21 @@ class _OfSource(FileContent):
     after: _Positive
 
 
+class _RoutingOfLayer(FileContent):
+    layer_idx: Count
+    experts: _OneOrMore
+    kept: Count
+    moved: _Share
+    tokens_before: list[Count]
+    tokens_after: list[Count] | None
+
+
+class _Routing(FileContent):
+    experts: Count
+    experts_without_tokens: Count
+    layers: list[_RoutingOfLayer]
+
+
 class MetricsContent(FileContent):
     """prunus/metrics.json: what was done, and measured on the way."""
 
@@ -52,6 +67,9 @@ class MetricsContent(FileContent):
     perplexity_by_source: tuple[_OfSource, ...] | list[_OfSource] = ()
     perplexity_text: str | None = None
     perplexity_protocol: str | None = None
+    active_parameters_before: Count | None = None
+    active_parameters_after: Count | None = None
+    routing: _Routing | None = None
 
     @model_validator(mode="after")
     def _says_what_was_measured(self) -> MetricsContent:

@@ -28,7 +28,6 @@ from prunus.files.json_file import check_content, read_json
 from prunus.files.links import check_links
 from prunus.files.outputs import claimed, whole_file
 from prunus.files.user_path import expanded
-from prunus.model.families import AXES
 from prunus.results.card import (
     CalibrationFacts,
     CardFacts,
@@ -177,7 +176,8 @@ def read_result(folder: str | Path) -> Result:
     table = load_table(own / "groups.csv") if (own / "groups.csv").is_file() else None
     if table is not None:
         listed = table.groupby(["layer_idx", "group_type"]).size().to_dict()
-        planned = {(i, axis): widths[axis] for i, widths in enumerate(plan.widths) for axis in AXES if widths[axis]}
+        scored = [axis for axis in plan.axes if (table["group_type"] == axis).any()]
+        planned = {(i, axis): widths[axis] for i, widths in enumerate(plan.widths) for axis in scored if widths[axis]}
         if listed != planned:
             raise CheckpointError(f"{own / 'groups.csv'} lists other groups than {own / 'plan.json'} is about")
     return Result(folder, plan, metrics, table, samples, evaluation)
@@ -345,6 +345,8 @@ def _card_facts(
         num_key_value_groups=config.num_attention_heads // config.num_key_value_heads,
         model_type=metrics["whole"]["model_type"] if "whole" in metrics else config.model_type,
         around=metrics["whole"]["parameters_after"] - metrics["parameters_after"] if "whole" in metrics else None,
+        active_before=metrics.get("active_parameters_before"),
+        active_after=metrics.get("active_parameters_after"),
         ragged=is_ragged(config),
         command=metrics["command"],
         version=__version__,

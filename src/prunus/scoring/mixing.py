@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from prunus.model.families import AXES, Axis
+from prunus.model.families import Axis
 
 __all__ = ["mix_sources"]
 
@@ -32,7 +32,9 @@ def mix_sources(each: Sequence[Importance], sequences: Sequence[int]) -> list[di
     """
     if len(each) == 1:
         return [dict(layer) for layer in each[0]]
-    totals = [sum(float(layer[axis].abs().sum()) for layer in importance for axis in AXES) for importance in each]
+    totals = [
+        sum(float(values.abs().sum()) for layer in importance for values in layer.values()) for importance in each
+    ]
     mean = sum(number * total for number, total in zip(sequences, totals, strict=True)) / sum(sequences) ** 2
     # A source that says nothing of any group has no part.
     factors = [number * mean / total if total else 0.0 for number, total in zip(sequences, totals, strict=True)]
@@ -41,4 +43,4 @@ def mix_sources(each: Sequence[Importance], sequences: Sequence[int]) -> list[di
         terms = [factor * layer[axis] for factor, layer in zip(factors, layers, strict=True)]
         return torch.stack(terms).sum(dim=0)
 
-    return [{axis: weighted(layers, axis) for axis in AXES} for layers in zip(*each, strict=True)]
+    return [{axis: weighted(layers, axis) for axis in layers[0]} for layers in zip(*each, strict=True)]

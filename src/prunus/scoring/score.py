@@ -15,10 +15,10 @@ from prunus.calibration.noise import check_noise, with_noise
 from prunus.errors import CalibrationError, OptionError, PlanError
 from prunus.files.json_file import Count, FileContent, check_content, read_json
 from prunus.files.outputs import output_folder
-from prunus.importance import COMPOSITES, MethodOptions, get_method, score_groups
+from prunus.importance import COMPOSITES, METHODS, MethodOptions, get_method, score_groups
 from prunus.importance.registry import statistics_for
 from prunus.machine.metering import Cost, metered
-from prunus.model.families import AXES
+from prunus.model.families import Axis
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.model.live import live_model
@@ -27,6 +27,7 @@ from prunus.option_values import check_positive
 from prunus.scoring.adaptive import AdaptiveOptions, adapt, split_probe
 from prunus.scoring.hybrid import DEFAULT_MIX, Weights, check_weights, mix
 from prunus.scoring.mixing import mix_sources
+from prunus.scoring.routing import tokens_of_experts, warn_of_idle_experts
 from prunus.scoring.weighing import weigh_attention
 from prunus.selection.plan import Plan
 from prunus.selection.table import (
@@ -39,7 +40,7 @@ from prunus.selection.table import (
     with_costs,
 )
 from prunus.selection.targets import TargetOptions
-from prunus.statistics import Statistics
+from prunus.statistics import Statistic, Statistics
 from prunus.sweep import Engine, EngineChoice, sweep
 
 __all__ = ["Score", "ScoringOptions", "score", "score_together", "seed_of", "take_statistics"]
@@ -67,7 +68,8 @@ class ScoringOptions(MethodOptions):
     """How groups are scored.
 
     Attributes:
-        method: importance method: taylor, taylor_2nd, gate_fisher, wanda, magnitude, random, hybrid or adaptive.
+        method: importance method: taylor, taylor_2nd, gate_fisher, wanda, magnitude, random, hybrid or adaptive; for
+            the experts of a mixture also reap and frequency.
         hybrid: what the hybrid method is made of, methods and their weights.
         adaptive: what the adaptive method chooses from.
         normalize: how importances of different layers are made comparable.
@@ -114,10 +116,38 @@ class ScoringOptions(MethodOptions):
         """What these methods read of the statistics."""
         return frozenset[str]().union(*(get_method(name).needs for name in self.parts))
 
+    def check_axes(self, geometry: Geometry, axes: Sequence[Axis] = ()) -> None:
+        """Check that the methods score a model's groups.
+
+        Args:
+            geometry: shape of the model.
+            axes: the kinds of group that are to be cut.
+
+        Raises:
+            OptionError: a method says nothing about any kind of group that the model has, or about one of `axes`; or
+                parts of the hybrid method about other kinds than its other parts.
+        """
+        if self.method == "adaptive" and geometry.family.mixture is not None:
+            raise OptionError(
+                "`method` adaptive cuts layers unequally to try methods, which no class loads of a mixture of experts; "
+                "choose another method"
+            )
+        scored = {name: get_method(name).axes_of(geometry) for name in self.parts}
+        for name, found in scored.items():
+            if missing := [axis for axis in axes if axis not in found]:
+                others = [other.name for other in METHODS.values() if set(axes) <= set(other.axes)]
+                raise OptionError(
+                    f"`method` {name} says nothing about {missing[0]} groups, which are to be cut (`axes`); choose one "
+                    f"of {', '.join(others)}"
+                )
+        if len(set(scored.values())) > 1:
+            each = "; ".join(f"{name}: {', '.join(found)}" for name, found in scored.items())
+            raise OptionError(f"the parts of `method` {self.method} score groups of different kinds ({each})")
+
     @property
     def takes_gradients(self) -> bool:
         """Whether the statistics need a backward pass."""
-        return not self.needs <= {"activations"}
+        return not self.needs <= {"activations", "routing"}
 
     @property
     def needs_calibration(self) -> bool:
@@ -232,7 +262,8 @@ class Score:
             raise PlanError(f"{about_path}: {error}") from error
         ranked = load_table(path)
         # Before anything counts the groups one by one: a damaged file can name more than any memory holds.
-        if len(ranked) != (groups := sum(widths[axis] for widths in geometry.widths for axis in AXES)):
+        scored = [axis for axis in geometry.axes if (ranked["group_type"] == axis).any()]
+        if len(ranked) != (groups := sum(widths[axis] for widths in geometry.widths for axis in scored)):
             raise PlanError(
                 f"{path} lists {len(ranked):,} groups, {about_path} describes {groups:,}: they do not belong together"
             )
@@ -308,8 +339,11 @@ def score_together(
     model = live_model(model)
     if calibration is not None:
         check_tokens(model.config, calibration.input_ids)
-    for options in each if not again else ():
-        _warn_of_scales(options)
+    geometry = Geometry.of(model)
+    for options in each:
+        options.check_axes(geometry)
+        if not again and geometry.family.mixture is None:
+            _warn_of_scales(options)
     sharing: dict[tuple[Any, ...], list[int]] = {}
     seed = seed_of(calibration)
     each = [options if options.random_seed is not None else replace(options, random_seed=seed) for options in each]
@@ -341,6 +375,8 @@ def score_together(
             scored = _score(model, calibration, options, statistics, cost, progress)
             scores[number] = replace(scored, about={**scored.about, "batch_size": batch_size, "engine": engine})
     layers_of(model).verify()
+    if not again:
+        warn_of_idle_experts(scores[0].about.get("routing"))
     return [scores[number] for number in range(len(each))]
 
 
@@ -402,6 +438,8 @@ def _score(
         "peak_bytes": max(peaks, default=None),
         **findings,
     }
+    if tokens := tokens_of_experts(statistics):
+        about["routing"] = tokens
     return Score(table, geometry, about, statistics)
 
 
@@ -438,12 +476,17 @@ def take_statistics(
     progress: bool = True,
 ) -> list[Statistics]:
     """What several methods need together: of each source of text one sweep; nothing if they need nothing."""
-    methods_needing = [name for name in methods if get_method(name).needs]
-    if not methods_needing:
+    has_experts = Geometry.of(model).family.mixture is not None
+
+    def wanted() -> list[Statistic]:
+        return statistics_for([get_method(name) for name in methods], options, experts=has_experts)
+
+    if not wanted():
         return []
     if calibration is None:
         raise CalibrationError(
-            f"method {', '.join(methods_needing)} needs calibration sequences; give a calibration source"
+            f"method {', '.join(name for name in methods if get_method(name).needs)} needs calibration sequences; give "
+            "a calibration source"
         )
     sources, seed = calibration.each_source(), options.random_seed or 0
     taken = []
@@ -453,7 +496,7 @@ def take_statistics(
             sweep(
                 model,
                 with_noise(batches, options.noise, model.config.get_text_config().vocab_size, seed),
-                statistics_for([get_method(name) for name in methods], options),
+                wanted(),
                 engine=engine,
                 seed=seed,
                 provenance=source.provenance.to_dict(),

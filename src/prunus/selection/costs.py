@@ -6,11 +6,13 @@ FLOPs        of the matrix products of one token's forward pass, head included, 
              addition; the token attends to a stated number of tokens
 KV cache     bytes of the keys and values of a sequence of stated length, 2 bytes a number
 latency      measured, see `prunus.selection.latency_profile`
+experts      routed experts of all layers
 ============ ===========================================================================================
 
 A quantity is given by what each block takes as a function of the groups it keeps, and by what is there whatever is cut
-(embeddings, head). Norms, activation functions and softmax are no matrix products and have no FLOPs here; the two
-numbers by which transformers' cache counts the tokens of a layer without attention are no keys and values.
+(embeddings, head). Experts take no FLOPs of their own: a token goes to as many as before. Norms, activation functions
+and softmax are no matrix products and have no FLOPs here; the two numbers by which transformers' cache counts the
+tokens of a layer without attention are no keys and values.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from prunus.errors import PlanError
-from prunus.model.families import AXES, Axis
+from prunus.model.families import Axis
 from prunus.model.geometry import Geometry, LayerWidths
 
-__all__ = ["BYTES_PER_NUMBER", "Costs", "flop_costs", "kv_cache_costs", "parameter_costs"]
+__all__ = ["BYTES_PER_NUMBER", "Costs", "expert_costs", "flop_costs", "kv_cache_costs", "parameter_costs"]
 
 #: of keys and values; a share of them does not depend on it
 BYTES_PER_NUMBER = 2
@@ -52,12 +54,12 @@ class Costs:
     @property
     def total(self) -> Any:
         """What the whole model takes: an int where the quantity is counted, else a float."""
-        return self.fixed + sum(layer[axis][-1].item() for layer in self.blocks for axis in AXES)
+        return self.fixed + sum(layer[axis][-1].item() for layer in self.blocks for axis in layer)
 
     def left(self, kept: Sequence[LayerWidths]) -> Any:
         """What the model takes once every layer keeps only `kept` groups."""
         return self.fixed + sum(
-            layer[axis][widths[axis]].item() for layer, widths in zip(self.blocks, kept, strict=True) for axis in AXES
+            layer[axis][widths[axis]].item() for layer, widths in zip(self.blocks, kept, strict=True) for axis in layer
         )
 
     def saved(self, layer_idx: int, axis: Axis, before: int, after: int) -> Any:
@@ -72,8 +74,8 @@ class Costs:
         return Costs(
             f"{self.quantity} and {other.quantity}",
             self.fixed + other.fixed,
-            [{axis: one[axis] + two[axis] for axis in AXES} for one, two in pairs],
-            [{axis: one[axis] + two[axis] for axis in AXES} for one, two in groups],
+            [{axis: one[axis] + two[axis] for axis in one} for one, two in pairs],
+            [{axis: one[axis] + two[axis] for axis in one} for one, two in groups],
         )
 
     def of_layers(self, layers: Sequence[int]) -> Costs:
@@ -86,7 +88,7 @@ def parameter_costs(geometry: Geometry) -> Costs:
 
     def curve(layer_idx: int, axis: Axis) -> np.ndarray:
         groups = np.arange(geometry.widths[layer_idx][axis] + 1)
-        return groups * geometry.group_parameters[axis] + (groups > 0) * geometry.block_parameters[axis]
+        return groups * geometry.group_parameters[axis] + (groups > 0) * geometry.leaves_with_block(layer_idx, axis)
 
     fixed = geometry.parameters_left([LayerWidths(0, 0)] * len(geometry.widths))
     return _costs(geometry, "parameters", fixed, curve, lambda _, axis: geometry.group_parameters[axis])
@@ -101,14 +103,16 @@ def flop_costs(geometry: Geometry, context: int) -> Costs:
     """
 
     def group(layer_idx: int, axis: Axis) -> int:
-        products = 2 * geometry.group_weights(axis)
+        products = 2 * geometry.group_weights(axis) if axis != "expert" else 0
         if axis == "attention":
             # Queries times keys, and their softmax times values: a product each of every query head and token.
             products += 4 * geometry.unit("query") * min(context, geometry.windows[layer_idx] or context)
         return products
 
     head = 2 * geometry.vocab_size * geometry.hidden_size
-    return _linear(geometry, f"FLOPs per token at a context of {context:,}", head, group)
+    layers_with_experts = sum(bool(widths.num_experts) for widths in geometry.widths)
+    chosen = 2 * layers_with_experts * geometry.experts_per_token * geometry.group_parameters.get("expert", 0)
+    return _linear(geometry, f"FLOPs per token at a context of {context:,}", head + chosen, group)
 
 
 def kv_cache_costs(geometry: Geometry, context: int, sequences: int = 1) -> Costs:
@@ -127,6 +131,11 @@ def kv_cache_costs(geometry: Geometry, context: int, sequences: int = 1) -> Cost
 
     many = f" of {sequences:,} sequences" if sequences > 1 else ""
     return _linear(geometry, f"KV-cache bytes{many} at a context of {context:,}", 0, group)
+
+
+def expert_costs(geometry: Geometry) -> Costs:
+    """Routed experts, each of which costs 1; nothing else costs anything."""
+    return _linear(geometry, "experts", 0, lambda _, axis: int(axis == "expert"))
 
 
 def _linear(geometry: Geometry, quantity: str, fixed: int, group: Callable[[int, Axis], int]) -> Costs:
@@ -149,8 +158,9 @@ def _costs(
     if len(geometry.windows) != len(layers):
         raise PlanError(f"malformed model geometry: {len(geometry.windows)} windows for {len(layers)} layers")
     # Sizes of a damaged file would not fit into the curves' 64 bits.
-    largest = max(geometry.widths[i][axis] * group(i, axis) for i in layers for axis in AXES)
+    largest = max(geometry.widths[i][axis] * group(i, axis) for i in layers for axis in geometry.axes)
     if max(largest, geometry.total_parameters) >= 2**62:
         raise PlanError(f"malformed model geometry: a block takes {largest} {quantity}")
-    blocks = [{axis: curve(layer_idx, axis) for axis in AXES} for layer_idx in layers]
-    return Costs(quantity, fixed, blocks, [{axis: group(layer_idx, axis) for axis in AXES} for layer_idx in layers])
+    axes = geometry.axes
+    blocks = [{axis: curve(layer_idx, axis) for axis in axes} for layer_idx in layers]
+    return Costs(quantity, fixed, blocks, [{axis: group(layer_idx, axis) for axis in axes} for layer_idx in layers])

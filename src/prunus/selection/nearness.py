@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from prunus.errors import BudgetError
-from prunus.selection.constraints import Constraints
+from prunus.selection.constraints import ModelConstraints
 from prunus.selection.costs import Costs
 
 __all__ = ["NEAR", "check_least", "check_near", "is_too_much", "units_to_cut"]
@@ -58,7 +58,7 @@ def is_too_much(above: float, below: float, target: float, total: float) -> bool
     return above - target > max(NEAR * total, target - below)
 
 
-def check_least(least: float, ratio: float, constraints: Constraints, costs: Costs) -> None:
+def check_least(least: float, ratio: float, constraints: ModelConstraints, costs: Costs) -> None:
     """Raise if keeping everything is nearer to a ratio than any cut.
 
     Args:
@@ -78,7 +78,9 @@ def check_least(least: float, ratio: float, constraints: Constraints, costs: Cos
         )
 
 
-def check_near(saved: float, possible: Iterable[float], ratio: float, constraints: Constraints, costs: Costs) -> None:
+def check_near(
+    saved: float, possible: Iterable[float], ratio: float, constraints: ModelConstraints, costs: Costs
+) -> None:
     """Warn if a cut is more than `NEAR` away from what was asked.
 
     Args:
@@ -119,7 +121,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _causes(constraints: Constraints) -> str:
+def _causes(constraints: ModelConstraints) -> str:
     """What makes the steps between possible cuts large."""
     causes = [f"shape {constraints.shape}"] if constraints.shape != "ragged" else []
     causes += [f"align {constraints.align}"] if constraints.align > 1 and constraints.shape != "depth" else []
@@ -128,7 +130,7 @@ def _causes(constraints: Constraints) -> str:
     return ", ".join(causes) or "groups as large as this model's"
 
 
-def _remedies(constraints: Constraints) -> str:
+def _remedies(constraints: ModelConstraints) -> str:
     remedies = ["choose shape ragged"] if constraints.shape != "ragged" else []
     remedies += ["choose a smaller align"] if constraints.align > 1 and constraints.shape != "depth" else []
     remedies += ["lower min-keep"] if any(constraints.min_keep(axis) for axis in constraints.axes) else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from prunus.errors import PlanError
 from prunus.files.json_file import FileContent, check_content, check_format, read_json
 from prunus.files.outputs import whole_file
-from prunus.model.families import AXES, Axis
+from prunus.model.families import ALL_AXES, AXES, FAMILIES, Axis
 from prunus.model.geometry import Geometry, LayerWidths
 
 __all__ = ["KeptGroups", "Plan"]
@@ -42,8 +42,13 @@ class _AxisContent(FileContent):
 
 
 class _LayerContent(FileContent):
-    attention: _AxisContent
-    mlp: _AxisContent
+    attention: _AxisContent | None = None
+    mlp: _AxisContent | None = None
+    expert: _AxisContent | None = None
+
+    def on(self, axes: Iterable[Axis]) -> dict[Axis, _AxisContent]:
+        """What it says of each axis."""
+        return {axis: content for axis in axes if (content := getattr(self, axis)) is not None}
 
 
 class _PlanContent(FileContent):
@@ -54,7 +59,10 @@ class _PlanContent(FileContent):
 
     @model_validator(mode="after")
     def _bounded(self) -> _PlanContent:
-        total = sum(layer.attention.groups + layer.mlp.groups for layer in self.layers)
+        for layer_idx, layer in enumerate(self.layers):
+            if missing := [axis for axis in _axes_of(self.model_type) if getattr(layer, axis) is None]:
+                raise ValueError(f"layers.{layer_idx}.{missing[0]} is missing")
+        total = sum(content.groups for layer in self.layers for content in layer.on(ALL_AXES).values())
         if total > MOST_GROUPS:
             raise ValueError(f"its layers have {total:,} groups, and no plan has more than {MOST_GROUPS:,}")
         return self
@@ -66,15 +74,27 @@ class KeptGroups:
 
     attention: tuple[int, ...]
     mlp: tuple[int, ...]
+    expert: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, groups: Mapping[Axis, Iterable[int]]) -> KeptGroups:
+        """From the groups of each axis, in any order; an axis that is not named keeps none."""
+        return cls(*(tuple(sorted(int(group) for group in groups.get(axis, ()))) for axis in ALL_AXES))
 
     def __getitem__(self, axis: Axis) -> tuple[int, ...]:
         """Kept groups of one axis."""
+        if axis == "expert":
+            return self.expert
         return self.attention if axis == "attention" else self.mlp
+
+    def __bool__(self) -> bool:
+        """Whether anything of the layer stays."""
+        return bool(self.attention or self.mlp or self.expert)
 
     @property
     def widths(self) -> LayerWidths:
         """How many groups of each axis stay."""
-        return LayerWidths(len(self.attention), len(self.mlp))
+        return LayerWidths.of({axis: len(self[axis]) for axis in ALL_AXES})
 
 
 @dataclass(frozen=True)
@@ -95,7 +115,7 @@ class Plan:
         if len(self.widths) != len(self.layers):
             raise PlanError(f"the plan describes {len(self.layers)} layers for a model of {len(self.widths)}")
         for layer_idx, (before, kept) in enumerate(zip(self.widths, self.layers, strict=True)):
-            for axis in AXES:
+            for axis in ALL_AXES:
                 groups = kept[axis]
                 if any(b <= a for a, b in pairwise(groups)):
                     raise PlanError(f"layer {layer_idx}, {axis}: kept groups must ascend without repetition")
@@ -104,26 +124,30 @@ class Plan:
                         f"layer {layer_idx}, {axis}: kept groups {groups[0]}..{groups[-1]} are outside the "
                         f"{before[axis]} groups of the model"
                     )
-        if not any(kept.attention or kept.mlp for kept in self.layers):
+        if not any(self.layers):
             raise PlanError("the plan removes every layer; nothing would be left of the model")
 
     @classmethod
     def keep_all(cls, geometry: Geometry) -> Plan:
         """The plan that changes nothing."""
-        return cls.from_kept(geometry, [{axis: range(widths[axis]) for axis in AXES} for widths in geometry.widths])
+        return cls.from_kept(
+            geometry, [{axis: range(widths[axis]) for axis in geometry.axes} for widths in geometry.widths]
+        )
 
     @classmethod
     def from_kept(cls, geometry: Geometry, kept: Sequence[dict[Axis, Iterable[int]]]) -> Plan:
         """Build a plan for a model from the kept groups of every layer, in any order."""
-        layers = tuple(
-            KeptGroups(*(tuple(sorted(int(group) for group in layer[axis])) for axis in AXES)) for layer in kept
-        )
-        return cls(geometry.family.model_type, geometry.widths, layers)
+        return cls(geometry.family.model_type, geometry.widths, tuple(KeptGroups.of(layer) for layer in kept))
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The kinds of group that layers of its family consist of."""
+        return _axes_of(self.model_type)
 
     @property
     def surviving_layers(self) -> tuple[int, ...]:
         """Indices of the decoder layers that keep at least one block."""
-        return tuple(i for i, kept in enumerate(self.layers) if kept.attention or kept.mlp)
+        return tuple(i for i, kept in enumerate(self.layers) if kept)
 
     @property
     def kept_widths(self) -> tuple[LayerWidths, ...]:
@@ -139,12 +163,18 @@ class Plan:
         """Raise unless the plan was made for a model of this shape, and the model can be cut so.
 
         Raises:
-            PlanError: another family, number of layers or number of groups; or a part of a block that is indivisible.
+            PlanError: another family, number of layers or number of groups; a part of a block that is indivisible; or
+                fewer experts than each token goes to.
         """
         _check_widths(self.model_type, self.widths, geometry)
         for layer_idx, found in enumerate(geometry.widths):
-            for block in geometry.family.blocks:
+            for block in geometry.blocks(layer_idx):
                 kept = len(self.layers[layer_idx][block.axis])
+                if kept < (least := geometry.least(block.axis)) and self.layers[layer_idx]:
+                    raise PlanError(
+                        f"layer {layer_idx}: the plan keeps {kept} of {found[block.axis]} experts, and the model sends "
+                        f"each token to {least} (num_experts_per_tok): at least so many must stay"
+                    )
                 if block.indivisible and 0 < kept < found[block.axis]:
                     raise PlanError(
                         f"layer {layer_idx}: the plan keeps {kept} of {found[block.axis]} {block.axis} groups, but in "
@@ -168,7 +198,9 @@ class Plan:
         layers = [KeptGroups((), ())] * len(self.layers)
         for layer_idx, kept in zip(survivors, later.layers, strict=True):
             before = self.layers[layer_idx]
-            layers[layer_idx] = KeptGroups(*(tuple(before[axis][group] for group in kept[axis]) for axis in AXES))
+            layers[layer_idx] = KeptGroups.of(
+                {axis: [before[axis][group] for group in kept[axis]] for axis in ALL_AXES}
+            )
         return Plan(self.model_type, self.widths, tuple(layers))
 
     def after(self, earlier: Plan, geometry: Geometry) -> Plan:
@@ -186,7 +218,7 @@ class Plan:
         kept: list[dict[Axis, Iterable[int]]] = []
         for layer_idx in earlier.surviving_layers:
             layer: dict[Axis, Iterable[int]] = {}
-            for axis in AXES:
+            for axis in ALL_AXES:
                 number = {group: position for position, group in enumerate(earlier.layers[layer_idx][axis])}
                 gone = [group for group in self.layers[layer_idx][axis] if group not in number]
                 if gone:
@@ -194,7 +226,7 @@ class Plan:
                 layer[axis] = [number[group] for group in self.layers[layer_idx][axis]]
             kept.append(layer)
         dead = set(range(len(self.layers))) - set(earlier.surviving_layers)
-        if revived := [i for i in sorted(dead) if self.layers[i].attention or self.layers[i].mlp]:
+        if revived := [i for i in sorted(dead) if self.layers[i]]:
             raise PlanError(f"layer {revived[0]} is to be kept, but is cut already")
         return Plan.from_kept(geometry, kept)
 
@@ -205,7 +237,7 @@ class Plan:
             "version": _VERSION,
             "model_type": self.model_type,
             "layers": [
-                {axis: {"groups": before[axis], "kept": _to_ranges(kept[axis])} for axis in AXES}
+                {axis: {"groups": before[axis], "kept": _to_ranges(kept[axis])} for axis in self.axes}
                 for before, kept in zip(self.widths, self.layers, strict=True)
             ],
         }
@@ -224,14 +256,19 @@ class Plan:
         """
         check_format(values, _FORMAT, _VERSION, "prunus plan", where, PlanError)
         content = check_content(_PlanContent, values, where, PlanError)
-        widths = tuple(LayerWidths(layer.attention.groups, layer.mlp.groups) for layer in content.layers)
+        axes = _axes_of(content.model_type)
+        widths = tuple(
+            LayerWidths.of({axis: on.groups for axis, on in layer.on(axes).items()}) for layer in content.layers
+        )
         try:
             if geometry is not None:
                 _check_widths(content.model_type, widths, geometry)
             layers = tuple(
-                KeptGroups(
-                    _from_ranges(layer.attention.kept, layer.attention.groups, f"layer {layer_idx}, attention"),
-                    _from_ranges(layer.mlp.kept, layer.mlp.groups, f"layer {layer_idx}, mlp"),
+                KeptGroups.of(
+                    {
+                        axis: _from_ranges(on.kept, on.groups, f"layer {layer_idx}, {axis}")
+                        for axis, on in layer.on(axes).items()
+                    }
                 )
                 for layer_idx, layer in enumerate(content.layers)
             )
@@ -264,6 +301,12 @@ class Plan:
             held = [name for name in ("plan.json", "prunus/plan.json") if (path / name).is_file()]
             raise PlanError(f"{path} is a folder; name the plan{f', {path / held[0]}' if held else ' file itself'}")
         return cls.from_dict(read_json(path, error=PlanError, what="the plan"), geometry, str(path))
+
+
+def _axes_of(model_type: str) -> tuple[Axis, ...]:
+    """The axes of a family; of one that is not known, those of a dense model."""
+    family = FAMILIES.get(model_type)
+    return family.axes if family else AXES
 
 
 def _check_widths(model_type: str, widths: Sequence[LayerWidths], geometry: Geometry) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from prunus.errors import BudgetError, OptionError, PlanError
-from prunus.model.families import AXES, Axis
+from prunus.model.families import Axis
 from prunus.model.geometry import Geometry
 from prunus.option_values import is_number
-from prunus.selection.constraints import ALIGNMENTS, Constraints
+from prunus.selection.constraints import ALIGNMENTS, Constraints, ModelConstraints
 from prunus.selection.costs import Costs, parameter_costs
 from prunus.selection.nearness import check_least, check_near, units_to_cut
 from prunus.selection.plan import Plan
@@ -71,20 +71,20 @@ def select(
         BudgetError: the constraints leave too little to cut, or nothing that is near; what can be had is named.
         PlanError: the table is malformed or was made for a model of another shape.
     """
-    constraints, costs = constraints or Constraints(), costs or parameter_costs(geometry)
-    _check_enough(geometry, ratio, constraints, costs)
-    _check_same_shape(check_table(table), geometry)
+    decided, costs = (constraints or Constraints()).of(geometry), costs or parameter_costs(geometry)
+    _check_enough(geometry, ratio, decided, costs)
+    _check_same_shape(check_table(table), geometry, decided)
     table, target = with_costs(table, costs), ratio * costs.total
     shapes = {"ragged": _cut_ragged, "uniform": cut_uniform, "depth": cut_depth}
-    cut, possible = shapes[constraints.shape](table, geometry, constraints, costs, target)
+    cut, possible = shapes[decided.shape](table, geometry, decided, costs, target)
     plan = _without(cut, geometry)
     if last:
-        check_near(costs.total - costs.left(plan.kept_widths), possible, ratio, constraints, costs)
+        check_near(costs.total - costs.left(plan.kept_widths), possible, ratio, decided, costs)
     return plan
 
 
 def _cut_ragged(
-    table: pd.DataFrame, geometry: Geometry, constraints: Constraints, costs: Costs, target: float
+    table: pd.DataFrame, geometry: Geometry, constraints: ModelConstraints, costs: Costs, target: float
 ) -> tuple[Cut, list[float]]:
     """Cut candidates from the top until they save `target`, or nearly.
 
@@ -106,22 +106,27 @@ def _without(cut: Cut, geometry: Geometry) -> Plan:
     kept: list[dict[Axis, Iterable[int]]] = [
         {
             axis: [group for group in range(widths[axis]) if group not in gone.get((layer_idx, axis), ())]
-            for axis in AXES
+            for axis in geometry.axes
         }
         for layer_idx, widths in enumerate(geometry.widths)
     ]
     return Plan.from_kept(geometry, kept)
 
 
-def check_ratio(ratio: float, quantity: str = "parameters") -> None:
+def check_ratio(ratio: float, quantity: str = "parameters", name: str = "ratio") -> None:
     """Raise unless a ratio is one.
+
+    Args:
+        ratio: what was asked for.
+        quantity: what it is a share of.
+        name: of the setting.
 
     Raises:
         OptionError: it is not in [0, 1).
     """
     if not is_number(ratio) or not 0 <= ratio < 1:
         percent = f". For {ratio:g} % write {ratio / 100:g}" if is_number(ratio) and 1 <= ratio < 100 else ""
-        raise OptionError(f"`ratio` is {ratio}; it is a share of all {quantity} and must lie in [0, 1){percent}")
+        raise OptionError(f"`{name}` is {ratio}; it is a share of all {quantity} and must lie in [0, 1){percent}")
 
 
 def check_reachable(
@@ -139,12 +144,12 @@ def check_reachable(
         OptionError: ratio outside [0, 1), or constraints that do not fit the model or the quantity.
         BudgetError: the constraints leave too little to cut, or nothing that is near; what can be had is named.
     """
-    constraints, costs = constraints or Constraints(), costs or parameter_costs(geometry)
-    _check_enough(geometry, ratio, constraints, costs)
-    check_least(_least(geometry, constraints, costs), ratio, constraints, costs)
+    decided, costs = (constraints or Constraints()).of(geometry), costs or parameter_costs(geometry)
+    _check_enough(geometry, ratio, decided, costs)
+    check_least(_least(geometry, decided, costs), ratio, decided, costs)
 
 
-def _check_enough(geometry: Geometry, ratio: float, constraints: Constraints, costs: Costs) -> None:
+def _check_enough(geometry: Geometry, ratio: float, constraints: ModelConstraints, costs: Costs) -> None:
     """Raise if less than a ratio can go under the constraints."""
     check_ratio(ratio, costs.quantity)
     most, total = reachable(geometry, constraints, costs), costs.total
@@ -155,8 +160,17 @@ def _check_enough(geometry: Geometry, ratio: float, constraints: Constraints, co
             f"`ratio` {ratio:g} means removing {ratio * total:,.0f} of {total:,.0f} {costs.quantity}, but only "
             f"{most:,.0f} can go under these constraints: the largest reachable ratio is "
             f"{math.floor(most / total * 1e4) / 1e4:g}. Lower the ratio, or relax layer range, min-keep, "
-            "axes or shape."
+            f"axes or shape.{_why_experts_stay(geometry, constraints)}"
         )
+
+
+def _why_experts_stay(geometry: Geometry, constraints: ModelConstraints) -> str:
+    if "expert" not in constraints.axes or not constraints.experts_needed:
+        return ""
+    return (
+        f" Each token goes to {geometry.experts_per_token} experts (num_experts_per_tok), so that every layer keeps at "
+        f"least {constraints.experts_needed}."
+    )
 
 
 def reachable_parameters(geometry: Geometry, constraints: Constraints) -> int:
@@ -170,6 +184,7 @@ def reachable(geometry: Geometry, constraints: Constraints, costs: Costs) -> flo
     Raises:
         OptionError: constraints that do not fit the model or the quantity.
     """
+    constraints = constraints.of(geometry)
     if constraints.shape != "ragged":
         reach = reachable_uniform if constraints.shape == "uniform" else reachable_depth
         return reach(geometry, constraints, costs)
@@ -177,12 +192,12 @@ def reachable(geometry: Geometry, constraints: Constraints, costs: Costs) -> flo
     spared, dearest = False, 0.0
     allowed = constraints.layers(len(geometry.widths))
     for layer_idx, widths in enumerate(geometry.widths):
-        for axis in AXES:
-            width = widths[axis]
+        for block in geometry.blocks(layer_idx):
+            axis, width = block.axis, widths[block.axis]
             bounds = []
             if layer_idx in allowed and axis in constraints.axes and costs.group[layer_idx][axis]:
-                bundle = constraints.bundle(geometry.family.block(axis), width)
-                bounds = _bundle_bounds(width, constraints.min_keep(axis), bundle)
+                bundle = constraints.bundle(block, width)
+                bounds = _bundle_bounds(width, constraints.least(axis), bundle)
             cut = bounds[-1][1] if bounds else 0
             most += costs.saved(layer_idx, axis, width, width - cut)
             spared = spared or cut < width
@@ -194,7 +209,7 @@ def reachable(geometry: Geometry, constraints: Constraints, costs: Costs) -> flo
     return most if spared else most - dearest
 
 
-def _least(geometry: Geometry, constraints: Constraints, costs: Costs) -> float:
+def _least(geometry: Geometry, constraints: ModelConstraints, costs: Costs) -> float:
     """The least that any cut saves; 0 where single groups can go, or nothing."""
     if constraints.shape != "ragged":
         least = least_uniform if constraints.shape == "uniform" else least_depth
@@ -204,7 +219,7 @@ def _least(geometry: Geometry, constraints: Constraints, costs: Costs) -> float:
         for axis in constraints.axes:
             width = geometry.widths[layer_idx][axis]
             bundle = constraints.bundle(geometry.family.block(axis), width)
-            bounds = _bundle_bounds(width, constraints.min_keep(axis), bundle)
+            bounds = _bundle_bounds(width, constraints.least(axis), bundle)
             if bounds and costs.group[layer_idx][axis]:
                 cut = bounds[0][1]
                 first.append(costs.saved(layer_idx, axis, width, width - cut) if cut > 1 else 0.0)
@@ -226,7 +241,7 @@ def cut_candidates(
         Columns layer_idx, group_type, groups (tuple of group indices cut together), score (the bundle's mean) and cost
         (what it saves when its turn comes; of parameters including a block's norms for the bundle that empties it).
     """
-    costs = costs or parameter_costs(geometry)
+    constraints, costs = constraints.of(geometry), costs or parameter_costs(geometry)
     bundles = []
     allowed = set(constraints.layers(len(geometry.widths)))
     for (layer_idx, axis), rows in table.groupby(["layer_idx", "group_type"], sort=True):
@@ -235,7 +250,7 @@ def cut_candidates(
         rows = rows.sort_values(["score", "group_idx"], kind="stable")
         groups, scores = rows["group_idx"].to_numpy(), rows["score"].to_numpy()
         bundle = constraints.bundle(geometry.family.block(axis), len(rows))
-        bounds = _bundle_bounds(len(rows), constraints.min_keep(axis), bundle)
+        bounds = _bundle_bounds(len(rows), constraints.least(axis), bundle)
         # Never below the bundle before: the means of equal scores differ in their last digit, and a bundle that
         # overtook another would leave a width that is no multiple.
         means = np.maximum.accumulate([scores[start:stop].mean() for start, stop in bounds])
@@ -258,13 +273,20 @@ def _bundle_bounds(groups: int, min_keep: int, align: int) -> list[tuple[int, in
     return bounds
 
 
-def _check_same_shape(table: pd.DataFrame, geometry: Geometry) -> None:
+def _check_same_shape(table: pd.DataFrame, geometry: Geometry, constraints: ModelConstraints) -> None:
+    """Raise unless a table is of a model of this shape, and says something about all that may be cut."""
+    scored = set(table["group_type"])
+    if silent := [axis for axis in constraints.axes if axis not in scored and any(w[axis] for w in geometry.widths)]:
+        raise OptionError(
+            f"`axes` has {silent[0]}, of which the table says nothing (it is of {', '.join(sorted(scored))}): choose a "
+            "method that scores it, or leave it out of `axes`"
+        )
     counts = table.groupby(["layer_idx", "group_type"]).size()
     expected: dict[tuple[int, str], int] = {
         (layer_idx, axis): widths[axis]
         for layer_idx, widths in enumerate(geometry.widths)
-        for axis in AXES
-        if widths[axis]
+        for axis in geometry.axes
+        if widths[axis] and axis in scored
     }
     found = {(int(layer_idx), str(axis)): int(size) for (layer_idx, axis), size in counts.items()}
     for key in sorted(expected.keys() | found.keys()):

@@ -27,7 +27,7 @@ from typing import Literal
 import numpy as np
 
 from prunus.errors import OptionError
-from prunus.model.families import AXES, Axis, Projection
+from prunus.model.families import Axis, Projection
 from prunus.model.geometry import Geometry
 from prunus.selection.costs import Costs
 
@@ -113,8 +113,9 @@ def storage_costs(geometry: Geometry, storage: str) -> Costs:
         storage: one of `DTYPE_BYTES` or `FILE_TYPES`.
     """
     layers = len(geometry.widths)
-    blocks = [{axis: _curve(geometry, storage, layer_idx, axis) for axis in AXES} for layer_idx in range(layers)]
-    group = [{axis: _price(geometry, storage, axis, curve[axis]) for axis in AXES} for curve in blocks]
+    axes = geometry.axes
+    blocks = [{axis: _curve(geometry, storage, layer_idx, axis) for axis in axes} for layer_idx in range(layers)]
+    group = [{axis: _price(geometry, storage, axis, curve[axis]) for axis in axes} for curve in blocks]
     return Costs(f"bytes of weights in {storage}", _fixed(geometry, storage), blocks, group)
 
 
@@ -153,11 +154,16 @@ def _curve(geometry: Geometry, storage: str, layer_idx: int, axis: Axis) -> np.n
     """Bytes of a block with 0, 1, … all of its groups; never falling."""
     groups = np.arange(geometry.widths[layer_idx][axis] + 1)
     if storage in DTYPE_BYTES:
-        there = groups * geometry.group_parameters[axis] + (groups > 0) * geometry.block_parameters[axis]
+        there = groups * geometry.group_parameters[axis] + (groups > 0) * geometry.leaves_with_block(layer_idx, axis)
         return there * DTYPE_BYTES[storage]
     hidden = geometry.hidden_size
+    if axis == "expert":
+        raise OptionError(
+            f"how many bytes the experts of a mixture take in {storage} is not known: give `fit.size` without a type, "
+            "or a share of the experts (`experts`)"
+        )
     vectors = geometry.group_parameters[axis] - geometry.group_weights(axis)
-    total = 4 * (groups * vectors + (groups > 0) * geometry.block_parameters[axis])
+    total = 4 * (groups * vectors + (groups > 0) * geometry.leaves_with_block(layer_idx, axis))
     for matrix in _matrices(geometry, axis):
         columns = groups * matrix.columns if matrix.columns else np.full_like(groups, hidden)
         rows = groups * matrix.rows if matrix.rows else np.full_like(groups, hidden)

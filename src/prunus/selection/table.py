@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prunus.errors import NonFiniteError, OptionError, PlanError
 from prunus.files.outputs import whole_file
-from prunus.model.families import AXES, Axis
+from prunus.model.families import ALL_AXES, Axis
 from prunus.model.geometry import Geometry
 from prunus.selection.costs import Costs
 
@@ -50,7 +50,8 @@ def build_table(geometry: Geometry, importance: Importance, normalization: Norma
 
     Args:
         geometry: shape of the model and parameters per group.
-        importance: one mapping per layer, axis → float64 tensor of shape (groups,).
+        importance: one mapping per layer, axis → float64 tensor of shape (groups,). Axes that a method says nothing
+            about are left out, of all layers alike.
         normalization: how importances of different layers are made comparable, see `normalize`.
 
     Returns:
@@ -61,7 +62,7 @@ def build_table(geometry: Geometry, importance: Importance, normalization: Norma
     """
     parts = []
     for layer_idx, (widths, by_axis) in enumerate(zip(geometry.widths, importance, strict=True)):
-        for axis in AXES:
+        for axis in by_axis:
             values = by_axis[axis].double().cpu().numpy()
             if values.shape != (widths[axis],):
                 raise PlanError(f"layer {layer_idx}, {axis}: {values.shape} importances for {widths[axis]} groups")
@@ -203,9 +204,9 @@ def check_table(table: pd.DataFrame, source: str = "the table") -> pd.DataFrame:
             raise PlanError(f"{source}: column {column} holds values that are not finite numbers")
     if (table["cost"] < 0).any():
         raise PlanError(f"{source}: column cost must hold non-negative numbers")
-    unknown = set(table["group_type"]) - set(AXES)
+    unknown = set(table["group_type"]) - set(ALL_AXES)
     if unknown:
-        raise PlanError(f"{source}: group_type {sorted(map(str, unknown))[0]!r} is not one of {', '.join(AXES)}")
+        raise PlanError(f"{source}: group_type {sorted(map(str, unknown))[0]!r} is not one of {', '.join(ALL_AXES)}")
     if table.duplicated(["layer_idx", "group_type", "group_idx"]).any():
         row = table[table.duplicated(["layer_idx", "group_type", "group_idx"])].iloc[0]
         raise PlanError(f"{source}: layer {row.layer_idx} {row.group_type} group {row.group_idx} stands there twice")

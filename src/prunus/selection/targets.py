@@ -8,13 +8,13 @@ from prunus.errors import OptionError, PlanError
 from prunus.files.json_file import Count, FileContent, check_content
 from prunus.model.geometry import Geometry
 from prunus.option_values import check_whole
-from prunus.selection.costs import Costs, flop_costs, kv_cache_costs, parameter_costs
+from prunus.selection.costs import Costs, expert_costs, flop_costs, kv_cache_costs, parameter_costs
 from prunus.selection.latency_profile import PHASES, LatencyProfile, Phase
 from prunus.selection.storage import check_storage, storage_costs
 
 __all__ = ["TARGETS", "TargetName", "TargetOptions"]
 
-TargetName = Literal["params", "flops", "kv_cache", "latency", "size", "memory"]
+TargetName = Literal["params", "flops", "kv_cache", "latency", "size", "memory", "experts"]
 TARGETS: tuple[TargetName, ...] = get_args(TargetName)
 
 #: more than any context; FLOPs of it still fit into 64 bits
@@ -28,6 +28,7 @@ _QUANTITIES: Mapping[TargetName, str] = {
     "latency": "time",
     "size": "bytes of weights",
     "memory": "bytes of weights and KV cache",
+    "experts": "experts",
 }
 #: what a target reads, beside its name
 _READS: Mapping[TargetName, tuple[str, ...]] = {
@@ -37,6 +38,7 @@ _READS: Mapping[TargetName, tuple[str, ...]] = {
     "latency": ("phase", "profile"),
     "size": ("storage",),
     "memory": ("storage", "context", "sequences"),
+    "experts": (),
 }
 
 
@@ -56,7 +58,8 @@ class TargetOptions:
     Attributes:
         name: params; flops, those of one token's forward pass, head included; kv_cache, bytes of keys and values;
             latency, time by the table in `profile`; size, bytes of the weights in `storage`; memory, these and the
-            KV cache. Importance is divided by what a group takes of it, and groups that take nothing stay.
+            KV cache; experts, their number in a mixture of experts. Importance is divided by what a group takes of it,
+            and groups that take nothing stay.
         context: tokens in the context, for flops, kv_cache and memory.
         profile: measured times, for latency (on the command line the file that `prunus profile` wrote).
         phase: the time that counts for latency: prefill, of the prompt, or decode, of each token after it.
@@ -109,6 +112,7 @@ class TargetOptions:
             "memory": lambda: storage_costs(geometry, self.storage).and_also(
                 kv_cache_costs(geometry, self.context, self.sequences)
             ),
+            "experts": lambda: expert_costs(geometry),
         }
         return made[self.name]()
 

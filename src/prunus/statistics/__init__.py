@@ -5,14 +5,17 @@ of a layer, and `finish_layer` turns what was accumulated for that layer into na
 """
 
 from prunus.statistics.activations import ActivationStatistics
-from prunus.statistics.base import Flow, Statistic, Statistics
+from prunus.statistics.base import Flow, Routing, Statistic, Statistics
 from prunus.statistics.gates import GateGradients
 from prunus.statistics.gradients import WeightGradients
+from prunus.statistics.routing import RoutingStatistics
 
 __all__ = [
     "ActivationStatistics",
     "Flow",
     "GateGradients",
+    "Routing",
+    "RoutingStatistics",
     "Statistic",
     "Statistics",
     "WeightGradients",

@@ -38,7 +38,7 @@ class ActivationStatistics(Statistic):
 
     def listens_to_input(self, geometry: Geometry, projection: Projection) -> bool:
         """All projections; those of a block that read the residual stream share one input, taken once."""
-        return projection is _first_reader(geometry, projection)
+        return projection == _first_reader(geometry, projection)
 
     def on_input(self, flow: Flow) -> None:
         """Add a batch."""
@@ -71,11 +71,12 @@ class ActivationStatistics(Statistic):
     def finish_layer(self, geometry: Geometry, layer_idx: int, layer: nn.Module, sequences: int) -> dict[str, Tensor]:
         """Report the sums under the name of every projection that shares the input."""
         report = {}
-        for projection in geometry.family.projections:
+        projections = [projection for block in geometry.blocks(layer_idx) for projection in block.projections]
+        for projection in projections:
             reader = _first_reader(geometry, projection)
             for name, value in self._sums.get((layer_idx, reader.name), {}).items():
                 report[f"activations.{projection.name}.{name}"] = value.cpu()
-        for projection in geometry.family.projections:
+        for projection in projections:
             self._sums.pop((layer_idx, projection.name), None)
         return report
 
@@ -117,5 +118,5 @@ def read_activations(
 
 def _first_reader(geometry: Geometry, projection: Projection) -> Projection:
     """The first projection of the same block with the same input."""
-    block = next(block for block in geometry.family.blocks if projection in block.projections)
+    block = next(block for block in geometry.family.all_blocks if projection in block.projections)
     return next(other for other in block.projections if other.inputs == projection.inputs)

@@ -20,7 +20,7 @@ from prunus.files.outputs import whole_file
 from prunus.model.families import Block, Projection
 from prunus.model.geometry import Geometry
 
-__all__ = ["Flow", "Labels", "Statistic", "Statistics"]
+__all__ = ["Flow", "Labels", "Routing", "Statistic", "Statistics"]
 
 
 class _StatisticsContent(FileContent):
@@ -68,6 +68,52 @@ class Flow:
         return values.flatten(0, 1) if self.mask is None else values[self.mask]
 
 
+@dataclass(frozen=True)
+class Routing:
+    """The routed experts of one layer at work on one batch.
+
+    Attributes:
+        geometry: shape of the model.
+        layer_idx: the decoder layer.
+        block: its block of experts.
+        module: the module of the experts.
+        mask: bool, (batch, seq_len), True where there is a token; None = no padding.
+        targets: float32, (batch,): number of tokens of each sequence that have a loss.
+        x: what experts and router are given, (batch · seq_len, hidden_size), detached.
+        chosen: experts of each token, int64, (batch · seq_len, experts_per_token).
+        weights: the router's weights of them, of the same shape, detached.
+        gradient: of the summed token losses, by what the listener listens to: by `weights`, by the output of all
+            experts, (batch · seq_len, hidden_size), or by the router's logits, (batch · seq_len, experts). None in the
+            forward pass.
+    """
+
+    geometry: Geometry
+    layer_idx: int
+    block: Block
+    module: nn.Module
+    mask: Tensor | None
+    targets: Tensor
+    x: Tensor
+    chosen: Tensor
+    weights: Tensor
+    gradient: Tensor | None = None
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return self.geometry.widths[self.layer_idx].num_experts
+
+    def tokens(self, values: Tensor) -> Tensor:
+        """Drop padding: (batch · seq_len, …) → (tokens, …)."""
+        return values if self.mask is None else values[self.mask.flatten()]
+
+    @property
+    def sequences(self) -> Tensor:
+        """Number, within the batch, of the sequence that each token belongs to: int64, (batch · seq_len,)."""
+        number = torch.arange(len(self.targets), device=self.x.device)
+        return number.repeat_interleave(len(self.x) // len(self.targets))
+
+
 class Statistic(ABC):
     """Accumulates something about the projections of a layer.
 
@@ -96,6 +142,39 @@ class Statistic(ABC):
     def listens_to_stream_gradient(self, geometry: Geometry, block: Block) -> bool:
         """Whether `on_stream_gradient` wants this block, which has a norm behind its last projection."""
         return False
+
+    def listens_to_routing(self) -> bool:
+        """Whether `on_routing` wants the layers with experts."""
+        return False
+
+    def listens_to_expert_outputs(self) -> bool:
+        """Whether `on_expert_output` wants the layers with experts."""
+        return False
+
+    def listens_to_routing_gradient(self) -> bool:
+        """Whether `on_routing_gradient` wants the layers with experts."""
+        return False
+
+    def listens_to_expert_gradient(self) -> bool:
+        """Whether `on_expert_gradient` and `on_router_gradient` want the layers with experts."""
+        return False
+
+    def on_routing(self, flow: Routing) -> None:  # noqa: B027 (optional to override)
+        """Called in the forward pass with the experts that were chosen."""
+
+    def on_expert_output(  # noqa: B027 (optional to override)
+        self, flow: Routing, expert: int, tokens: Tensor, places: Tensor, output: Tensor
+    ) -> None:
+        """Called in the forward pass with the output of each expert, see `prunus.model.experts.routed`."""
+
+    def on_routing_gradient(self, flow: Routing) -> None:  # noqa: B027 (optional to override)
+        """Called in the backward pass with the gradient by the router's weights."""
+
+    def on_expert_gradient(self, flow: Routing) -> None:  # noqa: B027 (optional to override)
+        """Called in the backward pass with the gradient by the output of all experts."""
+
+    def on_router_gradient(self, flow: Routing) -> None:  # noqa: B027 (optional to override)
+        """Called in the backward pass with the gradient by the router's logits."""
 
     def on_input(self, flow: Flow) -> None:  # noqa: B027 (optional to override)
         """Called in the forward pass with what enters a projection."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prunus.model.families import AXES, Axis, Block, Projection
 from prunus.model.geometry import SPACE_AXIS, Geometry
-from prunus.statistics.base import Flow, Labels, Statistic
+from prunus.statistics.base import Flow, Labels, Routing, Statistic
 
 __all__ = ["GateGradients"]
 
@@ -24,6 +24,9 @@ class GateGradients(Statistic):
     its gradient is ∂Lᵢ/∂ξ = Σ_t h_t · ∂Lᵢ/∂h_t, with Lᵢ summed over the tokens of sequence i. A layer reports
 
         gate_square.<axis>   (1/N) Σᵢ (∂Lᵢ/∂ξ)²     float64, (groups,)
+
+    The gate of an expert stands on what it adds to each of its tokens, w · f(x) with w the router's weight: there
+    h · ∂Lᵢ/∂h = w ∂Lᵢ/∂w, so that no expert runs again.
 
     Where a norm stands between the block and the residual stream (Gemma, OLMo 2), it makes up for any common factor:
     the gates' gradients of a block sum to zero, and that of a group which is the whole block says nothing, although
@@ -58,6 +61,19 @@ class GateGradients(Statistic):
         """All blocks with a norm behind them."""
         return True
 
+    def listens_to_routing_gradient(self) -> bool:
+        """All layers with experts."""
+        return True
+
+    def on_routing_gradient(self, flow: Routing) -> None:
+        """Add a batch's squared gate gradients of experts."""
+        assert flow.gradient is not None
+        shares = flow.weights.double() * flow.gradient.double()
+        gates = shares.new_zeros(len(flow.targets), flow.experts)
+        rows = flow.sequences[:, None].expand_as(flow.chosen)
+        gates.index_put_((rows, flow.chosen), shares, accumulate=True)
+        self._add(flow.layer_idx, "expert", gates)
+
     def on_input_gradient(self, flow: Flow) -> None:
         """Add a batch's squared gate gradients."""
         assert flow.gradient is not None
@@ -82,13 +98,16 @@ class GateGradients(Statistic):
         self._squares[key] = self._squares[key] + squares if key in self._squares else squares
 
     def accumulated(self, layer_idx: int) -> list[tuple[Tensor, str]]:
-        """Sums of squares of both axes."""
-        return [(self._squares[layer_idx, axis], "sum") for axis in AXES if (layer_idx, axis) in self._squares]
+        """Sums of squares of all axes."""
+        return [(self._squares[key], "sum") for key in sorted(self._squares) if key[0] == layer_idx]
 
     def finish_layer(self, geometry: Geometry, layer_idx: int, layer: nn.Module, sequences: int) -> dict[str, Tensor]:
         """Mean over sequences; a block that is not there has no groups."""
         empty = torch.zeros(0, dtype=torch.float64)
-        return {f"gate_square.{axis}": self._squares.pop((layer_idx, axis), empty).cpu() / sequences for axis in AXES}
+        return {
+            f"gate_square.{axis}": self._squares.pop((layer_idx, axis), empty).cpu() / sequences
+            for axis in geometry.axes
+        }
 
 
 def _effects_through_norm(flow: Flow, groups: int, together: bool) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import OptionError
+from prunus.model.experts import expert_output, expert_weights, tokens_of_experts
 from prunus.model.families import AXES, Axis, Projection
 from prunus.model.geometry import SPACE_AXIS, Geometry, submodule
-from prunus.statistics.base import Flow, Labels, Statistic
+from prunus.statistics.base import Flow, Labels, Routing, Statistic
 
 __all__ = ["LossScale", "WeightGradients"]
 
@@ -29,6 +30,7 @@ class WeightGradients(Statistic):
     The gradient of a linear module is gᵢ = δᵢᵀ xᵢ, from its input and the gradient by its output, so each sequence's
     own gradient costs the same products as the batch's sum. ḡ must be kept whole until the end, since |θ · ḡ| does
     not commute with the sum over sequences; (θ gᵢ)² does, and is reduced to groups at once. All in float32 or wider.
+    Of experts only the first order is taken: each runs again for its tokens, from the gradient by what all add up to.
 
     Args:
         means: take the first order.
@@ -56,6 +58,47 @@ class WeightGradients(Statistic):
     def listens_to_output_gradient(self, geometry: Geometry, projection: Projection) -> bool:
         """All projections: every weight of a decoder layer's projections belongs to a group."""
         return True
+
+    def listens_to_expert_gradient(self) -> bool:
+        """Where the first order is taken."""
+        return self.means
+
+    def on_expert_gradient(self, flow: Routing) -> None:
+        """Add a batch's gradients of the weights of its experts."""
+        assert flow.gradient is not None
+        delta = flow.gradient.float() * self._scales(flow)[:, None]
+        for expert, tokens, places in tokens_of_experts(flow.chosen):
+            weights = {name: w.requires_grad_() for name, w in expert_weights(flow.module, expert).items()}
+            with torch.enable_grad():
+                output = expert_output(flow.module, weights, flow.x[tokens])
+            by_output = (delta[tokens] * flow.weights[tokens, places, None].float()).to(output.dtype)
+            for name, gradient in zip(
+                weights, torch.autograd.grad(output, list(weights.values()), by_output), strict=True
+            ):
+                path = f"{flow.block.experts}.{name}"
+                self._sums_of(flow.layer_idx, path, (flow.experts, *gradient.shape), gradient.device)[expert] += (
+                    gradient
+                )
+
+    def on_router_gradient(self, flow: Routing) -> None:
+        """Add a batch's gradients of the router's rows."""
+        assert flow.gradient is not None
+        delta, here = flow.gradient.float() * self._scales(flow)[:, None], flow.x.device
+        rows = f"{flow.block.router}.weight"
+        self._sums_of(flow.layer_idx, rows, (flow.experts, flow.x.shape[1]), here).addmm_(delta.T, flow.x.float())
+        if (biases := f"{flow.block.router}.bias") in {stack.path for stack in flow.block.stacks}:
+            self._sums_of(flow.layer_idx, biases, (flow.experts,), here).add_(delta.sum(dim=0))
+
+    def _scales(self, flow: Routing) -> Tensor:
+        """What the loss of each token counts, (batch · seq_len,)."""
+        each = flow.targets.clamp(min=1).reciprocal() if self.loss_scale == "mean" else torch.ones_like(flow.targets)
+        return each[flow.sequences]
+
+    def _sums_of(self, layer_idx: int, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        sums = self._gradients.setdefault(layer_idx, {})
+        if name not in sums:
+            sums[name] = torch.zeros(shape, dtype=torch.float32, device=device)
+        return sums[name]
 
     def on_output_gradient(self, flow: Flow) -> None:
         """Add a batch's gradients of one projection's weight and bias."""
@@ -86,10 +129,7 @@ class WeightGradients(Statistic):
             gradient = gradient.float()
         if self.means:
             name = f"{flow.projection.path}.{parameter}"
-            sums = self._gradients.setdefault(flow.layer_idx, {})
-            if name not in sums:
-                sums[name] = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
-            sums[name].add_(gradient, alpha=scale)
+            self._sums_of(flow.layer_idx, name, tuple(gradient.shape), gradient.device).add_(gradient, alpha=scale)
         if self.squares:
             product = gradient.mul_(flow.module.get_parameter(parameter).detach())
             axis = _axis(flow.projection)
@@ -113,7 +153,7 @@ class WeightGradients(Statistic):
                 path, _, parameter = name.rpartition(".")
                 weight = submodule(layer, path).get_parameter(parameter).detach()
                 first[name] = gradient.mul_(weight).abs_().div_(sequences)
-            report |= {f"first_order.{axis}": geometry.sum_to_groups(layer_idx, axis, first) for axis in AXES}
+            report |= {f"first_order.{axis}": geometry.sum_to_groups(layer_idx, axis, first) for axis in geometry.axes}
         if self.squares:
             squares = self._squares.pop(layer_idx, {})
             empty = torch.zeros(0, dtype=torch.float64)

@@ -2,7 +2,8 @@
 
 All in bytes. w is the size of a number of the model's dtype, P its parameters, P_out those outside the decoder layers,
 P_l those of the largest layer and P_p those of its largest projection; L layers of width H with Q query, K key/value
-and C channel columns, a vocabulary of V; N sequences of T tokens in batches of b.
+and C channel columns (in layers with experts, those of the experts that a token goes to), a vocabulary of V; N
+sequences of T tokens in batches of b.
 
     resident   process + P w + 4 (P − P_out)·[weight gradients] + L a·[backward pass] + a + head + products
     streamed   process + P_out w + 2 P_l w + P_p w + 4 P_l·[weight gradients] + a + head + products
@@ -36,7 +37,6 @@ from prunus.calibration.self_text import AT_ONCE, LONGEST_PROMPT, MOST_NEW
 from prunus.errors import OptionError
 from prunus.machine.byte_sizes import show_bytes
 from prunus.machine.memory import available_bytes, resident_set
-from prunus.model.families import AXES
 from prunus.model.geometry import Geometry, submodule
 from prunus.model.layers import layers_of, outside_layers
 from prunus.sweep.blocks import TOKENS_AT_ONCE
@@ -50,6 +50,7 @@ __all__ = [
     "check_limit",
     "choose_engine",
     "estimate",
+    "expert_width",
     "free_memory",
 ]
 
@@ -116,10 +117,11 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     w = dtype.itemsize
     layers = submodule(model, geometry.family.layers)
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
-    projections = [parameter.numel() for layer in layers for parameter in layer.parameters() if parameter.ndim == 2]
+    projections = [parameter.numel() for layer in layers for parameter in layer.parameters() if parameter.ndim >= 2]
     largest, widest = max(sizes), max(projections)
     outside = sum(tensor.numel() for tensor in outside_layers(model).values())
     hidden, channels = geometry.hidden_size, max(widths.intermediate_size for widths in geometry.widths)
+    experts, width = max(widths.num_experts for widths in geometry.widths), expert_width(geometry)
     key_value = max(widths.num_key_value_heads for widths in geometry.widths) * geometry.head_dim
     query = key_value * geometry.num_key_value_groups
 
@@ -127,6 +129,7 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     backward = gradients or "gates" in workload.needs
     tokens = min(workload.batch_size, workload.sequences) * workload.seq_len
     each_token = activation_bytes(hidden, query, key_value, channels, w)
+    each_token += w * geometry.experts_per_token * (6 * width + 2 * hidden)
     activations = tokens * each_token
     vocabulary = int(model.config.vocab_size)
     head = min(512, tokens) * vocabulary * (2 * w + 12) if backward else 0
@@ -139,7 +142,7 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     streamed = weights + 4 * largest * gradients + passes
     streamed += 2 * tokens * hidden * w if workload.inputs_on_disk else (len(sizes) + 2) * whole
     if workload.repairs:
-        repair = activations + 40 * channels**2 + 24 * channels * hidden
+        repair = activations + 40 * channels**2 + 24 * channels * hidden + 4 * experts * width * (width + hidden)
         waiting = 2 * whole + whole * query // hidden
         resident = max(resident, 2 * geometry.total_parameters * w + repair + waiting)
         streamed = max(streamed, 2 * weights + repair + waiting * (not workload.inputs_on_disk))
@@ -158,7 +161,7 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
         streamed = max(streamed, copies * weights + evaluation)
     process = 0
     if device.type == "cpu":
-        groups = sum(widths[axis] for widths in geometry.widths for axis in AXES)
+        groups = sum(widths[axis] for widths in geometry.widths for axis in geometry.axes)
         process = resident_set() + FIRST_USE + FIRST_SOLUTION * workload.repairs
         process += GROUP_BYTES * groups if workload.needs else 0
     return Estimate(process + int(resident * SLACK), process + int(streamed * SLACK))
@@ -175,6 +178,11 @@ def activation_bytes(hidden: int, query: int, key_value: int, channels: int, w: 
         w: bytes of a number.
     """
     return w * (12 * hidden + 4 * query + 4 * key_value + 6 * channels) + 24 * hidden
+
+
+def expert_width(geometry: Geometry) -> int:
+    """Channels inside one expert: a third of its parameters, by the width of the residual stream."""
+    return geometry.group_parameters.get("expert", 0) // (3 * geometry.hidden_size)
 
 
 def bytes_of_a_cut(model: Any, parameters: int, tokens: int, sources: int = 1) -> int:
@@ -194,8 +202,9 @@ def bytes_of_a_cut(model: Any, parameters: int, tokens: int, sources: int = 1) -
         largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers.modules)
         parameters = sum(tensor.numel() for tensor in outside_layers(model).values()) + 2 * largest
     waiting = tokens * (hidden + query * geometry.head_dim) * w
-    sums = min(sources, 2) * 4 * channels * (channels + hidden)
-    return int((parameters * w + waiting + sums) * SLACK)
+    experts, width = max(widths.num_experts for widths in geometry.widths), expert_width(geometry)
+    equations = channels * (channels + hidden) + experts * width * (width + hidden)
+    return int((parameters * w + waiting + 4 * min(sources, 2) * equations) * SLACK)
 
 
 def choose_engine(

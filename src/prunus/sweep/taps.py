@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from prunus.model.experts import routed
 from prunus.model.families import Block, Projection
 from prunus.model.geometry import Geometry, submodule
-from prunus.statistics.base import Flow, Statistic
+from prunus.statistics.base import Flow, Routing, Statistic
+from prunus.sweep.blocks import answering
 from prunus.sweep.prepared import PreparedBatch
 
 __all__ = ["Taps"]
+
+_Seen = TypeVar("_Seen", Flow, Routing)
 
 
 class Taps:
@@ -39,16 +43,24 @@ class Taps:
     @property
     def needs_gradients(self) -> bool:
         """Whether any statistic listens to the backward pass."""
-        return any(
-            statistic.listens_to_output_gradient(self._geometry, projection)
-            or statistic.listens_to_input_gradient(self._geometry, projection)
-            for statistic in self._statistics
-            for projection in self._geometry.family.projections
-        ) or any(
-            statistic.listens_to_stream_gradient(self._geometry, block)
-            for statistic in self._statistics
-            for block in self._geometry.family.blocks
-            if block.post_norm
+        with_experts = any(widths.num_experts for widths in self._geometry.widths)
+        return (
+            any(
+                statistic.listens_to_output_gradient(self._geometry, projection)
+                or statistic.listens_to_input_gradient(self._geometry, projection)
+                for statistic in self._statistics
+                for projection in self._geometry.family.projections
+            )
+            or any(
+                statistic.listens_to_stream_gradient(self._geometry, block)
+                for statistic in self._statistics
+                for block in self._geometry.family.all_blocks
+                if block.post_norm
+            )
+            or (
+                with_experts
+                and any(s.listens_to_routing_gradient() or s.listens_to_expert_gradient() for s in self._statistics)
+            )
         )
 
     def start_batch(self, batch: PreparedBatch, device: torch.device | str) -> None:
@@ -65,18 +77,19 @@ class Taps:
             layers: indices and modules of decoder layers.
         """
         handles: list[RemovableHandle] = []
-        try:
+        with ExitStack() as stack:
+            stack.callback(_remove, handles)
             for layer_idx, layer in layers:
-                for block in self._geometry.family.blocks:
+                for block in self._geometry.blocks(layer_idx):
                     if self._geometry.widths[layer_idx][block.axis]:
                         for projection in block.projections:
                             handles += self._listen(layer_idx, layer, projection)
                         if block.post_norm:
                             handles += self._listen_behind(layer_idx, layer, block, block.post_norm)
+                        if block.experts:
+                            handles += self._listen_to_router(layer_idx, layer, block)
+                            stack.enter_context(self._answering_for_experts(layer_idx, layer, block))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _listen(self, layer_idx: int, layer: nn.Module, projection: Projection) -> list[RemovableHandle]:
         geometry = self._geometry
@@ -94,7 +107,8 @@ class Taps:
             x: Tensor = args[0]
             assert self._targets is not None
             assert isinstance(module, nn.Linear)
-            flow = Flow(geometry, layer_idx, projection, module, self._mask, self._targets, x.detach())
+            given = _by_sequence(x.detach(), len(self._targets))
+            flow = Flow(geometry, layer_idx, projection, module, self._mask, self._targets, given)
             for listener in on_input:
                 listener(flow)
             if on_output_gradient and output.requires_grad:
@@ -127,14 +141,90 @@ class Taps:
             submodule(layer, post_norm).register_forward_hook(behind),
         ]
 
+    def _listen_to_router(self, layer_idx: int, layer: nn.Module, block: Block) -> list[RemovableHandle]:
+        """Listen to the gradient by the logits of a router."""
+        listeners = [s.on_router_gradient for s in self._statistics if s.listens_to_expert_gradient()]
+        if not listeners:
+            return []
 
-def _gradient_hook(flow: Flow, listeners: Sequence[Callable[[Flow], None]]) -> Callable[[Tensor], None]:
+        def forward_hook(router: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+            logits, weights, chosen = output
+            assert self._targets is not None
+            x = args[0].detach().flatten(0, -2)
+            experts = submodule(layer, str(block.experts))
+            flow = Routing(
+                self._geometry, layer_idx, block, experts, self._mask, self._targets, x, chosen, weights.detach()
+            )
+            if logits.requires_grad:
+                logits.register_hook(_gradient_hook(flow, listeners))
+
+        return [submodule(layer, str(block.router)).register_forward_hook(forward_hook)]
+
+    @contextmanager
+    def _answering_for_experts(self, layer_idx: int, layer: nn.Module, block: Block) -> Iterator[None]:
+        """Listen to the experts of a layer: where outputs of single ones are wanted, run them one after the other."""
+        on_routing = [s.on_routing for s in self._statistics if s.listens_to_routing()]
+        on_output = [s.on_expert_output for s in self._statistics if s.listens_to_expert_outputs()]
+        on_weights = [s.on_routing_gradient for s in self._statistics if s.listens_to_routing_gradient()]
+        on_gradient = [s.on_expert_gradient for s in self._statistics if s.listens_to_expert_gradient()]
+        experts = submodule(layer, str(block.experts))
+        together = experts.forward
+
+        def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+            assert self._targets is not None
+            flow = Routing(
+                self._geometry,
+                layer_idx,
+                block,
+                experts,
+                self._mask,
+                self._targets,
+                x.detach(),
+                chosen,
+                weights.detach(),
+            )
+            for listener in on_routing:
+                listener(flow)
+
+            def each(expert: int, tokens: Tensor, places: Tensor, output: Tensor) -> None:
+                for listener in on_output:
+                    listener(flow, expert, tokens, places, output)
+
+            output: Tensor = routed(experts, x, chosen, weights, each) if on_output else together(x, chosen, weights)
+            if on_weights and weights.requires_grad:
+                weights.register_hook(_gradient_hook(flow, on_weights))
+            if on_gradient and output.requires_grad:
+                output.register_hook(_gradient_hook(flow, on_gradient))
+            return output
+
+        if not (on_routing or on_output or on_weights or on_gradient):
+            yield
+            return
+        with answering({experts: forward}):
+            yield
+
+
+def _by_sequence(values: Tensor, sequences: int) -> Tensor:
+    """(batch · seq_len, features), which is what shared experts are given, → (batch, seq_len, features)."""
+    return values.unflatten(0, (sequences, -1)) if values.ndim == 2 else values
+
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _gradient_hook(flow: _Seen, listeners: Sequence[Callable[[_Seen], None]]) -> Callable[[Tensor], None]:
     # The list lets the hook drop its hold on the input once it has run; the graph, and with it every hook, lives on
     # until the whole backward pass is over.
     waiting = [flow]
 
     def hook(gradient: Tensor) -> None:
-        seen = replace(waiting.pop(), gradient=gradient.detach())
+        before = waiting.pop()
+        given = gradient.detach()
+        if isinstance(before, Flow):
+            given = _by_sequence(given, len(before.x))
+        seen = replace(before, gradient=given)
         for listener in listeners:
             listener(seen)
 

@@ -1,0 +1,111 @@
+"""A mixture of experts from folder to smaller folder, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from tiny_folder import TEXT, byte_tokenizer, fails, run, run_json
+from tiny_mixtures import make_mixture
+from transformers import AutoConfig
+
+from prunus.checkpoint import save_checkpoint
+from prunus.errors import CalibrationError
+from prunus.model.geometry import LayerWidths
+from prunus.scoring.routing import check_enough_reached, warn_of_idle_experts
+from prunus.selection.plan import KeptGroups, Plan
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("mixture") / "tiny-moe"
+    model = make_mixture("qwen3_moe", "renormalised-one-dense", vocab_size=260, max_position_embeddings=256)
+    save_checkpoint(model, byte_tokenizer(), place, card="", extras={})
+    return place
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+SIZES = ["--samples", "8", "--seq-len", "32", "--set", "evaluation.held_out=2"]
+
+
+@pytest.mark.parametrize("engine", ["resident", "streamed"])
+def test_half_of_the_experts(folder, text, tmp_path, engine, capsys):
+    words = ["prune", folder, "--out", tmp_path / "half", "--experts", "0.5", "--calibration", text, *SIZES]
+    run(capsys, *words, "--set", f"run.engine={engine}")
+    config = AutoConfig.from_pretrained(tmp_path / "half")
+    assert (config.num_experts, config.model_type) == (3, "qwen3_moe")
+    metrics = json.loads((tmp_path / "half" / "prunus" / "metrics.json").read_text())
+    assert metrics["target"]["target"] == "experts"
+    assert metrics["achieved_ratio"] == 0.5
+    assert metrics["active_parameters_before"] == metrics["active_parameters_after"] < metrics["parameters_after"]
+    (layer,) = metrics["routing"]["layers"]
+    assert (layer["layer_idx"], layer["experts"], layer["kept"]) == (1, 6, 3)
+    assert 0 < layer["moved"] < 1
+    assert len(layer["tokens_before"]) == len(layer["tokens_after"]) == 3
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert "| parameters active per token |" in card
+    assert "| 1 | 6 | 3 | 0 | 3 of 6 |" in card
+    report = (tmp_path / "half" / "report.html").read_text()
+    assert "3 of 6" in report
+    assert "Routing" in report
+    said = run(capsys, "inspect", tmp_path / "half").out
+    assert "active_parameters" in said
+    assert "3 of 6" in said
+
+
+def test_scored_planned_and_applied(folder, text, tmp_path, capsys):
+    """reap, forward passes only: a table of experts alone."""
+    sized = ["--calibration", text, *SIZES[:4]]
+    run(capsys, "score", folder, "--out", tmp_path / "scores", "--method", "reap", *sized)
+    ratio = ["--ratio", "0.5", "--target", "experts"]
+    run(capsys, "plan", tmp_path / "scores", *ratio, "--out", tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    assert [layer.widths.num_experts for layer in plan.layers] == [0, 3]
+    run(capsys, "apply", folder, tmp_path / "plan.json", "--out", tmp_path / "small")
+    assert AutoConfig.from_pretrained(tmp_path / "small").num_experts == 3
+    facts = run_json(capsys, "inspect", folder, "--group", "1:expert:2", "--table", tmp_path / "scores")
+    assert facts["cost"] == sum(part["parameters"] for part in facts["parts"])
+    assert facts["of"] == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--experts", "0.9"], "each token goes to 2 experts"),
+        (["--experts", "50"], "For 50 % write 0.5"),
+        (["--experts", "0.5", "--ratio", "0.4"], "give one of them"),
+        (["--experts", "0.5", "--method", "wanda"], "says nothing about expert groups"),
+        (["--ratio", "0.2", "--shape", "ragged"], "no class loads a mixture"),
+    ],
+)
+def test_what_cannot_be_is_said_before_long_work(folder, text, tmp_path, words, message, capsys):
+    said = fails(capsys, "prune", folder, "--out", tmp_path / "half", "--calibration", text, *SIZES, *words)
+    assert message.lower() in " ".join(said.split()).lower()
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_without_tokens_are_said_in_numbers(caplog):
+    with caplog.at_level(logging.WARNING):
+        warn_of_idle_experts({"experts": 200, "experts_without_tokens": 2, "tokens_of_experts": []})
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        warn_of_idle_experts({"experts": 200, "experts_without_tokens": 3, "tokens_of_experts": []})
+    assert "3 of 200 experts (1.5 %) got no token" in caplog.text
+
+
+def test_keeping_experts_that_nothing_is_known_of_is_refused():
+    plan = Plan("mixtral", (LayerWidths(1, 0, 4),) * 2, (KeptGroups((0,), (), (0, 1, 2)),) * 2)
+    check_enough_reached({"tokens_of_experts": [[3, 1, 1, 0], [1, 1, 1, 1]]}, plan)
+    with pytest.raises(CalibrationError, match=r"layer 1: .* reached 2 of 4 experts, and 3 are to stay"):
+        check_enough_reached({"tokens_of_experts": [[3, 1, 1, 0], [5, 1, 0, 0]]}, plan)
+    check_enough_reached(
+        {"tokens_of_experts": [[3, 0, 0, 0]] * 2},
+        Plan("mixtral", plan.widths, (KeptGroups((0,), (), (0, 1, 2, 3)),) * 2),
+    )
