@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunus.checkpoint.agreement import check_no_adapter, check_numbers, check_tensors, has_own_head, warn_of_unused
 from prunus.checkpoint.architecture import config_as_weighted
+from prunus.checkpoint.held_dtype import held_dtype
 from prunus.checkpoint.hub import HUB_FILES, check_repository, hub_id
 from prunus.checkpoint.kind import check_kind
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
@@ -28,6 +29,7 @@ from prunus.files.links import check_links
 from prunus.files.user_path import expanded
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of
+from prunus.model.saved_dtype import save_in_
 
 __all__ = ["check_finite", "check_folder", "load_model", "locate", "read_config"]
 
@@ -41,7 +43,7 @@ ATTENTIONS = ("eager", "sdpa")
 
 
 def load_model(
-    source: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    source: str | os.PathLike[str], *, dtype: str | torch.dtype | None = "auto", device: str | torch.device = "cpu"
 ) -> tuple[Any, Any]:
     """Load a causal language model that prunus can cut, with its tokenizer.
 
@@ -49,7 +51,9 @@ def load_model(
 
     Args:
         source: a model folder, the id of a model on the Hugging Face Hub, or `smollm2-135m`.
-        dtype: `auto` keeps the checkpoint's dtype.
+        dtype: that the weights are held and computed with. `auto` is the checkpoint's own, or float32 where half
+            precision is slow (see `prunus.machine.compute_dtype`), and `save_checkpoint` saves in the checkpoint's own
+            all the same. None is the checkpoint's own in any case.
         device: where the weights go; `auto` is the first of cuda, mps, cpu.
 
     Returns:
@@ -61,14 +65,16 @@ def load_model(
         UnsupportedModelError: the family is not described, or the weights are quantised, GGUF or pickles.
         NonFiniteError: a weight is NaN or infinite.
     """
-    torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
+    torch_device = resolve_device(device)
+    resolve_dtype("auto" if dtype is None else dtype)  # before a model is fetched
     folder = locate(source)
     config, tokenizer = read_small_files(folder)
+    stored, held = config.dtype, held_dtype(config, dtype, torch_device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=torch_dtype,
+            dtype=held,
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,
@@ -83,6 +89,8 @@ def load_model(
     warn_of_unused(folder, report["unexpected_keys"])
     model.config = config_as_weighted(model)
     check_finite(model)
+    if dtype == "auto" and held != stored:
+        save_in_(model, stored)
     return model.to(torch_device).eval(), tokenizer
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from torch import Tensor
@@ -19,9 +20,11 @@ from prunus.errors import CheckpointError
 from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import check_disk, output_folder, place_of
 from prunus.files.tensor_file import TensorLayout, write_tensors
+from prunus.machine.placement import dtype_name
 from prunus.model.families import family_of
 from prunus.model.layers import layers_of, outside_layers
 from prunus.model.live import live_model
+from prunus.model.saved_dtype import saved_dtype
 
 __all__ = ["model_bytes", "save_checkpoint"]
 
@@ -31,7 +34,7 @@ LOCAL_FIELDS = ("_name_or_path", "name_or_path", "_commit_hash", "tokenizer_file
 
 def model_bytes(model: Any) -> int:
     """Bytes that the weights of a model take in a checkpoint, tied ones counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return sum(map(torch.Tensor.numel, model.parameters())) * saved_dtype(model).itemsize
 
 
 def save_checkpoint(
@@ -46,7 +49,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a complete model folder, or nothing.
 
-    Weights are safetensors in the model's dtype, tied ones stored once. A model whose layers differ in width brings the
+    Weights are safetensors in the dtype that the model will be saved in (see `prunus.model.saved_dtype`; without a word
+    on that, its own), tied ones stored once. A model whose layers differ in width brings the
     files that define it, so that the folder loads without prunus (`trust_remote_code=True`).
 
     Args:
@@ -101,46 +105,54 @@ def _save_model(folder: Path, model: Any, max_shard_size: int | str) -> None:
         # Published models have settings that transformers loads with a warning but refuses to save (a temperature
         # without do_sample). They are the base model's, and no reason to lose the work: written as they are.
         model.generation_config = GenerationConfig()
-    stored = layers_of(model).stored
+    streamed = layers_of(model).stored or saved_dtype(model) != model.dtype
     model.config = config_as_weighted(model)
     try:
-        # Of an opened model only what is not weights: those follow, layer by layer.
-        model.save_pretrained(folder, max_shard_size=max_shard_size, **({"state_dict": {}} if stored else {}))
+        # Of a model that is opened or to be converted only what is not weights: those follow, layer by layer.
+        model.save_pretrained(folder, max_shard_size=max_shard_size, **({"state_dict": {}} if streamed else {}))
     finally:
         model.generation_config, model.config = generation_config, config
-    if stored:
+    if streamed:
         _stream_weights(folder, model, max_shard_size)
+    if saved_dtype(model) != model.dtype:
+        config_file = folder / "config.json"
+        _write_json(config_file, {**read_json(config_file), "dtype": dtype_name(saved_dtype(model))})
     generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
     _keep_rope_readable(folder / "config.json")
 
 
 def _stream_weights(folder: Path, model: Any, max_shard_size: int | str) -> None:
-    """Write the weights of an opened model with one decoder layer in memory at a time."""
+    """Write weights in the dtype that the model will be saved in; of an opened one, a layer is in memory at a time."""
     layers, prefix = layers_of(model), family_of(model.config).layers
     names = [*outside_layers(model), *(name for name in model.state_dict() if name.startswith(prefix + "."))]
-    whole = model.state_dict()
-    split = split_torch_state_dict_into_shards({name: whole[name] for name in names}, max_shard_size=max_shard_size)
+    whole, dtype = model.state_dict(), saved_dtype(model)
+    as_saved = {name: _converted(torch.empty_like(whole[name], device="meta"), dtype) for name in names}
+    split = split_torch_state_dict_into_shards(as_saved, max_shard_size=max_shard_size)
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         outside = outside_layers(model)
         held, state = -1, {}
         for name in wanted:
             if name in outside:
-                yield name, outside[name]
+                yield name, _converted(outside[name], dtype)
                 continue
             number, _, inside = name.removeprefix(prefix + ".").partition(".")
             if int(number) != held:
                 held = int(number)
                 with layers.hold(held, then=held + 1) as layer:
                     state = dict(layer.state_dict())
-            yield name, state[inside]
+            yield name, _converted(state[inside], dtype)
 
     for file_name, wanted in split.filename_to_tensors.items():
-        layouts = {name: TensorLayout.of(whole[name]) for name in wanted}
+        layouts = {name: TensorLayout.of(as_saved[name]) for name in wanted}
         write_tensors(folder / file_name, layouts, read(wanted), {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _keep_rope_readable(path: Path) -> None:

@@ -22,6 +22,7 @@ def apply(
     *,
     out: Path,
     where: ModelFlags = Where(),
+    save_dtype: str = "auto",
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -31,6 +32,7 @@ def apply(
         model: folder, Hub id or `smollm2-135m`.
         plan: plan.json, from `prunus plan` or from the folder prunus/ of a pruned model.
         out: folder for the result; it appears when it is complete.
+        save_dtype: float32, bfloat16 or float16, to save the result in; auto is the checkpoint's own.
         overwrite: replace an earlier result in the folder.
         json: print the metrics as JSON.
     """
@@ -41,6 +43,7 @@ def apply(
         Plan.load(plan, geometry_of(model)),
         out,
         model_options=where,
+        save_dtype=save_dtype,
         overwrite=overwrite,
         command=typed_command(),
     )

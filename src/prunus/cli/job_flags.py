@@ -27,6 +27,8 @@ KEYS = {
     "device": "run.device",
     "max_memory": "run.max_memory",
     "dtype": "run.dtype",
+    "save_dtype": "output.save_dtype",
+    "batch_size": "run.batch_size",
     "revision": "run.revision",
 }
 
@@ -96,13 +98,18 @@ class _Device:
         device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
         max_memory: memory that may be used, e.g. 8GB. Jobs estimated to exceed it are rejected, naming the smallest
             sufficient limit.
-        dtype: auto keeps the checkpoint's own; else float32, bfloat16 or float16. The result is saved in it.
+        dtype: float32, bfloat16 or float16, to compute in; auto is the checkpoint's own, or float32 where half
+            precision is slow.
+        save_dtype: what the result is saved in; auto is the checkpoint's own.
+        batch_size: calibration sequences per pass; auto is the fastest number that fits.
         revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
     """
 
     device: str | None = None
     max_memory: str | None = None
     dtype: str | None = None
+    save_dtype: str | None = None
+    batch_size: Annotated[str | None, UNLISTED] = None
     revision: Annotated[str | None, UNLISTED] = None
 
 
@@ -122,6 +129,7 @@ def given(*flags: _Recipe | _Calibration | _Evaluation | _Device) -> dict[str, o
     """
     options = {name: value for each in flags for name, value in asdict(each).items() if name in KEYS}
     values = {KEYS[name]: value for name, value in options.items() if value is not None}
-    if "selection.align" in values and str(values["selection.align"]).lstrip("-").isdigit():
-        values["selection.align"] = int(str(values["selection.align"]))
+    for key in ("selection.align", "run.batch_size"):  # a number or a word
+        if key in values and str(values[key]).lstrip("-").isdigit():
+            values[key] = int(str(values[key]))
     return values

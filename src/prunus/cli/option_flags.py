@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
@@ -32,7 +32,7 @@ __all__ = [
 class Where(ModelOptions):  # noqa: D101 (that of the class it extends, which is the help text)
     __doc__ = ModelOptions.__doc__
     engine: Annotated[EngineChoice, Parameter(parse=False)] = "auto"
-    batch_size: Annotated[int, Parameter(parse=False)] = 1
+    batch_size: Annotated[int | Literal["auto"], Parameter(parse=False)] = "auto"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from prunus.checkpoint import empty_model, locate, pruned_config, read_config, resolve_device, resolve_dtype
+from prunus.checkpoint import empty_model, held_dtype, locate, pruned_config, read_config, resolve_device
 from prunus.evaluation.greedy import greedy_run
 from prunus.evaluation.speed import SpeedOptions, check_context
 from prunus.files.user_path import expanded
@@ -62,8 +62,8 @@ def profile(model: str, options: SpeedOptions | None = None, *, progress: bool =
     folder = locate(model)
     config = read_config(folder)
     check_context(options, config, folder.name)
-    device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
-    held_in: torch.dtype = config.dtype if dtype == "auto" else dtype
+    device = resolve_device(options.device)
+    held_in = held_dtype(config, options.dtype, device)
     geometry = Geometry.of(empty_model(config, held_in))
     prompts = torch.randint(
         geometry.vocab_size,

@@ -44,7 +44,7 @@ def export_dense(source: str, out: str | Path, *, overwrite: bool = False) -> di
             return read_json(claim.path / "prunus" / FACTS)
         check_output(out, overwrite, source)
         folder = locate(source)
-        model, tokenizer = load_model(folder)
+        model, tokenizer = load_model(folder, dtype=None)
         if not is_ragged(model.config):
             raise OptionError(
                 f"the layers of {source} have equal widths already: it is a {model.config.model_type!r} model that "

@@ -95,7 +95,7 @@ def export_gguf(
         gguf = _gguf_package()
         folder = locate(source)
         candidates(read_config(folder))  # before the weights are read
-        model, tokenizer = load_model(folder)
+        model, tokenizer = load_model(folder, dtype=None)
         config = model.config
         geometry = Geometry.of(model)
         rope = rope_of(config, geometry.head_dim)

@@ -17,7 +17,9 @@ from prunus.calibration import Calibration
 from prunus.errors import CalibrationError, OptionError
 from prunus.files.outputs import claimed, output_folder, whole_file
 from prunus.machine.metering import Cost, metered
+from prunus.machine.placement import dtype_name
 from prunus.model.geometry import Geometry
+from prunus.model.saved_dtype import saved_dtype
 from prunus.pipeline.inputs import Inputs, open_inputs
 from prunus.pipeline.job import Job
 from prunus.pipeline.prune import Passes, Prepared, cut, repair_seed, repair_text
@@ -96,6 +98,8 @@ def compare(
                 "model": model_name(job.model),
                 "command": command,
                 "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
+                "compute_dtype": dtype_name(inputs.model.dtype),
+                "saved_dtype": dtype_name(saved_dtype(inputs.model)),
                 "recipes": {name: _plain(recipe) for name, recipe in recipes.items()},
             }
             with output_folder(out, overwrite=overwrite) as place:
@@ -125,7 +129,7 @@ def _compare_with(
     inputs: Inputs, job: Job, recipes: Mapping[str, Recipe], ratios: Sequence[float], record: _Record, seed: int
 ) -> None:
     """All rows of one drawing of the calibration sequences."""
-    passes = Passes(job.run.batch_size, inputs.engine, record.progress)
+    passes = Passes(inputs.run.sequences_per_pass, inputs.engine, record.progress)
     record.add(inputs, inputs.model, [_Row(DENSE, 0.0, seed)])
     ways = [recipe.scoring for recipe in recipes.values()]
     scores = score_together(
@@ -230,7 +234,7 @@ def _cut_together(
                 cuts.append(done)
                 costs.append(cost)
         if repair is not None and text is not None:
-            batches = list(text.batches(job.run.batch_size))
+            batches = list(text.batches(inputs.run.sequences_per_pass))
             with metered(dense.device) as shared:
                 draws = repair_seed(inputs.calibration, alike[0].recipe)
                 repaired = repair_together_(cuts, dense, batches, repair, seed=draws, progress=record.progress)

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.calibration import Calibration, load_calibration
-from prunus.checkpoint import (
-    locate,
-    model_bytes,
-)
+from prunus.checkpoint import dtype_to_save, locate, model_bytes
 from prunus.errors import TextTooShortError
 from prunus.evaluation.perplexity import (
     FEW_TOKENS,
@@ -28,6 +25,7 @@ from prunus.evaluation.perplexity import (
 from prunus.evaluation.zero_shot import EncodedTask, encode_task, load_tasks, zero_shot_of
 from prunus.files.outputs import check_disk, check_output
 from prunus.model.geometry import Geometry
+from prunus.model.saved_dtype import save_in_
 from prunus.model.tokens import check_tokens
 from prunus.option_values import check_utf8
 from prunus.pipeline.job import Job
@@ -36,7 +34,7 @@ from prunus.pipeline.recipe import Recipe
 from prunus.results.lineage import lineage_of
 from prunus.selection.select import check_reachable
 from prunus.sweep import Engine
-from prunus.sweep.engine import config_of, load_or_open
+from prunus.sweep.engine import ModelOptions, config_of, load_or_open, settled
 from prunus.sweep.estimate import Workload
 from prunus.sweep.sequence_loss import PerplexityResult, perplexity_of_windows
 
@@ -126,7 +124,7 @@ class Inputs:
         source: what the model was loaded from: folder, Hub id or `smollm2-135m`.
         model: the dense model.
         tokenizer: its tokenizer.
-        engine: which one the model is held for.
+        run: where and how the model runs, with nothing left open.
         geometry: its shape.
         calibration: sequences to calibrate on; None where nothing needs any.
         held_out: sequences to measure perplexity on; None where there is a text, or nothing is measured.
@@ -138,13 +136,18 @@ class Inputs:
     source: str
     model: Any
     tokenizer: Any
-    engine: Engine
+    run: ModelOptions
     geometry: Geometry
     calibration: Calibration | None
     held_out: Calibration | None
     text: TextWindows | None
     text_name: str
     tasks: Sequence[EncodedTask] = ()
+
+    @property
+    def engine(self) -> Engine:
+        """Which one the model is held for."""
+        return "streamed" if self.run.engine == "streamed" else "resident"
 
     @property
     def measurable(self) -> bool:
@@ -227,7 +230,6 @@ def open_inputs(
         frozenset[str]().union(*(recipe.scoring.needs for recipe in recipes)),
         sequences=calibration.samples if calibrate else 0,
         seq_len=seq_len,
-        batch_size=job.run.batch_size,
         repairs=any(recipe.repair is not None for recipe in recipes),
         writes_text=any(recipe.writes_text for recipe in recipes),
         cuts=True,
@@ -235,7 +237,10 @@ def open_inputs(
         evaluation_window=window,
         inputs_on_disk=work is not None,
     )
-    dense, tokenizer, engine = load_or_open(job.model, job.run, workload, scratch=work, progress=progress)
+    run = settled(job.model, job.run, workload, progress=progress)
+    dense, tokenizer, engine = load_or_open(job.model, run, workload, scratch=work, progress=progress)
+    save_in_(dense, dtype_to_save(config, dense.dtype, job.output.save_dtype))
+    run = replace(run, engine=engine)
     geometry = Geometry.of(dense)
     for recipe, ratio in product(recipes, ratios):
         check_reachable(geometry, ratio, recipe.selection, recipe.target.costs(geometry))
@@ -264,4 +269,4 @@ def open_inputs(
         needed=calibrate,
         progress=progress,
     )
-    return Inputs(job.model, dense, tokenizer, engine, geometry, sequences, held_out, windows, name, encoded)
+    return Inputs(job.model, dense, tokenizer, run, geometry, sequences, held_out, windows, name, encoded)

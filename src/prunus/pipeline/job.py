@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from prunus.machine.placement import resolve_dtype
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
 from prunus.selection.select import check_ratio
@@ -21,12 +22,18 @@ class OutputOptions:
 
     Attributes:
         report: write report.html, with what both models make of a few prompts.
+        save_dtype: float32, bfloat16 or float16, to save the result in; auto is the checkpoint's own, or the dtype that
+            the run computes in if that has fewer bytes.
         work: folder from which an interrupted run resumes when the same command is given again; by default OUT.work,
             with the streamed engine only. Removed at the end.
     """
 
     report: bool = True
+    save_dtype: str = "auto"
     work: str | None = None
+
+    def __post_init__(self) -> None:
+        resolve_dtype(self.save_dtype, "save_dtype")
 
 
 @dataclass(frozen=True)

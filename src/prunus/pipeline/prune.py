@@ -13,12 +13,14 @@ import transformers
 
 from prunus.calibration import Calibration
 from prunus.calibration.self_text import text_for_repair
-from prunus.checkpoint import locate
+from prunus.checkpoint import dtype_to_save, locate
 from prunus.evaluation.samples import side_by_side
 from prunus.files.outputs import check_output, claimed
 from prunus.machine.metering import metered
+from prunus.machine.placement import dtype_name, resolve_dtype
 from prunus.model.geometry import Geometry
 from prunus.model.live import live_model
+from prunus.model.saved_dtype import save_in_, saved_dtype
 from prunus.model.tokens import check_tokens
 from prunus.pipeline.inputs import open_inputs
 from prunus.pipeline.job import Job
@@ -37,7 +39,7 @@ from prunus.selection.select import check_reachable, select
 from prunus.selection.table import with_costs
 from prunus.surgery import apply_plan
 from prunus.sweep import EngineChoice
-from prunus.sweep.engine import ModelOptions, load_or_open, model_name
+from prunus.sweep.engine import ModelOptions, config_of, load_or_open, model_name
 from prunus.sweep.estimate import Workload
 from prunus.version import __version__
 
@@ -317,7 +319,7 @@ def prune_job(
                     job.ratio,
                     inputs.calibration,
                     job.recipe,
-                    batch_size=job.run.batch_size,
+                    batch_size=inputs.run.sequences_per_pass,
                     engine=inputs.engine,
                     work=folder.used_by(inputs.engine),
                     progress=progress,
@@ -336,6 +338,7 @@ def prune_job(
                 "perplexity_after": after.perplexity if after else None,
                 "perplexity_text": inputs.text_name if after else None,
                 "perplexity_protocol": after.protocol if after else None,
+                "saved_dtype": dtype_name(saved_dtype(result.model)),
                 "plan": result.plan.fingerprint,
                 "repair": asdict(job.recipe.repair) if job.recipe.repair else None,
                 "seconds_to_prune": round(cost.seconds, 1),
@@ -356,7 +359,8 @@ def prune_job(
                 inputs.source,
                 overwrite,
                 recipe=job_text(
-                    replace(job, run=replace(job.run, engine=inputs.engine)), _made_by(result, inputs.calibration)
+                    replace(job, run=inputs.run, output=replace(job.output, save_dtype=metrics["saved_dtype"])),
+                    _made_by(result, inputs.calibration),
                 ),
             )
         if job.output.report:
@@ -379,6 +383,7 @@ def apply_checkpoint(
     out: str | Path,
     *,
     model_options: ModelOptions | None = None,
+    save_dtype: str = "auto",
     overwrite: bool = False,
     command: str | None = None,
 ) -> dict[str, Any]:
@@ -388,7 +393,8 @@ def apply_checkpoint(
         model: a folder, a Hub id, or `smollm2-135m`.
         plan: which groups stay.
         out: folder for the result.
-        model_options: device and dtype.
+        model_options: device and dtype; nothing is computed, so that auto is the checkpoint's own dtype.
+        save_dtype: see `OutputOptions`.
         overwrite: replace an earlier result.
         command: what the user typed, for the model card.
 
@@ -396,15 +402,20 @@ def apply_checkpoint(
         The metrics, as they are written to prunus/metrics.json.
     """
     model_options = model_options or ModelOptions()
+    resolve_dtype(save_dtype, "save_dtype")
     model = model_options.named(model)
-    asked = "apply", model, plan.fingerprint, model_options, overwrite
+    asked = "apply", model, plan.fingerprint, model_options, save_dtype, overwrite
     with claimed(out, run=asked, command=command) as claim:
         if claim.finished:
             metrics = read_metrics(claim.path)
         else:
             check_output(out, overwrite, model)
             lineage_of(locate(model))  # damaged records are refused before the weights are read
+            config = config_of(model)
+            if model_options.dtype == "auto":
+                model_options = replace(model_options, dtype=dtype_name(config.dtype))
             dense, tokenizer, _ = load_or_open(model, model_options, workload=Workload(cuts=True))
+            save_in_(dense, dtype_to_save(config, dense.dtype, save_dtype))
             geometry = Geometry.of(dense)
             plan.check_fits(geometry)
             smaller = apply_plan(dense, plan)
@@ -416,6 +427,7 @@ def apply_checkpoint(
                 "ratio": 1 - smaller.num_parameters() / geometry.total_parameters,
                 "parameters_before": geometry.total_parameters,
                 "parameters_after": smaller.num_parameters(),
+                "saved_dtype": dtype_name(saved_dtype(smaller)),
                 "plan": plan.fingerprint,
             }
             metrics = save_result(

@@ -11,7 +11,7 @@ from prunus.pipeline.job import Job
 from prunus.pipeline.work_folder import WorkFolder
 from prunus.scoring.adaptive import check_enough
 from prunus.scoring.score import Score, score
-from prunus.sweep.engine import config_of, load_or_open
+from prunus.sweep.engine import config_of, load_or_open, settled
 from prunus.sweep.estimate import Workload
 
 __all__ = ["score_job"]
@@ -45,8 +45,9 @@ def score_job(
             if scoring.method == "adaptive":
                 check_enough(sequences)
             seq_len = job.calibration.length(config_of(job.model))
-            workload = Workload(scoring.needs, sequences, seq_len, job.run.batch_size)
-            model, tokenizer, engine = load_or_open(job.model, job.run, workload, progress=progress)
+            workload = Workload(scoring.needs, sequences, seq_len)
+            run = settled(job.model, job.run, workload, progress=progress)
+            model, tokenizer, engine = load_or_open(job.model, run, workload, progress=progress)
             calibration, _ = draw_calibration(
                 model, tokenizer, job.calibration, held_out=0, needed=scoring.needs_calibration, progress=progress
             )
@@ -54,7 +55,7 @@ def score_job(
                 model,
                 calibration,
                 scoring,
-                batch_size=job.run.batch_size,
+                batch_size=run.sequences_per_pass,
                 engine=engine,
                 work=folder.used_by(engine),
                 progress=progress,

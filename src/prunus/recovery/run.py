@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from prunus.calibration import Calibration
 from prunus.checkpoint import (
+    fast_dtype,
     load_model,
     locate,
     resolve_device,
@@ -31,8 +32,10 @@ from prunus.errors import OptionError
 from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import check_disk, check_output, claimed
 from prunus.installing import install_command
+from prunus.machine.compute_dtype import HALF
 from prunus.machine.processes import agreed, is_first, joined, number_of_processes, wait_for_all
 from prunus.model.digest import digest_model
+from prunus.model.saved_dtype import round_weights_
 from prunus.model.tokens import check_seq_len, check_token_ids
 from prunus.recovery.card import card_with_recovery, card_without_figures
 from prunus.recovery.checkpoints import Checkpoints, readable
@@ -51,8 +54,6 @@ logger = logging.getLogger(__name__)
 #: sequences per forward pass, at most, by kind of device
 MICRO_BATCHES = {"cpu": 2}
 MICRO_BATCHES_ELSEWHERE = 8
-#: names of CPU instructions that make bfloat16 faster than float32
-FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 #: file of the folder prunus/ in which the run is described
 RECORD = "recovery.json"
 #: files in it about the pruned model that say nothing about the recovered one
@@ -307,14 +308,16 @@ class _Run:
         return trained
 
     def result(self, checkpoints: Checkpoints, best_step: int) -> Any:
-        """The plain model with the weights of a step, in the pruned model's dtype; step 0 is before training."""
+        """The plain model with the weights of a step, rounded to the pruned model's dtype; step 0 is no training."""
         model, _ = load_model(self.folder, device=self.device)
         if not best_step:
             return model
         adapted = self._add_adapters(model)
         with readable(checkpoints.at(best_step)):
             Student(model, self.options).load_trained_state_(load_file(checkpoints.at(best_step)))
-        return (merge_adapters(adapted) if adapted is not None else model).eval()
+        whole = (merge_adapters(adapted) if adapted is not None else model).eval()
+        round_weights_(whole)
+        return whole
 
     def facts(self, trained: Mapping[str, Any], measured: PerplexityResult) -> dict[str, Any]:
         """What goes into prunus/recovery.json, but for the command."""
@@ -416,12 +419,10 @@ def _micro_batch(options: RecoveryOptions, device: torch.device) -> int:
 
 
 def _fast_in_bfloat16(device: torch.device, config: Any) -> bool:
-    if (config.dtype or torch.float32) == torch.float32:
+    """Whether to train in bfloat16; many processes agree."""
+    if config.dtype not in HALF:
         return False
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and any(capabilities.get(name) for name in FAST_BFLOAT16)
+    return not agreed(fast_dtype(config, torch.bfloat16, device) != torch.bfloat16)
 
 
 def _extras(folder: Path, facts: Mapping[str, Any]) -> dict[str, str | bytes]:

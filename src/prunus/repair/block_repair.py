@@ -45,6 +45,7 @@ from prunus.model.families import Block
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.model.live import live_model
+from prunus.model.saved_dtype import saved_dtype
 from prunus.model.tokens import check_tokens
 from prunus.option_values import check_positive, check_share
 from prunus.repair.block_walk import BlockWalk
@@ -339,7 +340,8 @@ class _Repairing:
     def _solve(self, block: Block, module: nn.Linear) -> None:
         assert self._sums is not None  # there is at least one batch
         equations, self._sums = self._sums.equations(), None
-        self.repairs.append(_repair_(module, self._layer_idx, block, equations, self._options))
+        saved = saved_dtype(self._cut.pruned)
+        self.repairs.append(_repair_(module, self._layer_idx, block, equations, self._options, saved))
 
     def finish_layer(self) -> None:
         """Make what was solved in the held layer last."""
@@ -385,14 +387,23 @@ def _made_from(cut: Cut, dense: Any, batches: Sequence[Batch], options: RepairOp
         "calibration tokens": digest_batches(batches),
         "sequences per batch": [len(batch.input_ids) for batch in batches],
         "repair": asdict(options),
+        "saved in": str(saved_dtype(cut.pruned)),
         "torch": torch.__version__,
     }
 
 
 def _repair_(
-    module: nn.Linear, layer_idx: int, block: Block, equations: NormalEquations, options: RepairOptions
+    module: nn.Linear,
+    layer_idx: int,
+    block: Block,
+    equations: NormalEquations,
+    options: RepairOptions,
+    saved: torch.dtype,
 ) -> Repair:
-    """Solve the last projection of a block again."""
+    """Solve the last projection of a block again, rounded to the dtype that the model will be saved in.
+
+    Blocks after it so make up for the rounding as well.
+    """
     where, sliced = f"layer {layer_idx}, {block.axis}", module.weight.double()
     condition, before = float("inf"), equations.error(sliced)
     try:
@@ -417,5 +428,5 @@ def _repair_(
                 condition,
             )
         solution, after = sliced, before
-    module.weight.copy_(solution)
+    module.weight.copy_(solution.to(saved))
     return Repair(layer_idx, block.axis, before, after, condition)
