@@ -40,7 +40,7 @@ def test_half_precision_where_it_is_not_slow(measured, caplog, half, times, slow
     assert compute_dtype(half, CPU, **SIZES) == (torch.float32 if slow else half)
     assert ("computing in float32" in caplog.text) == slow
     if times == 17.0:
-        assert "takes 17 × as long on this cpu" in caplog.text
+        assert "take 17 × as long on this cpu" in caplog.text
         assert compute_dtype(half, CPU, **SIZES) == torch.float32
         assert len(caplog.records) == 1, "it is said once"
 

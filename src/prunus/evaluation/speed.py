@@ -44,7 +44,7 @@ class SpeedOptions:
         seed: of the prompts.
         memory: also measure peak memory, for which each model is loaded once more in a process of its own.
         device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
-        dtype: auto keeps each checkpoint's own; else float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16; auto is each checkpoint's own, or float32 where half precision is slow.
     """
 
     prompt_tokens: int = 512

@@ -67,9 +67,9 @@ def _slowdown(half: torch.dtype, device: torch.device, hidden_size: int, channel
 @cache
 def _say_slow(name: str, device: str, times: float) -> None:
     if is_first():
-        how = f"takes {times:.0f} × as long" if math.isfinite(times) else "is slow"
+        how = f"take {times:.0f} × as long" if math.isfinite(times) else "are slow"
         logger.warning(
-            "computing in float32: %s %s on this %s; `dtype` %s asks for it all the same", name, how, device, name
+            "computing in float32: products in %s %s on this %s (`dtype` decides instead)", name, how, device
         )
 
 
