@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_families import make_model
 
+from prunus.errors import NonFiniteError
 from prunus.model.saved_dtype import round_weights_, rounded, save_in_, saved_dtype
 
 VALUES = torch.tensor([1.0, 1 + 2**-9, 3.14159265, -65519.0, 1e-6])
@@ -52,6 +53,11 @@ def test_what_the_dtype_holds_is_not_copied(held, saved):
 def test_half_precisions_do_not_hold_each_other():
     values = torch.tensor([2.0**-30, 1.5], dtype=torch.bfloat16)
     assert torch.equal(rounded(values, torch.float16), torch.tensor([0.0, 1.5], dtype=torch.bfloat16))
+
+
+def test_what_float16_cannot_hold():
+    with pytest.raises(NonFiniteError, match=r"a weight of 70000 is too large for float16.*`save_dtype` bfloat16"):
+        rounded(torch.tensor([1.0, -70000.0]), torch.float16)
 
 
 def test_indices_stay():

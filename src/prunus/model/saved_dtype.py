@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunus.errors import NonFiniteError
+
 __all__ = ["round_weights_", "rounded", "save_in_", "saved_dtype"]
 
 #: where a model keeps it
@@ -37,10 +39,19 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
     Returns:
         `values` itself where the dtype holds all its numbers.
+
+    Raises:
+        NonFiniteError: a value is too large for the dtype.
     """
     if not values.is_floating_point() or torch.promote_types(values.dtype, dtype) == dtype:
         return values
-    return values.to(dtype).to(values.dtype)
+    as_saved = values.to(dtype)
+    if dtype == torch.float16 and bool(as_saved.isinf().any()):
+        raise NonFiniteError(
+            f"a weight of {float(values.abs().max()):g} is too large for float16, in which the model was to be saved; "
+            "use `save_dtype` bfloat16 or float32"
+        )
+    return as_saved.to(values.dtype)
 
 
 @torch.no_grad()
