@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from torch import Tensor
@@ -23,9 +24,11 @@ from prunus.errors import CheckpointError
 from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import check_disk, output_folder, place_of
 from prunus.files.tensor_file import TensorLayout, write_tensors
+from prunus.machine.placement import dtype_name
 from prunus.model.families import FAMILIES, PRUNED_PREFIX, family_of
 from prunus.model.layers import layers_of, outside_layers
 from prunus.model.live import live_model
+from prunus.model.saved_dtype import saved_dtype
 from prunus.model.whole import Whole, whole_of
 
 __all__ = ["check_whole", "model_bytes", "save_checkpoint"]
@@ -36,7 +39,7 @@ LOCAL_FIELDS = ("_name_or_path", "name_or_path", "_commit_hash", "tokenizer_file
 
 def model_bytes(model: Any) -> int:
     """Bytes that the weights of a model take in a checkpoint, tied ones counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return sum(map(torch.Tensor.numel, model.parameters())) * saved_dtype(model).itemsize
 
 
 def save_checkpoint(
@@ -51,7 +54,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a complete model folder, or nothing.
 
-    Weights are safetensors in the model's dtype, tied ones stored once. A model whose layers differ in width brings the
+    Weights are safetensors in the dtype that the model will be saved in (see `prunus.model.saved_dtype`; without a word
+    on that, its own), tied ones stored once. A model whose layers differ in width brings the
     files that define it, so that the folder loads without prunus (`trust_remote_code=True`).
 
     Args:
@@ -108,19 +112,22 @@ def _save_model(folder: Path, model: Any, max_shard_size: int | str) -> None:
         # Published models have settings that transformers loads with a warning but refuses to save (a temperature
         # without do_sample). They are the base model's, and no reason to lose the work: written as they are.
         model.generation_config = GenerationConfig()
-    stored = layers_of(model).stored
+    streamed = layers_of(model).stored or saved_dtype(model) != model.dtype
     model.config = config_as_weighted(model)
     try:
         if (whole := whole_of(model)) is not None:
             _save_whole(folder, model, whole, max_shard_size)
-        elif stored:
-            # What is not weights; those follow, layer by layer.
+        elif streamed:
+            # Of a model that is opened or to be converted what is not weights; those follow, layer by layer.
             model.save_pretrained(folder, state_dict={})
             _stream_weights(folder, model, max_shard_size)
         else:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
     finally:
         model.generation_config, model.config = generation_config, config
+    if saved_dtype(model) != model.dtype:
+        config_file = folder / "config.json"
+        _write_json(config_file, {**read_json(config_file), "dtype": dtype_name(saved_dtype(model))})
     generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
     _keep_rope_readable(folder / "config.json")
     _keep_experts_readable(folder / "config.json")
@@ -155,10 +162,7 @@ def _parts(model: Any, whole: Whole) -> tuple[Any, dict[str, Tensor]]:
             f"the {whole.kind.title} around the language model cannot be written: {len(other)} tensors would be "
             f"missing, or have no place in it, first {other[0]!r}. Save the language model alone (`output.text_only`)"
         )
-    # In the dtype of the language model, should that be another one than the folder's.
-    return empty, {
-        name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in around.items()
-    }
+    return empty, around
 
 
 def _names(model: Any) -> list[str]:
@@ -174,7 +178,7 @@ def _stream_weights(
     around: Mapping[str, Tensor] = types.MappingProxyType({}),
     renamed: Callable[[str], str] = str,
 ) -> None:
-    """Write the weights of a model with one decoder layer of an opened one in memory at a time.
+    """Write weights in the dtype that the model will be saved in; of an opened one, a layer is in memory at a time.
 
     Args:
         folder: where.
@@ -184,11 +188,12 @@ def _stream_weights(
         renamed: the name of a tensor of the model in the files.
     """
     layers, prefix = layers_of(model), family_of(model.config).layers
-    state_dict = model.state_dict()
+    state_dict, dtype = model.state_dict(), saved_dtype(model)
     tensors = as_stored(model, {name: state_dict[name] for name in _names(model)})
     inner = {renamed(name): name for name in tensors}
     whole = {**around, **{name: tensors[inside] for name, inside in inner.items()}}
-    split = split_torch_state_dict_into_shards(whole, max_shard_size=max_shard_size)
+    as_saved = {name: _converted(torch.empty_like(tensor, device="meta"), dtype) for name, tensor in whole.items()}
+    split = split_torch_state_dict_into_shards(as_saved, max_shard_size=max_shard_size)
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         outside = as_stored(model, outside_layers(model))
@@ -196,7 +201,7 @@ def _stream_weights(
         for stored in wanted:
             name = inner.get(stored, stored)
             if stored in around or name in outside:
-                yield stored, around[stored] if stored in around else outside[name]
+                yield stored, _converted(around[stored] if stored in around else outside[name], dtype)
                 continue
             number = name.removeprefix(prefix + ".").partition(".")[0]
             if int(number) != held:
@@ -204,14 +209,18 @@ def _stream_weights(
                 with layers.hold(held, then=held + 1) as layer:
                     held_state = {f"{prefix}.{held}.{inside}": tensor for inside, tensor in layer.state_dict().items()}
                     state = as_stored(model, held_state)
-            yield stored, state[name]
+            yield stored, _converted(state[name], dtype)
 
     for file_name, wanted in split.filename_to_tensors.items():
-        layouts = {name: TensorLayout.of(whole[name]) for name in wanted}
+        layouts = {name: TensorLayout.of(as_saved[name]) for name in wanted}
         write_tensors(folder / file_name, layouts, read(wanted), {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _keep_experts_readable(path: Path) -> None:

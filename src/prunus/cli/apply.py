@@ -20,6 +20,7 @@ def apply(
     out: Path,
     device: DeviceFlags = NO_DEVICE,
     text_only: Flag = False,
+    save_dtype: str = "auto",
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -32,6 +33,7 @@ def apply(
         model: folder, Hub id, `smollm2-135m`, or a GGUF file of the model that the plan is for.
         plan: plan.json, from `prunus plan` or from the folder prunus/ of a pruned model.
         out: folder for the result, or file if `model` is one; it appears when it is complete.
+        save_dtype: float32, bfloat16 or float16, to save the result in; auto is the checkpoint's own.
         text_only: of a multimodal model, save the language model by itself.
         overwrite: replace an earlier result.
         json: print the metrics as JSON.
@@ -60,6 +62,7 @@ def apply(
         out,
         model_options=model_options(device),
         text_only=text_only,
+        save_dtype=save_dtype,
         overwrite=overwrite,
         command=typed_command(),
     )

@@ -32,6 +32,8 @@ KEYS = {
     "device": "run.device",
     "max_memory": "run.max_memory",
     "dtype": "run.dtype",
+    "save_dtype": "output.save_dtype",
+    "batch_size": "run.batch_size",
     "revision": "run.revision",
 }
 
@@ -122,13 +124,18 @@ class _Device:
         device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
         max_memory: memory that may be used, e.g. 8GB. Jobs estimated to exceed it are rejected, naming the smallest
             sufficient limit.
-        dtype: auto keeps the checkpoint's own; else float32, bfloat16 or float16. The result is saved in it.
+        dtype: float32, bfloat16 or float16, to compute in; auto is the checkpoint's own, or float32 where half
+            precision is slow.
+        save_dtype: what the result is saved in; auto is the checkpoint's own.
+        batch_size: calibration sequences per pass; auto is the fastest number that fits.
         revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
     """
 
     device: str | None = None
     max_memory: str | None = None
     dtype: str | None = None
+    save_dtype: Annotated[str | None, UNLISTED] = None
+    batch_size: Annotated[str | None, UNLISTED] = None
     revision: Annotated[str | None, UNLISTED] = None
 
 

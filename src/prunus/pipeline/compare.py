@@ -18,8 +18,10 @@ from prunus.errors import CalibrationError, OptionError
 from prunus.files.outputs import claimed, output_folder, whole_file
 from prunus.machine.byte_sizes import parse_bytes
 from prunus.machine.metering import metered
+from prunus.machine.placement import dtype_name
 from prunus.machine.stages import Stages
 from prunus.model.geometry import Geometry
+from prunus.model.saved_dtype import saved_dtype
 from prunus.pipeline.cutting import Passes, cut, repair_seed
 from prunus.pipeline.forecast import Forecast, begun, forecast
 from prunus.pipeline.inputs import Inputs, open_inputs
@@ -89,6 +91,7 @@ def compare(
     with claimed(out, run=asked, command=command) as claim:
         if not claim.finished:
             request = _request(job, recipes, ratios, out, seeds, overwrite)
+            job = request.job
             recipes = dict(zip(recipes, request.recipes, strict=True))
             stages = begun(request, progress)
             inputs = open_inputs(request, stages)
@@ -99,6 +102,8 @@ def compare(
                 "model": model_name(job.model),
                 "command": command,
                 "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
+                "compute_dtype": dtype_name(inputs.model.dtype),
+                "saved_dtype": dtype_name(saved_dtype(inputs.model)),
                 "recipes": {name: _plain(recipe) for name, recipe in recipes.items()},
             }
             with output_folder(out, overwrite=overwrite) as place:
@@ -168,7 +173,7 @@ def _compare_with(
 ) -> None:
     """All rows of one drawing of the calibration sequences."""
     stages = record.stages
-    passes = Passes(job.run.batch_size, inputs.engine, stages=stages)
+    passes = Passes(job.run.sequences_per_pass, inputs.engine, stages=stages)
     record.add(inputs, inputs.model, [_Row(DENSE, 0.0, seed)])
     ways = [recipe.scoring for recipe in recipes.values()]
     with stages.enter(scoring(1, 1)):
@@ -251,7 +256,7 @@ def _cut_together(
                 cuts.append(done)
                 costs.append(cost)
         if repair is not None and text is not None:
-            batches = list(text.batches(job.run.batch_size))
+            batches = list(text.batches(job.run.sequences_per_pass))
             with record.stages.enter(f"{len(cuts)} repairs"), metered(dense.device) as shared:
                 draws = repair_seed(inputs.calibration, alike[0].recipe)
                 repaired = repair_together_(cuts, dense, batches, repair, seed=draws, progress=record.stages.progress)

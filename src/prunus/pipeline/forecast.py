@@ -19,10 +19,12 @@ from prunus.calibration.self_text import AT_ONCE, FEWEST_NEW, LONGEST_PROMPT, MO
 from prunus.checkpoint import model_bytes
 from prunus.evaluation.samples import NEW_TOKENS, PROMPTS
 from prunus.machine.byte_sizes import show_bytes
+from prunus.machine.placement import dtype_name
 from prunus.machine.processes import number_of_processes
 from prunus.machine.stages import Stages, show_seconds
 from prunus.model.families import AXES, Axis
 from prunus.model.geometry import LayerWidths
+from prunus.model.saved_dtype import saved_dtype
 from prunus.pipeline.probe import Probe
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.request import Request
@@ -158,11 +160,13 @@ def forecast(request: Request) -> Forecast:
         removals=removals,
         engine=request.engine,
         device=str(request.device),
-        dtype=str(request.empty.dtype).removeprefix("torch."),
+        dtype=_dtypes(request.empty),
         memory_bytes=request.holding.needed.of(request.engine),
         free_bytes=request.holding.limit or request.holding.free,
         disk_bytes=_disk(request),
-        stages=_Timetable(request, Probe(request.empty, request.device, job.run.batch_size, request.engine)).stages(),
+        stages=_Timetable(
+            request, Probe(request.empty, request.device, job.run.sequences_per_pass, request.engine)
+        ).stages(),
     )
 
 
@@ -349,3 +353,9 @@ class _Timetable:
             axis: (sum(w[axis] for w in widths) - removal.groups[axis]) / len(widths)
             for axis in self._request.geometry.axes
         }
+
+
+def _dtypes(empty: Any) -> str:
+    """The dtype that passes compute in, and the one of the result where it is another."""
+    computed, saved = dtype_name(empty.dtype), dtype_name(saved_dtype(empty))
+    return computed if computed == saved else f"{computed}, saved in {saved}"

@@ -14,9 +14,11 @@ import transformers
 from prunus.calibration import Calibration
 from prunus.evaluation.samples import side_by_side
 from prunus.files.outputs import claimed
+from prunus.machine.placement import dtype_name
 from prunus.machine.stages import Stages
 from prunus.model.geometry import Geometry
 from prunus.model.live import live_model
+from prunus.model.saved_dtype import saved_dtype
 from prunus.model.tokens import check_tokens
 from prunus.pipeline.cutting import Passes, PruneResult, cut, first_scores
 from prunus.pipeline.forecast import Forecast, begun, forecast
@@ -162,7 +164,7 @@ def _made(
     pruning = [*([WRITING] if request.workload.writes_text else []), *stages_of(job.recipe, job.ratio)]
     stages = begun(request, progress)
     inputs = open_inputs(request, stages)
-    passes = Passes(job.run.batch_size, inputs.engine, folder.used_by(inputs.engine), stages)
+    passes = Passes(job.run.sequences_per_pass, inputs.engine, folder.used_by(inputs.engine), stages)
     scored = first_scores(inputs.model, inputs.calibration, job.ratio, job.recipe, passes)
     result = cut(inputs.model, job.ratio, scored, job.recipe, passes, inputs.calibration)
     with stages.enter(MEASURING):
@@ -179,6 +181,7 @@ def _made(
         "achieved_ratio": result.achieved_ratio,
         **({"fit": asdict(asked.fit)} if asked.fit else {}),
         **measured,
+        "saved_dtype": dtype_name(saved_dtype(result.model)),
         "plan": result.plan.fingerprint,
         "repair": asdict(job.recipe.repair) if job.recipe.repair else None,
         **_costs(stages, pruning),
@@ -197,7 +200,12 @@ def _made(
             inputs.source,
             overwrite,
             recipe=job_text(
-                replace(asked, run=replace(job.run, engine=inputs.engine)), _made_by(result, inputs.calibration)
+                replace(
+                    asked,
+                    run=replace(job.run, engine=inputs.engine),
+                    output=replace(job.output, save_dtype=metrics["saved_dtype"]),
+                ),
+                _made_by(result, inputs.calibration),
             ),
         )
 
