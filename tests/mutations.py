@@ -218,15 +218,15 @@ MUTATIONS = (
     ),
     Mutation(
         "score.py",
-        "            options.random_seed or 0,\n        ),",
-        "        ),",
+        "sources, seed = calibration.each_source(), options.random_seed or 0",
+        "sources, seed = calibration.each_source(), 0",
         (f"{NOISE}::test_the_seed_of_the_run_is_that_of_the_noise",),
         "score noise without the seed of the run",
     ),
     Mutation(
-        "prune.py",
-        "recipe.repair, seed=seed, work=resumed",
-        "recipe.repair, work=resumed",
+        "cutting.py",
+        "                    seed=repair_seed(calibration, recipe),\n",
+        "",
         (f"{NOISE}::test_a_whole_run_hands_its_seed_on_to_the_repair",),
         "repair noise without the seed of the run",
     ),
@@ -296,8 +296,8 @@ MUTATIONS = (
     ),
     # selection, plans, costs
     Mutation(
-        "prune.py",
-        "costs.of_layers(plan_so_far.surviving_layers)",
+        "cutting.py",
+        "costs.of_layers(plan.surviving_layers)",
         "costs",
         (f"{NUMBERS}::test_later_rounds_are_at_the_costs_of_the_layers_that_are_left",),
         "the costs of surviving layers dropped in later rounds",
