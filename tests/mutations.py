@@ -311,14 +311,14 @@ MUTATIONS = (
     ),
     Mutation(
         "plan.py",
-        "layers[layer_idx] = KeptGroups(*(tuple(before[axis][group] for group in kept[axis]) for axis in AXES))",
-        "layers[layer_idx] = kept",
+        "{axis: [before[axis][group] for group in kept[axis]] for axis in ALL_AXES}",
+        "{axis: kept[axis] for axis in ALL_AXES}",
         ("test_rounds.py::test_a_plan_after_another",),
         "composed plans in the numbering of the later one",
     ),
     Mutation(
         "costs.py",
-        "(groups > 0) * geometry.block_parameters[axis]",
+        "(groups > 0) * geometry.leaves_with_block(layer_idx, axis)",
         "0 * groups",
         ("test_costs.py::test_parameters_are_those_of_the_model",),
         "the norms of a block stay when it goes",
