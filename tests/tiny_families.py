@@ -146,7 +146,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "glm4": {"gqa-biases": {**GQA, "attention_bias": True}, "mqa": {**MQA, "attention_bias": True}},
     "seed_oss": {
-        "gqa-biases": {**GQA, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+        "gqa-biases": {
+            **GQA,
+            "attention_bias": True,
+            "attention_out_bias": True,
+            "mlp_bias": True,
+            # By default it drops a tenth of all that blocks add, in training.
+            "attention_dropout": 0.0,
+            "residual_dropout": 0.0,
+        },
     },
     "ernie4_5": {"gqa-tied-biases": {**GQA, **TIED, "use_bias": True}},
     "hunyuan_v1_dense": {
