@@ -73,6 +73,9 @@ class Probe:
         count = min(len(sizes), max(1, many))
         chosen = [number * len(sizes) // count for number in range(count)]
         geometry = Geometry.of(empty)
+        sparse = [number for number, widths in enumerate(geometry.widths) if widths.num_experts]
+        if sparse and not set(sparse) & set(chosen):
+            chosen[-1] = max(sparse[0], chosen[-1])  # of a mixture, nearly all of whose weights are there
         config = pruned_config(empty.config, [geometry.widths[number] for number in chosen], chosen)
         self._model = random_weights(empty_model(config, empty.dtype), device).requires_grad_(False)
         self._geometry = Geometry.of(self._model)
