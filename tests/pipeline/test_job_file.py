@@ -55,8 +55,9 @@ recipes = st.builds(
         layer_end=st.none() | st.integers(10, 99),
         align=st.integers(1, 256),
         shape=st.sampled_from(["ragged", "uniform", "depth"]),
+        at_least=st.booleans(),
     ),
-    target=st.builds(TargetOptions, st.sampled_from(["params", "flops", "kv_cache"]), st.integers(1, 10**6)),
+    target=st.builds(TargetOptions, st.sampled_from(["params", "flops", "kv_cache", "size"]), st.integers(1, 10**6)),
     repair=st.none()
     | st.builds(
         RepairOptions,
@@ -75,6 +76,7 @@ jobs = st.builds(
     st.builds(EvaluationOptions, st.none() | names, held_out=st.integers(0, 99)),
     st.builds(ModelOptions, names, engine=st.sampled_from(["auto", "resident", "streamed"])),
     st.builds(OutputOptions, st.booleans(), st.none() | names),
+    st.builds(FitOptions, st.sampled_from([None, "300MB", "90MB:q4_k_m"]), context=st.integers(1, 10**6)),
 )
 
 
