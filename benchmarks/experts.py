@@ -154,7 +154,7 @@ def main() -> None:
     facts = {
         "command": "python benchmarks/experts.py --text TEXT --out OUT",
         "machine": platform.processor() or platform.machine(),
-        "options": {name: str(value) for name, value in vars(arguments).items()},
+        "options": {name: getattr(value, "name", str(value)) for name, value in vars(arguments).items()},
         "tokens": {"training": windows.numel(), "held out": held_out.numel()},
         "rows": rows_of(model, windows, held_out, arguments),
     }
