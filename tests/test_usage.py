@@ -143,6 +143,13 @@ def test_help_is_for_people(capsys, name):
     assert re.findall(rf".{{30}}(?:{PYTHON}).{{30}}", text) == []
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_help_lists_at_most_18_options(name):
+    listed = [argument for argument in app[name].assemble_argument_collection() if argument.show]
+    options = {argument.name for argument in listed if argument.name.startswith("--")}
+    assert 1 < len(options) <= 18, sorted(options)
+
+
 def test_flags_are_known_by_the_names_of_python():
     flags = flags_of(app, ["prune", "m"])
     assert {"seq_len": "--seq-len", "model": "MODEL", "samples": "--samples"}.items() <= flags.items()

@@ -12,7 +12,7 @@ from tiny_folder import byte_tokenizer, save_tiny_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from prunus.calibration import load_calibration, prompts, self_text
+from prunus.calibration import Reading, load_calibration, prompts, self_text
 from prunus.calibration.languages import SENTENCES, language_costs, language_shares
 from prunus.calibration.prompts import LANGUAGES, SCRIPTS, fill, kinds_of
 from prunus.calibration.sampled import continuations
@@ -171,7 +171,8 @@ def kept(model, tmp_path):
 
     def load(samples=6, seed=0, **options):
         sizes = {"samples": samples, "seq_len": 16, "seed": seed, "progress": False}
-        return load_calibration("self", byte_tokenizer(), model=model, keep=tmp_path / "beside", **sizes, **options)
+        reading = Reading(keep=tmp_path / "beside")
+        return load_calibration("self", byte_tokenizer(), model=model, reading=reading, **sizes, **options)
 
     load.folder = tmp_path / "beside"
     return load

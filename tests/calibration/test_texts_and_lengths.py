@@ -386,19 +386,8 @@ def test_evaluation_and_a_second_model_are_in_the_estimate(monkeypatch):
 
 
 def test_eval_with_speed_counts_both_models(capsys, folder, text):
-    words = [
-        "eval",
-        folder,
-        "--compare",
-        folder,
-        "--speed",
-        "--set",
-        "speed.prompt_tokens=16",
-        "--set",
-        "speed.new_tokens=4",
-        "--text",
-        text,
-    ]
+    words = ["eval", folder, "--compare", folder, "--speed", "--text", text]
+    words += ["--set", "speed.prompt_tokens=16", "--set", "speed.new_tokens=4"]
     message = fails(capsys, *words, "--max-memory", "10MB")
     assert "timing holds 2 models at once, which takes" in message
 

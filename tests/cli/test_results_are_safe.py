@@ -92,7 +92,7 @@ def held(out: Path) -> AbstractContextManager[int]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_second_of_two_runs_stops_at_once(capsys, tmp_path, commands, name, monkeypatch):
-    for module, long in (*LOADING, ("prunus.cli.profile", "profile_model")):
+    for module, long in (*LOADING, ("prunus.evaluation.profiling", "profile")):
         monkeypatch.setattr(importlib.import_module(module), long, killed)
     out = tmp_path / "out"
     with held(out) as child:
@@ -280,7 +280,7 @@ def test_a_card_that_cannot_be_read_is_refused_before_long_work(capsys, tmp_path
         (out / "README.md").write_bytes(card)
     else:
         (out / "prunus" / "metrics.json").write_text("{")
-    monkeypatch.setattr(importlib.import_module("prunus.cli.evaluate"), "evaluate_model", killed)
+    monkeypatch.setattr(importlib.import_module("prunus.evaluation.evaluate"), "evaluate", killed)
     message = fails(capsys, "eval", out, "--update-card")
     assert "cannot be read" in message or "is not JSON" in message
     assert message.count("\n") == 1 or card == b"---\nlicense: [unclosed\n---\n# Card\n"
@@ -291,7 +291,7 @@ def test_figures_are_shown_where_they_cannot_be_kept(capsys, tmp_path, pruned, t
         raise OSError("No space left on device")
 
     out = shutil.copytree(pruned, tmp_path / "out")
-    monkeypatch.setattr(sys.modules["prunus.cli.evaluate"], "add_evaluation", full)
+    monkeypatch.setattr(importlib.import_module("prunus.results.result_folder"), "add_evaluation", full)
     words = ["eval", out, "--text", text, "--windows", "1", "--seq-len", "16", "--update-card", "--json"]
     assert main([str(word) for word in words]) == 1
     said = capsys.readouterr()

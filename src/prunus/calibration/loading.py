@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +51,6 @@ def load_calibration(
     seed: int = 0,
     reading: Reading | None = None,
     model: PreTrainedModel | None = None,
-    keep: Path | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Make `samples` sequences of `seq_len` tokens from a source of text.
@@ -71,9 +69,8 @@ def load_calibration(
         samples: number of sequences.
         seq_len: tokens in each.
         seed: of the shuffling, and of the sampling for `self`.
-        reading: which column is text or conversations, and what a sequence begins with.
+        reading: which column is text or conversations, what a sequence begins with, and where text for `self` is kept.
         model: needed only for `self`.
-        keep: folder in which what the model writes is kept, and found again.
         progress: show a bar on a terminal where it takes long (`self`).
 
     Raises:
@@ -86,7 +83,7 @@ def load_calibration(
     sources = read_sources(DEFAULT_SOURCE if source is None else source)
     how: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "reading": reading or Reading(), "model": model}
     each = zip(sources, sequences_of(sources, samples), strict=True)
-    return mixed([_loaded(one.name, tokenizer, number, **how, keep=keep, progress=progress) for one, number in each])
+    return mixed([_loaded(one.name, tokenizer, number, **how, progress=progress) for one, number in each])
 
 
 def _loaded(
@@ -98,7 +95,6 @@ def _loaded(
     seed: int,
     reading: Reading,
     model: PreTrainedModel | None,
-    keep: Path | None,
     progress: bool,
 ) -> Calibration:
     """The sequences of one source."""
@@ -113,7 +109,7 @@ def _loaded(
     path, begin = expanded(name), begin_token_of(tokenizer) if reading.begin_token else None
     which: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "seed": seed, "begin": begin}
     wanted = Wanted(
-        name, path, column, tokenizer, **which, fewer=reading.fewer, model=model, keep=keep, progress=progress
+        name, path, column, tokenizer, **which, fewer=reading.fewer, model=model, keep=reading.keep, progress=progress
     )
     try:
         packed = READERS[kind](wanted)

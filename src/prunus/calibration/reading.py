@@ -23,7 +23,7 @@ __all__ = ["READERS", "Reading", "Wanted", "shuffled"]
 
 @dataclass(frozen=True)
 class Reading:
-    """What of a source is text, and how much of it there must be.
+    """What of a source is text, how much of it there must be, and where what is written for it is kept.
 
     Attributes:
         text_column: column with the text in JSON lines, parquet, and data sets given by owner and name.
@@ -32,12 +32,14 @@ class Reading:
             `prunus.calibration.columns`.
         begin_token: where the tokenizer puts a token before every text (Llama 3, Gemma), begin each sequence with it.
         fewer: do with as many sequences as the source has, where it has fewer than asked for.
+        keep: folder in which text that the model writes is kept, and found again.
     """
 
     text_column: str = "text"
     chat_column: str | None = None
     begin_token: bool = True
     fewer: bool = False
+    keep: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class _Text:
     """
 
     text: str | None = None
-    samples: int | None = None
+    samples: Annotated[int | None, UNLISTED] = None
     seq_len: int | None = None
     seed: int | None = None
     chat_column: Annotated[str | None, UNLISTED] = None

@@ -99,9 +99,8 @@ def _draw(
         tokenizer,
         seq_len=options.length(model.config),
         seed=options.seed,
-        reading=Reading(options.text_column, options.chat_column, options.begin_token),
+        reading=Reading(options.text_column, options.chat_column, options.begin_token, keep=keep),
         model=model,
-        keep=keep,
         progress=progress,
     )
     if not held_out:
