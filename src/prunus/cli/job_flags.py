@@ -61,7 +61,7 @@ class _Recipe:
     method: str | None = None
     rounds: Annotated[int | None, UNLISTED] = None
     shape: str | None = None
-    align: str | None = None
+    align: Annotated[str | None, UNLISTED] = None
     target: Annotated[str | None, UNLISTED] = None
 
 
