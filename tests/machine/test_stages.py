@@ -29,13 +29,15 @@ def test_a_line_per_stage_with_its_share(capsys):
 
 def test_time_left_at_the_pace_so_far(capsys, monkeypatch):
     """Loading was to take 10 s and took 20: of 100 s that are ahead 200 are left."""
-    job = Stages({"loading": 10.0, "scoring": 60.0, "saving": 40.0})
-    with job.enter("loading"):
-        pass
-    job.costs["loading"].seconds = 20.0
-    with job.enter("scoring"):
-        pass
-    assert capsys.readouterr().err.splitlines() == ["1 of 3: loading, 2 min left", "2 of 3: scoring, 3 min left"]
+    for loading, left in ((10.0, "3 min"), (5.0, "2 min")):  # 5 of 105 s are too little to tell
+        job = Stages({"loading": loading, "scoring": 60.0, "saving": 40.0})
+        with job.enter("loading"):
+            pass
+        job.costs["loading"].seconds = 2 * loading
+        with job.enter("scoring"):
+            pass
+        said = ["1 of 3: loading, 2 min left", f"2 of 3: scoring, {left} left"]
+        assert capsys.readouterr().err.splitlines() == said
 
 
 def test_without_progress_nothing_is_said(capsys):

@@ -27,6 +27,8 @@ __all__ = ["Stages", "show_seconds"]
 
 #: seconds between two lines where there are no bars
 BETWEEN_LINES = 60.0
+#: share of a job that has to be over before its pace tells anything of the rest: reading files does not
+TELLING = 0.05
 
 
 class Stages:
@@ -82,9 +84,11 @@ class Stages:
         ahead = [self._expected[each] for each in names[names.index(name) :]]
         if None in ahead:
             return None
+        left = sum(seconds or 0.0 for seconds in ahead)
         expected = sum(self._expected[each] or 0.0 for each in self.costs)
-        spent = sum(cost.seconds for cost in self.costs.values())
-        return sum(seconds or 0.0 for seconds in ahead) * (spent / expected if expected else 1.0)
+        if expected < TELLING * (expected + left):
+            return left
+        return left * sum(cost.seconds for cost in self.costs.values()) / expected
 
     @contextmanager
     def _told_every_minute(self, name: str) -> Iterator[None]:
