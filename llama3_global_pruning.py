@@ -26,7 +26,7 @@ from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.cli.terminal import quiet_transformers, quoted_command, run_command, say
 from prunus.errors import CalibrationError
 from prunus.model.geometry import Geometry
-from prunus.pipeline.job import Job
+from prunus.pipeline.job import Job, OutputOptions
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.prune import prune_job
 from prunus.pipeline.recipe import Recipe
@@ -129,6 +129,7 @@ def _prune(options: argparse.Namespace, command: str) -> None:
         ),
         EvaluationOptions(text=options.eval_text),
         ModelOptions(device=options.device, dtype=options.dtype, batch_size=options.batch_size),
+        OutputOptions(save_dtype=options.dtype),
     )
     metrics = prune_job(job, out, overwrite=options.overwrite, command=command)
     before, after = metrics["parameters_before"], metrics["parameters_after"]

@@ -18,6 +18,7 @@ from prunus.model.families import Block, Projection, Stack
 from prunus.model.geometry import SPACE_AXIS, Geometry
 from prunus.model.layers import Fetched, LayerState, StoredLayers, layers_of, outside_layers
 from prunus.model.live import live_model
+from prunus.model.saved_dtype import rounded, save_in_, saved_dtype
 from prunus.model.whole import attach_whole_, whole_of
 from prunus.selection.plan import KeptGroups, Plan
 
@@ -34,7 +35,8 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     Returns:
         A new, smaller model with its own weights (of an opened model: an opened one, whose layers are cut whenever they
         are read): the family's stock class if every layer keeps the same widths, else
-        the class of ragged models that prunus ships with the checkpoint. Dtype, device and generation config are kept.
+        the class of ragged models that prunus ships with the checkpoint. Dtype, device and generation config are kept,
+        and its weights are rounded to the dtype that the model will be saved in (see `prunus.model.saved_dtype`).
 
     Raises:
         PlanError: the plan was made for a model of another shape.
@@ -49,18 +51,21 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     config = pruned_config(
         config_as_weighted(model), [plan.layers[i].widths for i in survivors], layer_indices=survivors
     )
-    layers = layers_of(model)
+    layers, saved = layers_of(model), saved_dtype(model)
     with torch.no_grad():
         smaller = empty_model(config, dtype=model.dtype)
+        if saved != model.dtype:
+            save_in_(smaller, saved)
         tensors = outside_layers(model) if layers.stored else model.state_dict()
         untouched = {id(tensor) for tensor in tensors.values()}
         cut = {
-            name: tensor.clone() if id(tensor) in untouched else tensor
+            name: rounded(tensor.clone() if id(tensor) in untouched else tensor, saved)
             for name, tensor in cut_tensors(tensors.items(), geometry, plan)
         }
         smaller.load_state_dict(cut, strict=not layers.stored, assign=True)
         if isinstance(layers, StoredLayers):
-            attach_layers_(smaller, _cut_reader(layers, geometry, plan), layers.device, layers.scratch, layers.verify)
+            reader = _cut_reader(layers, geometry, plan, saved)
+            attach_layers_(smaller, reader, layers.device, layers.scratch, layers.verify)
         smaller.tie_weights()
         if not layers.stored:
             smaller.to(model.device)
@@ -71,7 +76,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     return smaller
 
 
-def _cut_reader(layers: StoredLayers, geometry: Geometry, plan: Plan) -> Callable[[int], Fetched]:
+def _cut_reader(layers: StoredLayers, geometry: Geometry, plan: Plan, saved: torch.dtype) -> Callable[[int], Fetched]:
     """What fetches a layer of an opened model and then cuts it."""
 
     def fetch(new_index: int) -> Fetched:
@@ -83,7 +88,7 @@ def _cut_reader(layers: StoredLayers, geometry: Geometry, plan: Plan) -> Callabl
                 (name, _cut_layer_tensor(name, tensor, geometry, layer_idx, plan.layers[layer_idx]))
                 for name, tensor in whole.finish(state).items()
             )
-            return {name: tensor for name, tensor in cut if tensor is not None}
+            return {name: rounded(tensor, saved) for name, tensor in cut if tensor is not None}
 
         return Fetched(whole.state, finish)
 

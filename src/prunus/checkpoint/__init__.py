@@ -1,6 +1,7 @@
 """Reading and writing model folders, and the classes of models whose layers differ in width."""
 
 from prunus.checkpoint.architecture import config_as_weighted, empty_model, is_ragged, pruned_config, register
+from prunus.checkpoint.held_dtype import dtype_to_save, fast_dtype, held_dtype
 from prunus.checkpoint.load import check_finite, check_folder, load_model, locate, read_config, whole_around
 from prunus.checkpoint.open import open_model
 from prunus.checkpoint.save import check_whole, model_bytes, save_checkpoint
@@ -13,7 +14,10 @@ __all__ = [
     "check_folder",
     "check_whole",
     "config_as_weighted",
+    "dtype_to_save",
     "empty_model",
+    "fast_dtype",
+    "held_dtype",
     "is_ragged",
     "load_model",
     "locate",

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunus.checkpoint.agreement import check_no_adapter, check_numbers, check_tensors, has_own_head, warn_of_unused
 from prunus.checkpoint.architecture import config_as_weighted
+from prunus.checkpoint.held_dtype import held_dtype
 from prunus.checkpoint.hub import HUB_FILES, check_repository, hub_id
 from prunus.checkpoint.kind import check_kind
 from prunus.checkpoint.multimodal import LanguageWeights, language_fields
@@ -29,6 +30,7 @@ from prunus.files.links import check_inside, check_links
 from prunus.files.user_path import expanded
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of, multimodal_of
+from prunus.model.saved_dtype import save_in_
 from prunus.model.whole import Whole
 
 __all__ = ["check_finite", "check_folder", "load_model", "locate", "read_config", "whole_around"]
@@ -43,7 +45,7 @@ ATTENTIONS = ("eager", "sdpa")
 
 
 def load_model(
-    source: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    source: str | os.PathLike[str], *, dtype: str | torch.dtype | None = "auto", device: str | torch.device = "cpu"
 ) -> tuple[Any, Any]:
     """Load a causal language model that prunus can cut, with its tokenizer.
 
@@ -51,7 +53,9 @@ def load_model(
 
     Args:
         source: a model folder, the id of a model on the Hugging Face Hub, or `smollm2-135m`.
-        dtype: `auto` keeps the checkpoint's dtype.
+        dtype: that the weights are held and computed with. `auto` is the checkpoint's own, or float32 where half
+            precision is slow (see `prunus.machine.compute_dtype`), and `save_checkpoint` saves in the checkpoint's own
+            all the same. None is the checkpoint's own in any case.
         device: where the weights go; `auto` is the first of cuda, mps, cpu.
 
     Returns:
@@ -65,18 +69,20 @@ def load_model(
     """
     from prunus.checkpoint.open import open_model, read_layers_  # which imports this module
 
-    torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
+    torch_device = resolve_device(device)
+    resolve_dtype("auto" if dtype is None else dtype)  # before a model is fetched
     folder = locate(source)
     config, weights = check_folder(folder)
     tokenizer = read_tokenizer(folder)
     if weights.whole is not None:
         # transformers has no class that reads a language model from there.
         return read_layers_(open_model(folder, dtype=dtype, device=device)[0]), tokenizer
+    stored, held = config.dtype, held_dtype(config, dtype, torch_device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=torch_dtype,
+            dtype=held,
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,
@@ -91,6 +97,8 @@ def load_model(
     warn_of_unused(folder, report["unexpected_keys"])
     model.config = config_as_weighted(model)
     check_finite(model)
+    if dtype == "auto" and held != stored:
+        save_in_(model, stored)
     return model.to(torch_device).eval(), tokenizer
 
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from prunus.checkpoint.agreement import unused_tensors, warn_of_unused
 from prunus.checkpoint.architecture import empty_model
 from prunus.checkpoint.conversion import Conversion
+from prunus.checkpoint.held_dtype import held_dtype
 from prunus.checkpoint.load import check_finite_tensor, check_folder, locate, read_tokenizer
 from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError
@@ -22,6 +23,7 @@ from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of
 from prunus.model.geometry import submodule
 from prunus.model.layers import ATTRIBUTE, Fetched, LayerState, StoredLayers, layers_of, move_present_, outside_layers
+from prunus.model.saved_dtype import save_in_
 from prunus.model.whole import attach_whole_
 
 __all__ = ["attach_layers_", "open_model", "read_layers_"]
@@ -30,7 +32,7 @@ __all__ = ["attach_layers_", "open_model", "read_layers_"]
 def open_model(
     source: str | os.PathLike[str],
     *,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | None = "auto",
     device: str | torch.device = "cpu",
     scratch: Path | None = None,
 ) -> tuple[Any, Any]:
@@ -41,7 +43,7 @@ def open_model(
 
     Args:
         source: a model folder, the id of a model on the Hugging Face Hub, or `smollm2-135m`.
-        dtype: `auto` keeps the checkpoint's dtype.
+        dtype: see `prunus.load_model`; a layer is converted when it is held.
         device: where embeddings, final norm, head and the layer at work go.
         scratch: folder for layers that are changed, see `StoredLayers`.
 
@@ -55,13 +57,15 @@ def open_model(
         UnsupportedModelError: the family is not described, or the weights are quantised, GGUF or pickles.
         NonFiniteError: a weight is NaN or infinite; of a layer, when it is first read.
     """
-    torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
+    torch_device = resolve_device(device)
+    resolve_dtype("auto" if dtype is None else dtype)  # before a model is fetched
     folder = locate(source)
     config, weights = check_folder(folder)
     tokenizer = read_tokenizer(folder)
-    if torch_dtype == "auto":
-        torch_dtype = config.dtype
-    model = empty_model(config, torch_dtype)
+    stored, held = config.dtype, held_dtype(config, dtype, torch_device)
+    model = empty_model(config, held)
+    if dtype == "auto" and held != stored:
+        save_in_(model, stored)
     _read_generation_config_(model, folder)
     conversion = Conversion(model, weights)
     stored_as = _names_in_folder(model, weights, conversion)

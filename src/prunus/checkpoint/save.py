@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from torch import Tensor
@@ -23,9 +24,11 @@ from prunus.errors import CheckpointError
 from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import check_disk, output_folder, place_of
 from prunus.files.tensor_file import TensorLayout, write_tensors
+from prunus.machine.placement import dtype_name
 from prunus.model.families import FAMILIES, PRUNED_PREFIX, family_of
 from prunus.model.layers import layers_of, outside_layers
 from prunus.model.live import live_model
+from prunus.model.saved_dtype import saved_dtype
 from prunus.model.whole import Whole, whole_of
 
 __all__ = ["check_whole", "model_bytes", "save_checkpoint"]
@@ -36,7 +39,7 @@ LOCAL_FIELDS = ("_name_or_path", "name_or_path", "_commit_hash", "tokenizer_file
 
 def model_bytes(model: Any) -> int:
     """Bytes that the weights of a model take in a checkpoint, tied ones counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return sum(map(torch.Tensor.numel, model.parameters())) * saved_dtype(model).itemsize
 
 
 def save_checkpoint(
@@ -51,8 +54,9 @@ def save_checkpoint(
 ) -> Path:
     """Write a complete model folder, or nothing.
 
-    Weights are safetensors in the model's dtype, tied ones stored once. A model whose layers differ in width brings the
-    files that define it, so that the folder loads without prunus (`trust_remote_code=True`).
+    Weights are safetensors in the dtype that the model will be saved in (see `prunus.model.saved_dtype`; as a rule its
+    own), tied ones stored once. A model whose layers differ in width brings the files that define it, so that the
+    folder loads without prunus (`trust_remote_code=True`).
 
     Args:
         model: a transformers causal language model.
@@ -74,7 +78,7 @@ def save_checkpoint(
     try:
         with output_folder(out, overwrite=overwrite) as folder:
             whole = whole_of(model)
-            around = whole.parameters * model.dtype.itemsize if whole else 0
+            around = whole.parameters * saved_dtype(model).itemsize if whole else 0
             check_disk(out, model_bytes(model) + around + sum(map(len, extras.values())))
             _write_files(folder, model, tokenizer, card, extras, max_shard_size)
             layers_of(model).verify()
@@ -108,15 +112,18 @@ def _save_model(folder: Path, model: Any, max_shard_size: int | str) -> None:
         # Published models have settings that transformers loads with a warning but refuses to save (a temperature
         # without do_sample). They are the base model's, and no reason to lose the work: written as they are.
         model.generation_config = GenerationConfig()
-    stored = layers_of(model).stored
+    converted = saved_dtype(model) != model.dtype
     model.config = config_as_weighted(model)
     try:
         if (whole := whole_of(model)) is not None:
             _save_whole(folder, model, whole, max_shard_size)
-        elif stored:
+        elif layers_of(model).stored or converted:
             # What is not weights; those follow, layer by layer.
             model.save_pretrained(folder, state_dict={})
             _stream_weights(folder, model, max_shard_size)
+            if converted:
+                path = folder / "config.json"
+                _write_json(path, {**read_json(path), "dtype": dtype_name(saved_dtype(model))})
         else:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
     finally:
@@ -147,7 +154,7 @@ def check_whole(model: Any) -> None:
 def _parts(model: Any, whole: Whole) -> tuple[Any, dict[str, Tensor]]:
     """The multimodal model around a language model, without weights, and the tensors that are not the latter's."""
     around = tensors_around(whole)
-    empty = empty_whole(whole, model.config, model.dtype)
+    empty = empty_whole(whole, model.config, saved_dtype(model))
     expected = {name for name in empty.state_dict() if name != "lm_head.weight" or not model.config.tie_word_embeddings}
     written = {*around, *(whole_name(whole, name) for name in _names(model))}
     if other := sorted(expected ^ written):
@@ -156,9 +163,7 @@ def _parts(model: Any, whole: Whole) -> tuple[Any, dict[str, Tensor]]:
             f"missing, or have no place in it, first {other[0]!r}. Save the language model alone (`output.text_only`)"
         )
     # In the dtype of the language model, should that be another one than the folder's.
-    return empty, {
-        name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in around.items()
-    }
+    return empty, _converted(around, saved_dtype(model))
 
 
 def _names(model: Any) -> list[str]:
@@ -174,7 +179,7 @@ def _stream_weights(
     around: Mapping[str, Tensor] = types.MappingProxyType({}),
     renamed: Callable[[str], str] = str,
 ) -> None:
-    """Write the weights of a model with one decoder layer of an opened one in memory at a time.
+    """Write the weights of a model as they are saved, with one decoder layer of an opened one in memory at a time.
 
     Args:
         folder: where.
@@ -183,15 +188,16 @@ def _stream_weights(
         around: tensors that are written with it, see `tensors_around`.
         renamed: the name of a tensor of the model in the files.
     """
-    layers, prefix = layers_of(model), family_of(model.config).layers
+    layers, prefix, dtype = layers_of(model), family_of(model.config).layers, saved_dtype(model)
     state_dict = model.state_dict()
-    tensors = as_stored(model, {name: state_dict[name] for name in _names(model)})
+    empty = {name: torch.empty_like(state_dict[name], device="meta") for name in _names(model)}
+    tensors = as_stored(model, _converted(empty, dtype))
     inner = {renamed(name): name for name in tensors}
     whole = {**around, **{name: tensors[inside] for name, inside in inner.items()}}
     split = split_torch_state_dict_into_shards(whole, max_shard_size=max_shard_size)
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        outside = as_stored(model, outside_layers(model))
+        outside = as_stored(model, _converted(outside_layers(model), dtype))
         held, state = -1, {}
         for stored in wanted:
             name = inner.get(stored, stored)
@@ -203,7 +209,7 @@ def _stream_weights(
                 held = int(number)
                 with layers.hold(held, then=held + 1) as layer:
                     held_state = {f"{prefix}.{held}.{inside}": tensor for inside, tensor in layer.state_dict().items()}
-                    state = as_stored(model, held_state)
+                    state = as_stored(model, _converted(held_state, dtype))
             yield stored, state[name]
 
     for file_name, wanted in split.filename_to_tensors.items():
@@ -212,6 +218,11 @@ def _stream_weights(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors with their numbers in a dtype; what are no floating-point numbers stays."""
+    return {n: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor for n, tensor in tensors.items()}
 
 
 def _keep_experts_readable(path: Path) -> None:

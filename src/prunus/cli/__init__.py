@@ -12,6 +12,7 @@ from prunus.cli.terminal import quiet_transformers, run_command, show_error
 from prunus.cli.usage import flags_of, shown_default, usage_message
 from prunus.cli.values import WrongUsage, check_values
 from prunus.errors import OptionError
+from prunus.machine.threads import share_cores
 from prunus.option_values import check_utf8
 from prunus.version import __version__
 
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 success, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    share_cores()
 
     def work() -> object:
         for word in words:

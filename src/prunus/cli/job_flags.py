@@ -24,6 +24,7 @@ KEYS = {
     "seq_len": "calibration.seq_len",
     "seed": "calibration.seed",
     "chat_column": "calibration.chat_column",
+    "batch_size": "run.batch_size",
     "eval_text": "evaluation.text",
     "fit": "fit.size",
     "fit_memory": "fit.memory",
@@ -93,6 +94,7 @@ class _Calibration:
         seq_len: tokens per sequence.
         seed: decides which sequences are drawn, and everything else that is random.
         chat_column: column that holds conversations in place of text.
+        batch_size: sequences per pass; auto is the fastest number that fits.
     """
 
     calibration: Annotated[tuple[str, ...], Parameter(negative="")] = ()
@@ -100,6 +102,7 @@ class _Calibration:
     seq_len: int | None = None
     seed: Annotated[int | None, UNLISTED] = None
     chat_column: Annotated[str | None, UNLISTED] = None
+    batch_size: Annotated[str | None, UNLISTED] = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ class _Device:
         device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
         max_memory: memory that may be used, e.g. 8GB. Jobs estimated to exceed it are rejected, naming the smallest
             sufficient limit.
-        dtype: auto keeps the checkpoint's own; else float32, bfloat16 or float16. The result is saved in it.
+        dtype: float32, bfloat16 or float16, to compute in; auto is the checkpoint's own, or float32 where half
+            precision is slow.
         revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
     """
 

@@ -40,6 +40,7 @@ def prune(
     evaluation: EvaluationFlags = NO_EVALUATION,
     device: DeviceFlags = NO_DEVICE,
     text_only: Flag = False,
+    save_dtype: str | None = None,
     overwrite: Flag = False,
     dry_run: Flag = False,
     json: Flag = False,
@@ -55,6 +56,7 @@ def prune(
             multimodal model, a share of its language model's parameters.
         experts: share of the experts to remove from each layer of a mixture of experts, e.g. 0.5, in place of --ratio.
         text_only: of a multimodal model, save the language model by itself.
+        save_dtype: float32, bfloat16 or float16, to save the result in; the checkpoint's own by default.
         overwrite: replace an earlier result in the folder.
         dry_run: say what would be removed, and what memory, disk and time it would take; nothing is written.
         json: print the metrics as JSON.
@@ -71,8 +73,7 @@ def prune(
         raise OptionError("`ratio` and `fit` both say how much to remove; give one of them")
     direct = {"model": model, "ratio": ratio, "experts": experts, **size}
     direct |= given(recipe, calibration, evaluation, device)
-    if text_only:
-        direct["output.text_only"] = True
+    direct |= {"output.text_only": text_only or None, "output.save_dtype": save_dtype}
     job = read_job(recipe.recipe, recipe.set, direct)
     if ratio is not None:
         job = replace(job, fit=FitOptions())  # that of the recipe's file

@@ -188,7 +188,7 @@ class _Asked:
 def _figures(
     name: str, asked: _Asked, options: EvalOptions, model_options: ModelOptions, progress: bool
 ) -> ModelFigures:
-    size = model_options.batch_size
+    size = model_options.sequences_per_pass
     window = size * asked.longest
     tokens = max([windows.ids.numel() for windows in asked.windows.values()] + [window])
     workload = Workload(evaluation_tokens=tokens, evaluation_window=window)

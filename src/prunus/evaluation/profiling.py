@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import transformers
 
-from prunus.checkpoint import empty_model, locate, pruned_config, read_config, resolve_device, resolve_dtype
+from prunus.checkpoint import empty_model, held_dtype, locate, pruned_config, read_config, resolve_device
 from prunus.checkpoint.random_weights import random_weights
 from prunus.errors import UnsupportedModelError
 from prunus.evaluation.greedy import greedy_run
@@ -73,8 +73,8 @@ def profile(
     folder = locate(model)
     config = read_config(folder)
     check_context(options, config, folder.name)
-    device, dtype = resolve_device(model_options.device), resolve_dtype(model_options.dtype)
-    held_in: torch.dtype = config.dtype if dtype == "auto" else dtype
+    device = resolve_device(model_options.device)
+    held_in = held_dtype(config, model_options.dtype, device)
     geometry = Geometry.of(empty_model(config, held_in))
     if geometry.family.mixture is not None:
         raise UnsupportedModelError(

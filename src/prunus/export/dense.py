@@ -66,7 +66,7 @@ def export_dense(
             )
         equal = fill_config(config, largest_widths(layer_widths_of(config)))
         check_export_memory(source, max_memory, model_bytes(empty_model(equal, config.dtype)))
-        model, tokenizer = load_model(folder)
+        model, tokenizer = load_model(folder, dtype=None)
         filled = fill_model(model)
         facts = {
             "source": Path(source).name,

@@ -104,7 +104,7 @@ def export_gguf(
         config = read_config(folder)
         candidates(config)  # before the weights are read
         check_export_memory(source, max_memory, _COPIES * 4 * config.vocab_size * config.hidden_size)
-        model, tokenizer = load_model(folder)
+        model, tokenizer = load_model(folder, dtype=None)
         config = model.config
         geometry = Geometry.of(model)
         rope = rope_of(config, geometry.head_dim)

@@ -8,9 +8,16 @@ import torch
 
 from prunus.errors import OptionError
 
-__all__ = ["DTYPES", "resolve_device", "resolve_dtype"]
+__all__ = ["DTYPES", "dtype_name", "resolve_device", "resolve_dtype"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: float64 is what some old checkpoints are in; nobody needs to be offered it
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+OFFERED = ("auto", "float32", "bfloat16", "float16")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -49,8 +56,12 @@ def _holds_numbers(device: torch.device) -> bool:
         return False
 
 
-def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | Literal["auto"]:
-    """The dtype a name stands for; `auto`, which is the checkpoint's own dtype, stays `auto`.
+def resolve_dtype(dtype: str | torch.dtype = "auto", option: str = "dtype") -> torch.dtype | Literal["auto"]:
+    """The dtype a name stands for; `auto`, which depends on the model, stays `auto`.
+
+    Args:
+        dtype: a dtype or its name.
+        option: whose value it is, for the message.
 
     Raises:
         OptionError: not one of auto, float32, bfloat16, float16.
@@ -62,4 +73,9 @@ def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | Literal["a
         return "auto"
     elif dtype in DTYPES:
         return DTYPES[dtype]
-    raise OptionError(f"`dtype` {dtype!r} cannot be used; choose one of auto, {', '.join(DTYPES)}")
+    raise OptionError(f"`{option}` {dtype!r} cannot be used; choose one of {', '.join(OFFERED)}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that `resolve_dtype` takes a dtype by."""
+    return str(dtype).removeprefix("torch.")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunus.checkpoint import empty_model, locate, pruned_config
+from prunus.checkpoint import dtype_to_save, empty_model, locate, pruned_config
 from prunus.files.outputs import check_output, claimed
+from prunus.machine.placement import dtype_name, resolve_dtype
 from prunus.model.geometry import Geometry
+from prunus.model.saved_dtype import save_in_, saved_dtype
 from prunus.model.whole import attach_whole_
 from prunus.pipeline.multimodal import whole_metrics
 from prunus.results.lineage import lineage_of
@@ -31,6 +34,7 @@ def apply_checkpoint(
     out: str | Path,
     *,
     model_options: ModelOptions | None = None,
+    save_dtype: str = "auto",
     text_only: bool = False,
     overwrite: bool = False,
     command: str | None = None,
@@ -41,7 +45,8 @@ def apply_checkpoint(
         model: a folder, a Hub id, or `smollm2-135m`.
         plan: which groups stay.
         out: folder for the result.
-        model_options: device and dtype.
+        model_options: device and dtype; nothing is computed, so that auto is the checkpoint's own dtype.
+        save_dtype: see `prunus.OutputOptions`.
         text_only: of a multimodal model, save the language model by itself.
         overwrite: replace an earlier result.
         command: what the user typed, for the model card.
@@ -50,8 +55,9 @@ def apply_checkpoint(
         The metrics, as they are written to prunus/metrics.json.
     """
     model_options = model_options or ModelOptions()
+    resolve_dtype(save_dtype, "save_dtype")
     model = model_options.named(model)
-    asked = "apply", model, plan.fingerprint, model_options, text_only, overwrite
+    asked = "apply", model, plan.fingerprint, model_options, save_dtype, text_only, overwrite
     with claimed(out, run=asked, command=command) as claim:
         if claim.finished:
             metrics = read_metrics(claim.path)
@@ -59,7 +65,11 @@ def apply_checkpoint(
             check_output(out, overwrite, model)
             lineage_of(locate(model))  # damaged records are refused before the weights are read
             _check_plan(model, plan)
+            stored = config_of(model).dtype
+            if model_options.dtype == "auto":
+                model_options = replace(model_options, dtype=dtype_name(stored))
             dense, tokenizer, _ = load_or_open(model, model_options, workload=Workload(cuts=True))
+            save_in_(dense, dtype_to_save(stored, dense.dtype, save_dtype))
             if text_only:
                 attach_whole_(dense, None)
             geometry = Geometry.of(dense)
@@ -76,6 +86,7 @@ def apply_checkpoint(
                 "parameters_after": smaller.num_parameters(),
                 **whole,
                 **active_parameters(geometry, plan),
+                "saved_dtype": dtype_name(saved_dtype(smaller)),
                 "plan": plan.fingerprint,
             }
             metrics = save_result(

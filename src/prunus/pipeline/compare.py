@@ -89,6 +89,7 @@ def compare(
     with claimed(out, run=asked, command=command) as claim:
         if not claim.finished:
             request = _request(job, recipes, ratios, out, seeds, overwrite)
+            job = request.job
             recipes = dict(zip(recipes, request.recipes, strict=True))
             stages = begun(request, progress)
             inputs = open_inputs(request, stages)
@@ -99,6 +100,8 @@ def compare(
                 "model": model_name(job.model),
                 "command": command,
                 "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
+                "compute_dtype": job.run.dtype,
+                "saved_dtype": job.output.save_dtype,
                 "recipes": {name: _plain(recipe) for name, recipe in recipes.items()},
             }
             with output_folder(out, overwrite=overwrite) as place:
@@ -168,7 +171,7 @@ def _compare_with(
 ) -> None:
     """All rows of one drawing of the calibration sequences."""
     stages = record.stages
-    passes = Passes(job.run.batch_size, inputs.engine, stages=stages)
+    passes = Passes(job.run.sequences_per_pass, inputs.engine, stages=stages)
     record.add(inputs, inputs.model, [_Row(DENSE, 0.0, seed)])
     ways = [recipe.scoring for recipe in recipes.values()]
     with stages.enter(scoring(1, 1)):
@@ -251,7 +254,7 @@ def _cut_together(
                 cuts.append(done)
                 costs.append(cost)
         if repair is not None and text is not None:
-            batches = list(text.batches(job.run.batch_size))
+            batches = list(text.batches(job.run.sequences_per_pass))
             with record.stages.enter(f"{len(cuts)} repairs"), metered(dense.device) as shared:
                 draws = repair_seed(inputs.calibration, alike[0].recipe)
                 repaired = repair_together_(cuts, dense, batches, repair, seed=draws, progress=record.stages.progress)

@@ -162,7 +162,9 @@ def forecast(request: Request) -> Forecast:
         memory_bytes=request.holding.needed.of(request.engine),
         free_bytes=request.holding.limit or request.holding.free,
         disk_bytes=_disk(request),
-        stages=_Timetable(request, Probe(request.empty, request.device, job.run.batch_size, request.engine)).stages(),
+        stages=_Timetable(
+            request, Probe(request.empty, request.device, job.run.sequences_per_pass, request.engine)
+        ).stages(),
     )
 
 

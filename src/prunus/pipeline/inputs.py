@@ -22,6 +22,7 @@ from prunus.evaluation.perplexity import (
 from prunus.evaluation.zero_shot import EncodedTask, encode_task, zero_shot_of
 from prunus.machine.stages import Stages
 from prunus.model.geometry import Geometry
+from prunus.model.saved_dtype import save_in_, saved_dtype
 from prunus.model.tokens import check_tokens
 from prunus.model.whole import attach_whole_
 from prunus.pipeline.options import DEFAULT_CALIBRATION_LEN, CalibrationOptions, EvaluationOptions
@@ -224,6 +225,7 @@ def _opened(request: Request, progress: bool) -> Inputs:
     job = request.job
     run = replace(job.run, engine=request.engine, max_memory=None)
     dense, tokenizer, engine = load_or_open(job.model, run, scratch=request.work, progress=progress)
+    save_in_(dense, saved_dtype(request.empty))
     if job.output.text_only:
         attach_whole_(dense, None)
     name, windows = f"held-out calibration sequences ({job.calibration.name})", None

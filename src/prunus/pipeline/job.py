@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from prunus.errors import OptionError
+from prunus.machine.placement import resolve_dtype
 from prunus.model.geometry import Geometry
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
@@ -25,14 +26,20 @@ class OutputOptions:
 
     Attributes:
         report: write report.html, with what both models make of a few prompts.
+        save_dtype: float32, bfloat16 or float16, to save the result in; auto is the checkpoint's own, or the dtype that
+            the run computes in if that has fewer bytes.
         work: folder from which an interrupted run resumes when the same command is given again; by default OUT.work,
             with the streamed engine only. Removed at the end.
         text_only: of a multimodal model, save the language model by itself.
     """
 
     report: bool = True
+    save_dtype: str = "auto"
     work: str | None = None
     text_only: bool = False
+
+    def __post_init__(self) -> None:
+        resolve_dtype(self.save_dtype, "save_dtype")
 
 
 @dataclass(frozen=True)

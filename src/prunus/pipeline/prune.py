@@ -162,7 +162,7 @@ def _made(
     pruning = [*([WRITING] if request.workload.writes_text else []), *stages_of(job.recipe, job.ratio)]
     stages = begun(request, progress)
     inputs = open_inputs(request, stages)
-    passes = Passes(job.run.batch_size, inputs.engine, folder.used_by(inputs.engine), stages)
+    passes = Passes(job.run.sequences_per_pass, inputs.engine, folder.used_by(inputs.engine), stages)
     scored = first_scores(inputs.model, inputs.calibration, job.ratio, job.recipe, passes)
     result = cut(inputs.model, job.ratio, scored, job.recipe, passes, inputs.calibration)
     with stages.enter(MEASURING):
@@ -179,6 +179,7 @@ def _made(
         "achieved_ratio": result.achieved_ratio,
         **({"fit": asdict(asked.fit)} if asked.fit else {}),
         **measured,
+        "saved_dtype": job.output.save_dtype,
         "plan": result.plan.fingerprint,
         "repair": asdict(job.recipe.repair) if job.recipe.repair else None,
         **_costs(stages, pruning),
@@ -197,7 +198,8 @@ def _made(
             inputs.source,
             overwrite,
             recipe=job_text(
-                replace(asked, run=replace(job.run, engine=inputs.engine)), _made_by(result, inputs.calibration)
+                replace(asked, run=replace(job.run, engine=inputs.engine), output=job.output),
+                _made_by(result, inputs.calibration),
             ),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,21 @@ import torch
 
 from prunus.checkpoint import (
     check_whole,
+    dtype_to_save,
     empty_model,
+    held_dtype,
     locate,
     model_bytes,
     resolve_device,
-    resolve_dtype,
     whole_around,
 )
 from prunus.errors import OptionError
 from prunus.evaluation.perplexity import read_text
 from prunus.evaluation.zero_shot import Task, load_tasks
 from prunus.files.outputs import check_disk, check_output, place_of
+from prunus.machine.placement import dtype_name
 from prunus.model.geometry import Geometry
+from prunus.model.saved_dtype import save_in_, saved_dtype
 from prunus.model.whole import attach_whole_
 from prunus.option_values import check_utf8
 from prunus.pipeline.job import Job
@@ -33,7 +36,7 @@ from prunus.results.lineage import lineage_of
 from prunus.scoring.adaptive import check_enough
 from prunus.selection.select import check_reachable
 from prunus.sweep import Engine
-from prunus.sweep.engine import Holding, config_of, holding_of
+from prunus.sweep.engine import Holding, config_of, holding_of, settled
 from prunus.sweep.estimate import Workload, estimate
 
 __all__ = ["Request", "check_request", "check_score_request"]
@@ -44,7 +47,8 @@ class Request:
     """A job on a model that is known by its shape.
 
     Attributes:
-        job: model, texts, and where it runs; a size to fit has become a ratio of bytes.
+        job: model, texts, and where it runs; a size to fit has become a ratio of bytes, and dtypes and batch size are
+            decided.
         recipes: how to prune; for scores alone, how to score.
         ratios: shares to remove by each recipe; none for scores alone.
         empty: the model without weights, in the dtype that it will be held in.
@@ -137,7 +141,6 @@ def check_request(
         frozenset[str]().union(*(recipe.scoring.needs for recipe in recipes)),
         sequences=calibration.samples if calibrate else 0,
         seq_len=seq_len,
-        batch_size=job.run.batch_size,
         repairs=any(recipe.repair is not None for recipe in recipes),
         writes_text=calibration.writes_text and (calibrate or bool(evaluation.held_out and not text)),
         cuts=True,
@@ -145,9 +148,10 @@ def check_request(
         evaluation_window=evaluation.window(text, seq_len, config),
         inputs_on_disk=work is not None,
     )
-    empty, geometry, holding = _held(job, config, workload)
+    job, workload, empty, holding = _held(job, config, workload)
+    geometry = Geometry.of(empty)
     if job.fit:
-        job = job.fitted(geometry, str(empty.dtype).removeprefix("torch."))
+        job = job.fitted(geometry, job.output.save_dtype)
         asked, recipes = [job.ratio], [job.recipe]
     if not job.output.text_only:
         attach_whole_(empty, whole_around(locate(job.model)))
@@ -173,15 +177,19 @@ def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwri
     config = config_of(job.model)
     seq_len = job.calibration.length(config)
     writes_text = job.calibration.writes_text and sequences > 0
-    workload = Workload(scoring.needs, sequences, seq_len, job.run.batch_size, writes_text=writes_text)
-    empty, geometry, holding = _held(job, config, workload)
+    workload = Workload(scoring.needs, sequences, seq_len, writes_text=writes_text)
+    job, workload, empty, holding = _held(job, config, workload)
+    geometry = Geometry.of(empty)
     beside = place_of(out).parent
     return Request(job, [job.recipe], [], empty, geometry, seq_len, None, 0, (), workload, holding, work, False, beside)
 
 
-def _held(job: Job, config: Any, workload: Workload) -> tuple[Any, Geometry, Holding]:
-    """The model without weights, its shape, and how it will be held."""
-    dtype = resolve_dtype(job.run.dtype)
-    empty = empty_model(config, config.dtype if dtype == "auto" else dtype)
-    needed = estimate(empty, empty.dtype, workload, resolve_device(job.run.device))
-    return empty, Geometry.of(empty), holding_of(needed, job.run)
+def _held(job: Job, config: Any, workload: Workload) -> tuple[Job, Workload, Any, Holding]:
+    """The job and its workload with dtypes and batch size decided, the model without weights, and how it is held."""
+    run = settled(config, job.run, workload)
+    workload, stored = replace(workload, batch_size=run.sequences_per_pass), config.dtype
+    empty = empty_model(config, held_dtype(config, run.dtype, run.device))
+    save_in_(empty, dtype_to_save(stored, empty.dtype, job.output.save_dtype))
+    output = replace(job.output, save_dtype=dtype_name(saved_dtype(empty)))
+    needed = estimate(empty, empty.dtype, workload, resolve_device(run.device))
+    return replace(job, run=run, output=output), workload, empty, holding_of(needed, run)

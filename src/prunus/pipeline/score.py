@@ -67,7 +67,7 @@ def _scored(request: Request, folder: WorkFolder, progress: bool) -> Score:
             inputs.model,
             inputs.calibration,
             job.recipe.scoring,
-            batch_size=job.run.batch_size,
+            batch_size=job.run.sequences_per_pass,
             engine=inputs.engine,
             work=folder.used_by(inputs.engine),
             progress=progress,

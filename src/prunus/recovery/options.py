@@ -82,7 +82,7 @@ class RecoveryOptions:
         checkpoints: how many times in the run the held-out loss is measured and a checkpoint is written.
         gradient_checkpointing: compute activations again in the backward pass: less memory, a third more time.
         precision: dtype of forward and backward passes; weights that are trained are float32 in any case. auto is
-            bfloat16 where the model is in half precision and the device is fast in it.
+            bfloat16 where the model is in half precision and that is not slow here.
     """
 
     max_steps: int | None = None

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from prunus.calibration import Calibration
-from prunus.checkpoint import locate, resolve_device
+from prunus.checkpoint import fast_dtype, locate, resolve_device
 from prunus.checkpoint.load import read_small_files
 from prunus.errors import OptionError
 from prunus.installing import install_command
-from prunus.machine.processes import is_first, number_of_processes
+from prunus.machine.compute_dtype import HALF
+from prunus.machine.processes import agreed, is_first, number_of_processes
 from prunus.model.tokens import check_seq_len, check_token_ids
 from prunus.recovery.card import card_without_figures
 from prunus.recovery.job import RecoveryJob
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 #: sequences per forward pass, at most, by kind of device
 MICRO_BATCHES = {"cpu": 2}
 MICRO_BATCHES_ELSEWHERE = 8
-#: names of CPU instructions that make bfloat16 faster than float32
-FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -158,9 +157,7 @@ def _micro_batch(options: RecoveryOptions, device: torch.device) -> int:
 
 
 def _fast_in_bfloat16(device: torch.device, config: Any) -> bool:
-    if (config.dtype or torch.float32) == torch.float32:
+    """Whether to train in bfloat16; many processes agree."""
+    if config.dtype not in HALF:
         return False
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and any(capabilities.get(name) for name in FAST_BFLOAT16)
+    return not agreed(fast_dtype(config, torch.bfloat16, device) != torch.bfloat16)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from prunus.checkpoint import load_model, save_checkpoint
 from prunus.files.json_file import read_json_if_whole
 from prunus.machine.processes import number_of_processes
+from prunus.model.saved_dtype import round_weights_
 from prunus.recovery.card import card_with_recovery
 from prunus.recovery.checkpoints import Checkpoints, readable
 from prunus.recovery.job import RECOVERY
@@ -41,14 +42,16 @@ MEASURED_BEFORE = ("evaluation.json", "samples.json")
 
 
 def best_model(prepared: Prepared, checkpoints: Checkpoints, best_step: int) -> Any:
-    """The plain model with the weights of a step, in the pruned model's dtype; step 0 is before training."""
+    """The plain model with the weights of a step, rounded to the dtype of the pruned one; step 0 is before."""
     model, _ = load_model(prepared.folder, device=prepared.device)
     if not best_step:
         return model
     adapted = with_adapters(prepared, model)
     with readable(checkpoints.at(best_step)):
         Student(model, prepared.job.recovery).load_trained_state_(load_file(checkpoints.at(best_step)))
-    return (merge_adapters(adapted) if adapted is not None else model).eval()
+    whole = (merge_adapters(adapted) if adapted is not None else model).eval()
+    round_weights_(whole)
+    return whole
 
 
 def facts_of(prepared: Prepared, trained: Mapping[str, Any], measured: PerplexityResult) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from prunus.model.families import Block
 from prunus.model.geometry import Geometry, submodule
 from prunus.model.layers import layers_of
 from prunus.model.live import live_model
+from prunus.model.saved_dtype import saved_dtype
 from prunus.model.tokens import check_tokens
 from prunus.option_values import check_positive, check_share
 from prunus.repair.block_walk import BlockWalk
@@ -278,11 +279,12 @@ class _Repairing:
         start = time.perf_counter()
         self.repairs: list[Repair] = []
         self.temperature = 1.0
-        self._cut, self._options = cut, options
+        self._cut, self._options, self._saved = cut, options, saved_dtype(cut.pruned)
         self._records = Records()
         if cut.work is not None:
             pruned = {"pruned model": digest_model(cut.pruned), "plan": cut.plan.fingerprint}
-            self._records = Records(cut.work, made_from(dense, batches, {**pruned, "repair": asdict(options)}))
+            how = {"repair": asdict(options), "saved in": str(self._saved)}
+            self._records = Records(cut.work, made_from(dense, batches, {**pruned, **how}))
         self._walk, self._inputs = BlockWalk(cut.pruned, batches, wait("hidden")), wait("inputs")
         self._sources = [batch.source for batch in batches]
         self._scale = Geometry.of(dense).family.residual_scale(dense.config)
@@ -322,7 +324,7 @@ class _Repairing:
         if block.experts:
             if self._options.experts != "none":
                 module = submodule(self._walk.layer, block.experts)
-                self._expert_sums = self._expert_sums or ExpertSums(module, self._options.experts)
+                self._expert_sums = self._expert_sums or ExpertSums(module, self._options.experts, self._saved)
                 self._expert_sums.add(self._walk.routed(block, number), target, mask)
             self.seconds += time.perf_counter() - start
             return
@@ -365,7 +367,7 @@ class _Repairing:
         assert self._sums is not None  # there is at least one batch
         module = self._walk.module(block)
         equations, self._sums = self._sums.equations(), None
-        self.repairs.append(_repair_(module, self._layer_idx, block, equations, self._options))
+        self.repairs.append(_repair_(module, self._layer_idx, block, equations, self._options, self._saved))
 
     def finish_layer(self) -> None:
         """Make what was solved in the held layer last."""
@@ -417,9 +419,17 @@ def _solved_in(block: Block) -> str:
 
 
 def _repair_(
-    module: nn.Linear, layer_idx: int, block: Block, equations: NormalEquations, options: RepairOptions
+    module: nn.Linear,
+    layer_idx: int,
+    block: Block,
+    equations: NormalEquations,
+    options: RepairOptions,
+    saved: torch.dtype,
 ) -> Repair:
-    """Solve the last projection of a block again."""
+    """Solve the last projection of a block again, rounded to the dtype that the model will be saved in.
+
+    Blocks after it so make up for the rounding as well.
+    """
     where, sliced = f"layer {layer_idx}, {block.axis}", module.weight.double()
     condition, before = float("inf"), equations.error(sliced)
     try:
@@ -444,5 +454,5 @@ def _repair_(
                 condition,
             )
         solution, after = sliced, before
-    module.weight.copy_(solution)
+    module.weight.copy_(solution.to(saved))
     return Repair(layer_idx, block.axis, before, after, condition)

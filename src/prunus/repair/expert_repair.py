@@ -43,13 +43,14 @@ class ExpertSums:
     Args:
         experts: the module of the routed experts, whose weights are changed at the end.
         way: how.
+        saved: dtype that the model will be saved in; the weights are rounded to it.
 
     Attributes:
         tokens: how many tokens each expert got so far, int64, (experts,).
     """
 
-    def __init__(self, experts: Any, way: ExpertRepair):
-        self._experts, self._way = experts, way
+    def __init__(self, experts: Any, way: ExpertRepair, saved: torch.dtype):
+        self._experts, self._way, self._saved = experts, way, saved
         self._sums: dict[int, TokenSums] = {}
         self.tokens = torch.zeros(len(experts.down_proj), dtype=torch.int64)
         number, device = len(experts.down_proj), experts.down_proj.device
@@ -117,7 +118,7 @@ class ExpertSums:
         for name in ("down_proj", "down_proj_bias"):
             if (tensor := getattr(self._experts, name, None)) is not None:
                 factors = (1 + change).reshape(-1, *[1] * (tensor.ndim - 1))
-                tensor.copy_(tensor.double() * factors)
+                tensor.copy_((tensor.double() * factors).to(self._saved))
         total = max(self._target_square, torch.finfo(torch.float64).tiny)
         return self._error_square / total, max(left, 0.0) / total, float(torch.linalg.cond(damped))
 
@@ -132,7 +133,7 @@ class ExpertSums:
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 logger.warning("an expert is kept as it is: its normal equations cannot be solved")
             if left < error:
-                self._last(expert).copy_(solution)
+                self._last(expert).copy_(solution.to(self._saved))
             before += error * equations.target_square
             after += min(left, error) * equations.target_square
             total += equations.target_square

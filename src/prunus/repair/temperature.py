@@ -23,6 +23,7 @@ from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.families import family_of
 from prunus.model.geometry import submodule
 from prunus.model.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
+from prunus.model.saved_dtype import saved_dtype
 from prunus.sweep.blocks import last_hidden_states
 from prunus.sweep.spool import Slots
 
@@ -84,7 +85,8 @@ def fit_temperature_(
         if all(bool((wanted == IGNORE_INDEX).all()) for wanted in labels):
             return 1.0
         factor = _lowest(loss)
-    norm.weight.copy_(factor * (norm.weight.float() + family.norm_offset) - family.norm_offset)
+    scaled = factor * (norm.weight.float() + family.norm_offset) - family.norm_offset
+    norm.weight.copy_(scaled.to(saved_dtype(model)))
     return factor
 
 

@@ -18,6 +18,7 @@ from prunus.files.outputs import output_folder
 from prunus.importance import COMPOSITES, METHODS, MethodOptions, get_method, score_groups
 from prunus.importance.registry import statistics_for
 from prunus.machine.metering import Cost, metered
+from prunus.machine.placement import dtype_name
 from prunus.model.families import Axis
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
@@ -373,7 +374,8 @@ def score_together(
             )
         for number, options in zip(numbers, group, strict=True):
             scored = _score(model, calibration, options, statistics, cost, progress)
-            scores[number] = replace(scored, about={**scored.about, "batch_size": batch_size, "engine": engine})
+            ran = {"batch_size": batch_size, "engine": engine, "compute_dtype": dtype_name(model.dtype)}
+            scores[number] = replace(scored, about={**scored.about, **ran})
     layers_of(model).verify()
     if not again:
         warn_of_idle_experts(scores[0].about.get("routing"))

@@ -107,7 +107,7 @@ def _words(annotation: Any) -> str:
     """A type, in words."""
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Literal:
-        return "one of " + ", ".join(map(str, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         inner = [_words(option) for option in arguments if option is not type(None)]
         return " or ".join([*inner, "null"] if type(None) in arguments else inner)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from prunus.checkpoint import (
     check_folder,
     empty_model,
+    held_dtype,
     load_model,
     locate,
     open_model,
@@ -23,12 +24,23 @@ from prunus.checkpoint.hub import at_revision
 from prunus.errors import OptionError
 from prunus.files.user_path import expanded
 from prunus.machine.byte_sizes import parse_bytes, show_bytes
-from prunus.machine.processes import is_first
+from prunus.machine.placement import dtype_name
+from prunus.machine.processes import agreed, is_first
 from prunus.option_values import check_whole
+from prunus.sweep.batch_size import chosen_batch_size
 from prunus.sweep.estimate import Estimate, Workload, available_memory, choose_engine, estimate
 from prunus.sweep.sweep import ENGINES, Engine, EngineChoice
 
-__all__ = ["Holding", "ModelOptions", "config_of", "holding_of", "load_or_open", "memory_needed", "model_name"]
+__all__ = [
+    "Holding",
+    "ModelOptions",
+    "config_of",
+    "holding_of",
+    "load_or_open",
+    "memory_needed",
+    "model_name",
+    "settled",
+]
 
 
 @dataclass(frozen=True)
@@ -37,13 +49,15 @@ class ModelOptions:
 
     Attributes:
         device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
-        dtype: auto keeps the checkpoint's own; else float32, bfloat16 or float16. The result is saved in it.
+        dtype: float32, bfloat16 or float16, to compute in; auto is the checkpoint's own, or float32 where a measurement
+            at the start shows that half precision is slow here. What a result is saved in is `output.save_dtype`.
         max_memory: memory that may be used, e.g. 8GB: RAM, or the GPU's if the device is one. Jobs estimated to exceed
             it are rejected, naming the smallest sufficient limit.
         engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
             time, which takes longer, reads weights from disk when they are needed and holds the gradients of one layer
             only; auto is resident if that fits into memory.
-        batch_size: sequences per pass. It changes time and memory, and results only by rounding.
+        batch_size: sequences per pass. auto is, to prune, on CUDA as many as fit and on a CPU as many as make 512
+            tokens, and 1 to evaluate. It changes time and memory, and results only by rounding.
         revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
     """
 
@@ -51,7 +65,7 @@ class ModelOptions:
     dtype: str = "auto"
     max_memory: str | None = None
     engine: EngineChoice = "auto"
-    batch_size: int = 1
+    batch_size: int | Literal["auto"] = "auto"
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +73,14 @@ class ModelOptions:
             parse_bytes(self.max_memory)
         if self.engine not in ("auto", *ENGINES):
             raise OptionError(f"`engine` {self.engine!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
-        check_whole("batch_size", self.batch_size)
+        resolve_dtype(self.dtype)
+        if self.batch_size != "auto":
+            check_whole("batch_size", self.batch_size)
+
+    @property
+    def sequences_per_pass(self) -> int:
+        """The batch size; 1 where it is still open."""
+        return 1 if self.batch_size == "auto" else self.batch_size
 
     def named(self, model: str) -> str:
         """The model's name, with the revision if one is asked for.
@@ -144,6 +165,37 @@ def load_or_open(
     return *load_model(source, dtype=options.dtype, device=options.device), "resident"
 
 
+def settled(config: Any, options: ModelOptions, workload: Workload) -> ModelOptions:
+    """The same options with a dtype and a batch size in the place of auto; many processes agree on the dtype.
+
+    Args:
+        config: of the model, as `config_of` gives it.
+        options: what was asked for. The engine stays as it is.
+        workload: what will be done with the model; its batch size is not read.
+    """
+    device = resolve_device(options.device)
+    if options.dtype == "auto":
+        dtype = held_dtype(config, "auto", device)
+        # Where any process finds half precision slow, all compute in float32.
+        options = replace(options, dtype=dtype_name(torch.float32 if agreed(dtype != config.dtype) else dtype))
+    if options.batch_size == "auto":
+
+        def fits(size: int) -> bool:
+            dtype = held_dtype(config, options.dtype, device)
+            needed = [estimate(empty, dtype, replace(workload, batch_size=each), device) for each in (1, size)]
+            bounds = [parse_bytes(options.max_memory) if options.max_memory else None, available_memory(device)]
+            bound = min((bound for bound in bounds if bound is not None), default=None)
+            if bound is None:
+                return True
+            # A batch for which the model would have to leave memory costs more than it saves.
+            resident = options.engine == "resident" or (options.engine == "auto" and needed[0].resident <= bound)
+            return needed[1].of("resident" if resident else "streamed") <= bound
+
+        empty = empty_model(config, torch.float32)
+        options = replace(options, batch_size=chosen_batch_size(workload, device, fits))
+    return options
+
+
 def config_of(source: str) -> Any:
     """The config of a model, whose folder is checked before it is read.
 
@@ -161,9 +213,9 @@ def memory_needed(source: str, options: ModelOptions, workload: Workload) -> Est
         options: device and dtype.
         workload: what will be done with the model.
     """
-    config, dtype = config_of(source), resolve_dtype(options.dtype)
-    held_in: torch.dtype = config.dtype if dtype == "auto" else dtype
-    return estimate(empty_model(config, held_in), held_in, workload, resolve_device(options.device))
+    config, device = config_of(source), resolve_device(options.device)
+    held_in = held_dtype(config, options.dtype, device)
+    return estimate(empty_model(config, held_in), held_in, workload, device)
 
 
 def model_name(model: str) -> str:
