@@ -187,9 +187,9 @@ def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwri
 def _held(job: Job, config: Any, workload: Workload) -> tuple[Job, Workload, Any, Holding]:
     """The job and its workload with dtypes and batch size decided, the model without weights, and how it is held."""
     run = settled(config, job.run, workload)
-    workload, stored = replace(workload, batch_size=run.sequences_per_pass), config.dtype
+    workload = replace(workload, batch_size=run.sequences_per_pass)
     empty = empty_model(config, held_dtype(config, run.dtype, run.device))
-    save_in_(empty, dtype_to_save(stored, empty.dtype, job.output.save_dtype))
+    save_in_(empty, dtype_to_save(config.dtype, empty.dtype, job.output.save_dtype))
     output = replace(job.output, save_dtype=dtype_name(saved_dtype(empty)))
     needed = estimate(empty, empty.dtype, workload, resolve_device(run.device))
     return replace(job, run=run, output=output), workload, empty, holding_of(needed, run)

@@ -181,8 +181,7 @@ def settled(config: Any, options: ModelOptions, workload: Workload) -> ModelOpti
     if options.batch_size == "auto":
 
         def fits(size: int) -> bool:
-            dtype = held_dtype(config, options.dtype, device)
-            needed = [estimate(empty, dtype, replace(workload, batch_size=each), device) for each in (1, size)]
+            needed = [estimate(empty, empty.dtype, replace(workload, batch_size=each), device) for each in (1, size)]
             bounds = [parse_bytes(options.max_memory) if options.max_memory else None, available_memory(device)]
             bound = min((bound for bound in bounds if bound is not None), default=None)
             if bound is None:
@@ -191,7 +190,7 @@ def settled(config: Any, options: ModelOptions, workload: Workload) -> ModelOpti
             resident = options.engine == "resident" or (options.engine == "auto" and needed[0].resident <= bound)
             return needed[1].of("resident" if resident else "streamed") <= bound
 
-        empty = empty_model(config, torch.float32)
+        empty = empty_model(config, held_dtype(config, options.dtype, device))
         options = replace(options, batch_size=chosen_batch_size(workload, device, fits))
     return options
 
