@@ -14,7 +14,7 @@ import prunus
 from prunus.checkpoint import save_checkpoint
 from prunus.files.tensor_file import TensorFile
 from prunus.machine import compute_dtype
-from prunus.recovery import run as recovery
+from prunus.recovery import prepared
 from prunus.sweep.engine import ModelOptions, memory_needed
 from prunus.sweep.estimate import Workload
 
@@ -76,8 +76,7 @@ def test_where_half_precision_is_slow(capsys, tmp_path, half, text, slow, engine
 def test_both_engines_save_the_same_where_half_precision_is_slow(capsys, tmp_path, half, text, slow):
     slow(True)
     for engine in ("resident", "streamed"):
-        # A model on disk writes no text.
-        plain = ["--set", f"run.engine={engine}", "--set", "repair.self_text=0"]
+        plain = ["--set", f"run.engine={engine}"]
         prune(capsys, tmp_path / engine, half, "--calibration", text, *FEW, *plain)
     resident, streamed = (load_file(tmp_path / engine / "model.safetensors") for engine in ("resident", "streamed"))
     assert resident.keys() == streamed.keys()
@@ -90,7 +89,7 @@ def test_both_engines_save_the_same_where_half_precision_is_slow(capsys, tmp_pat
 def test_where_half_precision_is_fast_nothing_is_converted(capsys, tmp_path, half, text, slow):
     slow(False)
     said, by_itself, metrics, recipe = prune(capsys, tmp_path / "auto", half, "--calibration", text, *FEW)
-    assert "dtype bfloat16" in said
+    assert "in bfloat16;" in said
     asked = ["--dtype", "bfloat16", "--save-dtype", "bfloat16", "--batch-size", recipe["run"]["batch_size"]]
     assert prune(capsys, tmp_path / "asked", half, "--calibration", text, *FEW, *asked)[1] == by_itself
     assert (metrics["compute_dtype"], metrics["saved_dtype"]) == ("bfloat16", "bfloat16")
@@ -106,7 +105,7 @@ def test_where_half_precision_is_fast_nothing_is_converted(capsys, tmp_path, hal
     ],
 )
 def test_both_can_be_asked_for(capsys, tmp_path, half, text, compute, save, expected):
-    asked = ["--dtype", compute, "--save-dtype", save, "--set", "repair.self_text=0", "--rounds", 1]
+    asked = ["--dtype", compute, "--save-dtype", save, "--rounds", 1]
     _, _, metrics, _ = prune(capsys, tmp_path / "out", half, "--calibration", text, *FEW, *asked)
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     assert dtypes(tmp_path / "out") == ({names[expected]}, expected)
@@ -138,11 +137,11 @@ def test_models_that_are_loaded_in_python(tmp_path, half, slow):
     for load in (prunus.load_model, prunus.open_model):
         model, tokenizer = load(half)
         assert model.dtype == torch.float32
-        save_checkpoint(model, tokenizer, tmp_path / load.__name__, card="", extras={})
-        assert (tmp_path / load.__name__ / "model.safetensors").read_bytes() == (
-            half / "model.safetensors"
-        ).read_bytes()
-        assert (tmp_path / load.__name__ / "config.json").read_bytes() == (half / "config.json").read_bytes()
+        out = save_checkpoint(model, tokenizer, tmp_path / load.__name__, card="", extras={})
+        saved, stored = (load_file(folder / "model.safetensors") for folder in (out, half))
+        assert saved.keys() == stored.keys()
+        assert all(saved[name].dtype == torch.bfloat16 and torch.equal(saved[name], stored[name]) for name in stored)
+        assert (out / "config.json").read_bytes() == (half / "config.json").read_bytes()
         assert load(half, dtype=None)[0].dtype == torch.bfloat16
         assert load(half, dtype="bfloat16")[0].dtype == torch.bfloat16
     slow(False)
@@ -156,12 +155,12 @@ def test_the_estimate_is_of_the_dtype_that_computes(half, slow):
     work = Workload(frozenset({"gradients"}), 4, 32)
 
     def needed(**options):
-        return memory_needed(str(half), ModelOptions(**options), work)
+        return memory_needed(str(half), ModelOptions(**options), work).resident
 
     slow(True)
     assert needed() == pytest.approx(needed(dtype="float32"), rel=0.01)
     slow(False)
-    assert needed().resident < needed(dtype="float32").resident
+    assert needed() < needed(dtype="float32")
 
 
 def test_other_commands_compute_in_it_too(capsys, tmp_path, half, text, slow):
@@ -179,5 +178,5 @@ def test_other_commands_compute_in_it_too(capsys, tmp_path, half, text, slow):
 def test_recovery_trains_in_what_is_fast(half, folder, slow, answer, expected):
     slow(answer)
     cpu = torch.device("cpu")
-    assert recovery._fast_in_bfloat16(cpu, prunus.checkpoint.read_config(half)) == expected
-    assert not recovery._fast_in_bfloat16(cpu, prunus.checkpoint.read_config(folder)), "a float32 model stays it"
+    assert prepared._fast_in_bfloat16(cpu, prunus.checkpoint.read_config(half)) == expected
+    assert not prepared._fast_in_bfloat16(cpu, prunus.checkpoint.read_config(folder)), "a float32 model stays it"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunus.sweep.batch_size import chosen_batch_size
-from prunus.sweep.engine import ModelOptions, memory_needed, settled
+from prunus.sweep.engine import ModelOptions, config_of, memory_needed, settled
 from prunus.sweep.estimate import Workload
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -36,5 +36,5 @@ def test_by_the_estimate_of_the_engine_that_will_run(folder):
     for engine in ("resident", "streamed"):
         limit = needed[2].of(engine) + (needed[4].of(engine) - needed[2].of(engine)) // 2
         options = ModelOptions(engine=engine, max_memory=f"{limit}B")
-        assert settled(str(folder), options, Workload(**work)).batch_size == 2
-    assert settled(str(folder), ModelOptions(batch_size=3), Workload(**work)).batch_size == 3
+        assert settled(config_of(str(folder)), options, Workload(**work)).batch_size == 2
+    assert settled(config_of(str(folder)), ModelOptions(batch_size=3), Workload(**work)).batch_size == 3

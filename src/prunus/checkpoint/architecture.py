@@ -144,7 +144,8 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            # Of a copy: building notes the dtype in the config, where that of the checkpoint stands.
+            model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
         _give_values_to_buffers(model)
     except PrunusError:
         raise

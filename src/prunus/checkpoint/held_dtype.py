@@ -17,8 +17,8 @@ def held_dtype(config: Any, dtype: str | torch.dtype | None, device: str | torch
 
     Args:
         config: of the model, as `read_config` gives it; its dtype is that of the checkpoint.
-        dtype: what was asked for: a dtype or its name; `auto` for the checkpoint's own, or float32 where that is faster
-            here (see `prunus.machine.compute_dtype`); None for the checkpoint's own wherever it is.
+        dtype: what was asked for: a dtype or its name; `auto` for the checkpoint's own, or float32 where half
+            precision is slow (see `prunus.machine.compute_dtype`); None for the checkpoint's own wherever it is.
         device: where the model will run.
 
     Raises:
@@ -39,11 +39,11 @@ def fast_dtype(config: Any, dtype: torch.dtype, device: torch.device) -> torch.d
     return compute_dtype(dtype, device, hidden_size=hidden_size, channels=channels)
 
 
-def dtype_to_save(config: Any, held: torch.dtype, dtype: str | torch.dtype = "auto") -> torch.dtype:
+def dtype_to_save(stored: torch.dtype, held: torch.dtype, dtype: str | torch.dtype = "auto") -> torch.dtype:
     """The dtype that a result is saved in.
 
     Args:
-        config: of the model that it is made from; its dtype is that of the checkpoint.
+        stored: dtype of the checkpoint.
         held: dtype that its weights are held in.
         dtype: what was asked for; `auto` for the checkpoint's own, or the one they are held in if that has fewer bytes:
             more would be empty.
@@ -51,7 +51,7 @@ def dtype_to_save(config: Any, held: torch.dtype, dtype: str | torch.dtype = "au
     Raises:
         OptionError: unknown dtype.
     """
-    asked, stored = resolve_dtype(dtype, "save_dtype"), config.dtype
+    asked = resolve_dtype(dtype, "save_dtype")
     if asked != "auto":
         return asked
     return held if held.itemsize < stored.itemsize else stored

@@ -62,9 +62,9 @@ def open_model(
     folder = locate(source)
     config, weights = check_folder(folder)
     tokenizer = read_tokenizer(folder)
-    stored, torch_dtype = config.dtype, held_dtype(config, dtype, torch_device)
-    model = empty_model(config, torch_dtype)
-    if dtype == "auto" and torch_dtype != stored:
+    stored, held = config.dtype, held_dtype(config, dtype, torch_device)
+    model = empty_model(config, held)
+    if dtype == "auto" and held != stored:
         save_in_(model, stored)
     _read_generation_config_(model, folder)
     conversion = Conversion(model, weights)

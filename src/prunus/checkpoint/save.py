@@ -54,9 +54,9 @@ def save_checkpoint(
 ) -> Path:
     """Write a complete model folder, or nothing.
 
-    Weights are safetensors in the dtype that the model will be saved in (see `prunus.model.saved_dtype`; without a word
-    on that, its own), tied ones stored once. A model whose layers differ in width brings the
-    files that define it, so that the folder loads without prunus (`trust_remote_code=True`).
+    Weights are safetensors in the dtype that the model will be saved in (see `prunus.model.saved_dtype`; as a rule its
+    own), tied ones stored once. A model whose layers differ in width brings the files that define it, so that the
+    folder loads without prunus (`trust_remote_code=True`).
 
     Args:
         model: a transformers causal language model.
@@ -78,7 +78,7 @@ def save_checkpoint(
     try:
         with output_folder(out, overwrite=overwrite) as folder:
             whole = whole_of(model)
-            around = whole.parameters * model.dtype.itemsize if whole else 0
+            around = whole.parameters * saved_dtype(model).itemsize if whole else 0
             check_disk(out, model_bytes(model) + around + sum(map(len, extras.values())))
             _write_files(folder, model, tokenizer, card, extras, max_shard_size)
             layers_of(model).verify()
@@ -112,22 +112,22 @@ def _save_model(folder: Path, model: Any, max_shard_size: int | str) -> None:
         # Published models have settings that transformers loads with a warning but refuses to save (a temperature
         # without do_sample). They are the base model's, and no reason to lose the work: written as they are.
         model.generation_config = GenerationConfig()
-    streamed = layers_of(model).stored or saved_dtype(model) != model.dtype
+    converted = saved_dtype(model) != model.dtype
     model.config = config_as_weighted(model)
     try:
         if (whole := whole_of(model)) is not None:
             _save_whole(folder, model, whole, max_shard_size)
-        elif streamed:
-            # Of a model that is opened or to be converted what is not weights; those follow, layer by layer.
+        elif layers_of(model).stored or converted:
+            # What is not weights; those follow, layer by layer.
             model.save_pretrained(folder, state_dict={})
             _stream_weights(folder, model, max_shard_size)
+            if converted:
+                path = folder / "config.json"
+                _write_json(path, {**read_json(path), "dtype": dtype_name(saved_dtype(model))})
         else:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
     finally:
         model.generation_config, model.config = generation_config, config
-    if saved_dtype(model) != model.dtype:
-        config_file = folder / "config.json"
-        _write_json(config_file, {**read_json(config_file), "dtype": dtype_name(saved_dtype(model))})
     generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
     _keep_rope_readable(folder / "config.json")
     _keep_experts_readable(folder / "config.json")
@@ -154,7 +154,7 @@ def check_whole(model: Any) -> None:
 def _parts(model: Any, whole: Whole) -> tuple[Any, dict[str, Tensor]]:
     """The multimodal model around a language model, without weights, and the tensors that are not the latter's."""
     around = tensors_around(whole)
-    empty = empty_whole(whole, model.config, model.dtype)
+    empty = empty_whole(whole, model.config, saved_dtype(model))
     expected = {name for name in empty.state_dict() if name != "lm_head.weight" or not model.config.tie_word_embeddings}
     written = {*around, *(whole_name(whole, name) for name in _names(model))}
     if other := sorted(expected ^ written):
@@ -162,7 +162,8 @@ def _parts(model: Any, whole: Whole) -> tuple[Any, dict[str, Tensor]]:
             f"the {whole.kind.title} around the language model cannot be written: {len(other)} tensors would be "
             f"missing, or have no place in it, first {other[0]!r}. Save the language model alone (`output.text_only`)"
         )
-    return empty, around
+    # In the dtype of the language model, should that be another one than the folder's.
+    return empty, _converted(around, saved_dtype(model))
 
 
 def _names(model: Any) -> list[str]:
@@ -178,7 +179,7 @@ def _stream_weights(
     around: Mapping[str, Tensor] = types.MappingProxyType({}),
     renamed: Callable[[str], str] = str,
 ) -> None:
-    """Write weights in the dtype that the model will be saved in; of an opened one, a layer is in memory at a time.
+    """Write the weights of a model as they are saved, with one decoder layer of an opened one in memory at a time.
 
     Args:
         folder: where.
@@ -187,40 +188,41 @@ def _stream_weights(
         around: tensors that are written with it, see `tensors_around`.
         renamed: the name of a tensor of the model in the files.
     """
-    layers, prefix = layers_of(model), family_of(model.config).layers
-    state_dict, dtype = model.state_dict(), saved_dtype(model)
-    tensors = as_stored(model, {name: state_dict[name] for name in _names(model)})
+    layers, prefix, dtype = layers_of(model), family_of(model.config).layers, saved_dtype(model)
+    state_dict = model.state_dict()
+    empty = {name: torch.empty_like(state_dict[name], device="meta") for name in _names(model)}
+    tensors = as_stored(model, _converted(empty, dtype))
     inner = {renamed(name): name for name in tensors}
     whole = {**around, **{name: tensors[inside] for name, inside in inner.items()}}
-    as_saved = {name: _converted(torch.empty_like(tensor, device="meta"), dtype) for name, tensor in whole.items()}
-    split = split_torch_state_dict_into_shards(as_saved, max_shard_size=max_shard_size)
+    split = split_torch_state_dict_into_shards(whole, max_shard_size=max_shard_size)
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        outside = as_stored(model, outside_layers(model))
+        outside = as_stored(model, _converted(outside_layers(model), dtype))
         held, state = -1, {}
         for stored in wanted:
             name = inner.get(stored, stored)
             if stored in around or name in outside:
-                yield stored, _converted(around[stored] if stored in around else outside[name], dtype)
+                yield stored, around[stored] if stored in around else outside[name]
                 continue
             number = name.removeprefix(prefix + ".").partition(".")[0]
             if int(number) != held:
                 held = int(number)
                 with layers.hold(held, then=held + 1) as layer:
                     held_state = {f"{prefix}.{held}.{inside}": tensor for inside, tensor in layer.state_dict().items()}
-                    state = as_stored(model, held_state)
-            yield stored, _converted(state[name], dtype)
+                    state = as_stored(model, _converted(held_state, dtype))
+            yield stored, state[name]
 
     for file_name, wanted in split.filename_to_tensors.items():
-        layouts = {name: TensorLayout.of(as_saved[name]) for name in wanted}
+        layouts = {name: TensorLayout.of(whole[name]) for name in wanted}
         write_tensors(folder / file_name, layouts, read(wanted), {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors with their numbers in a dtype; what are no floating-point numbers stays."""
+    return {n: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor for n, tensor in tensors.items()}
 
 
 def _keep_experts_readable(path: Path) -> None:

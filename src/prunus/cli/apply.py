@@ -19,8 +19,8 @@ def apply(
     *,
     out: Path,
     device: DeviceFlags = NO_DEVICE,
-    text_only: Flag = False,
     save_dtype: str = "auto",
+    text_only: Flag = False,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -61,8 +61,8 @@ def apply(
         Plan.load(plan, geometry_of(model)),
         out,
         model_options=model_options(device),
-        text_only=text_only,
         save_dtype=save_dtype,
+        text_only=text_only,
         overwrite=overwrite,
         command=typed_command(),
     )

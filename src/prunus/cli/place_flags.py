@@ -21,7 +21,7 @@ class _Kind:
 
     Attributes:
         device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
-        dtype: auto keeps the checkpoint's own; else float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16; auto is the checkpoint's own, or float32 where half precision is slow.
     """
 
     device: str | None = None
@@ -36,7 +36,7 @@ class _Place:
         device: auto, cpu, cuda, cuda:1, mps; auto is the first of cuda, mps, cpu that there is.
         max_memory: memory that may be used, e.g. 8GB. Jobs estimated to exceed it are rejected, naming the smallest
             sufficient limit.
-        dtype: auto keeps each checkpoint's own; else float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16; auto is each checkpoint's own, or float32 where half precision is slow.
     """
 
     device: str | None = None

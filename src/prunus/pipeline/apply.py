@@ -34,8 +34,8 @@ def apply_checkpoint(
     out: str | Path,
     *,
     model_options: ModelOptions | None = None,
-    text_only: bool = False,
     save_dtype: str = "auto",
+    text_only: bool = False,
     overwrite: bool = False,
     command: str | None = None,
 ) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def apply_checkpoint(
         plan: which groups stay.
         out: folder for the result.
         model_options: device and dtype; nothing is computed, so that auto is the checkpoint's own dtype.
+        save_dtype: see `prunus.OutputOptions`.
         text_only: of a multimodal model, save the language model by itself.
-        save_dtype: see `OutputOptions`.
         overwrite: replace an earlier result.
         command: what the user typed, for the model card.
 
@@ -57,7 +57,7 @@ def apply_checkpoint(
     model_options = model_options or ModelOptions()
     resolve_dtype(save_dtype, "save_dtype")
     model = model_options.named(model)
-    asked = "apply", model, plan.fingerprint, model_options, text_only, save_dtype, overwrite
+    asked = "apply", model, plan.fingerprint, model_options, save_dtype, text_only, overwrite
     with claimed(out, run=asked, command=command) as claim:
         if claim.finished:
             metrics = read_metrics(claim.path)
@@ -65,11 +65,11 @@ def apply_checkpoint(
             check_output(out, overwrite, model)
             lineage_of(locate(model))  # damaged records are refused before the weights are read
             _check_plan(model, plan)
-            config = config_of(model)
+            stored = config_of(model).dtype
             if model_options.dtype == "auto":
-                model_options = replace(model_options, dtype=dtype_name(config.dtype))
+                model_options = replace(model_options, dtype=dtype_name(stored))
             dense, tokenizer, _ = load_or_open(model, model_options, workload=Workload(cuts=True))
-            save_in_(dense, dtype_to_save(config, dense.dtype, save_dtype))
+            save_in_(dense, dtype_to_save(stored, dense.dtype, save_dtype))
             if text_only:
                 attach_whole_(dense, None)
             geometry = Geometry.of(dense)

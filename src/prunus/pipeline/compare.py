@@ -18,10 +18,8 @@ from prunus.errors import CalibrationError, OptionError
 from prunus.files.outputs import claimed, output_folder, whole_file
 from prunus.machine.byte_sizes import parse_bytes
 from prunus.machine.metering import metered
-from prunus.machine.placement import dtype_name
 from prunus.machine.stages import Stages
 from prunus.model.geometry import Geometry
-from prunus.model.saved_dtype import saved_dtype
 from prunus.pipeline.cutting import Passes, cut, repair_seed
 from prunus.pipeline.forecast import Forecast, begun, forecast
 from prunus.pipeline.inputs import Inputs, open_inputs
@@ -102,8 +100,8 @@ def compare(
                 "model": model_name(job.model),
                 "command": command,
                 "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
-                "compute_dtype": dtype_name(inputs.model.dtype),
-                "saved_dtype": dtype_name(saved_dtype(inputs.model)),
+                "compute_dtype": job.run.dtype,
+                "saved_dtype": job.output.save_dtype,
                 "recipes": {name: _plain(recipe) for name, recipe in recipes.items()},
             }
             with output_folder(out, overwrite=overwrite) as place:

@@ -14,11 +14,9 @@ import transformers
 from prunus.calibration import Calibration
 from prunus.evaluation.samples import side_by_side
 from prunus.files.outputs import claimed
-from prunus.machine.placement import dtype_name
 from prunus.machine.stages import Stages
 from prunus.model.geometry import Geometry
 from prunus.model.live import live_model
-from prunus.model.saved_dtype import saved_dtype
 from prunus.model.tokens import check_tokens
 from prunus.pipeline.cutting import Passes, PruneResult, cut, first_scores
 from prunus.pipeline.forecast import Forecast, begun, forecast
@@ -181,7 +179,7 @@ def _made(
         "achieved_ratio": result.achieved_ratio,
         **({"fit": asdict(asked.fit)} if asked.fit else {}),
         **measured,
-        "saved_dtype": dtype_name(saved_dtype(result.model)),
+        "saved_dtype": job.output.save_dtype,
         "plan": result.plan.fingerprint,
         "repair": asdict(job.recipe.repair) if job.recipe.repair else None,
         **_costs(stages, pruning),
@@ -200,11 +198,7 @@ def _made(
             inputs.source,
             overwrite,
             recipe=job_text(
-                replace(
-                    asked,
-                    run=replace(job.run, engine=inputs.engine),
-                    output=replace(job.output, save_dtype=metrics["saved_dtype"]),
-                ),
+                replace(asked, run=replace(job.run, engine=inputs.engine), output=job.output),
                 _made_by(result, inputs.calibration),
             ),
         )

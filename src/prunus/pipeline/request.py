@@ -47,7 +47,8 @@ class Request:
     """A job on a model that is known by its shape.
 
     Attributes:
-        job: model, texts, and where it runs; a size to fit has become a ratio of bytes.
+        job: model, texts, and where it runs; a size to fit has become a ratio of bytes, and dtypes and batch size are
+            decided.
         recipes: how to prune; for scores alone, how to score.
         ratios: shares to remove by each recipe; none for scores alone.
         empty: the model without weights, in the dtype that it will be held in.
@@ -150,7 +151,7 @@ def check_request(
     job, workload, empty, holding = _held(job, config, workload)
     geometry = Geometry.of(empty)
     if job.fit:
-        job = job.fitted(geometry, dtype_name(saved_dtype(empty)))
+        job = job.fitted(geometry, job.output.save_dtype)
         asked, recipes = [job.ratio], [job.recipe]
     if not job.output.text_only:
         attach_whole_(empty, whole_around(locate(job.model)))
@@ -184,10 +185,11 @@ def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwri
 
 
 def _held(job: Job, config: Any, workload: Workload) -> tuple[Job, Workload, Any, Holding]:
-    """Job and workload with dtype and batch size decided, the model without weights, and how it will be held."""
-    job = replace(job, run=settled(job.model, job.run, workload))
-    workload = replace(workload, batch_size=job.run.sequences_per_pass)
-    device = resolve_device(job.run.device)
-    empty = empty_model(config, held_dtype(config, job.run.dtype, device))
-    save_in_(empty, dtype_to_save(config, empty.dtype, job.output.save_dtype))
-    return job, workload, empty, holding_of(estimate(empty, empty.dtype, workload, device), job.run)
+    """The job and its workload with dtypes and batch size decided, the model without weights, and how it is held."""
+    run = settled(config, job.run, workload)
+    workload = replace(workload, batch_size=run.sequences_per_pass)
+    empty = empty_model(config, held_dtype(config, run.dtype, run.device))
+    save_in_(empty, dtype_to_save(config.dtype, empty.dtype, job.output.save_dtype))
+    output = replace(job.output, save_dtype=dtype_name(saved_dtype(empty)))
+    needed = estimate(empty, empty.dtype, workload, resolve_device(run.device))
+    return replace(job, run=run, output=output), workload, empty, holding_of(needed, run)

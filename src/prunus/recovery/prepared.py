@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from prunus.calibration import Calibration
-from prunus.checkpoint import locate, resolve_device
-from prunus.checkpoint.held_dtype import fast_dtype
+from prunus.checkpoint import fast_dtype, locate, resolve_device
 from prunus.checkpoint.load import read_small_files
 from prunus.errors import OptionError
 from prunus.installing import install_command

@@ -42,7 +42,7 @@ MEASURED_BEFORE = ("evaluation.json", "samples.json")
 
 
 def best_model(prepared: Prepared, checkpoints: Checkpoints, best_step: int) -> Any:
-    """The plain model with the weights of a step, rounded to the pruned model's dtype; step 0 is no training."""
+    """The plain model with the weights of a step, rounded to the dtype of the pruned one; step 0 is before."""
     model, _ = load_model(prepared.folder, device=prepared.device)
     if not best_step:
         return model

@@ -279,15 +279,12 @@ class _Repairing:
         start = time.perf_counter()
         self.repairs: list[Repair] = []
         self.temperature = 1.0
-        self._cut, self._options = cut, options
+        self._cut, self._options, self._saved = cut, options, saved_dtype(cut.pruned)
         self._records = Records()
         if cut.work is not None:
-            pruned = {
-                "pruned model": digest_model(cut.pruned),
-                "plan": cut.plan.fingerprint,
-                "saved in": str(saved_dtype(cut.pruned)),
-            }
-            self._records = Records(cut.work, made_from(dense, batches, {**pruned, "repair": asdict(options)}))
+            pruned = {"pruned model": digest_model(cut.pruned), "plan": cut.plan.fingerprint}
+            how = {"repair": asdict(options), "saved in": str(self._saved)}
+            self._records = Records(cut.work, made_from(dense, batches, {**pruned, **how}))
         self._walk, self._inputs = BlockWalk(cut.pruned, batches, wait("hidden")), wait("inputs")
         self._sources = [batch.source for batch in batches]
         self._scale = Geometry.of(dense).family.residual_scale(dense.config)
@@ -327,9 +324,7 @@ class _Repairing:
         if block.experts:
             if self._options.experts != "none":
                 module = submodule(self._walk.layer, block.experts)
-                self._expert_sums = self._expert_sums or ExpertSums(
-                    module, self._options.experts, saved_dtype(self._cut.pruned)
-                )
+                self._expert_sums = self._expert_sums or ExpertSums(module, self._options.experts, self._saved)
                 self._expert_sums.add(self._walk.routed(block, number), target, mask)
             self.seconds += time.perf_counter() - start
             return
@@ -372,8 +367,7 @@ class _Repairing:
         assert self._sums is not None  # there is at least one batch
         module = self._walk.module(block)
         equations, self._sums = self._sums.equations(), None
-        saved = saved_dtype(self._cut.pruned)
-        self.repairs.append(_repair_(module, self._layer_idx, block, equations, self._options, saved))
+        self.repairs.append(_repair_(module, self._layer_idx, block, equations, self._options, self._saved))
 
     def finish_layer(self) -> None:
         """Make what was solved in the held layer last."""

@@ -43,7 +43,7 @@ class ExpertSums:
     Args:
         experts: the module of the routed experts, whose weights are changed at the end.
         way: how.
-        saved: dtype that the model will be saved in, to which the solutions are rounded.
+        saved: dtype that the model will be saved in; the weights are rounded to it.
 
     Attributes:
         tokens: how many tokens each expert got so far, int64, (experts,).

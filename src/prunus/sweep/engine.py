@@ -56,8 +56,8 @@ class ModelOptions:
         engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
             time, which takes longer, reads weights from disk when they are needed and holds the gradients of one layer
             only; auto is resident if that fits into memory.
-        batch_size: calibration sequences per pass, or auto: on CUDA as many as fit, on a CPU the fastest number. It
-            changes time and memory, and results only by rounding.
+        batch_size: sequences per pass. auto is, to prune, on CUDA as many as fit and on a CPU as many as make 512
+            tokens, and 1 to evaluate. It changes time and memory, and results only by rounding.
         revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
     """
 
@@ -154,11 +154,9 @@ def load_or_open(
     Raises:
         OptionError: the estimate is larger than `options.max_memory`.
     """
-    options = settled(source, options, workload)
-    workload = replace(workload or Workload(), batch_size=options.sequences_per_pass)
     engine = options.engine
     if engine == "auto" or options.max_memory is not None:
-        holding = holding_of(memory_needed(source, options, workload), options)
+        holding = holding_of(memory_needed(source, options, workload or Workload()), options)
         engine = holding.engine
         if options.engine == "auto" and progress and is_first():
             print(holding, file=sys.stderr)
@@ -167,43 +165,34 @@ def load_or_open(
     return *load_model(source, dtype=options.dtype, device=options.device), "resident"
 
 
-def settled(source: str, options: ModelOptions, workload: Workload | None = None) -> ModelOptions:
-    """The same options with a dtype and a batch size in the place of auto; many processes agree on them.
+def settled(config: Any, options: ModelOptions, workload: Workload) -> ModelOptions:
+    """The same options with a dtype and a batch size in the place of auto; many processes agree on the dtype.
 
     Args:
-        source: a folder, a Hub id or `smollm2-135m`.
+        config: of the model, as `config_of` gives it.
         options: what was asked for. The engine stays as it is.
         workload: what will be done with the model; its batch size is not read.
     """
-    if options.dtype == "auto":
-        config = config_of(source)
-        dtype = held_dtype(config, "auto", resolve_device(options.device))
-        if agreed(dtype != config.dtype):
-            dtype = torch.float32
-        options = replace(options, dtype=dtype_name(dtype))
-    if options.batch_size == "auto":
-        options = replace(options, batch_size=_batch_size(source, options, workload or Workload()))
-    return options
-
-
-def _batch_size(source: str, options: ModelOptions, workload: Workload) -> int:
-    """The batch size that auto stands for."""
     device = resolve_device(options.device)
-    bounds = [parse_bytes(options.max_memory) if options.max_memory else None, available_memory(device)]
-    bound = min((each for each in bounds if each is not None), default=None)
+    if options.dtype == "auto":
+        dtype = held_dtype(config, "auto", device)
+        # Where any process finds half precision slow, all compute in float32.
+        options = replace(options, dtype=dtype_name(torch.float32 if agreed(dtype != config.dtype) else dtype))
+    if options.batch_size == "auto":
 
-    def fits(size: int, engine: Engine) -> bool:
-        needed = memory_needed(source, options, replace(workload, batch_size=size))
-        return bound is None or needed.of(engine) <= bound
+        def fits(size: int) -> bool:
+            needed = [estimate(empty, empty.dtype, replace(workload, batch_size=each), device) for each in (1, size)]
+            bounds = [parse_bytes(options.max_memory) if options.max_memory else None, available_memory(device)]
+            bound = min((bound for bound in bounds if bound is not None), default=None)
+            if bound is None:
+                return True
+            # A batch for which the model would have to leave memory costs more than it saves.
+            resident = options.engine == "resident" or (options.engine == "auto" and needed[0].resident <= bound)
+            return needed[1].of("resident" if resident else "streamed") <= bound
 
-    def fits_as_it_runs(size: int) -> bool:
-        # A batch for which the model would have to leave memory costs more than it saves.
-        engine = options.engine
-        if engine == "auto":
-            engine = "resident" if fits(1, "resident") else "streamed"
-        return fits(size, engine)
-
-    return chosen_batch_size(workload, device, fits_as_it_runs)
+        empty = empty_model(config, held_dtype(config, options.dtype, device))
+        options = replace(options, batch_size=chosen_batch_size(workload, device, fits))
+    return options
 
 
 def config_of(source: str) -> Any:
