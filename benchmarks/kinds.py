@@ -38,10 +38,12 @@ from rows import add_run_options, markdown_table
 import prunus
 from prunus.calibration import Calibration, Reading, calibration_from_texts, calibration_from_tokens, load_calibration
 from prunus.evaluation.perplexity import cut_text, read_text
+from prunus.machine.stages import Stages
 from prunus.pipeline.cutting import Passes, cut, first_scores
 from prunus.pipeline.inputs import draw_calibration
 from prunus.pipeline.job import Job
 from prunus.pipeline.job_file import job_text, read_job
+from prunus.pipeline.stages import stages_of
 from prunus.scoring.score import Score
 from prunus.sweep.engine import model_name
 from prunus.sweep.sequence_loss import perplexity_of_windows
@@ -60,7 +62,6 @@ def main() -> None:
     model, tokenizer = prunus.load_model(options.model, device="auto")
     kinds = kinds_of_text(options, given, tokenizer)
     rows = Rows(options.out, {name: kind.provenance.sha256 for name, kind in kinds.items()}, model_name(options.model))
-    passes = Passes(options.batch_size)
     dense = rows.have(DENSE, "", 0.0, 0, "") or rows.add(DENSE, "", 0.0, 0, "", measure(model, kinds))
     for source, seed in itertools.product(options.calibrations or given or ["default"], options.seeds):
         shared: dict[str, Any] = {}
@@ -72,6 +73,8 @@ def main() -> None:
             for ratio in options.ratios:
                 if rows.have(recipe, source, ratio, seed, digest):
                     continue
+                stages = Stages(stages_of(job.recipe, ratio), progress=False)
+                passes = Passes(options.batch_size, stages=stages)
                 start = time.perf_counter()
                 calibration, scored = prepare(model, tokenizer, job, passes, shared, options.out)
                 result = cut(model, ratio, scored, job.recipe, passes, calibration)

@@ -46,7 +46,7 @@ def test_second_order_taylor_takes_half_of_the_second_order(model):
         for order, axes in given.items()
         for axis, values in axes.items()
     }
-    layer = LayerEvidence(Geometry.of(model), 0, {}, statistics)
+    layer = LayerEvidence(Geometry.of(model), 0, {}, statistics, AXES)
     found = METHODS["taylor_2nd"].importance(layer, MethodOptions())
     assert found["attention"].tolist() == [1 + 50, 2 + 5, 3 + 0.5]
     assert found["mlp"].tolist() == [i + 50 * i for i in range(20)]

@@ -109,7 +109,7 @@ def test_words_that_are_too_many(capsys):
         ),
         (
             ["score", "m", "--out", "o", "--set", "run.batch_size=0"],
-            "error: --set run.batch_size is 0; the smallest is 1",
+            "error: --batch-size is 0; the smallest is 1",
         ),
         (
             ["compare", "m", "--out", "o", "--ratios", "0.1", "--set", "selection.align=0"],

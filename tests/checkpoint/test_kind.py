@@ -173,6 +173,7 @@ def test_fields_of_another_type(folder, fields):
         check_folder(folder)
 
 
+SETS = ["--set", "recovery.kl_weight=0", "--set", "recovery.ce_weight=1"]
 COMMANDS = {
     "prune": ["prune", "MODEL", "--out", "OUT", "--ratio", "0.1", "--set", "run.engine=resident"],
     "prune, streamed": ["prune", "MODEL", "--out", "OUT", "--ratio", "0.1", "--set", "run.engine=streamed"],
@@ -185,7 +186,7 @@ COMMANDS = {
     "profile": ["profile", "MODEL", "--out", "OUT"],
     "export, dense": ["export", "MODEL", "--out", "OUT", "--to", "dense"],
     "export, gguf": ["export", "MODEL", "--out", "OUT", "--to", "gguf"],
-    "recover": ["recover", "MODEL", "--out", "OUT", "--text", "TEXT", "--kl-weight", "0", "--ce-weight", "1"],
+    "recover": ["recover", "MODEL", "--out", "OUT", "--text", "TEXT", *SETS],
 }
 
 

@@ -105,7 +105,7 @@ def test_the_second_of_two_runs_stops_at_once(capsys, tmp_path, commands, name, 
 def test_two_runs_on_one_work_folder(capsys, tmp_path, commands):
     with held(tmp_path / "work") as child:
         for name in ("prune, streamed", "score", "recover"):
-            work = ["--work", tmp_path / "work"] if name == "recover" else ["--set", f"output.work={tmp_path / 'work'}"]
+            work = ["--set", f"output.work={tmp_path / 'work'}"]
             message = fails(capsys, *commands[name], "--out", tmp_path / name, *work)
             assert f"work is being worked on by process {child}" in message
     assert os.listdir(tmp_path) == [".work.lock"]

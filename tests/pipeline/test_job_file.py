@@ -75,7 +75,7 @@ jobs = st.builds(
     st.builds(CalibrationOptions, names, st.integers(1, 9999), st.integers(2, 9999), st.integers(0, 2**31), names),
     st.builds(EvaluationOptions, st.none() | names, held_out=st.integers(0, 99)),
     st.builds(ModelOptions, names, engine=st.sampled_from(["auto", "resident", "streamed"])),
-    st.builds(OutputOptions, st.booleans(), st.none() | names),
+    st.builds(OutputOptions, st.booleans(), st.sampled_from(["auto", "float16"]), st.none() | names),
     st.builds(FitOptions, st.sampled_from([None, "300MB", "90MB:q4_k_m"]), context=st.integers(1, 10**6)),
 )
 

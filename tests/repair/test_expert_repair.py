@@ -54,7 +54,7 @@ def test_gains_are_the_best_factors(work):
     gram = columns.T @ columns + ridge * torch.eye(EXPERTS, dtype=torch.float64)
     factors = 1 + torch.linalg.solve(gram, columns.T @ error.flatten())
     before = {name: p.detach().clone() for name, p in block.experts.named_parameters()}
-    sums = ExpertSums(block.experts, "gain")
+    sums = ExpertSums(block.experts, "gain", torch.float32)
     sums.add(seen, target, mask)
     relative_before, relative_after, _ = sums.solve_(DAMPING)
     shape = factors.view(-1, 1, 1).float()
@@ -72,7 +72,7 @@ def test_each_expert_is_solved_from_its_own_tokens_and_its_part_of_the_error(wor
     x, experts = seen.x[counted], block.experts
     _, weights = contributions(model, block, x)
     error = (target - seen.output).flatten(0, 1)[counted].double()
-    sums = ExpertSums(experts, "least_squares")
+    sums = ExpertSums(experts, "least_squares", torch.float32)
     sums.add(seen, target, mask)
     old = experts.down_proj.detach().clone()
     expected = []
@@ -104,7 +104,7 @@ def test_an_expert_without_tokens_stays(work):
     few = Routed(seen.x, torch.zeros_like(seen.chosen), seen.weights, seen.output)
     few.chosen[:, 1] = 3
     before = block.experts.down_proj.detach().clone()
-    sums = ExpertSums(block.experts, "least_squares")
+    sums = ExpertSums(block.experts, "least_squares", torch.float32)
     sums.add(few, target, None)
     sums.solve_(DAMPING)
     same = [bool(torch.equal(old, new)) for old, new in zip(before, block.experts.down_proj.detach(), strict=True)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_families import make_model, random_tokens
-from torch import nn
 
 from prunus.calibration import calibration_from_tokens
 from prunus.calibration.sources import mixed
@@ -26,7 +25,7 @@ def tokens(seed: int, count: int, scale: float):
 @pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0), (1.0, 30.0, 0.2)])
 def test_sources_weigh_by_their_tokens_alone(scales):
     sources = [tokens(seed, count, scale) for seed, (count, scale) in enumerate(zip((12, 20, 9), scales, strict=True))]
-    sums = TokenSums(nn.Linear(5, 3))
+    sums = TokenSums(5, 3, torch.device("cpu"))
     for number, (x, target) in enumerate(sources):
         sums.add(x[:7], target[:7], number)
         sums.add(x[7:], target[7:], number)
@@ -42,7 +41,7 @@ def test_sources_weigh_by_their_tokens_alone(scales):
 
 def test_the_size_of_a_source_changes_no_solution():
     def solved(scale: float):
-        sums = TokenSums(nn.Linear(5, 3))
+        sums = TokenSums(5, 3, torch.device("cpu"))
         for number, factor in enumerate((1.0, scale)):
             x, target = tokens(number, 15, 1.0)
             sums.add(factor * x, factor * target, number)

@@ -19,8 +19,7 @@ import prunus
 from prunus.cli import main
 from prunus.errors import CheckpointError
 from prunus.model.geometry import Geometry
-from prunus.pipeline.job import Job
-from prunus.pipeline.options import OutputOptions
+from prunus.pipeline.job import Job, OutputOptions
 from prunus.pipeline.prune import prune_job
 from prunus.results.lineage import COMPOSED_PLAN, lineage_of
 from prunus.selection.plan import Plan

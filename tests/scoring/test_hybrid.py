@@ -52,7 +52,7 @@ def test_scoring_by_a_hybrid(scores):
     found = score(model, calibration, options, progress=False)
     expected = mix({name: scores[name].table for name in ("gate_fisher", "wanda")}, options.hybrid)
     assert found.table["score"].tolist() == pytest.approx(expected["score"].tolist(), rel=1e-6)
-    assert set(found.statistics.layers[0]) >= {"gate_square.mlp", "activations.up_proj.abs_sum"}
+    assert set(found.statistics[0].layers[0]) >= {"gate_square.mlp", "activations.up_proj.abs_sum"}
     assert found.about["scoring"]["hybrid"] == options.hybrid
 
 

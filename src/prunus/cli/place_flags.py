@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
@@ -57,4 +57,6 @@ def model_options(flags: object) -> ModelOptions:
     """
     from prunus.sweep.engine import ModelOptions
 
-    return ModelOptions(**{name: value for name, value in asdict(flags).items() if value is not None})  # type: ignore[call-overload]
+    known = {field.name for field in fields(ModelOptions)}
+    given = {name: value for name, value in asdict(flags).items() if name in known and value is not None}  # type: ignore[call-overload]
+    return ModelOptions(**given)

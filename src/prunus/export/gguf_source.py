@@ -154,8 +154,8 @@ def open_gguf(path: Path) -> GgufSource:
         raise CheckpointError(f"{path} does not name its architecture (general.architecture)")
     if split != 1:
         raise UnsupportedModelError(
-            f"{path} is one of {split} parts of a model; join them first with llama.cpp's "
-            f"`llama-gguf-split --merge FIRST-PART WHOLE.gguf`"
+            f"{path} is one of {split} parts of a model; join them first: llama.cpp's "
+            "llama-gguf-split does it, by its option merge"
         )
     return GgufSource(
         path, architecture, int(reader.fields["GGUF.version"].contents()), int(reader.alignment), fields, tensors,

@@ -144,6 +144,7 @@ def _extras_of_before(folder: Path, facts: Mapping[str, Any]) -> dict[str, str |
             "perplexity_after": math.exp(loss["after"]),
             "perplexity_text": f"held-out sequences ({facts['held_out']['source']})",
             "perplexity_protocol": facts["protocol"],
+            "perplexity_by_source": [],
         }
         old = {name: metrics.get(name) for name in new}
         extras["metrics.json"] = json.dumps({**metrics, **new, "before_recovery": old}, indent=1) + "\n"

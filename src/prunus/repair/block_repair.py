@@ -362,7 +362,7 @@ class _Repairing:
             if self._expert_sums is not None:
                 sums, self._expert_sums = self._expert_sums, None
                 fit = sums.solve_(self._options.damping)
-                self.repairs.append(Repair(self._layer_idx, block.axis, *fit, tokens=sums.tokens.tolist()))
+                self.repairs.append(Repair(self._layer_idx, block.axis, *fit, tokens=tuple(sums.tokens.tolist())))
             return
         assert self._sums is not None  # there is at least one batch
         module = self._walk.module(block)
@@ -410,7 +410,10 @@ class _Repairing:
         for block in self._walk.steps:
             if _solved_in(block) in found:
                 self._solved(block).copy_(found[_solved_in(block)])
-        self.repairs += [Repair(**values) for values in self._records.about(self._layer_idx)["repairs"]]
+        self.repairs += [
+            Repair(**{**values, "tokens": tuple(values["tokens"])})
+            for values in self._records.about(self._layer_idx)["repairs"]
+        ]
 
 
 def _solved_in(block: Block) -> str:
