@@ -51,9 +51,9 @@ WORDS = {
     "my-model": "dense",
     "c4": "my-text.jsonl",  # a data set of the Hub
     "cuda": "cpu",
-    "2GB": "1500KB",
-    "700MB:Q4_K_M": "280KB:Q4_K_M",
-    "6GB": "45MB",
+    "2GB": "1200KB",
+    "700MB:Q4_K_M": "200KB:Q4_K_M",
+    "6GB": "30MB",
 }
 #: files and folders that a reader brings; they lie in each page's folder
 TEXTS = ["my-text.jsonl", "other-text.txt", "wiki.test.raw"]

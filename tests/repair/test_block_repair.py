@@ -105,10 +105,8 @@ def test_every_block_gets_the_solution_that_a_walk_by_hand_finds(case, residual,
 
     # The oracle runs the whole model anew for each block, from what is repaired so far. The residual stream before a
     # block is what enters the decoder layer, or the norm in front of the MLP.
-    norm_after = case[0].startswith("gemma") or case[0] == "olmo2"
-    before_mlp = {"olmo2": "mlp"}.get(
-        case[0], "pre_feedforward_layernorm" if norm_after else "post_attention_layernorm"
-    )
+    mlp = geometry.family.block("mlp")
+    norm_after, before_mlp = mlp.post_norm is not None, mlp.begins
     outputs = {
         f"model.layers.{i}.{path}": f"model.layers.{i}.{entrance}".rstrip(".")
         for i, (path, entrance) in product(range(2), (("self_attn.o_proj", ""), ("mlp.down_proj", before_mlp)))

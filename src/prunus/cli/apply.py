@@ -19,7 +19,6 @@ def apply(
     *,
     out: Path,
     device: DeviceFlags = NO_DEVICE,
-    save_dtype: str = "auto",
     text_only: Flag = False,
     overwrite: Flag = False,
     json: Flag = False,
@@ -33,7 +32,6 @@ def apply(
         model: folder, Hub id, `smollm2-135m`, or a GGUF file of the model that the plan is for.
         plan: plan.json, from `prunus plan` or from the folder prunus/ of a pruned model.
         out: folder for the result, or file if `model` is one; it appears when it is complete.
-        save_dtype: float32, bfloat16 or float16, to save the result in; auto is the checkpoint's own.
         text_only: of a multimodal model, save the language model by itself.
         overwrite: replace an earlier result.
         json: print the metrics as JSON.
@@ -61,7 +59,7 @@ def apply(
         Plan.load(plan, geometry_of(model)),
         out,
         model_options=model_options(device),
-        save_dtype=save_dtype,
+        save_dtype=device.save_dtype or "auto",
         text_only=text_only,
         overwrite=overwrite,
         command=typed_command(),
