@@ -21,13 +21,10 @@ DTYPES = ("bfloat16", "float32", "auto")
 PROGRAM = """
 import json, sys, time
 import torch, prunus
-from prunus.pipeline.options import CalibrationOptions
-from prunus.pipeline.inputs import draw_calibration
 asked = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 model, tokenizer = prunus.load_model(asked["model"], dtype=asked["dtype"])
-sizes = CalibrationOptions(samples=asked["samples"], seq_len=asked["seq_len"])
-drawn, _ = draw_calibration(model, tokenizer, sizes, held_out=0, needed=True, progress=False)
+drawn = prunus.load_calibration("default", tokenizer, samples=asked["samples"], seq_len=asked["seq_len"])
 begun = time.process_time()
 prunus.score(model, drawn, prunus.ScoringOptions(method=asked["method"]), progress=False)
 seconds = (time.process_time() - begun) / asked["samples"]

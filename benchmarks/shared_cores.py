@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace, waiting: str, runs: int) -> tuple[float, f
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= SPIN if waiting == "spin" else {}
     with tempfile.TemporaryDirectory() as folder:
-        sizes = ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
+        sizes = ["--calibration", "default", "--samples", str(options.samples), "--seq-len", str(options.seq_len)]
         before, begun = os.times(), time.perf_counter()
         started = [
             subprocess.Popen(
