@@ -49,7 +49,7 @@ from tiny_folder import TEXT, byte_tokenizer
 from prunus.checkpoint import load_model
 from prunus.cli import main
 from prunus.errors import PrunusError
-from prunus.model.geometry import layer_widths_of
+from prunus.model.widths import layer_widths_of
 from prunus.report.page import drawing_library
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan

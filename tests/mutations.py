@@ -46,28 +46,28 @@ MUTATIONS = (
     # experts
     Mutation(
         "routing.py",
-        "flow.weights[tokens, places].double() * norms",
+        "call.weights[tokens, places].double() * norms",
         "norms",
         ("test_mixtures.py::test_importances",),
         "reap without the router's weight of an expert",
     ),
     Mutation(
         "routing.py",
-        "contributions = contributions[flow.mask.flatten()[tokens]]",
+        "contributions = contributions[call.mask.flatten()[tokens]]",
         "pass",
         ("test_mixtures.py::test_importances",),
         "padding counts for experts",
     ),
     Mutation(
         "gates.py",
-        "shares = flow.weights.double() * flow.gradient.double()",
-        "shares = flow.gradient.double()",
+        "shares = call.weights.double() * call.gradient.double()",
+        "shares = call.gradient.double()",
         ("test_mixtures.py::test_importances",),
         "gates of experts without the router's weight",
     ),
     Mutation(
         "gradients.py",
-        "(delta[tokens] * flow.weights[tokens, places, None].float())",
+        "(delta[tokens] * call.weights[tokens, places, None].float())",
         "delta[tokens]",
         ("test_mixtures.py::test_importances",),
         "gradients of an expert as if its output were not weighed",
@@ -96,8 +96,8 @@ MUTATIONS = (
     # importance and statistics
     Mutation(
         "gates.py",
-        "(flow.x.float() * flow.gradient.float())",
-        "(flow.x * flow.gradient)",
+        "(call.x.float() * call.gradient.float())",
+        "(call.x * call.gradient)",
         (f"{NUMBERS}::test_gates_of_a_model_in_half_precision_are_summed_exactly",),
         "gate products in bf16",
     ),
@@ -152,8 +152,8 @@ MUTATIONS = (
     ),
     Mutation(
         "activations.py",
-        "x = flow.tokens(flow.x).float()",
-        "x = flow.x.flatten(0, 1).float()",
+        "x = call.tokens(call.x).float()",
+        "x = call.x.flatten(0, 1).float()",
         (f"{STATISTICS}::test_moments",),
         "padding counted in the activations",
     ),
@@ -211,9 +211,9 @@ MUTATIONS = (
     Mutation("noise.py", "manual_seed(seed % 2**63)", "manual_seed(0)", (NOISE,), "noise with a fixed seed"),
     Mutation(
         "noise.py",
-        "replaced &= ~keep",
+        "replaced &= ~stays",
         "pass",
-        (f"{NOISE}::test_a_token_that_all_sequences_begin_with_stays",),
+        (f"{NOISE}::test_the_begin_token_stays_and_no_other_first_token_does",),
         "noise over the begin token",
     ),
     Mutation(
@@ -367,7 +367,7 @@ MUTATIONS = (
         "o_proj keeps its columns",
     ),
     Mutation(
-        "geometry.py",
+        "dimensions.py",
         "return self.num_key_value_groups * self.head_dim",
         "return self.head_dim",
         ("test_groups.py",),
@@ -417,7 +417,7 @@ MUTATIONS = (
         "as many leading dense layers as before one of them was removed",
     ),
     Mutation(
-        "gguf_file.py",
+        "gguf_tensors.py",
         "tensor.float() + geometry.family.norm_offset",
         "tensor.float()",
         ("test_gguf.py::test_equal_layers_go_out_as_the_stock_architecture",),

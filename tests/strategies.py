@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tiny_families import DENSE, undivided
 
 from prunus.model.families import AXES, FAMILIES
-from prunus.model.geometry import Geometry, LayerWidths
+from prunus.model.geometry import Geometry
+from prunus.model.widths import LayerWidths
 from prunus.selection.latency_profile import LatencyProfile, PhaseTimes, ProfiledShape
 from prunus.selection.plan import KeptGroups, Plan
 from prunus.selection.table import build_table

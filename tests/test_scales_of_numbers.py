@@ -24,7 +24,7 @@ from prunus.selection.constraints import Constraints
 from prunus.selection.plan import Plan
 from prunus.selection.table import build_table
 from prunus.selection.targets import TargetOptions
-from prunus.statistics.base import Flow
+from prunus.statistics.base import ProjectionCall
 from prunus.statistics.gates import GateGradients
 from prunus.surgery import apply_plan
 from prunus.sweep import sweep
@@ -79,7 +79,9 @@ def test_gates_of_a_model_in_half_precision_are_summed_exactly(model, dtype):
     down = FAMILIES["llama"].block("mlp").output
     gates = GateGradients()
     targets = torch.full((2,), 999.0)
-    gates.on_input_gradient(Flow(geometry, 0, down, model.model.layers[0].mlp.down_proj, None, targets, x, gradient))
+    gates.on_input_gradient(
+        ProjectionCall(geometry, 0, down, model.model.layers[0].mlp.down_proj, None, targets, x, gradient)
+    )
     found = gates.finish_layer(geometry, 0, model.model.layers[0], 2)["gate_square.mlp"]
     expected = (x.double() * gradient.double()).sum(dim=1).square().mean(dim=0)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
@@ -97,10 +99,10 @@ def test_effects_through_a_norm_in_half_precision_are_those_of_its_own_numbers(a
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         gates = GateGradients()
-        flow = Flow(
+        call = ProjectionCall(
             geometry, 0, block.output, projection.to(dtype), None, torch.ones(2), x.to(dtype), gradient.to(dtype)
         )
-        gates.on_stream_gradient(replace(flow, norm=norm.to(dtype)))
+        gates.on_stream_gradient(replace(call, norm=norm.to(dtype)))
         found.append(gates.finish_layer(geometry, 0, layer, 2)[f"gate_square.{axis}"])
     torch.testing.assert_close(*found, rtol=1e-5, atol=0)
 

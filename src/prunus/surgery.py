@@ -14,8 +14,9 @@ from torch import Tensor
 
 from prunus.checkpoint.architecture import config_as_weighted, empty_model, pruned_config
 from prunus.checkpoint.open import attach_layers_
+from prunus.model.dimensions import SPACE_AXIS
 from prunus.model.families import Block, Projection, Stack
-from prunus.model.geometry import SPACE_AXIS, Geometry
+from prunus.model.geometry import Geometry
 from prunus.model.layers import Fetched, LayerState, StoredLayers, layers_of, outside_layers
 from prunus.model.live import live_model
 from prunus.model.saved_dtype import rounded, save_in_, saved_dtype

@@ -28,6 +28,7 @@ from prunus.calibration import (
 from prunus.calibration import files as calibration_files
 from prunus.calibration.columns import TextColumn
 from prunus.calibration.embedded import embedded_documents
+from prunus.calibration.sources import mixed
 from prunus.errors import CalibrationError, OptionError
 
 EOS, BOS = 256, 257
@@ -84,18 +85,32 @@ def test_sequences_begin_as_the_tokenizer_begins_a_text(tmp_path, kind):
         options = {"samples": 6, "seq_len": seq_len, "seed": 2}
         if kind in ("texts", "one text"):
             given = documents if kind == "texts" else " ".join(documents)
-            return calibration_from_texts(given, tokenizer, begin_token=begin_token, **options).input_ids
+            return calibration_from_texts(given, tokenizer, begin_token=begin_token, **options)
         options["reading"] = Reading(begin_token=begin_token)
         source = {"lines": str(tmp_path / "docs.jsonl"), "text": str(tmp_path / "docs.txt"), "self": "self"}[kind]
-        return load_calibration(source, tokenizer, model=model, **options).input_ids
+        return load_calibration(source, tokenizer, model=model, **options)
 
-    begun = made(make_tokenizer(begin=True), 33)
+    calibration = made(make_tokenizer(begin=True), 33)
+    begun = calibration.input_ids
+    for part in (calibration, *calibration.split(2), mixed([calibration, calibration])):
+        assert {batch.begin_token for batch in part.batches(2)} == {BOS}
     assert begun.shape == (6, 33)
     assert (begun[:, 0] == BOS).all()
     assert BOS not in begun[:, 1:] or kind == "self"
-    assert torch.equal(made(make_tokenizer(begin=True), 33, begin_token=False), made(make_tokenizer(), 33))
+    without, asked_not = made(make_tokenizer(), 33), made(make_tokenizer(begin=True), 33, begin_token=False)
+    assert without.begin_token is asked_not.begin_token is None
+    assert torch.equal(asked_not.input_ids, without.input_ids)
     if kind != "self":
-        assert torch.equal(begun[:, 1:], made(make_tokenizer(), 32))
+        assert torch.equal(begun[:, 1:], made(make_tokenizer(), 32).input_ids)
+
+
+def test_tokens_that_are_given_begin_as_they_are_said_to():
+    ids = torch.tensor([[0, 0, 7, 3], [0, 7, 4, 5]])
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    assert calibration_from_tokens(ids, mask, begin_token=7).begin_token == 7
+    assert calibration_from_tokens(ids, mask).begin_token is None
+    with pytest.raises(CalibrationError, match="sequence 1 begins with token 4, not with `begin_token` 7"):
+        calibration_from_tokens(ids, torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1]]), begin_token=7)
 
 
 def test_documents_are_joined_by_eos_without_special_tokens(tmp_path, tokenizer):

@@ -37,11 +37,11 @@ def half(geometry):
     return Plan.from_kept(geometry, [{"attention": [0, 2], "mlp": range(0, 20, 2)}] * 2)
 
 
-def batches_of(count, size, seq_len=8, *, padded=False):
+def batches_of(count, size, seq_len=8, *, padded=False, begin_token=None):
     """Batches of tokens that are never drawn, each sequence of one of its own."""
     mask = (torch.arange(seq_len) < seq_len - 2).long().expand(size, seq_len) if padded else None
     ids = VOCABULARY + torch.arange(count * size)[:, None].expand(-1, seq_len)
-    return [Batch(each.clone(), mask) for each in ids.split(size)]
+    return [Batch(each.clone(), mask, begin_token=begin_token) for each in ids.split(size)]
 
 
 def by_hand(ids, share, vocabulary, seed, begun=0):
@@ -88,13 +88,17 @@ def test_about_the_share_that_is_asked_for_from_all_of_the_vocabulary(share):
     assert len(drawn.unique()) > 0.98 * VOCABULARY
 
 
-def test_a_token_that_all_sequences_begin_with_stays():
-    batches = batches_of(3, 2)
+def test_the_begin_token_stays_and_no_other_first_token_does():
+    batches = batches_of(3, 2, begin_token=900)
     for batch in batches:
-        batch.input_ids[:, 0] = 7
-    noised = torch.cat([batch.input_ids for batch in with_noise(batches, 1.0, VOCABULARY)])
-    assert (noised[:, 0] == 7).all()
-    assert (noised[1::2, 1:] < VOCABULARY).all()
+        batch.input_ids[:, 0] = 900
+    ids = torch.cat([batch.input_ids for batch in batches])
+    noised = torch.cat([batch.input_ids for batch in with_noise(batches, 1.0, 900)])
+    assert torch.equal(noised, by_hand(ids, 1.0, 900, 0, begun=1))
+    assert (noised[:, 0] == 900).all()
+    unknown = [replace(batch, begin_token=None) for batch in batches]
+    noised = torch.cat([batch.input_ids for batch in with_noise(unknown, 1.0, 900)])
+    assert torch.equal(noised, by_hand(ids, 1.0, 900, 0))
 
 
 def test_the_seed_decides():
@@ -109,7 +113,7 @@ def test_padding_in_front_does_not_hide_the_begin_token():
     for row, padding in enumerate((0, 3, 1, 2)):
         mask[row, :padding] = 0
         batch.input_ids[row, padding] = 7
-    (noised,) = with_noise([Batch(batch.input_ids, mask)], 1.0, VOCABULARY)
+    (noised,) = with_noise([Batch(batch.input_ids, mask, begin_token=7)], 1.0, VOCABULARY)
     assert [int(noised.input_ids[row, padding]) for row, padding in enumerate((0, 3, 1, 2))] == [7] * 4
     assert noised.attention_mask is mask
 

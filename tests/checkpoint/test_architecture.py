@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from prunus.checkpoint import empty_model, is_ragged, pruned_config
 from prunus.checkpoint.configuration_prunus import rope_fields_of_transformers_4
 from prunus.errors import PlanError, UnsupportedModelError
-from prunus.model.geometry import LayerWidths, layer_widths_of
+from prunus.model.widths import LayerWidths, layer_widths_of
 
 EVERY = range(LAYERS)
 

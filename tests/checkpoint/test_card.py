@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from prunus.errors import CheckpointError
 from prunus.escaping import printable
-from prunus.model.geometry import LayerWidths
+from prunus.model.widths import LayerWidths
 from prunus.results.card import (
     CalibrationFacts,
     CardFacts,

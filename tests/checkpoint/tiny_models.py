@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunus.checkpoint import empty_model, pruned_config
-from prunus.model.geometry import LayerWidths
+from prunus.model.widths import LayerWidths
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 HIDDEN, HEAD_DIM, INTERMEDIATE, VOCAB, LAYERS = 32, 8, 24, 259, 4

@@ -10,7 +10,8 @@ from tiny_families import count_parameters, groups_of, logits, plan_keeping, ran
 from torch import nn
 
 from prunus.model.families import AXES
-from prunus.model.geometry import Geometry, layer_widths_of
+from prunus.model.geometry import Geometry
+from prunus.model.widths import layer_widths_of
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
 

@@ -27,8 +27,9 @@ from prunus.checkpoint import load_model, open_model, save_checkpoint
 from prunus.importance import METHODS, MethodOptions, score_groups
 from prunus.importance.registry import statistics_for
 from prunus.model.families import FAMILIES
-from prunus.model.geometry import Geometry, layer_widths_of
+from prunus.model.geometry import Geometry
 from prunus.model.group import Group
+from prunus.model.widths import layer_widths_of
 from prunus.repair.block_repair import RepairOptions, repair_
 from prunus.selection.plan import Plan
 from prunus.selection.select import select

@@ -27,7 +27,8 @@ from prunus.errors import CheckpointError, PlanError, PrunusError, StatisticsErr
 from prunus.files.records import Records
 from prunus.files.tensor_file import TensorFile
 from prunus.model.families import AXES
-from prunus.model.geometry import Geometry, LayerWidths, layer_widths_of
+from prunus.model.geometry import Geometry
+from prunus.model.widths import LayerWidths, layer_widths_of
 from prunus.scoring.score import Score
 from prunus.selection.plan import Plan
 from prunus.statistics import Statistics

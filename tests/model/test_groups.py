@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 from prunus.errors import PlanError, UnsupportedModelError
 from prunus.model.families import AXES, FAMILIES, UNFIT, family_of
-from prunus.model.geometry import Geometry, LayerWidths, layer_widths_of, submodule
+from prunus.model.geometry import Geometry
+from prunus.model.modules import submodule
+from prunus.model.widths import LayerWidths, layer_widths_of
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from prunus.checkpoint import save_checkpoint
 from prunus.errors import CalibrationError
-from prunus.model.geometry import LayerWidths
+from prunus.model.widths import LayerWidths
 from prunus.scoring.routing import check_enough_reached, warn_of_idle_experts
 from prunus.selection.plan import KeptGroups, Plan
 

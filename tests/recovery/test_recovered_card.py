@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from markdown_it import MarkdownIt
 
-from prunus.model.geometry import LayerWidths
+from prunus.model.widths import LayerWidths
 from prunus.recovery.card import card_with_recovery
 from prunus.results.card import CardFacts, MeasuredFacts, model_card
 

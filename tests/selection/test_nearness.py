@@ -20,7 +20,8 @@ import prunus
 from prunus.calibration import calibration_from_tokens
 from prunus.errors import BudgetError
 from prunus.model.families import AXES
-from prunus.model.geometry import Geometry, LayerWidths
+from prunus.model.geometry import Geometry
+from prunus.model.widths import LayerWidths
 from prunus.selection.nearness import NEAR
 from prunus.selection.select import Constraints, check_reachable, reachable_parameters, select
 from prunus.selection.table import build_table

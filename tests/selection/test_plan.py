@@ -16,7 +16,8 @@ from tiny_families import DENSE, make_model, plan_keeping
 
 from prunus.errors import PlanError
 from prunus.model.families import AXES
-from prunus.model.geometry import Geometry, LayerWidths
+from prunus.model.geometry import Geometry
+from prunus.model.widths import LayerWidths
 from prunus.selection.plan import KeptGroups, Plan
 from prunus.surgery import apply_plan
 

@@ -15,7 +15,8 @@ from tiny_families import DENSE, ONE_UNLIKE, case_id, make_model
 import prunus
 from prunus.errors import BudgetError, OptionError
 from prunus.model.families import AXES
-from prunus.model.geometry import Geometry, LayerWidths
+from prunus.model.geometry import Geometry
+from prunus.model.widths import LayerWidths
 from prunus.selection.nearness import NEAR
 from prunus.selection.plan import Plan
 from prunus.selection.select import Constraints, reachable_parameters, select

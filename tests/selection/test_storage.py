@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 
 from prunus.checkpoint import empty_model
 from prunus.errors import OptionError
-from prunus.model.geometry import Geometry, LayerWidths
+from prunus.model.geometry import Geometry
+from prunus.model.widths import LayerWidths
 from prunus.selection.storage import BLOCKS, FILE_TYPES, check_storage, storage_bytes, storage_costs
 
 gguf = pytest.importorskip("gguf")

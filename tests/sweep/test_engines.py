@@ -55,8 +55,8 @@ def test_streamed_holds_the_gradients_of_one_layer_at_a_time():
     held = []
 
     class Watched(WeightGradients):
-        def on_output_gradient(self, flow):
-            super().on_output_gradient(flow)
+        def on_output_gradient(self, call):
+            super().on_output_gradient(call)
             held.append(len(self._gradients))
 
     model = make_model("llama", "gqa", num_hidden_layers=4)

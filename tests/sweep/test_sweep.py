@@ -25,17 +25,17 @@ class Failing(WeightGradients):
         super().__init__()
         self.where, self.error = where, error
 
-    def listens_to_input(self, geometry, projection):
-        return True
+    def listens(self, moment, geometry, part):
+        return moment == "input" or super().listens(moment, geometry, part)
 
-    def on_input(self, flow):
-        if (self.where, flow.layer_idx, flow.projection.name) == ("forward", 1, "up_proj"):
+    def on_input(self, call):
+        if (self.where, call.layer_idx, call.projection.name) == ("forward", 1, "up_proj"):
             raise self.error("stop")
 
-    def on_output_gradient(self, flow):
-        if (self.where, flow.layer_idx, flow.projection.name) == ("backward", 0, "v_proj"):
+    def on_output_gradient(self, call):
+        if (self.where, call.layer_idx, call.projection.name) == ("backward", 0, "v_proj"):
             raise self.error("stop")
-        super().on_output_gradient(flow)
+        super().on_output_gradient(call)
 
     def finish_layer(self, *args):
         if self.where == "finish":

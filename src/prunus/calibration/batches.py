@@ -26,11 +26,13 @@ class Batch:
         input_ids: int64, shape (batch, seq_len).
         attention_mask: int64, shape (batch, seq_len), 1 for a token and 0 for padding; None when nothing is padded.
         source: which of the calibration's sources all of them are of, counted from 0.
+        begin_token: the token that each begins with because the tokenizer puts it before every text; None without.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     source: int = 0
+    begin_token: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -122,12 +124,15 @@ class Calibration:
             which is always so for calibration made from text.
         sources: int64, shape (samples,): the source of each sequence, counted from 0; None where there is one. See
             `prunus.calibration.sources`.
+        begin_token: the token that each sequence begins with because the tokenizer puts it before every text; None
+            without.
     """
 
     input_ids: Tensor
     provenance: Provenance
     attention_mask: Tensor | None = None
     sources: Tensor | None = None
+    begin_token: int | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -159,7 +164,7 @@ class Calibration:
     def _batches(self, source: int, batch_size: int) -> Iterator[Batch]:
         masks = self.attention_mask.split(batch_size) if self.attention_mask is not None else None
         for number, ids in enumerate(self.input_ids.split(batch_size)):
-            yield Batch(ids, masks[number] if masks is not None else None, source)
+            yield Batch(ids, masks[number] if masks is not None else None, source, self.begin_token)
 
     def split(self, held_out: int) -> tuple[Calibration, Calibration]:
         """Part the last `held_out` sequences from the others.
@@ -187,14 +192,15 @@ class Calibration:
         mask = self.attention_mask[which] if self.attention_mask is not None else None
         provenance = self.provenance.of_part(ids, mask, name)
         if self.sources is None:
-            return Calibration(ids, provenance, mask)
+            return replace(self, input_ids=ids, provenance=provenance, attention_mask=mask)
         sources = self.sources[which]
         rows = [sources == number for number in range(len(provenance.sources))]
         each = [
             source.of_part(ids[row], None if mask is None else mask[row], name)
             for source, row in zip(provenance.sources, rows, strict=True)
         ]
-        return Calibration(ids, replace(provenance, sources=tuple(each)), mask, sources)
+        provenance = replace(provenance, sources=tuple(each))
+        return replace(self, input_ids=ids, provenance=provenance, attention_mask=mask, sources=sources)
 
 
 def hash_tokens(input_ids: Tensor, attention_mask: Tensor | None = None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["begin_token_of", "begin_with", "shared_begin_token"]
+__all__ = ["begin_token_of", "begin_with"]
 
 
 def begin_token_of(tokenizer: Any) -> int | None:
@@ -28,9 +28,3 @@ def begin_token_of(tokenizer: Any) -> int | None:
 def begin_with(token: int | None, ids: Tensor) -> Tensor:
     """Put a token before each sequence: (sequences, length) → (sequences, length + 1); None changes nothing."""
     return ids if token is None else torch.cat([torch.full_like(ids[:, :1], token), ids], dim=1)
-
-
-def shared_begin_token(ids: Tensor) -> int | None:
-    """The token that all of several sequences begin with, (sequences, length): no text does that by chance."""
-    first = ids[:, 0]
-    return int(first[0]) if len(ids) > 1 and bool((first == first[0]).all()) else None

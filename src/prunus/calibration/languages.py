@@ -17,8 +17,8 @@ from prunus.calibration.words import Words
 from prunus.errors import NonFiniteError
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.families import family_of
-from prunus.model.geometry import submodule
 from prunus.model.loss import chunked_cross_entropy, head_function, next_token_labels
+from prunus.model.modules import submodule
 from prunus.model.tokens import check_token_ids, longest_context, token_ids
 
 __all__ = ["SENTENCES", "language_costs", "language_shares"]

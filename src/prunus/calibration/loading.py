@@ -117,7 +117,7 @@ def _loaded(
         raise CalibrationError(f"cannot read the calibration text {name}: {error.strerror or error}") from error
     own_text = f"written by the model, prompts {VERSION}"
     shown = {"model": own_text, **dict.fromkeys(TEXT_KINDS.values(), path.name)}.get(kind, name)
-    return _calibration(packed, shown, kind if reading.chat_column is None else "chat", seed)
+    return _calibration(packed, shown, kind if reading.chat_column is None else "chat", seed, begin_token=begin)
 
 
 def calibration_from_texts(
@@ -157,16 +157,21 @@ def calibration_from_texts(
                 "calibration_from_tokens."
             )
     how: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "name": repr(source), "fewer": fewer}
-    how["begin"] = begin_token_of(tokenizer) if begin_token else None
+    begin = begin_token_of(tokenizer) if begin_token else None
+    how["begin"] = begin
     if len(documents) == 1:
         packed = pack_windows([(documents, None)], tokenizer, seed=seed, **how)
     else:
         packed = pack_documents(shuffled(documents, seed), tokenizer, **how)
-    return _calibration(packed, source, "texts", seed)
+    return _calibration(packed, source, "texts", seed, begin_token=begin)
 
 
 def calibration_from_tokens(
-    input_ids: Tensor, attention_mask: Tensor | None = None, *, source: str = "tokens"
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    source: str = "tokens",
+    begin_token: int | None = None,
 ) -> Calibration:
     """Use ready token sequences as calibration data, padded ones too.
 
@@ -175,9 +180,12 @@ def calibration_from_tokens(
         attention_mask: shape (samples, seq_len), 1 (or True) for a token and 0 for padding, on either side; None when
             nothing is padded.
         source: a name for the provenance.
+        begin_token: the token that each sequence begins with because the tokenizer puts it before every text: noise
+            leaves it in place.
 
     Raises:
-        CalibrationError: a shape or type is wrong, or a sequence has fewer than two tokens.
+        CalibrationError: a shape or type is wrong, a sequence has fewer than two tokens, or one begins with another
+            token than `begin_token`.
     """
     if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.numel() == 0:
         raise CalibrationError(
@@ -199,11 +207,25 @@ def calibration_from_tokens(
             f"calibration sequence {int(lengths.argmin())} has {int(lengths.min())} token(s) that are not padding: "
             "each needs at least 2, one to predict the other"
         )
-    return _calibration(Packed(ids, len(ids)), source, "tokens", None, mask)
+    if begin_token is not None:
+        first = torch.zeros(len(ids), dtype=torch.int64) if mask is None else mask.argmax(dim=1)
+        others = (ids.gather(1, first[:, None]).flatten() != begin_token).nonzero().flatten()
+        if len(others):
+            number = int(others[0])
+            raise CalibrationError(
+                f"calibration sequence {number} begins with token {int(ids[number, first[number]])}, not with "
+                f"`begin_token` {begin_token}"
+            )
+    return _calibration(Packed(ids, len(ids)), source, "tokens", None, mask, begin_token)
 
 
 def _calibration(
-    packed: Packed, source: str, kind: str, seed: int | None, attention_mask: Tensor | None = None
+    packed: Packed,
+    source: str,
+    kind: str,
+    seed: int | None,
+    attention_mask: Tensor | None = None,
+    begin_token: int | None = None,
 ) -> Calibration:
     ids = packed.input_ids
     provenance = Provenance(
@@ -216,7 +238,7 @@ def _calibration(
         documents=packed.documents,
         sha256=hash_tokens(ids, attention_mask),
     )
-    return Calibration(ids, provenance, attention_mask)
+    return Calibration(ids, provenance, attention_mask, begin_token=begin_token)
 
 
 def check_counts(samples: int, seq_len: int) -> None:

@@ -36,7 +36,7 @@ def with_noise(batches: Sequence[Batch], share: float, vocabulary: int, seed: in
     """Replace a share of the tokens in every second sequence by tokens drawn uniformly from the vocabulary.
 
     Sequences are counted over all batches, and each draws for itself, in their order: how they are batched changes
-    nothing. A token that all sequences begin with stays: it stands before other text as well.
+    nothing. The batches' `begin_token` stays: it stands before other text as well.
 
     Args:
         batches: calibration sequences.
@@ -49,19 +49,16 @@ def with_noise(batches: Sequence[Batch], share: float, vocabulary: int, seed: in
     """
     if not share:
         return list(batches)
-    begins = [_begins(batch) for batch in batches]
-    tokens = torch.cat([batch.input_ids.cpu()[begin] for batch, begin in zip(batches, begins, strict=True)])
-    begun = len(tokens) > 1 and bool((tokens == tokens[0]).all())
     generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger ones
-    clean, noised, number = clean_sequences(len(tokens), share), [], 0
-    for batch, begin in zip(batches, begins, strict=True):
+    clean = clean_sequences(sum(len(batch.input_ids) for batch in batches), share)
+    noised, number = [], 0
+    for batch in batches:
         ids = batch.input_ids.cpu().clone()
-        for row, keep in zip(ids, begin, strict=True):
+        for row, stays in zip(ids, _begins(batch), strict=True):
             if number not in clean:
                 wrong = torch.randint(vocabulary, row.shape, generator=generator, dtype=row.dtype)
                 replaced = torch.rand(row.shape, generator=generator) < share
-                if begun:
-                    replaced &= ~keep
+                replaced &= ~stays
                 row[replaced] = wrong[replaced]
             number += 1
         noised.append(replace(batch, input_ids=ids.to(batch.input_ids.device)))
@@ -74,7 +71,9 @@ def clean_sequences(count: int, share: float) -> range:
 
 
 def _begins(batch: Batch) -> Tensor:
-    """True at the first token of each sequence that is not padding, bool (batch, seq_len)."""
+    """True at the begin token of each sequence, behind padding: bool, (batch, seq_len)."""
     ids, mask = batch.input_ids, batch.attention_mask
+    if batch.begin_token is None:
+        return torch.zeros(ids.shape, dtype=torch.bool)
     first = torch.zeros(len(ids), dtype=torch.int64) if mask is None else mask.cpu().int().argmax(dim=1)
     return torch.arange(ids.shape[1]) == first[:, None]

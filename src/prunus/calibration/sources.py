@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -103,4 +103,4 @@ def mixed(parts: Sequence[Calibration]) -> Calibration:
         sha256=hash_tokens(ids),
         sources=tuple(each),
     )
-    return Calibration(ids, provenance, sources=torch.tensor(sources)[order])
+    return replace(parts[0], input_ids=ids, provenance=provenance, sources=torch.tensor(sources)[order])

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from prunus.checkpoint import configuration_prunus, modeling_prunus
 from prunus.errors import CheckpointError, PlanError, PrunusError, UnsupportedModelError
 from prunus.model.families import PRUNED_PREFIX, Mixture, family_of
-from prunus.model.geometry import LayerWidths, layer_widths_of, submodule
+from prunus.model.modules import submodule
+from prunus.model.widths import LayerWidths, layer_widths_of
 
 __all__ = ["config_as_weighted", "empty_model", "is_ragged", "pruned_config", "register"]
 

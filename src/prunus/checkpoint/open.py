@@ -21,8 +21,8 @@ from prunus.errors import CheckpointError
 from prunus.files.links import check_inside
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of
-from prunus.model.geometry import submodule
 from prunus.model.layers import ATTRIBUTE, Fetched, LayerState, StoredLayers, layers_of, move_present_, outside_layers
+from prunus.model.modules import submodule
 from prunus.model.saved_dtype import save_in_
 from prunus.model.whole import attach_whole_
 

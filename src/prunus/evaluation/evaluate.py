@@ -14,7 +14,6 @@ from prunus.checkpoint.load import read_small_files
 from prunus.evaluation.eval_options import EvalOptions
 from prunus.evaluation.harness import HarnessResult, check_harness, run_harness
 from prunus.evaluation.perplexity import (
-    TextWindows,
     cut_text,
     perplexity_of_text,
     read_text,
@@ -30,7 +29,7 @@ from prunus.model.layers import layers_of
 from prunus.model.tokens import check_tokens
 from prunus.sweep.engine import ModelOptions, load_or_open, model_name
 from prunus.sweep.estimate import Workload
-from prunus.sweep.sequence_loss import PerplexityResult
+from prunus.sweep.sequence_loss import PerplexityResult, Windows
 from prunus.version import __version__
 
 __all__ = ["EvalOptions", "Evaluation", "ModelFigures", "evaluate"]
@@ -148,7 +147,7 @@ class _Asked:
         longest: tokens of the longest sequence of all.
     """
 
-    windows: Mapping[str, TextWindows]
+    windows: Mapping[str, Windows]
     tasks: Sequence[EncodedTask]
     longest: int
 

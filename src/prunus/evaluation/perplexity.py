@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunus.calibration.begin_token import begin_token_of, begin_with
 from prunus.errors import OptionError
@@ -24,14 +23,13 @@ from prunus.files.user_path import expanded
 from prunus.model.live import live_model
 from prunus.model.tokens import check_seq_len, check_tokens, longest_context, token_ids
 from prunus.option_values import check_whole
-from prunus.sweep.sequence_loss import PerplexityResult, sequence_loss
+from prunus.sweep.sequence_loss import PerplexityResult, Windows, sequence_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DEFAULT_SEQ_LEN",
-    "TextWindows",
     "cut_text",
     "perplexity",
     "perplexity_of_text",
@@ -48,25 +46,6 @@ DEFAULT_SEQ_LEN = 2048
 SPREAD_OF_A_LOSS = 2.5
 #: below so many tokens a figure is uncertain by 8 % and more: nobody should rank models by it unawares
 FEW_TOKENS = 1000
-
-
-@dataclass(frozen=True)
-class TextWindows:
-    """A text as the windows that perplexity is measured on.
-
-    Attributes:
-        ids: int64, (windows, tokens), a begin-of-text token included.
-        tokens: in the whole text.
-        text_len: tokens of the text in each window.
-        source: how the text was tokenised, for the protocol.
-        left_out: what was left out, for the protocol.
-    """
-
-    ids: Tensor
-    tokens: int
-    text_len: int
-    source: str
-    left_out: str
 
 
 def read_text(path: str | Path) -> str:
@@ -148,7 +127,7 @@ def window_length(config: Any, seq_len: int | None, name: str = "seq_len") -> in
 
 def cut_text(
     tokenizer: Any, text: str, *, seq_len: int, max_windows: int | None = None, begin_token: bool = True
-) -> TextWindows:
+) -> Windows:
     """Tokenise a text and cut it into windows, by the protocol above.
 
     Args:
@@ -175,7 +154,7 @@ def cut_text(
         windows = windows[:max_windows]
     source = "text tokenised once as one raw string (lines not re-joined), "
     source += "no special tokens" if begin is None else "each window begun with the token that begins a text"
-    return TextWindows(windows, tokens, length, source, left_out)
+    return Windows(windows, tokens, length, source, left_out)
 
 
 def warn_of_few_tokens(name: str, predicted: int) -> None:
@@ -197,7 +176,7 @@ def warn_of_few_tokens(name: str, predicted: int) -> None:
 
 @torch.no_grad()
 def perplexity_of_text(
-    model: nn.Module, windows: TextWindows, *, batch_size: int = 1, progress: bool = True
+    model: nn.Module, windows: Windows, *, batch_size: int = 1, progress: bool = True
 ) -> PerplexityResult:
     """Measure a model's perplexity on a text that was cut before, see `perplexity`.
 
@@ -213,13 +192,4 @@ def perplexity_of_text(
     """
     check_whole("batch_size", batch_size)
     check_tokens(model.config, windows.ids)
-    return sequence_loss(
-        model,
-        windows.ids,
-        windows.tokens,
-        windows.source,
-        windows.left_out,
-        text_len=windows.text_len,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    return sequence_loss(model, windows, batch_size=batch_size, progress=progress)

@@ -35,7 +35,9 @@ from prunus.evaluation.speed_options import SpeedOptions
 from prunus.files.user_path import expanded
 from prunus.machine.bars import Bar
 from prunus.model.families import AXES, Axis
-from prunus.model.geometry import Geometry, LayerWidths, submodule
+from prunus.model.geometry import Geometry
+from prunus.model.modules import submodule
+from prunus.model.widths import LayerWidths
 from prunus.selection.latency_profile import LatencyProfile, PhaseTimes, ProfiledShape
 from prunus.sweep.engine import ModelOptions
 

@@ -1,7 +1,8 @@
 """Pruned models in the forms that other programs load."""
 
 from prunus.export.dense import export_dense, fill_model
-from prunus.export.gguf_file import GGUF_TYPES, GgufType, export_gguf
+from prunus.export.gguf_file import export_gguf
+from prunus.export.gguf_model import GGUF_TYPES, GgufType
 from prunus.export.gguf_plan import apply_plan_to_gguf
 from prunus.export.gguf_slice import slice_gguf
 from prunus.export.gguf_source import is_gguf, open_gguf

@@ -23,8 +23,8 @@ from prunus.export.fill import fill_config, fill_tensors, largest_widths
 from prunus.export.memory import check_export_memory
 from prunus.files.json_file import read_json
 from prunus.files.outputs import check_disk, check_output, claimed
-from prunus.model.geometry import layer_widths_of
 from prunus.model.whole import attach_whole_, whole_of
+from prunus.model.widths import layer_widths_of
 from prunus.results.card import license_of
 
 __all__ = ["export_dense", "fill_model"]

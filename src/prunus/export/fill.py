@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from prunus.checkpoint import config_as_weighted, empty_model, pruned_config
+from prunus.model.dimensions import SPACE_AXIS
 from prunus.model.families import Projection
-from prunus.model.geometry import SPACE_AXIS, Geometry, LayerWidths
+from prunus.model.geometry import Geometry
+from prunus.model.widths import LayerWidths
 
 __all__ = ["fill_config", "fill_tensors", "filled_parameters", "largest_widths"]
 

@@ -18,7 +18,8 @@ from prunus.errors import UnsupportedModelError
 from prunus.export.fill import largest_widths
 from prunus.export.gguf_rope import Rope
 from prunus.model.families import family_of
-from prunus.model.geometry import Geometry, LayerWidths
+from prunus.model.geometry import Geometry
+from prunus.model.widths import LayerWidths
 
 __all__ = [
     "ARCHITECTURES",

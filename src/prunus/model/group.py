@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from prunus.errors import OptionError
+from prunus.model.dimensions import SPACE_AXIS
 from prunus.model.families import ALL_AXES, Axis
-from prunus.model.geometry import SPACE_AXIS, Geometry
+from prunus.model.geometry import Geometry
 
 __all__ = ["Group", "Part"]
 

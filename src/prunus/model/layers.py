@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from prunus.files.tensor_file import TensorFile, TensorLayout, write_tensors
 from prunus.model.families import family_of
-from prunus.model.geometry import submodule
+from prunus.model.modules import submodule
 
 __all__ = ["Fetched", "LayerState", "Layers", "StoredLayers", "layers_of", "move_present_", "outside_layers"]
 

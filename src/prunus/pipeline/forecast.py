@@ -23,8 +23,8 @@ from prunus.machine.placement import dtype_name
 from prunus.machine.processes import number_of_processes
 from prunus.machine.stages import Stages, show_seconds
 from prunus.model.families import AXES, Axis
-from prunus.model.geometry import LayerWidths
 from prunus.model.saved_dtype import saved_dtype
+from prunus.model.widths import LayerWidths
 from prunus.pipeline.probe import Probe
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.request import Request

@@ -13,7 +13,6 @@ from prunus.calibration import Calibration, Reading, load_calibration
 from prunus.errors import TextTooShortError
 from prunus.evaluation.perplexity import (
     FEW_TOKENS,
-    TextWindows,
     cut_text,
     perplexity_of_text,
     warn_of_few_tokens,
@@ -30,7 +29,7 @@ from prunus.pipeline.request import Request
 from prunus.pipeline.stages import LOADING, WRITING
 from prunus.sweep import Engine
 from prunus.sweep.engine import load_or_open
-from prunus.sweep.sequence_loss import PerplexityResult, perplexity_of_windows
+from prunus.sweep.sequence_loss import PerplexityResult, Windows, perplexity_of_windows
 
 __all__ = [
     "Inputs",
@@ -148,7 +147,7 @@ class Inputs:
     geometry: Geometry
     calibration: Calibration | None
     held_out: Calibration | None
-    text: TextWindows | None
+    text: Windows | None
     text_name: str
     tasks: Sequence[EncodedTask] = ()
 
@@ -237,7 +236,7 @@ def _opened(request: Request, progress: bool) -> Inputs:
     return Inputs(job.model, dense, tokenizer, engine, geometry, None, None, windows, name, encoded)
 
 
-def _windows(config: Any, tokenizer: Any, text: str, options: EvaluationOptions) -> TextWindows:
+def _windows(config: Any, tokenizer: Any, text: str, options: EvaluationOptions) -> Windows:
     """The windows of a text that perplexity is measured on."""
     windows = cut_text(
         tokenizer,

@@ -11,8 +11,9 @@ import torch
 from prunus.checkpoint import empty_model, locate, read_config, whole_around
 from prunus.errors import PlanError
 from prunus.model.families import Axis
-from prunus.model.geometry import Geometry, submodule
+from prunus.model.geometry import Geometry
 from prunus.model.group import Group
+from prunus.model.modules import submodule
 from prunus.results.lineage import plan_from_original
 from prunus.scoring.score import Score
 from prunus.selection.plan import Plan

@@ -21,8 +21,10 @@ from prunus.checkpoint import empty_model, pruned_config
 from prunus.checkpoint.random_weights import random_weights
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.families import family_of
-from prunus.model.geometry import Geometry, LayerWidths, submodule
+from prunus.model.geometry import Geometry
 from prunus.model.loss import chunked_cross_entropy, head_function
+from prunus.model.modules import submodule
+from prunus.model.widths import LayerWidths
 from prunus.repair.least_squares import TokenSums, solve_ridge
 from prunus.scoring.score import ScoringOptions, take_statistics
 from prunus.selection.select import select

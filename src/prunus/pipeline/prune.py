@@ -30,7 +30,7 @@ from prunus.pipeline.request import check_request
 from prunus.pipeline.stages import MEASURING, SAMPLES, SAVING, WRITING, stages_of
 from prunus.pipeline.work_folder import WorkFolder
 from prunus.report import try_report
-from prunus.results.result_folder import read_metrics, save_result
+from prunus.results.result_folder import Records, read_metrics, save_result
 from prunus.scoring.routing import active_parameters, routing_of
 from prunus.selection.select import check_reachable
 from prunus.sweep import EngineChoice
@@ -187,21 +187,10 @@ def _made(
         **routing_of(result.score.about.get("routing"), result.plan, _tokens_after(result)),
     }
     with stages.enter(SAVING):
-        return save_result(
-            result.model,
-            inputs.tokenizer,
-            out,
-            result.plan,
-            result.score,
-            metrics,
-            samples,
-            inputs.source,
-            overwrite,
-            recipe=job_text(
-                replace(asked, run=replace(job.run, engine=inputs.engine), output=job.output),
-                _made_by(result, inputs.calibration),
-            ),
-        )
+        run = replace(job.run, engine=inputs.engine)
+        recipe = job_text(replace(asked, run=run, output=job.output), _made_by(result, inputs.calibration))
+        records = Records(result.plan, metrics, result.score, samples, recipe)
+        return save_result(result.model, inputs.tokenizer, records, out, source=inputs.source, overwrite=overwrite)
 
 
 def _tokens_after(result: PruneResult) -> dict[int, Sequence[int]]:

@@ -25,7 +25,8 @@ import torch
 from prunus.checkpoint import empty_model, read_config
 from prunus.machine.byte_sizes import parse_bytes
 from prunus.machine.memory import resident_set
-from prunus.model.geometry import Geometry, submodule
+from prunus.model.geometry import Geometry
+from prunus.model.modules import submodule
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.student import logits_at_once
 from prunus.sweep.estimate import FIRST_USE, SLACK, activation_bytes, check_limit

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prunus.model.families import family_of
-from prunus.model.geometry import submodule
 from prunus.model.loss import chunked_cross_entropy, head_function, next_token_labels
+from prunus.model.modules import submodule
 from prunus.recovery.objective import BeforeHead, TokenWeights, hidden_state_loss, token_loss
 from prunus.recovery.options import RecoveryOptions
 

@@ -42,9 +42,10 @@ from prunus.machine.bars import tracked
 from prunus.model.digest import digest_model
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.families import Block
-from prunus.model.geometry import Geometry, submodule
+from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.model.live import live_model
+from prunus.model.modules import submodule
 from prunus.model.saved_dtype import saved_dtype
 from prunus.model.tokens import check_tokens
 from prunus.option_values import check_positive, check_share

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from prunus.calibration.batches import Batch
 from prunus.model.families import Block, family_of
-from prunus.model.geometry import layer_widths_of, submodule
 from prunus.model.layers import layers_of
+from prunus.model.modules import submodule
+from prunus.model.widths import layer_widths_of
 from prunus.sweep.blocks import StopForward, answering, layer_calls, run_layer, stopped
 from prunus.sweep.spool import Slots
 

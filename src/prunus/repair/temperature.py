@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ import torch
 from prunus.calibration import Batch
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.families import family_of
-from prunus.model.geometry import submodule
 from prunus.model.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
+from prunus.model.modules import submodule
 from prunus.model.saved_dtype import saved_dtype
 from prunus.sweep.blocks import last_hidden_states
 from prunus.sweep.spool import Slots
@@ -92,7 +93,8 @@ def fit_temperature_(
 
 def _part(batch: Batch, rows: list[int]) -> Batch:
     """Some sequences of a batch."""
-    return Batch(batch.input_ids[rows], None if batch.attention_mask is None else batch.attention_mask[rows])
+    mask = batch.attention_mask
+    return replace(batch, input_ids=batch.input_ids[rows], attention_mask=None if mask is None else mask[rows])
 
 
 def _lowest(loss: Callable[[float], float]) -> float:

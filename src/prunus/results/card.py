@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
 from prunus.errors import CheckpointError
 from prunus.escaping import markdown_block, markdown_code, markdown_text, printable_values, yaml_block
-from prunus.model.geometry import LayerWidths
+from prunus.model.widths import LayerWidths
 
 __all__ = [
     "CalibrationFacts",

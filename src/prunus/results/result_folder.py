@@ -45,6 +45,7 @@ from prunus.selection.table import load_table
 from prunus.version import __version__
 
 __all__ = [
+    "Records",
     "Result",
     "add_evaluation",
     "check_updatable",
@@ -64,18 +65,27 @@ EVALUATION_LISTS = {"perplexities": "text", "zero_shot": "task", "harness": "tas
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Records:
+    """What is written down beside a pruned model.
+
+    Attributes:
+        plan: the cut.
+        metrics: what was done and measured; its `command` is what the user typed.
+        scored: the table that the plan was chosen from; None for a plan that was given.
+        samples: prompts with what both models made of them.
+        recipe: what recipe.yaml says; None for a plan that was given.
+    """
+
+    plan: Plan
+    metrics: Mapping[str, Any]
+    scored: Score | None = None
+    samples: Sequence[Mapping[str, str]] = ()
+    recipe: str | None = None
+
+
 def save_result(
-    smaller: Any,
-    tokenizer: Any,
-    out: str | Path,
-    plan: Plan,
-    scored: Score | None,
-    metrics: Mapping[str, Any],
-    samples: Sequence[Mapping[str, str]],
-    source: str,
-    overwrite: bool,
-    *,
-    recipe: str | None = None,
+    smaller: Any, tokenizer: Any, records: Records, out: str | Path, *, source: str, overwrite: bool
 ) -> dict[str, Any]:
     """Write a model folder with its card, and the plan, scores and metrics in its subfolder `prunus/`.
 
@@ -85,33 +95,30 @@ def save_result(
     Args:
         smaller: the pruned model.
         tokenizer: its tokenizer.
+        records: what is written beside it.
         out: the folder to write.
-        plan: the cut.
-        scored: the table it was chosen from; None for a plan that was given.
-        metrics: what was done and measured; its `command` is what the user typed.
-        samples: prompts with what both models made of them.
         source: folder, Hub id or `smollm2-135m`: the base model, whose license is carried over.
         overwrite: replace an earlier result.
-        recipe: what recipe.yaml says; None for a plan that was given.
 
     Returns:
         The metrics as written: as given, and with `original` if the base model had been cut before.
     """
+    plan = records.plan
     origin = _origin(locate(source), plan)
-    metrics = {**metrics, "original": origin.to_dict()} if origin else dict(metrics)
+    metrics = {**records.metrics, **({"original": origin.to_dict()} if origin else {})}
     extras: dict[str, str | bytes] = {
         "plan.json": plan.to_json(),
         "metrics.json": json.dumps(metrics, indent=1) + "\n",
     }
-    if recipe is not None:
-        extras["recipe.yaml"] = recipe
+    if records.recipe is not None:
+        extras["recipe.yaml"] = records.recipe
     if origin is not None:
         extras[COMPOSED_PLAN] = origin.plan.to_json()
-    if scored is not None:
-        extras["groups.csv"] = scored.table.to_csv(index=False)
-        extras["score.json"] = scored.to_json()
-    if samples:
-        extras["samples.json"] = json.dumps(samples, indent=1) + "\n"
+    if records.scored is not None:
+        extras["groups.csv"] = records.scored.table.to_csv(index=False)
+        extras["score.json"] = records.scored.to_json()
+    if records.samples:
+        extras["samples.json"] = json.dumps(records.samples, indent=1) + "\n"
     card = model_card(_card_facts(smaller, Path(out).name, plan, origin, metrics, source))
     save_checkpoint(smaller, tokenizer, out, card=card, extras=extras, overwrite=overwrite)
     return metrics

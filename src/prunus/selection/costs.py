@@ -25,7 +25,8 @@ import numpy as np
 
 from prunus.errors import PlanError
 from prunus.model.families import Axis
-from prunus.model.geometry import Geometry, LayerWidths
+from prunus.model.geometry import Geometry
+from prunus.model.widths import LayerWidths
 
 __all__ = ["BYTES_PER_NUMBER", "Costs", "expert_costs", "flop_costs", "kv_cache_costs", "parameter_costs"]
 

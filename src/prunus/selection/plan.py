@@ -20,7 +20,8 @@ from prunus.errors import PlanError
 from prunus.files.json_file import FileContent, check_content, check_format, read_json
 from prunus.files.outputs import whole_file
 from prunus.model.families import ALL_AXES, AXES, FAMILIES, Axis
-from prunus.model.geometry import Geometry, LayerWidths
+from prunus.model.geometry import Geometry
+from prunus.model.widths import LayerWidths
 
 __all__ = ["KeptGroups", "Plan"]
 

@@ -8,9 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from prunus.model.families import Projection
+from prunus.model.families import Block, Projection
 from prunus.model.geometry import Geometry
-from prunus.statistics.base import Flow, Statistic
+from prunus.statistics.base import Moment, ProjectionCall, Statistic
 
 __all__ = ["ACTIVATION_STATISTICS", "ActivationStatistic", "ActivationStatistics", "read_activations"]
 
@@ -36,13 +36,13 @@ class ActivationStatistics(Statistic):
     def __init__(self) -> None:
         self._sums: dict[tuple[int, str], dict[str, Tensor]] = {}
 
-    def listens_to_input(self, geometry: Geometry, projection: Projection) -> bool:
-        """All projections; those of a block that read the residual stream share one input, taken once."""
-        return projection == _first_reader(geometry, projection)
+    def listens(self, moment: Moment, geometry: Geometry, part: Projection | Block) -> bool:
+        """Inputs of all projections; those of a block that read the residual stream share one, taken once."""
+        return moment == "input" and isinstance(part, Projection) and part == _first_reader(geometry, part)
 
-    def on_input(self, flow: Flow) -> None:
+    def on_input(self, call: ProjectionCall) -> None:
         """Add a batch."""
-        x = flow.tokens(flow.x).float()
+        x = call.tokens(call.x).float()
         magnitude = x.abs()
         moments = {
             "sum": x.sum(dim=0).double(),
@@ -51,7 +51,7 @@ class ActivationStatistics(Statistic):
             "max": magnitude.amax(dim=0).double(),
             "tokens": torch.tensor([len(x)], dtype=torch.float64, device=x.device),
         }
-        key = (flow.layer_idx, flow.projection.name)
+        key = (call.layer_idx, call.projection.name)
         if key not in self._sums:
             self._sums[key] = moments
             return

@@ -20,7 +20,7 @@ from prunus.files.outputs import whole_file
 from prunus.model.families import Block, Projection
 from prunus.model.geometry import Geometry
 
-__all__ = ["Flow", "Labels", "Routing", "Statistic", "Statistics"]
+__all__ = ["ExpertsCall", "Labels", "Moment", "ProjectionCall", "Statistic", "Statistics"]
 
 
 class _StatisticsContent(FileContent):
@@ -30,13 +30,27 @@ class _StatisticsContent(FileContent):
     provenance: dict[str, Any]
 
 
+#: what a sweep tells statistics of: in the forward pass, and in the backward pass where
+#: it is a gradient
+Moment = Literal[
+    "input",
+    "input_gradient",
+    "output_gradient",
+    "stream_gradient",
+    "routing",
+    "expert_output",
+    "routing_gradient",
+    "expert_gradient",
+    "router_gradient",
+]
+
 #: what each position has to predict: the text's next token, or one drawn from the model's own prediction
 Labels = Literal["text", "sampled"]
 
 
 @dataclass(frozen=True)
-class Flow:
-    """One projection of one layer at work on one batch.
+class ProjectionCall:
+    """A call of one projection of one layer, with one batch.
 
     Attributes:
         geometry: shape of the model.
@@ -69,8 +83,8 @@ class Flow:
 
 
 @dataclass(frozen=True)
-class Routing:
-    """The routed experts of one layer at work on one batch.
+class ExpertsCall:
+    """A call of the routed experts of one layer, with one batch.
 
     Attributes:
         geometry: shape of the model.
@@ -117,9 +131,9 @@ class Routing:
 class Statistic(ABC):
     """Accumulates something about the projections of a layer.
 
-    Subclasses say what they listen to, and override the matching `on_…` method. Losses are summed over tokens and
-    sequences, so that the gradient of any sequence is there unscaled; `Flow.targets` gives the number of tokens to
-    divide by where a mean is wanted.
+    Subclasses say in `listens` which moments they want, and override the `on_…` methods of those. Losses are summed
+    over tokens and sequences, so that the gradient of any sequence is there unscaled; `targets` of a call gives the
+    number of tokens to divide by where a mean is wanted.
     """
 
     #: the table of names under which `finish_layer` reports
@@ -127,66 +141,45 @@ class Statistic(ABC):
     #: what the loss is of, where the statistic listens to gradients
     labels: Labels = "text"
 
-    def listens_to_input(self, geometry: Geometry, projection: Projection) -> bool:
-        """Whether `on_input` wants this projection."""
+    def listens(self, moment: Moment, geometry: Geometry, part: Projection | Block) -> bool:
+        """Whether the statistic wants to be told of a moment, by the method `on_…` of that name.
+
+        Args:
+            moment: what happens.
+            geometry: shape of the model.
+            part: where: a projection for `input`, `input_gradient` and `output_gradient`; for `stream_gradient` a block
+                with a norm behind its last projection; for all others the block of experts.
+        """
         return False
 
-    def listens_to_output_gradient(self, geometry: Geometry, projection: Projection) -> bool:
-        """Whether `on_output_gradient` wants this projection."""
-        return False
+    def on_input(self, call: ProjectionCall) -> None:  # noqa: B027 (optional to override)
+        """Called in the forward pass with what enters a projection."""
 
-    def listens_to_input_gradient(self, geometry: Geometry, projection: Projection) -> bool:
-        """Whether `on_input_gradient` wants this projection."""
-        return False
+    def on_output_gradient(self, call: ProjectionCall) -> None:  # noqa: B027 (optional to override)
+        """Called in the backward pass with a projection's input and the gradient by its output."""
 
-    def listens_to_stream_gradient(self, geometry: Geometry, block: Block) -> bool:
-        """Whether `on_stream_gradient` wants this block, which has a norm behind its last projection."""
-        return False
+    def on_input_gradient(self, call: ProjectionCall) -> None:  # noqa: B027 (optional to override)
+        """Called in the backward pass with a projection's input and the gradient by it."""
 
-    def listens_to_routing(self) -> bool:
-        """Whether `on_routing` wants the layers with experts."""
-        return False
+    def on_stream_gradient(self, call: ProjectionCall) -> None:  # noqa: B027 (optional to override)
+        """Called in the backward pass with the input of a block's last projection and the gradient behind its norm."""
 
-    def listens_to_expert_outputs(self) -> bool:
-        """Whether `on_expert_output` wants the layers with experts."""
-        return False
-
-    def listens_to_routing_gradient(self) -> bool:
-        """Whether `on_routing_gradient` wants the layers with experts."""
-        return False
-
-    def listens_to_expert_gradient(self) -> bool:
-        """Whether `on_expert_gradient` and `on_router_gradient` want the layers with experts."""
-        return False
-
-    def on_routing(self, flow: Routing) -> None:  # noqa: B027 (optional to override)
+    def on_routing(self, call: ExpertsCall) -> None:  # noqa: B027 (optional to override)
         """Called in the forward pass with the experts that were chosen."""
 
     def on_expert_output(  # noqa: B027 (optional to override)
-        self, flow: Routing, expert: int, tokens: Tensor, places: Tensor, output: Tensor
+        self, call: ExpertsCall, expert: int, tokens: Tensor, places: Tensor, output: Tensor
     ) -> None:
         """Called in the forward pass with the output of each expert, see `prunus.model.experts.routed`."""
 
-    def on_routing_gradient(self, flow: Routing) -> None:  # noqa: B027 (optional to override)
+    def on_routing_gradient(self, call: ExpertsCall) -> None:  # noqa: B027 (optional to override)
         """Called in the backward pass with the gradient by the router's weights."""
 
-    def on_expert_gradient(self, flow: Routing) -> None:  # noqa: B027 (optional to override)
+    def on_expert_gradient(self, call: ExpertsCall) -> None:  # noqa: B027 (optional to override)
         """Called in the backward pass with the gradient by the output of all experts."""
 
-    def on_router_gradient(self, flow: Routing) -> None:  # noqa: B027 (optional to override)
+    def on_router_gradient(self, call: ExpertsCall) -> None:  # noqa: B027 (optional to override)
         """Called in the backward pass with the gradient by the router's logits."""
-
-    def on_input(self, flow: Flow) -> None:  # noqa: B027 (optional to override)
-        """Called in the forward pass with what enters a projection."""
-
-    def on_output_gradient(self, flow: Flow) -> None:  # noqa: B027 (optional to override)
-        """Called in the backward pass with a projection's input and the gradient by its output."""
-
-    def on_input_gradient(self, flow: Flow) -> None:  # noqa: B027 (optional to override)
-        """Called in the backward pass with a projection's input and the gradient by it."""
-
-    def on_stream_gradient(self, flow: Flow) -> None:  # noqa: B027 (optional to override)
-        """Called in the backward pass with the input of a block's last projection and the gradient behind its norm."""
 
     @abstractmethod
     def accumulated(self, layer_idx: int) -> list[tuple[Tensor, str]]:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.model.dimensions import SPACE_AXIS
 from prunus.model.families import AXES, Axis, Block, Projection
-from prunus.model.geometry import SPACE_AXIS, Geometry
-from prunus.statistics.base import Flow, Labels, Routing, Statistic
+from prunus.model.geometry import Geometry
+from prunus.statistics.base import ExpertsCall, Labels, Moment, ProjectionCall, Statistic
 
 __all__ = ["GateGradients"]
 
@@ -52,44 +53,38 @@ class GateGradients(Statistic):
         self.labels = labels
         self._squares: dict[tuple[int, Axis], Tensor] = {}
 
-    def listens_to_input_gradient(self, geometry: Geometry, projection: Projection) -> bool:
-        """The projections that write a block's groups straight back into the residual stream."""
-        axis = SPACE_AXIS.get(projection.inputs)
-        return axis is not None and geometry.family.block(axis).post_norm is None
+    def listens(self, moment: Moment, geometry: Geometry, part: Projection | Block) -> bool:
+        """The projections that write a block's groups back into the stream: at their input, or behind a norm there."""
+        if moment == "input_gradient" and isinstance(part, Projection):
+            axis = SPACE_AXIS.get(part.inputs)
+            return axis is not None and geometry.family.block(axis).post_norm is None
+        return moment in ("stream_gradient", "routing_gradient")
 
-    def listens_to_stream_gradient(self, geometry: Geometry, block: Block) -> bool:
-        """All blocks with a norm behind them."""
-        return True
-
-    def listens_to_routing_gradient(self) -> bool:
-        """All layers with experts."""
-        return True
-
-    def on_routing_gradient(self, flow: Routing) -> None:
+    def on_routing_gradient(self, call: ExpertsCall) -> None:
         """Add a batch's squared gate gradients of experts."""
-        assert flow.gradient is not None
-        shares = flow.weights.double() * flow.gradient.double()
-        gates = shares.new_zeros(len(flow.targets), flow.experts)
-        rows = flow.sequences[:, None].expand_as(flow.chosen)
-        gates.index_put_((rows, flow.chosen), shares, accumulate=True)
-        self._add(flow.layer_idx, "expert", gates)
+        assert call.gradient is not None
+        shares = call.weights.double() * call.gradient.double()
+        gates = shares.new_zeros(len(call.targets), call.experts)
+        rows = call.sequences[:, None].expand_as(call.chosen)
+        gates.index_put_((rows, call.chosen), shares, accumulate=True)
+        self._add(call.layer_idx, "expert", gates)
 
-    def on_input_gradient(self, flow: Flow) -> None:
+    def on_input_gradient(self, call: ProjectionCall) -> None:
         """Add a batch's squared gate gradients."""
-        assert flow.gradient is not None
-        axis = SPACE_AXIS[flow.projection.inputs]
+        assert call.gradient is not None
+        axis = SPACE_AXIS[call.projection.inputs]
         # float32 products: in bf16 the sum over hundreds of tokens would lose its small terms.
-        columns = (flow.x.float() * flow.gradient.float()).sum(dim=1)
-        gates = columns.double().reshape(len(columns), flow.geometry.widths[flow.layer_idx][axis], -1).sum(dim=2)
-        self._add(flow.layer_idx, axis, gates)
+        columns = (call.x.float() * call.gradient.float()).sum(dim=1)
+        gates = columns.double().reshape(len(columns), call.geometry.widths[call.layer_idx][axis], -1).sum(dim=2)
+        self._add(call.layer_idx, axis, gates)
 
-    def on_stream_gradient(self, flow: Flow) -> None:
+    def on_stream_gradient(self, call: ProjectionCall) -> None:
         """Add a batch's squared effects through the norm."""
-        axis = SPACE_AXIS[flow.projection.inputs]
-        groups = flow.geometry.widths[flow.layer_idx][axis]
-        together = groups == 1 or flow.geometry.family.block(axis).indivisible
-        effects = _effects_through_norm(flow, groups, together)
-        self._add(flow.layer_idx, axis, effects.double().sum(dim=1))
+        axis = SPACE_AXIS[call.projection.inputs]
+        groups = call.geometry.widths[call.layer_idx][axis]
+        together = groups == 1 or call.geometry.family.block(axis).indivisible
+        effects = _effects_through_norm(call, groups, together)
+        self._add(call.layer_idx, axis, effects.double().sum(dim=1))
 
     def _add(self, layer_idx: int, axis: Axis, gates: Tensor) -> None:
         """Add the squares of the gates of some sequences, (sequences, groups)."""
@@ -110,23 +105,23 @@ class GateGradients(Statistic):
         }
 
 
-def _effects_through_norm(flow: Flow, groups: int, together: bool) -> Tensor:
+def _effects_through_norm(call: ProjectionCall, groups: int, together: bool) -> Tensor:
     """A / r(x) − (A − a_g) / r(x − x_g) of every token and group, see `GateGradients`.
 
     Args:
-        flow: with the norm and the gradient behind it.
+        call: with the norm and the gradient behind it.
         groups: number of groups of the block.
         together: the groups go together, and the block with them.
 
     Returns:
         float32, (batch, seq_len, groups).
     """
-    assert flow.norm is not None
-    assert flow.gradient is not None
-    norm: Any = flow.norm
-    inputs, weight = flow.x.float(), flow.module.weight.float()
-    bias = 0.0 if flow.module.bias is None else flow.module.bias.float()
-    pull = flow.gradient.float() * (flow.geometry.family.norm_offset + norm.weight.float())
+    assert call.norm is not None
+    assert call.gradient is not None
+    norm: Any = call.norm
+    inputs, weight = call.x.float(), call.module.weight.float()
+    bias = 0.0 if call.module.bias is None else call.module.bias.float()
+    pull = call.gradient.float() * (call.geometry.family.norm_offset + norm.weight.float())
     epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
     output = inputs @ weight.T + bias
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import OptionError
+from prunus.model.dimensions import SPACE_AXIS
 from prunus.model.experts import expert_output, expert_weights, tokens_of_experts
-from prunus.model.families import AXES, Axis, Projection
-from prunus.model.geometry import SPACE_AXIS, Geometry, submodule
-from prunus.statistics.base import Flow, Labels, Routing, Statistic
+from prunus.model.families import AXES, Axis, Block, Projection
+from prunus.model.geometry import Geometry
+from prunus.model.modules import submodule
+from prunus.statistics.base import ExpertsCall, Labels, Moment, ProjectionCall, Statistic
 
 __all__ = ["LossScale", "WeightGradients"]
 
@@ -55,44 +57,40 @@ class WeightGradients(Statistic):
         self._gradients: dict[int, dict[str, Tensor]] = {}
         self._squares: dict[int, dict[Axis, Tensor]] = {}
 
-    def listens_to_output_gradient(self, geometry: Geometry, projection: Projection) -> bool:
-        """All projections: every weight of a decoder layer's projections belongs to a group."""
-        return True
+    def listens(self, moment: Moment, geometry: Geometry, part: Projection | Block) -> bool:
+        """All projections, since every weight of theirs belongs to a group; experts where the first order is taken."""
+        return moment == "output_gradient" or (moment in ("expert_gradient", "router_gradient") and self.means)
 
-    def listens_to_expert_gradient(self) -> bool:
-        """Where the first order is taken."""
-        return self.means
-
-    def on_expert_gradient(self, flow: Routing) -> None:
+    def on_expert_gradient(self, call: ExpertsCall) -> None:
         """Add a batch's gradients of the weights of its experts."""
-        assert flow.gradient is not None
-        delta = flow.gradient.float() * self._scales(flow)[:, None]
-        for expert, tokens, places in tokens_of_experts(flow.chosen):
-            weights = {name: w.requires_grad_() for name, w in expert_weights(flow.module, expert).items()}
+        assert call.gradient is not None
+        delta = call.gradient.float() * self._scales(call)[:, None]
+        for expert, tokens, places in tokens_of_experts(call.chosen):
+            weights = {name: w.requires_grad_() for name, w in expert_weights(call.module, expert).items()}
             with torch.enable_grad():
-                output = expert_output(flow.module, weights, flow.x[tokens])
-            by_output = (delta[tokens] * flow.weights[tokens, places, None].float()).to(output.dtype)
+                output = expert_output(call.module, weights, call.x[tokens])
+            by_output = (delta[tokens] * call.weights[tokens, places, None].float()).to(output.dtype)
             for name, gradient in zip(
                 weights, torch.autograd.grad(output, list(weights.values()), by_output), strict=True
             ):
-                path = f"{flow.block.experts}.{name}"
-                self._sums_of(flow.layer_idx, path, (flow.experts, *gradient.shape), gradient.device)[expert] += (
+                path = f"{call.block.experts}.{name}"
+                self._sums_of(call.layer_idx, path, (call.experts, *gradient.shape), gradient.device)[expert] += (
                     gradient
                 )
 
-    def on_router_gradient(self, flow: Routing) -> None:
+    def on_router_gradient(self, call: ExpertsCall) -> None:
         """Add a batch's gradients of the router's rows."""
-        assert flow.gradient is not None
-        delta, here = flow.gradient.float() * self._scales(flow)[:, None], flow.x.device
-        rows = f"{flow.block.router}.weight"
-        self._sums_of(flow.layer_idx, rows, (flow.experts, flow.x.shape[1]), here).addmm_(delta.T, flow.x.float())
-        if (biases := f"{flow.block.router}.bias") in {stack.path for stack in flow.block.stacks}:
-            self._sums_of(flow.layer_idx, biases, (flow.experts,), here).add_(delta.sum(dim=0))
+        assert call.gradient is not None
+        delta, here = call.gradient.float() * self._scales(call)[:, None], call.x.device
+        rows = f"{call.block.router}.weight"
+        self._sums_of(call.layer_idx, rows, (call.experts, call.x.shape[1]), here).addmm_(delta.T, call.x.float())
+        if (biases := f"{call.block.router}.bias") in {stack.path for stack in call.block.stacks}:
+            self._sums_of(call.layer_idx, biases, (call.experts,), here).add_(delta.sum(dim=0))
 
-    def _scales(self, flow: Routing) -> Tensor:
+    def _scales(self, call: ExpertsCall) -> Tensor:
         """What the loss of each token counts, (batch · seq_len,)."""
-        each = flow.targets.clamp(min=1).reciprocal() if self.loss_scale == "mean" else torch.ones_like(flow.targets)
-        return each[flow.sequences]
+        each = call.targets.clamp(min=1).reciprocal() if self.loss_scale == "mean" else torch.ones_like(call.targets)
+        return each[call.sequences]
 
     def _sums_of(self, layer_idx: int, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         sums = self._gradients.setdefault(layer_idx, {})
@@ -100,43 +98,43 @@ class WeightGradients(Statistic):
             sums[name] = torch.zeros(shape, dtype=torch.float32, device=device)
         return sums[name]
 
-    def on_output_gradient(self, flow: Flow) -> None:
+    def on_output_gradient(self, call: ProjectionCall) -> None:
         """Add a batch's gradients of one projection's weight and bias."""
-        delta, x = flow.gradient, flow.x
+        delta, x = call.gradient, call.x
         assert delta is not None
         if self.squares:
             for sequence in range(len(x)):
-                self._add(flow, delta[sequence], x[sequence], float(flow.targets[sequence]))
+                self._add(call, delta[sequence], x[sequence], float(call.targets[sequence]))
             return
         if self.loss_scale == "mean":
-            targets = flow.targets
+            targets = call.targets
             if bool((targets == targets[0]).all()):
-                self._add(flow, delta.flatten(0, 1), x.flatten(0, 1), float(targets[0]))
+                self._add(call, delta.flatten(0, 1), x.flatten(0, 1), float(targets[0]))
                 return
             delta = delta / targets.to(delta.dtype).clamp(min=1)[:, None, None]
-        self._add(flow, delta.flatten(0, 1), x.flatten(0, 1), 1.0)
+        self._add(call, delta.flatten(0, 1), x.flatten(0, 1), 1.0)
 
-    def _add(self, flow: Flow, delta: Tensor, x: Tensor, targets: float) -> None:
+    def _add(self, call: ProjectionCall, delta: Tensor, x: Tensor, targets: float) -> None:
         """Add the gradient δᵀx of one or more sequences that have `targets` tokens each."""
         scale = 1.0 / max(targets, 1.0) if self.loss_scale == "mean" else 1.0
-        self._add_parameter(flow, "weight", delta.T @ x, scale)
-        if flow.module.bias is not None:
-            self._add_parameter(flow, "bias", delta.sum(dim=0, dtype=torch.float32), scale)
+        self._add_parameter(call, "weight", delta.T @ x, scale)
+        if call.module.bias is not None:
+            self._add_parameter(call, "bias", delta.sum(dim=0, dtype=torch.float32), scale)
 
-    def _add_parameter(self, flow: Flow, parameter: str, gradient: Tensor, scale: float) -> None:
+    def _add_parameter(self, call: ProjectionCall, parameter: str, gradient: Tensor, scale: float) -> None:
         if self.squares:
             # One float32 copy serves both orders; it is the passes over it that cost, not the arithmetic.
             gradient = gradient.float()
         if self.means:
-            name = f"{flow.projection.path}.{parameter}"
-            self._sums_of(flow.layer_idx, name, tuple(gradient.shape), gradient.device).add_(gradient, alpha=scale)
+            name = f"{call.projection.path}.{parameter}"
+            self._sums_of(call.layer_idx, name, tuple(gradient.shape), gradient.device).add_(gradient, alpha=scale)
         if self.squares:
-            product = gradient.mul_(flow.module.get_parameter(parameter).detach())
-            axis = _axis(flow.projection)
-            reduced = scale**2 * flow.geometry.sum_projection_to_groups(
-                flow.layer_idx, axis, flow.projection, product, squared=True
+            product = gradient.mul_(call.module.get_parameter(parameter).detach())
+            axis = _axis(call.projection)
+            reduced = scale**2 * call.geometry.sum_projection_to_groups(
+                call.layer_idx, axis, call.projection, product, squared=True
             )
-            squares = self._squares.setdefault(flow.layer_idx, {})
+            squares = self._squares.setdefault(call.layer_idx, {})
             squares[axis] = squares[axis] + reduced if axis in squares else reduced
 
     def accumulated(self, layer_idx: int) -> list[tuple[Tensor, str]]:

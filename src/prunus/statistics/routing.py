@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from prunus.model.families import Block, Projection
 from prunus.model.geometry import Geometry
-from prunus.statistics.base import Routing, Statistic
+from prunus.statistics.base import ExpertsCall, Moment, Statistic
 
 __all__ = ["RoutingStatistics"]
 
@@ -30,34 +31,30 @@ class RoutingStatistics(Statistic):
         self.keys = tuple(f"routing.{name}" for name in names)
         self._sums: dict[int, dict[str, Tensor]] = {}
 
-    def listens_to_routing(self) -> bool:
-        """In every layer with experts."""
-        return True
+    def listens(self, moment: Moment, geometry: Geometry, part: Projection | Block) -> bool:
+        """Where tokens are sent to, and what experts make of them where that is wanted."""
+        return moment == "routing" or (moment == "expert_output" and self.outputs)
 
-    def listens_to_expert_outputs(self) -> bool:
-        """Where they are wanted."""
-        return self.outputs
-
-    def on_routing(self, flow: Routing) -> None:
+    def on_routing(self, call: ExpertsCall) -> None:
         """Count a batch's tokens."""
-        chosen, weights = flow.tokens(flow.chosen), flow.tokens(flow.weights).double()
-        sums = self._of(flow)
-        sums["tokens"] += torch.bincount(chosen.flatten(), minlength=flow.experts).double()
+        chosen, weights = call.tokens(call.chosen), call.tokens(call.weights).double()
+        sums = self._of(call)
+        sums["tokens"] += torch.bincount(chosen.flatten(), minlength=call.experts).double()
         sums["weight"].index_add_(0, chosen.flatten(), weights.flatten())
 
-    def on_expert_output(self, flow: Routing, expert: int, tokens: Tensor, places: Tensor, output: Tensor) -> None:
+    def on_expert_output(self, call: ExpertsCall, expert: int, tokens: Tensor, places: Tensor, output: Tensor) -> None:
         """Add what an expert contributes to a batch."""
         norms = torch.linalg.vector_norm(output.detach().float(), dim=-1).double()
-        contributions = flow.weights[tokens, places].double() * norms
-        if flow.mask is not None:
-            contributions = contributions[flow.mask.flatten()[tokens]]
-        self._of(flow)["contribution"][expert] += contributions.sum()
+        contributions = call.weights[tokens, places].double() * norms
+        if call.mask is not None:
+            contributions = contributions[call.mask.flatten()[tokens]]
+        self._of(call)["contribution"][expert] += contributions.sum()
 
-    def _of(self, flow: Routing) -> dict[str, Tensor]:
-        if flow.layer_idx not in self._sums:
-            empty = torch.zeros(flow.experts, dtype=torch.float64, device=flow.x.device)
-            self._sums[flow.layer_idx] = {name.partition(".")[2]: empty.clone() for name in self.keys}
-        return self._sums[flow.layer_idx]
+    def _of(self, call: ExpertsCall) -> dict[str, Tensor]:
+        if call.layer_idx not in self._sums:
+            empty = torch.zeros(call.experts, dtype=torch.float64, device=call.x.device)
+            self._sums[call.layer_idx] = {name.partition(".")[2]: empty.clone() for name in self.keys}
+        return self._sums[call.layer_idx]
 
     def accumulated(self, layer_idx: int) -> list[tuple[Tensor, str]]:
         """All sums of a layer."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from prunus.calibration.batches import Batch
 from prunus.model.families import family_of
-from prunus.model.geometry import submodule
 from prunus.model.layers import layers_of
+from prunus.model.modules import submodule
 
 __all__ = ["TOKENS_AT_ONCE", "LayerCalls", "StopForward", "last_hidden_states", "layer_calls", "run_layer", "stopped"]
 

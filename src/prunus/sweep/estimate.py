@@ -37,8 +37,9 @@ from prunus.calibration.self_text import AT_ONCE, LONGEST_PROMPT, MOST_NEW
 from prunus.errors import OptionError
 from prunus.machine.byte_sizes import show_bytes
 from prunus.machine.memory import available_bytes, resident_set
-from prunus.model.geometry import Geometry, submodule
+from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of, outside_layers
+from prunus.model.modules import submodule
 from prunus.sweep.blocks import TOKENS_AT_ONCE
 
 __all__ = [

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from prunus.machine.bars import tracked
-from prunus.model.geometry import Geometry, submodule
+from prunus.model.geometry import Geometry
 from prunus.model.loss import head_function
+from prunus.model.modules import submodule
+from prunus.sweep.layer_hooks import LayerHooks
 from prunus.sweep.objective import losses_and_gradient
 from prunus.sweep.prepared import PreparedBatch, check_losses
-from prunus.sweep.taps import Taps
 
 __all__ = ["run_resident"]
 
@@ -22,7 +23,7 @@ __all__ = ["run_resident"]
 def run_resident(
     model: Any,
     geometry: Geometry,
-    taps: Taps,
+    hooks: LayerHooks,
     batches: Sequence[PreparedBatch],
     finish_layer: Callable[[int, nn.Module, float], None],
     *,
@@ -33,7 +34,7 @@ def run_resident(
     Args:
         model: a frozen causal language model in evaluation mode.
         geometry: its shape.
-        taps: who listens.
+        hooks: who listens.
         batches: the calibration sequences.
         finish_layer: called once for every layer, after all batches, with the layer and the loss summed over all tokens
             (0 without a backward pass).
@@ -44,9 +45,9 @@ def run_resident(
     """
     layers = submodule(model, geometry.family.layers)
     loss = 0.0
-    with taps.on(list(enumerate(layers))):
+    with hooks.on(list(enumerate(layers))):
         for batch in tracked(batches, "scoring", total=len(batches), unit="batch", progress=progress):
-            losses = _run_batch(model, geometry, taps, batch)
+            losses = _run_batch(model, geometry, hooks, batch)
             if losses is not None:
                 check_losses(losses, batch, partial(_first_non_finite, model, geometry, batch))
                 loss += float(losses.sum())
@@ -54,13 +55,13 @@ def run_resident(
         finish_layer(layer_idx, layer, loss)
 
 
-def _run_batch(model: Any, geometry: Geometry, taps: Taps, batch: PreparedBatch) -> Tensor | None:
+def _run_batch(model: Any, geometry: Geometry, hooks: LayerHooks, batch: PreparedBatch) -> Tensor | None:
     """One batch through the model; the losses per sequence if there was a backward pass."""
     input_ids, arguments = batch.on(model.device)
-    taps.start_batch(batch, model.device)
+    hooks.start_batch(batch, model.device)
     decoder = submodule(model, geometry.family.layers.rpartition(".")[0])
     embeddings = submodule(model, geometry.family.embedding)(input_ids).detach()
-    if not taps.needs_gradients:
+    if not hooks.needs_gradients:
         with torch.no_grad():
             decoder(inputs_embeds=embeddings, **arguments, use_cache=False)
         return None

@@ -19,7 +19,28 @@ from prunus.model.tokens import check_tokens
 from prunus.option_values import check_whole
 from prunus.sweep.blocks import last_hidden_states
 
-__all__ = ["PerplexityResult", "perplexity_of_windows", "sequence_loss"]
+__all__ = ["PerplexityResult", "Windows", "perplexity_of_windows", "sequence_loss"]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token sequences of equal length that perplexity is measured on, and where they are from.
+
+    Attributes:
+        ids: int64, (windows, seq_len), a begin-of-text token included.
+        tokens: in the whole text.
+        text_len: tokens of the text in each window.
+        source: what they are of, for the protocol.
+        left_out: what of the text is not scored, for the protocol.
+        attention_mask: (windows, seq_len), 1 for a token and 0 for padding; None when nothing is padded.
+    """
+
+    ids: Tensor
+    tokens: int
+    text_len: int
+    source: str
+    left_out: str = ""
+    attention_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,63 +98,39 @@ def perplexity_of_windows(
     check_whole("seq_len", windows.shape[1], smallest=2, why="a window needs at least 2 tokens to predict one")
     check_tokens(model.config, windows)
     tokens = windows.numel() if attention_mask is None else int(attention_mask.sum())
-    return sequence_loss(
-        model,
-        windows,
-        tokens,
-        "packed token sequences",
-        "",
-        text_len=windows.shape[1],
-        attention_mask=attention_mask,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    given = Windows(windows, tokens, windows.shape[1], "packed token sequences", attention_mask=attention_mask)
+    return sequence_loss(model, given, batch_size=batch_size, progress=progress)
 
 
-def sequence_loss(
-    model: nn.Module,
-    windows: Tensor,
-    tokens: int,
-    source: str,
-    left_out: str,
-    *,
-    text_len: int,
-    attention_mask: Tensor | None = None,
-    batch_size: int,
-    progress: bool,
-) -> PerplexityResult:
-    """Mean loss of windows of equal length, and how it was measured.
+def sequence_loss(model: nn.Module, windows: Windows, *, batch_size: int, progress: bool) -> PerplexityResult:
+    """Mean loss of windows, and how it was measured.
 
     Args:
         model: a transformers causal language model.
-        windows: int64, (windows, seq_len).
-        tokens: of the text.
-        source: what they are of, for the protocol.
-        left_out: what of the text is not scored, for the protocol.
-        text_len: tokens of the text in each window.
-        attention_mask: (windows, seq_len), 1 for a token and 0 for padding; None when nothing is padded.
+        windows: what to measure it on.
         batch_size: windows per forward pass.
         progress: show a bar on a terminal.
 
     Raises:
         NonFiniteError: the loss of a window is NaN or infinite.
     """
-    window_len = windows.shape[1]
+    ids, mask = windows.ids, windows.attention_mask
+    number, window_len = ids.shape
     total, scored = 0.0, 0
     head = head_function(model)
     with (
         evaluation_mode(model),
-        Bar("perplexity", total=len(windows), unit="window", progress=progress) as bar,
+        Bar("perplexity", total=number, unit="window", progress=progress) as bar,
     ):
-        each_ids = windows.split(batch_size)
-        masks = [None] * len(each_ids) if attention_mask is None else attention_mask.split(batch_size)
-        batches = [Batch(ids, mask) for ids, mask in zip(each_ids, masks, strict=True)]
+        each_ids = ids.split(batch_size)
+        masks = [None] * len(each_ids) if mask is None else mask.split(batch_size)
+        batches = [Batch(*both) for both in zip(each_ids, masks, strict=True)]
         start = 0
         for batch, hidden in zip(batches, last_hidden_states(model, batches), strict=True):
             labels = next_token_labels(batch.input_ids, batch.attention_mask).to(hidden.device)
             losses = chunked_cross_entropy(hidden, head, labels)
             if not losses.isfinite().all():
-                bad = start + int((~losses.isfinite()).nonzero()[0])
+                bad, text_len = start + int((~losses.isfinite()).nonzero()[0]), windows.text_len
                 raise NonFiniteError(
                     f"the loss of window {bad} (tokens {bad * text_len} to {(bad + 1) * text_len - 1}) is not finite. "
                     "Check the model's weights for NaN, or load it with `dtype` bfloat16 or float32 if it overflows in "
@@ -149,12 +146,12 @@ def sequence_loss(
     return PerplexityResult(
         perplexity=math.exp(nll) if nll < 700 else math.inf,
         nll=nll,
-        tokens=tokens,
-        windows=len(windows),
+        tokens=windows.tokens,
+        windows=number,
         tokens_scored=scored,
         seq_len=window_len,
         protocol=(
-            f"{source}; non-overlapping windows of {window_len}, {window_len - 1} tokens predicted in each; {dtype} "
-            f"model, float32 loss{left_out}"
+            f"{windows.source}; non-overlapping windows of {window_len}, {window_len - 1} tokens predicted in each; "
+            f"{dtype} model, float32 loss{windows.left_out}"
         ),
     )

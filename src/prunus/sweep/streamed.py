@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from prunus.machine.bars import Bar
-from prunus.model.geometry import Geometry, submodule
+from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.model.loss import head_function
+from prunus.model.modules import submodule
 from prunus.sweep.blocks import layer_calls, run_layer
+from prunus.sweep.layer_hooks import LayerHooks
 from prunus.sweep.objective import losses_and_gradient
 from prunus.sweep.prepared import PreparedBatch, check_losses
 from prunus.sweep.spool import Spool
-from prunus.sweep.taps import Taps
 
 __all__ = ["run_streamed"]
 
@@ -34,7 +35,7 @@ FinishLayer = Callable[[int, nn.Module, float], None]
 def run_streamed(
     model: Any,
     geometry: Geometry,
-    taps: Taps,
+    hooks: LayerHooks,
     batches: Sequence[PreparedBatch],
     finish_layer: FinishLayer,
     *,
@@ -47,7 +48,7 @@ def run_streamed(
     Args:
         model: a frozen causal language model in evaluation mode, in memory or opened.
         geometry: its shape.
-        taps: who listens.
+        hooks: who listens.
         batches: the calibration sequences.
         finish_layer: called once for every layer, with the held layer and the loss summed over all tokens (0 without a
             backward pass), as soon as all batches are through it.
@@ -59,11 +60,11 @@ def run_streamed(
     Raises:
         NonFiniteError: a loss is NaN or infinite.
     """
-    sweep = _Sweep(model, geometry, taps, batches, spool)
+    sweep = _Sweep(model, geometry, hooks, batches, spool)
     # The last layer runs forwards only once: with a graph, and on through the head.
-    steps = 2 * len(sweep.layers) - 1 if taps.needs_gradients else len(sweep.layers)
+    steps = 2 * len(sweep.layers) - 1 if hooks.needs_gradients else len(sweep.layers)
     with Bar("scoring", total=steps, unit="layer", progress=progress) as bar:
-        if taps.needs_gradients:
+        if hooks.needs_gradients:
             bar.resume(2 * finished)
             sweep.forwards(bar, until=sweep.last - finished)
             sweep.backwards(bar, finish_layer, first=sweep.last - finished)
@@ -76,11 +77,11 @@ class _Sweep:
     """A model, and the batches on their way through it."""
 
     def __init__(
-        self, model: Any, geometry: Geometry, taps: Taps, batches: Sequence[PreparedBatch], spool: Spool
+        self, model: Any, geometry: Geometry, hooks: LayerHooks, batches: Sequence[PreparedBatch], spool: Spool
     ) -> None:
         self.layers = layers_of(model)
         self.last = len(self.layers) - 1
-        self._taps, self._batches, self._spool, self._device = taps, batches, spool, model.device
+        self._hooks, self._batches, self._spool, self._device = hooks, batches, spool, model.device
         self._head, self._norm = head_function(model), submodule(model, geometry.family.final_norm)
         self._arguments: list[Sequence[dict[str, Any]]] = []
         spool.write("inputs-0", self._entering(model, geometry.family.layers))
@@ -89,7 +90,7 @@ class _Sweep:
         """All that statistics without gradients need: from the layer `first` on."""
         for layer_idx in range(first, len(self.layers)):
             with self.layers.hold(layer_idx, then=layer_idx + 1) as layer, torch.no_grad():
-                with self._taps.on([(layer_idx, layer)]):
+                with self._hooks.on([(layer_idx, layer)]):
                     self._store(f"inputs-{layer_idx + 1}", self._leaving(layer_idx, layer), layer_idx < self.last)
                 finish_layer(layer_idx, layer, 0.0)
             self._spool.drop(f"inputs-{layer_idx}")
@@ -108,7 +109,7 @@ class _Sweep:
         losses: list[float] = []
         for layer_idx in range(first, -1, -1):
             with self.layers.hold(layer_idx, then=layer_idx - 1) as layer:
-                with self._taps.on([(layer_idx, layer)]), torch.enable_grad():
+                with self._hooks.on([(layer_idx, layer)]), torch.enable_grad():
                     gradients = self._backpropagated(layer_idx, layer, losses)
                     self._store(f"gradients-{layer_idx}", gradients, layer_idx > 0)
                 finish_layer(layer_idx, layer, sum(losses, 0.0))
@@ -132,14 +133,14 @@ class _Sweep:
 
     def _leaving(self, layer_idx: int, layer: nn.Module) -> Iterator[Tensor]:
         for number, batch in enumerate(self._batches):
-            self._taps.start_batch(batch, self._device)
+            self._hooks.start_batch(batch, self._device)
             x = self._spool.read(f"inputs-{layer_idx}", number).to(self._device)
             yield run_layer(layer, x, self._arguments[number][layer_idx])
 
     def _backpropagated(self, layer_idx: int, layer: nn.Module, losses: list[float]) -> Iterator[Tensor]:
         """The gradient by what enters a layer, for each batch; of the last layer also its loss, summed over tokens."""
         for number, batch in enumerate(self._batches):
-            self._taps.start_batch(batch, self._device)
+            self._hooks.start_batch(batch, self._device)
             x = self._spool.read(f"inputs-{layer_idx}", number).to(self._device).detach().requires_grad_()
             output = run_layer(layer, x, self._arguments[number][layer_idx])
             if layer_idx == self.last:

@@ -21,11 +21,11 @@ from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.model.live import live_model
 from prunus.statistics.base import Statistic, Statistics
+from prunus.sweep.layer_hooks import LayerHooks
 from prunus.sweep.prepared import PreparedBatch, prepare
 from prunus.sweep.resident import run_resident
 from prunus.sweep.spool import DiskSpool, Spool
 from prunus.sweep.streamed import run_streamed
-from prunus.sweep.taps import Taps
 
 __all__ = ["ENGINES", "Engine", "EngineChoice", "sweep"]
 
@@ -91,13 +91,13 @@ def sweep(
     loss = None
     for labels in dict.fromkeys(statistic.labels for statistic in statistics):
         listening = [statistic for statistic in statistics if statistic.labels == labels]
-        taps = Taps(geometry, listening)
+        hooks = LayerHooks(geometry, listening)
         prepared = prepare(batches, sampling_seed=seed) if labels == "sampled" else text
         folder = work / labels if work is not None else None
-        records = _run(model, geometry, taps, listening, prepared, engine, folder, inputs, progress)
+        records = _run(model, geometry, hooks, listening, prepared, engine, folder, inputs, progress)
         for layer_idx, report in enumerate(reports):
             report |= records[layer_idx]
-        if taps.needs_gradients and labels == "text":
+        if hooks.needs_gradients and labels == "text":
             # Noted with the last layer: the streamed order finishes it first, maybe in an earlier run.
             loss = records.about(len(reports) - 1)["loss"] / sum(int(batch.targets.sum()) for batch in prepared)
     return Statistics(tuple(reports), sum(len(b.input_ids) for b in batches), loss, dict(provenance or {}))
@@ -106,7 +106,7 @@ def sweep(
 def _run(
     model: Any,
     geometry: Geometry,
-    taps: Taps,
+    hooks: LayerHooks,
     statistics: Sequence[Statistic],
     prepared: Sequence[PreparedBatch],
     engine: Engine,
@@ -140,11 +140,11 @@ def _run(
     progress = progress and is_first()
     with _frozen(model):
         if engine == "resident":
-            run_resident(model, geometry, taps, mine, finish_layer, progress=progress)
+            run_resident(model, geometry, hooks, mine, finish_layer, progress=progress)
         elif len(records) < len(geometry.widths):
             finished = len(records)
-            _check_unbroken(records, range(len(geometry.widths)), taps.needs_gradients, folder)
-            run_streamed(model, geometry, taps, mine, finish_layer, spool=spool, finished=finished, progress=progress)
+            _check_unbroken(records, range(len(geometry.widths)), hooks.needs_gradients, folder)
+            run_streamed(model, geometry, hooks, mine, finish_layer, spool=spool, finished=finished, progress=progress)
     spool.close()
     return records
 

@@ -1,4 +1,4 @@
-"""Hooks on the projections of a layer, which hand what flows through them to the statistics that listen."""
+"""Hooks on the projections and experts of a layer, which tell the statistics of each call."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch.utils.hooks import RemovableHandle
 
 from prunus.model.experts import routed
 from prunus.model.families import Block, Projection
-from prunus.model.geometry import Geometry, submodule
-from prunus.statistics.base import Flow, Routing, Statistic
+from prunus.model.geometry import Geometry
+from prunus.model.modules import submodule
+from prunus.statistics.base import ExpertsCall, Moment, ProjectionCall, Statistic
 from prunus.sweep.blocks import answering
 from prunus.sweep.prepared import PreparedBatch
 
-__all__ = ["Taps"]
+__all__ = ["LayerHooks"]
 
-_Seen = TypeVar("_Seen", Flow, Routing)
+_Call = TypeVar("_Call", ProjectionCall, ExpertsCall)
 
 
-class Taps:
+class LayerHooks:
     """Connects statistics to layers.
 
     Weights never need a gradient of their own: a statistic that wants one makes it from a projection's input and the
@@ -43,25 +44,18 @@ class Taps:
     @property
     def needs_gradients(self) -> bool:
         """Whether any statistic listens to the backward pass."""
-        with_experts = any(widths.num_experts for widths in self._geometry.widths)
-        return (
-            any(
-                statistic.listens_to_output_gradient(self._geometry, projection)
-                or statistic.listens_to_input_gradient(self._geometry, projection)
-                for statistic in self._statistics
-                for projection in self._geometry.family.projections
-            )
-            or any(
-                statistic.listens_to_stream_gradient(self._geometry, block)
-                for statistic in self._statistics
-                for block in self._geometry.family.all_blocks
-                if block.post_norm
-            )
-            or (
-                with_experts
-                and any(s.listens_to_routing_gradient() or s.listens_to_expert_gradient() for s in self._statistics)
-            )
-        )
+        geometry = self._geometry
+        blocks = {
+            block
+            for layer_idx, widths in enumerate(geometry.widths)
+            for block in geometry.blocks(layer_idx)
+            if widths[block.axis]
+        }
+        return any(self._listeners(moment, part) for block in blocks for moment, part in _backward_moments(block))
+
+    def _listeners(self, moment: Moment, part: Projection | Block) -> list[Callable[..., None]]:
+        """The methods that want to be called at a moment."""
+        return [getattr(s, f"on_{moment}") for s in self._statistics if s.listens(moment, self._geometry, part)]
 
     def start_batch(self, batch: PreparedBatch, device: torch.device | str) -> None:
         """Say which batch the next forward and backward pass is about, and where it runs."""
@@ -93,13 +87,9 @@ class Taps:
 
     def _listen(self, layer_idx: int, layer: nn.Module, projection: Projection) -> list[RemovableHandle]:
         geometry = self._geometry
-        on_input = [s.on_input for s in self._statistics if s.listens_to_input(geometry, projection)]
-        on_output_gradient = [
-            s.on_output_gradient for s in self._statistics if s.listens_to_output_gradient(geometry, projection)
-        ]
-        on_input_gradient = [
-            s.on_input_gradient for s in self._statistics if s.listens_to_input_gradient(geometry, projection)
-        ]
+        on_input = self._listeners("input", projection)
+        on_output_gradient = self._listeners("output_gradient", projection)
+        on_input_gradient = self._listeners("input_gradient", projection)
         if not (on_input or on_output_gradient or on_input_gradient):
             return []
 
@@ -108,33 +98,34 @@ class Taps:
             assert self._targets is not None
             assert isinstance(module, nn.Linear)
             given = _by_sequence(x.detach(), len(self._targets))
-            flow = Flow(geometry, layer_idx, projection, module, self._mask, self._targets, given)
+            call = ProjectionCall(geometry, layer_idx, projection, module, self._mask, self._targets, given)
             for listener in on_input:
-                listener(flow)
+                listener(call)
             if on_output_gradient and output.requires_grad:
-                output.register_hook(_gradient_hook(flow, on_output_gradient))
+                output.register_hook(_gradient_hook(call, on_output_gradient))
             if on_input_gradient and x.requires_grad:
-                x.register_hook(_gradient_hook(flow, on_input_gradient))
+                x.register_hook(_gradient_hook(call, on_input_gradient))
 
         return [submodule(layer, projection.path).register_forward_hook(forward_hook)]
 
     def _listen_behind(self, layer_idx: int, layer: nn.Module, block: Block, post_norm: str) -> list[RemovableHandle]:
         """Listen to the gradient behind the norm of a block, and to what entered its last projection before."""
         geometry = self._geometry
-        listeners = [s.on_stream_gradient for s in self._statistics if s.listens_to_stream_gradient(geometry, block)]
+        listeners = self._listeners("stream_gradient", block)
         if not listeners:
             return []
-        entered: list[Flow] = []
+        entered: list[ProjectionCall] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             assert self._targets is not None
             assert isinstance(module, nn.Linear)
-            entered[:] = [Flow(geometry, layer_idx, block.output, module, self._mask, self._targets, args[0].detach())]
+            x = args[0].detach()
+            entered[:] = [ProjectionCall(geometry, layer_idx, block.output, module, self._mask, self._targets, x)]
 
         def behind(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            flow = replace(entered.pop(), norm=module)
+            call = replace(entered.pop(), norm=module)
             if output.requires_grad:
-                output.register_hook(_gradient_hook(flow, listeners))
+                output.register_hook(_gradient_hook(call, listeners))
 
         return [
             submodule(layer, block.output.path).register_forward_hook(before),
@@ -143,7 +134,7 @@ class Taps:
 
     def _listen_to_router(self, layer_idx: int, layer: nn.Module, block: Block) -> list[RemovableHandle]:
         """Listen to the gradient by the logits of a router."""
-        listeners = [s.on_router_gradient for s in self._statistics if s.listens_to_expert_gradient()]
+        listeners = self._listeners("router_gradient", block)
         if not listeners:
             return []
 
@@ -152,27 +143,27 @@ class Taps:
             assert self._targets is not None
             x = args[0].detach().flatten(0, -2)
             experts = submodule(layer, str(block.experts))
-            flow = Routing(
+            call = ExpertsCall(
                 self._geometry, layer_idx, block, experts, self._mask, self._targets, x, chosen, weights.detach()
             )
             if logits.requires_grad:
-                logits.register_hook(_gradient_hook(flow, listeners))
+                logits.register_hook(_gradient_hook(call, listeners))
 
         return [submodule(layer, str(block.router)).register_forward_hook(forward_hook)]
 
     @contextmanager
     def _answering_for_experts(self, layer_idx: int, layer: nn.Module, block: Block) -> Iterator[None]:
         """Listen to the experts of a layer: where outputs of single ones are wanted, run them one after the other."""
-        on_routing = [s.on_routing for s in self._statistics if s.listens_to_routing()]
-        on_output = [s.on_expert_output for s in self._statistics if s.listens_to_expert_outputs()]
-        on_weights = [s.on_routing_gradient for s in self._statistics if s.listens_to_routing_gradient()]
-        on_gradient = [s.on_expert_gradient for s in self._statistics if s.listens_to_expert_gradient()]
+        on_routing = self._listeners("routing", block)
+        on_output = self._listeners("expert_output", block)
+        on_weights = self._listeners("routing_gradient", block)
+        on_gradient = self._listeners("expert_gradient", block)
         experts = submodule(layer, str(block.experts))
         together = experts.forward
 
         def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
             assert self._targets is not None
-            flow = Routing(
+            call = ExpertsCall(
                 self._geometry,
                 layer_idx,
                 block,
@@ -184,17 +175,17 @@ class Taps:
                 weights.detach(),
             )
             for listener in on_routing:
-                listener(flow)
+                listener(call)
 
             def each(expert: int, tokens: Tensor, places: Tensor, output: Tensor) -> None:
                 for listener in on_output:
-                    listener(flow, expert, tokens, places, output)
+                    listener(call, expert, tokens, places, output)
 
             output: Tensor = routed(experts, x, chosen, weights, each) if on_output else together(x, chosen, weights)
             if on_weights and weights.requires_grad:
-                weights.register_hook(_gradient_hook(flow, on_weights))
+                weights.register_hook(_gradient_hook(call, on_weights))
             if on_gradient and output.requires_grad:
-                output.register_hook(_gradient_hook(flow, on_gradient))
+                output.register_hook(_gradient_hook(call, on_gradient))
             return output
 
         if not (on_routing or on_output or on_weights or on_gradient):
@@ -202,6 +193,19 @@ class Taps:
             return
         with answering({experts: forward}):
             yield
+
+
+def _backward_moments(block: Block) -> Iterator[tuple[Moment, Projection | Block]]:
+    """What the backward pass through a block can tell of."""
+    for projection in block.projections:
+        yield "input_gradient", projection
+        yield "output_gradient", projection
+    if block.post_norm:
+        yield "stream_gradient", block
+    if block.experts:
+        yield "routing_gradient", block
+        yield "expert_gradient", block
+        yield "router_gradient", block
 
 
 def _by_sequence(values: Tensor, sequences: int) -> Tensor:
@@ -214,15 +218,15 @@ def _remove(handles: Sequence[RemovableHandle]) -> None:
         handle.remove()
 
 
-def _gradient_hook(flow: _Seen, listeners: Sequence[Callable[[_Seen], None]]) -> Callable[[Tensor], None]:
+def _gradient_hook(call: _Call, listeners: Sequence[Callable[[_Call], None]]) -> Callable[[Tensor], None]:
     # The list lets the hook drop its hold on the input once it has run; the graph, and with it every hook, lives on
     # until the whole backward pass is over.
-    waiting = [flow]
+    waiting = [call]
 
     def hook(gradient: Tensor) -> None:
         before = waiting.pop()
         given = gradient.detach()
-        if isinstance(before, Flow):
+        if isinstance(before, ProjectionCall):
             given = _by_sequence(given, len(before.x))
         seen = replace(before, gradient=given)
         for listener in listeners:
