@@ -6,6 +6,7 @@ several copies of them. Only the hidden states are kept here; the head runs on a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["IGNORE_INDEX", "chunked_cross_entropy", "head_function", "next_token_labels"]
+__all__ = ["IGNORE_INDEX", "chunked_cross_entropy", "head_function", "next_token_labels", "perplexity_of_loss"]
 
 #: label of a position that predicts nothing
 IGNORE_INDEX = -100
+#: nats; exp of a little more is no number of double precision, and infinity is none that JSON has
+_LARGEST_LOSS = 709.0
 
 
 def next_token_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -105,3 +108,8 @@ def _chunk_losses(hidden: Tensor, labels: Tensor, head_fn: Callable[[Tensor], Te
         logits.float().flatten(0, 1), labels.flatten().to(logits.device), ignore_index=IGNORE_INDEX, reduction="none"
     )
     return losses.view(labels.shape).sum(dim=1).to(hidden.device)
+
+
+def perplexity_of_loss(loss: float) -> float:
+    """Exp of a mean loss per token in nats; of a loss that is beyond measure, the largest there is."""
+    return math.exp(min(loss, _LARGEST_LOSS))

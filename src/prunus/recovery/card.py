@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from prunus.errors import CheckpointError
 from prunus.escaping import markdown_block, markdown_text
+from prunus.model.loss import perplexity_of_loss
 from prunus.results.card import MeasuredFacts, text_of_card, updated_card
 
 __all__ = ["card_with_recovery"]
@@ -57,8 +57,10 @@ def card_without_figures(folder: Path) -> tuple[str, str | None]:
 
 def _measured(facts: Mapping[str, Any]) -> MeasuredFacts:
     loss, text = facts["held_out_loss"], f"held-out sequences ({facts['held_out']['source']})"
-    dense = None if loss["dense"] is None else math.exp(loss["dense"])
-    return MeasuredFacts(text, text, "perplexity", "perplexity", facts["protocol"], dense, math.exp(loss["after"]))
+    dense = None if loss["dense"] is None else perplexity_of_loss(loss["dense"])
+    return MeasuredFacts(
+        text, text, "perplexity", "perplexity", facts["protocol"], dense, perplexity_of_loss(loss["after"])
+    )
 
 
 def _section(facts: Mapping[str, Any], command: str) -> str:
@@ -78,10 +80,10 @@ def _section(facts: Mapping[str, Any], command: str) -> str:
         "prunus": facts["prunus"],
     }
     table = "\n".join(["| | |", "|---|---|", *(f"| {row} | {markdown_text(value)} |" for row, value in rows.items())])
-    dense = "" if loss["dense"] is None else f" (dense model: {math.exp(loss['dense']):.2f})"
+    dense = "" if loss["dense"] is None else f" (dense model: {perplexity_of_loss(loss['dense']):.2f})"
     return (
         "## Recovery\n\nAfter pruning the model was trained. Perplexity on held-out sequences of the training text: "
-        f"{math.exp(loss['before']):.2f} before, {math.exp(loss['after']):.2f} after{dense}.\n\n"
+        f"{perplexity_of_loss(loss['before']):.2f} before, {perplexity_of_loss(loss['after']):.2f} after{dense}.\n\n"
         f"{table}\n\n{markdown_block(command, 'sh')}\n\n"
         "`prunus/recovery.json` has all options and losses."
     )

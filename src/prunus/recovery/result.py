@@ -7,7 +7,6 @@ prunus/recovery.yaml   everything that made it: `prunus recover --recipe` does i
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from prunus.checkpoint import load_model, save_checkpoint
 from prunus.files.json_file import read_json_if_whole
 from prunus.machine.processes import number_of_processes
+from prunus.model.loss import perplexity_of_loss
 from prunus.model.saved_dtype import round_weights_
 from prunus.recovery.card import card_with_recovery
 from prunus.recovery.checkpoints import Checkpoints, readable
@@ -140,8 +140,8 @@ def _extras_of_before(folder: Path, facts: Mapping[str, Any]) -> dict[str, str |
     if metrics := read_json_if_whole(folder / "prunus" / "metrics.json"):
         loss = facts["held_out_loss"]
         new = {
-            "perplexity_before": None if loss["dense"] is None else math.exp(loss["dense"]),
-            "perplexity_after": math.exp(loss["after"]),
+            "perplexity_before": None if loss["dense"] is None else perplexity_of_loss(loss["dense"]),
+            "perplexity_after": perplexity_of_loss(loss["after"]),
             "perplexity_text": f"held-out sequences ({facts['held_out']['source']})",
             "perplexity_protocol": facts["protocol"],
             "perplexity_by_source": [],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from prunus.errors import NonFiniteError
 from prunus.machine.bars import Bar
 from prunus.model.evaluation_mode import evaluation_mode
 from prunus.model.live import live_model
-from prunus.model.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels
+from prunus.model.loss import IGNORE_INDEX, chunked_cross_entropy, head_function, next_token_labels, perplexity_of_loss
 from prunus.model.tokens import check_tokens
 from prunus.option_values import check_whole
 from prunus.sweep.blocks import last_hidden_states
@@ -144,7 +143,7 @@ def sequence_loss(model: nn.Module, windows: Windows, *, batch_size: int, progre
     nll = total / scored
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return PerplexityResult(
-        perplexity=math.exp(nll) if nll < 700 else math.inf,
+        perplexity=perplexity_of_loss(nll),
         nll=nll,
         tokens=windows.tokens,
         windows=number,
