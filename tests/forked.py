@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -132,6 +134,8 @@ def _run(work: Callable[[], Any], out: int, err: int) -> int:
     logging.getLogger().handlers.clear()  # pytest's: a command would think that its messages have a place already
     # A shell that runs the tests in the background has them ignore it, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # torch makes its pool of threads anew in a child, and fails where two threads are the first to need it.
+    torch.set_num_threads(torch.get_num_threads())
     try:
         status = work() or 0
     except SystemExit as error:

@@ -89,18 +89,22 @@ def test_wide_blocks_are_measured_to_take_longer(table):
     assert (table.model, table.dtype, table.threads) == ("wide", "float32", torch.get_num_threads())
 
 
-@pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
+#: channels that a single token takes longer for than calling the modules does
+WIDE = 32768
+
+
+@pytest.mark.parametrize("case", [case for case in ONE_UNLIKE if case[0] in ("llama", "olmo2", "gemma2")], ids=case_id)
 def test_each_block_gets_its_own_time(case, tmp_path):
-    """A wide MLP beside a narrow attention, in every family: the time is the MLP's, and no part is lost."""
-    make_model(*case, intermediate_size=16384, num_hidden_layers=1).save_pretrained(tmp_path / "wide")
+    """A wide MLP beside a narrow attention, with norms before, behind and around: the time is the MLP's, all of it."""
+    make_model(*case, intermediate_size=WIDE, num_hidden_layers=1).save_pretrained(tmp_path / "wide")
     runs = SpeedOptions(prompt_tokens=32, new_tokens=3, repeats=2, warm_up=1)
     table = profile(str(tmp_path / "wide"), runs, progress=False)
-    geometry = Geometry.of(make_model(*case, intermediate_size=16384, num_hidden_layers=1))
+    geometry = Geometry.of(make_model(*case, intermediate_size=WIDE, num_hidden_layers=1))
     for phase, times in (("prefill", 3), ("decode", 1.2)):
         costs = table.costs(geometry, phase)
         assert costs.fixed > 0
         attention, mlp = (float(costs.blocks[0][axis][-1]) for axis in AXES)
-        # 32 tokens through 16384 channels of 48 are 75 million multiplications, attention's are a million at most.
+        # One token through 32768 channels of 48 is five million multiplications, attention's are thirty thousand.
         assert mlp > times * attention > 0, (phase, mlp, attention)
 
 
