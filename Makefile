@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
-.PHONY: help install test mutations fuzz lint format demo picture bench quality recover-bench gpu-check deploy-check \
+.PHONY: help install test slow-test mutations fuzz lint format demo picture bench quality recover-bench gpu-check deploy-check \
 	quantised-check kills transformers4-check release-check clean
 
 help: ## list the targets
@@ -20,8 +20,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed ## build the environment in .venv
 
-test: $(VENV)/.installed ## run the test suite
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(VENV)/.installed ## run the test suite, but for the slow tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+slow-test: $(VENV)/.installed ## the slow tests: SmolLM2, torchrun, compilers, loading without prunus, every page's commands (minutes)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 mutations: $(VENV)/.installed ## faults made on purpose, and whether the tests notice (minutes)
 	$(TEST_ENV) $(BIN)/python tests/mutations.py

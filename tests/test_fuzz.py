@@ -13,9 +13,10 @@ from prunus.errors import CheckpointError
 QUICK = [name for name in fuzz.KINDS if not name.startswith(("recovery", "trainer"))]
 
 
+@pytest.mark.slow
 def test_a_slice(tmp_path):
-    tally = fuzz.fuzz(60, seed=7, kinds=QUICK, place=tmp_path, whole_files=False)
-    assert tally.cases.total() >= 50
+    tally = fuzz.fuzz(40, seed=7, kinds=QUICK, place=tmp_path, whole_files=False)
+    assert tally.cases.total() >= 36
     assert not tally.findings, tally.findings
     assert 0 < tally.refused.total() < tally.cases.total()
 

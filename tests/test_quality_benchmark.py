@@ -28,6 +28,7 @@ def quality():
     sys.path.remove(str(PROGRAM.parent))
 
 
+@pytest.mark.slow
 def test_parts_and_table(quality, folder, text, tmp_path, monkeypatch, capsys):
     calibration, out = tmp_path / "calibration.txt", tmp_path / "out"
     calibration.write_text(TEXT.replace("fox", "cat"), encoding="utf-8")

@@ -136,6 +136,7 @@ def test_cut_inside_the_whole(model_type, folder, tokenizer, shape, tmp_path):
     assert is_ragged(again.config) == (shape == "ragged")
 
 
+@pytest.mark.slow
 def test_without_the_package(tokenizer, tmp_path):
     """One other process for all: ragged folders with the code they bring, an image in the prompt, generation."""
     for model_type in CONFIGS:

@@ -145,6 +145,7 @@ def smollm2(tmp_path_factory):
 
 
 @real
+@pytest.mark.slow
 @pytest.mark.smollm2
 class TestSmolLM2:
     def test_config(self, smollm2: Path):

@@ -87,6 +87,7 @@ def test_with_the_package(tiny, axes, tokenizer, tmp_path):
     assert is_code_there == is_ragged(pruned.config)
 
 
+@pytest.mark.slow
 def test_without_the_package(tokenizer, tmp_path):
     """One other process for all families: ragged models with the code they bring, equal widths as the stock class."""
     pruned = {}

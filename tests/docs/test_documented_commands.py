@@ -303,7 +303,18 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+#: pages that nobody starts without; the commands of all others are run by `make slow-test`
+FIRST_PAGES = ("README.md", "GLOBAL_PRUNING_GUIDE.md", "docs/python.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        page if str(page) in FIRST_PAGES else pytest.param(page, marks=pytest.mark.slow)
+        for page in PAGES
+        if blocks(page)
+    ],
+)
 def test_a_page_does_what_it_says(page, brought, tmp_path, monkeypatch, capsys):
     for name in ("dense", "mixture", *TEXTS, TASKS):
         (tmp_path / name).symlink_to(brought / name)

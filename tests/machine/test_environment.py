@@ -137,6 +137,7 @@ def test_closed_output(folder, monkeypatch, tmp_path, name):
     assert main(["inspect", str(tmp_path / "nothing")]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_processes_whose_output_goes_nowhere(folder):
     """Closed, full, and a reader that has enough: an exit status, at most a message, and no traceback at the end."""

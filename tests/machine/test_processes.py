@@ -36,7 +36,7 @@ def by_fork(words: list[str]) -> Ended:
 @pytest.mark.parametrize(
     ("start", "engine", "method"),
     [
-        (torchrun, "resident", "hybrid"),
+        pytest.param(torchrun, "resident", "hybrid", marks=pytest.mark.slow),
         (by_fork, "streamed", "taylor_2nd"),
         (by_fork, "streamed", "gate_fisher"),
     ],

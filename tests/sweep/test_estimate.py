@@ -156,6 +156,7 @@ for engine in ("resident", "streamed"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_estimate_is_close_to_the_peak_that_the_system_counts(tmp_path):
     """28 million parameters: 112 MB of weights, as much of gradients."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CycloptsError(msg=str(error), command_chain=tuple(words[:1])) from error
 
     try:
-        return run_command(work, lambda: flags_of(app, words))
+        return run_command(work, cache(lambda: flags_of(app, words)))
     except CycloptsError as error:
         show_error(usage_message(error))
         return 2
