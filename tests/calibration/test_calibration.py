@@ -145,6 +145,7 @@ def test_the_seed_decides_the_order_and_nothing_else_does(tmp_path, tokenizer):
     assert first.provenance.sha256 != other.provenance.sha256
 
 
+@pytest.mark.slow
 def test_another_process_gets_the_same_tokens(tmp_path):
     path = write_lines(tmp_path / "docs.jsonl", [f"document number {i}. " * 5 for i in range(300)])
     code = f"""

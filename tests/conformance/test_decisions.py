@@ -32,7 +32,7 @@ def test_a_plan_is_enough_to_redo_the_cut(tiny, axes):
     assert all(torch.equal(redone[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
+@pytest.mark.parametrize("case", [ONE_UNLIKE[0], ONE_UNLIKE[-1]], ids=case_id)
 def test_the_same_seed_gives_the_same_plan(case, method):
     """All of it made again, with a sweep that takes nothing but what this method needs."""
     tiny = Tiny(*case)

@@ -277,6 +277,7 @@ def test_a_model_named_twice_shows_the_noise(folders, capsys, monkeypatch):
     assert second["prefill_ratio"]["low"] < second["prefill_ratio"]["high"], "two runs are never equally long"
 
 
+@pytest.mark.slow
 def test_with_the_process_that_measures_memory(folders, capsys):
     report = bench_json(capsys, folders[1], "--prompt-tokens", 6, "--new-tokens", 3, "--repeats", 1)
     memory = report["results"][0]["memory"]

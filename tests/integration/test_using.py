@@ -116,15 +116,11 @@ def test_sdpa_and_eager_attention(shaped):
         torch.testing.assert_close(answer, answers["eager", "oracle"], **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "shaped",
-    # with norms before and around the blocks at once, the others when there is time
-    [
-        shaped if shaped.case[0] in ("llama", "gemma2") else pytest.param(shaped, marks=pytest.mark.slow)
-        for shaped in HARDEST
-    ],
-    ids=str,
-)
+#: with norms in front of the blocks, and around them; other families are compiled by `make slow-test`
+COMPILED = [pytest.param(s, marks=[] if s.case[0] in ("llama", "gemma2") else pytest.mark.slow) for s in HARDEST]
+
+
+@pytest.mark.parametrize("shaped", COMPILED, ids=str)
 def test_compiled_without_graph_breaks(shaped):
     torch.compiler.reset()
     compiled = torch.compile(shaped.pruned, backend="eager", fullgraph=True)

@@ -89,6 +89,7 @@ def test_threads_are_as_before():
         torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True], ids=["all instructions", "AVX2"])
 def test_this_machine(masked):
     """The measurement agrees with the CPU's instructions, and with those that are left when some are masked."""

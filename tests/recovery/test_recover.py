@@ -233,6 +233,7 @@ def test_conversations(recover, pruned, tmp_path):
     assert set(found) <= whole
 
 
+@pytest.mark.slow
 def test_two_processes(recover, pruned, tmp_path):
     """As torchrun starts them, with gloo: the same batches in other hands."""
     options = [*SHORT, "--set", "recovery.micro_batch=2", "--set", "recovery.checkpoints=2"]
