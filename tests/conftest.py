@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from tiny_families import make_model, random_tokens
 from tiny_folder import TEXT, save_tiny_folder
 from torch import Tensor
@@ -25,6 +25,10 @@ os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 
 # The same examples in every run: a failure in CI is one at home. `--hypothesis-profile=search` looks for new ones.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=30)
+# For `make mutations`: that a test fails is all that is asked there, and the smallest example takes minutes to find.
+settings.register_profile(
+    "unshrunk", parent=settings.get_profile("repeatable"), phases=(Phase.explicit, Phase.reuse, Phase.generate)
+)
 settings.register_profile(
     "search", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )

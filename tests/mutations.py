@@ -486,7 +486,18 @@ def run_tests(copy: Path, tests: Sequence[str], *options: str) -> int:
 
         places = [find_test(copy / "tests", test) for test in tests]
         status = pytest.main(
-            [*options, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(copy), *places]
+            [
+                *options,
+                "-q",
+                "--hypothesis-profile=unshrunk",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                "--rootdir",
+                str(copy),
+                *places,
+            ]
         )
         sys.stdout.flush()
         os._exit(int(status))
