@@ -21,6 +21,7 @@ from prunus.pipeline.job import Job, OutputOptions
 from prunus.pipeline.job_file import PRESETS, job_keys, job_text, read_job
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
+from prunus.pipeline.measured import MEASURED
 from prunus.pipeline.recipe_page import recipe_page
 from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.adaptive import AdaptiveOptions
@@ -217,6 +218,10 @@ def test_every_field_of_every_option_class_is_a_key_with_a_meaning():
         (key.meaning and key.allowed != "a value") or key.path == "scoring.hybrid" for key in job_keys().values()
     )
     assert typing.get_type_hints(Calibration)  # the classes resolve
+
+
+def test_effects_are_of_keys_that_there_are():
+    assert MEASURED.keys() <= job_keys().keys()
 
 
 def test_the_page_of_settings_is_the_one_in_the_documentation():

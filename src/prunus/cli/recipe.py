@@ -21,18 +21,27 @@ def recipe(
         json: print the settings as JSON.
     """
     from prunus.cli.printing import print_json
+    from prunus.pipeline.measured import MEASURED
     from prunus.pipeline.recipe_page import SHEETS
 
-    sheet = SHEETS[command]
+    sheet, measured = SHEETS[command], MEASURED if command == "prune" else {}
     if name is not None:
         print(sheet.text(sheet.read(name, (), {})), end="")
     elif json:
         print_json(
             [
-                {"key": key.path, "default": key.shown_default, "allowed": key.allowed, "meaning": key.meaning}
+                {
+                    "key": key.path,
+                    "default": key.shown_default,
+                    "allowed": key.allowed,
+                    "meaning": key.meaning,
+                    "measured": measured.get(key.path),
+                }
                 for key in sheet.keys.values()
             ]
         )
     else:
         for key in sheet.keys.values():
             print(f"{key.path} = {key.shown_default}\n    {key.meaning} ({key.allowed})")
+            if key.path in measured:
+                print(f"    Measured: {measured[key.path]}")
