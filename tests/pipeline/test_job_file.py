@@ -19,9 +19,9 @@ from prunus.calibration import Calibration
 from prunus.errors import OptionError
 from prunus.pipeline.job import Job, OutputOptions
 from prunus.pipeline.job_file import PRESETS, job_keys, job_text, read_job
+from prunus.pipeline.measured import MEASURED
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
-from prunus.pipeline.measured import MEASURED
 from prunus.pipeline.recipe_page import recipe_page
 from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.adaptive import AdaptiveOptions

@@ -24,8 +24,8 @@ MEASURED: Mapping[str, str] = {
     ),
     "scoring.normalize": "WikiText-2, 40 % removed, repaired: wanda 11.0 with layer_sum, 238 with none.",
     "scoring.attention_weight": (
-        "held-out C4, 40 % removed, repaired on 64 sequences: 3.27 with 1, 3.04 with 1.5, 3.07 with 2, 4.41 with 0.5; at "
-        "20 % no difference."
+        "held-out C4, 40 % removed, repaired on 64 sequences: 3.27 with 1, 3.04 with 1.5, 3.07 with 2, 4.41 with 0.5; "
+        "at 20 % no difference."
     ),
     "scoring.noise": (
         "40 % removed, half of the sequences from `self`: the geometric mean over six kinds of text is 4 % lower than "
@@ -39,8 +39,8 @@ MEASURED: Mapping[str, str] = {
     ),
     "repair.fit_logits": "40 % removed, three rounds: held-out C4 2.75 without, 2.66 with.",
     "repair.experts": (
-        "perplexity of a small mixture of 16 experts, half of them removed by gate_fisher: 71.3 with least_squares, 73.5 "
-        "with gain, 73.4 with none; 68.6 before."
+        "perplexity of a small mixture of 16 experts, half of them removed by gate_fisher: 71.3 with least_squares, "
+        "73.5 with gain, 73.4 with none; 68.6 before."
     ),
     "calibration.source": (
         "40 % removed, 48 sequences of 256 tokens, geometric mean of six kinds of text: C4 alone 5.32, with `self` for "
