@@ -35,7 +35,9 @@ keys of their own; `prunus recipe --command recover` lists them.
 The same keys are the fields of the classes in Python: `Recipe(rounds=1, scoring=ScoringOptions(method="taylor"))`.
 "Measured" is the perplexity of SmolLM2-135M as multiples of the dense model's, calibrated on 128 sequences of 512
 tokens of C4 unless something else is said; tables, commands and machines are in
-[RESULTS.md](../benchmarks/RESULTS.md) and [LOG.md](../benchmarks/LOG.md). This page is generated: `python -m prunus.pipeline.recipe_page > docs/recipe.md`.
+[RESULTS.md](../benchmarks/RESULTS.md) and [LOG.md](../benchmarks/LOG.md).
+
+This page is generated: `python -m prunus.pipeline.recipe_page > docs/recipe.md`.
 """
 
 #: command → section → what it is about
