@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import exp
 from pathlib import Path
 
 from prunus.cli.flags import Flag, OptionalModel
@@ -55,6 +54,7 @@ def recover(
     """
     from prunus.cli.forecast import show_forecast
     from prunus.cli.printing import print_json, print_rows, short, typed_command
+    from prunus.model.loss import perplexity_of_loss
     from prunus.pipeline.recovering import forecast_recover
     from prunus.recovery.job import RECOVERY
     from prunus.recovery.run import recover_job
@@ -71,7 +71,7 @@ def recover(
     if json:
         print_json(facts)
         return
-    rows = [(name, f"{exp(loss):.2f}") for name, loss in facts["held_out_loss"].items() if loss is not None]
+    rows = [(name, f"{perplexity_of_loss(loss):.2f}") for name, loss in facts["held_out_loss"].items() if loss is not None]
     rows += [(name, short(facts[name])) for name in ("best_step", "steps", "tokens", "seconds")]
     if facts["gap_closed"] is not None:
         rows.append(("gap in log perplexity closed", f"{facts['gap_closed']:.1%}"))
