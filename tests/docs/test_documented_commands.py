@@ -138,6 +138,7 @@ ELSEWHERE = {
     "pip install vllm": Elsewhere("gigabytes", "make deploy-check"),
     "make install": Elsewhere("changes the environment", "make install"),
     "make test": Elsewhere("is this suite", "make test"),
+    "make slow-test": Elsewhere("is this suite", "make slow-test"),
     "make lint": Elsewhere("is a job of its own", "make lint"),
     "make demo": Elsewhere("takes minutes, on the real model", "make demo"),
     "make deploy-check": Elsewhere("builds an environment of gigabytes", "make deploy-check"),
@@ -304,7 +305,7 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 #: pages that nobody starts without; the commands of all others are run by `make slow-test`
-FIRST_PAGES = ("README.md", "GLOBAL_PRUNING_GUIDE.md", "docs/python.md")
+FIRST_PAGES = ("README.md", "CONTRIBUTING.md", "GLOBAL_PRUNING_GUIDE.md", "docs/python.md")
 
 
 @pytest.mark.parametrize(
