@@ -101,7 +101,6 @@ def main() -> None:
     )
     facts = {
         "seconds": round(time.perf_counter() - start, 1),
-        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
         "model_gb": round((model / "model.safetensors").stat().st_size / 1e9, 2),
         "status": done.returncode,
         "options": {name: str(value) for name, value in vars(arguments).items()},
@@ -109,6 +108,9 @@ def main() -> None:
     if done.returncode == 0:
         metrics = json.loads((out / "prunus" / "metrics.json").read_text())
         facts |= {name: metrics[name] for name in ("seconds_to_prune", "parameters_before", "parameters_after")}
+        facts["peak_gb"] = {stage["stage"]: round(stage["peak_bytes"] / 1e9, 2) for stage in metrics["stages"]}
+        facts["seconds_of"] = {stage["stage"]: stage["seconds"] for stage in metrics["stages"]}
+        facts["estimate"] = next(line for line in done.stderr.splitlines() if line.startswith("engine"))
     else:
         facts["error"] = done.stderr[-2000:]
     print(json.dumps(facts, indent=1))

@@ -14,6 +14,7 @@ from prunus.checkpoint import (
     check_whole,
     dtype_to_save,
     empty_model,
+    format_in,
     held_dtype,
     locate,
     model_bytes,
@@ -36,7 +37,7 @@ from prunus.results.lineage import lineage_of
 from prunus.scoring.adaptive import check_enough
 from prunus.selection.select import check_reachable
 from prunus.sweep import Engine
-from prunus.sweep.engine import Holding, config_of, holding_of, settled
+from prunus.sweep.engine import Holding, config_of, holding_of, settled, streamed_if_in_blocks
 from prunus.sweep.estimate import Workload, estimate
 
 __all__ = ["Request", "check_request", "check_score_request"]
@@ -136,6 +137,8 @@ def check_request(
     text = read_text(evaluation.text) if evaluation.text else None
     tasks = load_tasks(evaluation.tasks) if evaluation.tasks else ()
     config = config_of(job.model)
+    if (form := format_in(locate(job.model))) is not None:
+        _check_blocks(form.title, config, recipes, job.output.save_dtype)
     seq_len = calibration.length(config)
     workload = Workload(
         frozenset[str]().union(*(recipe.scoring.needs for recipe in recipes)),
@@ -167,6 +170,27 @@ def check_request(
     return Request(job, recipes, asked, empty, geometry, *texts, workload, holding, work, saves, place_of(out).parent)
 
 
+def _check_blocks(title: str, config: Any, recipes: Sequence[Recipe], save_dtype: str) -> None:
+    """Raise OptionError where weights that are stored in blocks would have to be encoded again."""
+    if any(recipe.repair is not None for recipe in recipes):
+        raise OptionError(
+            f"the model's weights are stored in {title}, and a repaired weight would have to be rounded to that again: "
+            "prune without repair (`repair` null), or prune the bf16 checkpoint"
+        )
+    if save_dtype not in ("auto", dtype_name(config.dtype)):
+        raise OptionError(
+            f"`save_dtype` {save_dtype}: the model's weights are stored in {title} and are saved as they are; leave it "
+            "out, or prune the bf16 checkpoint"
+        )
+    geometry = Geometry.of(empty_model(config, config.dtype))
+    for recipe in recipes:
+        if (axes := recipe.selection.of(geometry).axes) != ("expert",):
+            raise OptionError(
+                f"`axes` {','.join(axes)}: of weights that are stored in {title} only whole experts can be removed; "
+                "leave `axes` and `shape` out, or prune the bf16 checkpoint"
+            )
+
+
 def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwrite: bool) -> Request:
     """Check a job that scores; see `check_request`."""
     scoring = job.recipe.scoring
@@ -186,7 +210,7 @@ def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwri
 
 def _held(job: Job, config: Any, workload: Workload) -> tuple[Job, Workload, Any, Holding]:
     """The job and its workload with dtypes and batch size decided, the model without weights, and how it is held."""
-    run = settled(config, job.run, workload)
+    run = settled(config, streamed_if_in_blocks(job.model, job.run), workload)
     workload = replace(workload, batch_size=run.sequences_per_pass)
     empty = empty_model(config, held_dtype(config, run.dtype, run.device))
     save_in_(empty, dtype_to_save(config.dtype, empty.dtype, job.output.save_dtype))
