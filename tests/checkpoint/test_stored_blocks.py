@@ -19,9 +19,10 @@ from tiny_folder import TEXT, byte_tokenizer, fails, run, run_json
 from tiny_mixtures import EXPERTS, layers_with_experts, make_mixture, token_by_token
 from transformers import AutoModelForCausalLM
 
+from prunus import calibration_from_tokens, prune
 from prunus.calibration import Batch
-from prunus.checkpoint import load_model, open_model, save_checkpoint
-from prunus.errors import CheckpointError, PrunusError, UnsupportedModelError
+from prunus.checkpoint import load_model, model_bytes, open_model, save_checkpoint
+from prunus.errors import CheckpointError, OptionError, PrunusError, UnsupportedModelError
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.repair.block_repair import repair_
@@ -112,6 +113,8 @@ def test_kept_experts_are_saved_bit_for_bit(stored, tmp_path):
     assert after.keys() == expected.keys()
     assert all(same_bytes(after[name], expected[name]) for name in expected)
     assert len(list(out.glob("*.safetensors"))) > 1, "shards are written, too"
+    sizes = sum(tensor.numel() * tensor.itemsize for tensor in after.values())
+    assert model_bytes(open_model(out)[0]) == sizes < 0.9 * model_bytes(dense_of(stored)) / 2
 
 
 def test_what_is_left_computes_what_the_decoded_model_does_with_routers_that_see_only_that(stored, tmp_path):
@@ -202,11 +205,18 @@ def test_what_would_encode_again_is_refused_at_once(words, message, stored, text
 def test_in_python_too(stored, tmp_path):
     with pytest.raises(UnsupportedModelError, match=r"never in memory as a whole"):
         load_model(stored)
-    opened, _ = open_model(stored)
+    opened, tokenizer = open_model(stored)
     plan = half_plan(opened)
     smaller = apply_plan(opened, plan)
     with pytest.raises(UnsupportedModelError, match="repaired ones would have to be rounded"):
         repair_(smaller, opened, plan, [Batch(random_tokens(), None)], progress=False)
+    with layers_of(smaller).hold(0):
+        layers_of(smaller).keep(0)
+    with pytest.raises(UnsupportedModelError, match="changed weights cannot be written"):
+        save_checkpoint(smaller, tokenizer, tmp_path / "out", card="", extras={})
+    calibration = calibration_from_tokens(random_tokens(batch=4))
+    with pytest.raises(OptionError, match="prune without repair"):
+        prune(opened, 0.3, calibration)
     geometry = Geometry.of(opened)
     fewer = [{axis: range(w[axis] - (axis == "attention")) for axis in geometry.axes} for w in geometry.widths]
     with pytest.raises(UnsupportedModelError, match="removes attention groups of layer 0"):

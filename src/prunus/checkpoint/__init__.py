@@ -6,11 +6,15 @@ from prunus.checkpoint.held_dtype import dtype_to_save, fast_dtype, held_dtype
 from prunus.checkpoint.load import check_finite, check_folder, load_model, locate, read_config, whole_around
 from prunus.checkpoint.open import open_model
 from prunus.checkpoint.save import check_whole, model_bytes, save_checkpoint
+from prunus.checkpoint.stored_blocks import attach_blocks_, blocks_in, blocks_of
 from prunus.machine.placement import resolve_device, resolve_dtype
 
 register()
 
 __all__ = [
+    "attach_blocks_",
+    "blocks_in",
+    "blocks_of",
     "check_finite",
     "check_folder",
     "check_whole",

@@ -40,7 +40,11 @@ LOCAL_FIELDS = ("_name_or_path", "name_or_path", "_commit_hash", "tokenizer_file
 
 def model_bytes(model: Any) -> int:
     """Bytes that the weights of a model take in a checkpoint, tied ones counted once."""
-    return sum(map(torch.Tensor.numel, model.parameters())) * saved_dtype(model).itemsize
+    itemsize = saved_dtype(model).itemsize
+    if (blocks := blocks_of(model)) is not None:
+        outside = sum(map(torch.Tensor.numel, outside_layers(model).values())) * itemsize
+        return outside + sum(part.layout.bytes for part in blocks.slices(model).values())
+    return sum(map(torch.Tensor.numel, model.parameters())) * itemsize
 
 
 def save_checkpoint(
@@ -76,11 +80,14 @@ def save_checkpoint(
         UnsupportedModelError: see `live_model`.
     """
     model = live_model(model)
-    if (blocks := blocks_of(model)) is not None and saved_dtype(model) != blocks.weights.held_in:
-        raise UnsupportedModelError(
-            f"the model's weights are stored in {blocks.title} and are saved as they are, not in "
-            f"{dtype_name(saved_dtype(model))}; leave `save_dtype` out, or cut the bf16 checkpoint"
-        )
+    if (blocks := blocks_of(model)) is not None:
+        layers = layers_of(model)
+        if saved_dtype(model) != blocks.weights.held_in or layers.changed:
+            what = "changed weights" if layers.changed else dtype_name(saved_dtype(model))
+            raise UnsupportedModelError(
+                f"the model's weights are stored in {blocks.title} and are saved as they are, so that {what} cannot be "
+                "written; leave `save_dtype` and repair out, or cut the bf16 checkpoint"
+            )
     try:
         with output_folder(out, overwrite=overwrite) as folder:
             whole = whole_of(model)

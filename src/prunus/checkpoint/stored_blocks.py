@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunus.checkpoint.block_formats import DecodedWeights
+from prunus.checkpoint.block_formats import DecodedWeights, format_in
 from prunus.checkpoint.conversion import Conversion, Place
+from prunus.checkpoint.load import check_folder
 from prunus.errors import UnsupportedModelError
 from prunus.files.tensor_file import TensorLayout
 from prunus.model.families import family_of
 from prunus.model.geometry import Geometry
 from prunus.selection.plan import Plan
 
-__all__ = ["Slice", "StoredBlocks", "attach_blocks_", "blocks_of"]
+__all__ = ["Slice", "StoredBlocks", "attach_blocks_", "blocks_in", "blocks_of"]
 
 #: where a model keeps what it is stored in
 ATTRIBUTE = "_prunus_blocks"
@@ -142,6 +144,23 @@ def _source(part: str, place: Place, old: dict[str, Place], kept: Sequence[int])
         return part
     wanted = (kept[place[0]], place[1])
     return next(name for name, where in old.items() if where == wanted)
+
+
+def blocks_in(folder: Path, model: Any) -> StoredBlocks | None:
+    """What the weights in a folder are stored in; None where that is no blocks.
+
+    Args:
+        folder: of the model.
+        model: the same, without weights.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: see `check_folder`, and `StoredBlocks.of`.
+    """
+    if format_in(folder) is None:
+        return None
+    weights = check_folder(folder)[1]
+    assert isinstance(weights, DecodedWeights)
+    return StoredBlocks.of(weights, Conversion(model, weights), model)
 
 
 def blocks_of(model: Any) -> StoredBlocks | None:

@@ -82,6 +82,11 @@ class Layers:
         """
         yield self.modules[layer_idx]
 
+    @property
+    def changed(self) -> bool:
+        """Whether layers were kept that differ from what their files hold."""
+        return False
+
     def keep(self, layer_idx: int) -> None:
         """Make changes to the weights of a held layer last."""
 
@@ -164,6 +169,11 @@ class StoredLayers(Layers):
         finally:
             self._held.remove(layer_idx)
             layer.load_state_dict(self._empty[layer_idx], assign=True)
+
+    @property
+    def changed(self) -> bool:
+        """Whether `keep` was called for a layer."""
+        return bool(self._changed)
 
     def keep(self, layer_idx: int) -> None:
         """Write the held layer to a temporary folder, from which it is read from now on."""

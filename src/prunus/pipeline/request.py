@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from prunus.checkpoint import (
+    attach_blocks_,
+    blocks_in,
     check_whole,
     dtype_to_save,
     empty_model,
-    format_in,
     held_dtype,
     locate,
     model_bytes,
@@ -33,6 +34,7 @@ from prunus.option_values import check_utf8
 from prunus.pipeline.job import Job
 from prunus.pipeline.multimodal import recipe_inside
 from prunus.pipeline.recipe import Recipe
+from prunus.pipeline.stored_blocks import check_recipe_for_blocks
 from prunus.results.lineage import lineage_of
 from prunus.scoring.adaptive import check_enough
 from prunus.selection.select import check_reachable
@@ -137,8 +139,6 @@ def check_request(
     text = read_text(evaluation.text) if evaluation.text else None
     tasks = load_tasks(evaluation.tasks) if evaluation.tasks else ()
     config = config_of(job.model)
-    if (form := format_in(locate(job.model))) is not None:
-        _check_blocks(form.title, config, recipes, job.output.save_dtype)
     seq_len = calibration.length(config)
     workload = Workload(
         frozenset[str]().union(*(recipe.scoring.needs for recipe in recipes)),
@@ -151,8 +151,18 @@ def check_request(
         evaluation_window=evaluation.window(text, seq_len, config),
         inputs_on_disk=work is not None,
     )
+    save_dtype = job.output.save_dtype
     job, workload, empty, holding = _held(job, config, workload)
     geometry = Geometry.of(empty)
+    if (blocks := blocks_in(locate(job.model), empty)) is not None:
+        for recipe in recipes:
+            check_recipe_for_blocks(blocks.title, geometry, recipe)
+        if save_dtype not in ("auto", dtype_name(config.dtype)):
+            raise OptionError(
+                f"`save_dtype` {save_dtype}: the model's weights are stored in {blocks.title} and are saved as they "
+                "are; leave it out, or prune the bf16 checkpoint"
+            )
+        attach_blocks_(empty, blocks)
     if job.fit:
         job = job.fitted(geometry, job.output.save_dtype)
         asked, recipes = [job.ratio], [job.recipe]
@@ -168,27 +178,6 @@ def check_request(
         check_disk(out, int(model_bytes(empty) * (1 - min(asked) if in_parameters else 1)))
     texts = seq_len, text, 0 if text else evaluation.held_out, tasks
     return Request(job, recipes, asked, empty, geometry, *texts, workload, holding, work, saves, place_of(out).parent)
-
-
-def _check_blocks(title: str, config: Any, recipes: Sequence[Recipe], save_dtype: str) -> None:
-    """Raise OptionError where weights that are stored in blocks would have to be encoded again."""
-    if any(recipe.repair is not None for recipe in recipes):
-        raise OptionError(
-            f"the model's weights are stored in {title}, and a repaired weight would have to be rounded to that again: "
-            "prune without repair (`repair` null), or prune the bf16 checkpoint"
-        )
-    if save_dtype not in ("auto", dtype_name(config.dtype)):
-        raise OptionError(
-            f"`save_dtype` {save_dtype}: the model's weights are stored in {title} and are saved as they are; leave it "
-            "out, or prune the bf16 checkpoint"
-        )
-    geometry = Geometry.of(empty_model(config, config.dtype))
-    for recipe in recipes:
-        if (axes := recipe.selection.of(geometry).axes) != ("expert",):
-            raise OptionError(
-                f"`axes` {','.join(axes)}: of weights that are stored in {title} only whole experts can be removed; "
-                "leave `axes` and `shape` out, or prune the bf16 checkpoint"
-            )
 
 
 def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwrite: bool) -> Request:
