@@ -14,10 +14,11 @@ from torch import Tensor
 
 from prunus.checkpoint.architecture import config_as_weighted, empty_model, pruned_config
 from prunus.checkpoint.open import attach_layers_
+from prunus.checkpoint.stored_blocks import attach_blocks_, blocks_of
 from prunus.model.dimensions import SPACE_AXIS
 from prunus.model.families import Block, Projection, Stack
 from prunus.model.geometry import Geometry
-from prunus.model.layers import Fetched, LayerState, StoredLayers, layers_of, outside_layers
+from prunus.model.layers import Entries, Fetched, LayerState, StoredLayers, layers_of, outside_layers
 from prunus.model.live import live_model
 from prunus.model.saved_dtype import rounded, save_in_, saved_dtype
 from prunus.model.whole import attach_whole_, whole_of
@@ -46,7 +47,8 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     model = live_model(model)
     geometry = Geometry.of(model)
     plan.check_fits(geometry)
-    survivors, whole = plan.surviving_layers, whole_of(model)
+    survivors, whole, blocks = plan.surviving_layers, whole_of(model), blocks_of(model)
+    blocks = blocks.after(plan, geometry) if blocks else None
     if whole is not None:
         whole.check_layers(survivors)
     config = pruned_config(
@@ -58,7 +60,8 @@ def apply_plan(model: Any, plan: Plan) -> Any:
         if saved != model.dtype:
             save_in_(smaller, saved)
         tensors = outside_layers(model) if layers.stored else model.state_dict()
-        untouched = {id(tensor) for tensor in tensors.values()}
+        # Of an opened model, embeddings and head are shared: they can be as large as all experts of a layer.
+        untouched = {id(tensor) for tensor in tensors.values() if not layers.stored or tensor.ndim < 2}
         cut = {
             name: rounded(tensor.clone() if id(tensor) in untouched else tensor, saved)
             for name, tensor in cut_tensors(tensors.items(), geometry, plan)
@@ -73,27 +76,48 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     if getattr(model, "generation_config", None) is not None:
         smaller.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
     attach_whole_(smaller, whole)
+    attach_blocks_(smaller, blocks)
     smaller.train(model.training)
     return smaller
 
 
-def _cut_reader(layers: StoredLayers, geometry: Geometry, plan: Plan, saved: torch.dtype) -> Callable[[int], Fetched]:
-    """What fetches a layer of an opened model and then cuts it."""
+def _cut_reader(
+    layers: StoredLayers, geometry: Geometry, plan: Plan, saved: torch.dtype
+) -> Callable[[int, Entries], Fetched]:
+    """What fetches a layer of an opened model and then cuts it; experts that do not stay are not even read."""
 
-    def fetch(new_index: int) -> Fetched:
+    def fetch(new_index: int, entries: Entries) -> Fetched:
         layer_idx = plan.surviving_layers[new_index]
-        whole = layers.fetch(layer_idx)
+        kept = plan.layers[layer_idx]
+        cut_on_the_way = _kept_entries(geometry, layer_idx, kept)
+        read: dict[str, Sequence[int]] = {**entries, **cut_on_the_way}
+        for name in cut_on_the_way.keys() & entries.keys():
+            read[name] = [cut_on_the_way[name][entry] for entry in entries[name]]
+        whole = layers.fetch(layer_idx, read)
 
         def finish(state: LayerState) -> LayerState:
-            cut = (
-                (name, _cut_layer_tensor(name, tensor, geometry, layer_idx, plan.layers[layer_idx]))
-                for name, tensor in whole.finish(state).items()
-            )
-            return {name: rounded(tensor, saved) for name, tensor in cut if tensor is not None}
+            state, cut = whole.finish(state), {}
+            for name in list(state):
+                tensor = state.pop(name)
+                left = tensor if name in cut_on_the_way else _cut_layer_tensor(name, tensor, geometry, layer_idx, kept)
+                if left is not None:
+                    cut[name] = rounded(left, saved)
+            return cut
 
         return Fetched(whole.state, finish)
 
     return fetch
+
+
+def _kept_entries(geometry: Geometry, layer_idx: int, kept: KeptGroups) -> dict[str, Sequence[int]]:
+    """Of the tensors of a layer that have an entry for every expert along their first dimension: those that stay."""
+    return {
+        stack.path: kept[block.axis]
+        for block in geometry.blocks(layer_idx)
+        if block.experts and 0 < len(kept[block.axis]) < geometry.widths[layer_idx][block.axis]
+        for stack in block.stacks
+        if stack.dim == 0
+    }
 
 
 def cut_tensors(tensors: Iterable[tuple[str, Tensor]], geometry: Geometry, plan: Plan) -> Iterator[tuple[str, Tensor]]:

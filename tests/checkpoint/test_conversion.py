@@ -13,6 +13,7 @@ from tiny_mixtures import MIXED_CASES, make_mixture, shared_mixture
 
 from prunus.checkpoint import load_model, open_model, save_checkpoint
 from prunus.checkpoint.conversion import Conversion, as_stored
+from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError, UnsupportedModelError
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
@@ -48,6 +49,51 @@ def test_what_is_stored_makes_the_model_again(case):
         assert all(parts[part].shape == stored[part].shape for part in parts)
         assert torch.equal(conversion.make(name, {part: stored[part] for part in parts}), tensor)
     assert {part for parts in conversion.stored.values() for part in parts} == stored.keys()
+
+
+@pytest.mark.parametrize("case", MIXED_CASES, ids="-".join)
+def test_parts_lie_where_it_is_said(case):
+    """All of every tensor, and in its own memory: what is written there is a part of it."""
+    model = shared_mixture(*case)
+    stored = as_stored(model, dict(model.state_dict()))
+    conversion = Conversion(model, stored)
+    for name, tensor in model.state_dict().items():
+        places, parts = conversion.places(name), conversion.split(name, tensor)
+        assert places.keys() == parts.keys() == conversion.stored[name].keys()
+        assert all(torch.equal(parts[part], stored[part]) for part in parts)
+        assert all(part.is_contiguous() for part in parts.values())
+        assert {part.untyped_storage().data_ptr() for part in parts.values()} == {tensor.untyped_storage().data_ptr()}
+        assert sum(part.numel() for part in parts.values()) == tensor.numel()
+
+
+@pytest.mark.parametrize("case", MIXED_CASES, ids="-".join)
+def test_experts_that_go_are_not_read(case, tmp_path, monkeypatch):
+    """Cut once and twice on the way from the disk: the same layers as of a model that is cut in memory."""
+    model = make_mixture(*case)
+    save_checkpoint(model, byte_tokenizer(), tmp_path / "whole", card="", extras={})
+    opened, _ = open_model(tmp_path / "whole")
+    read, sizes = StoredWeights.read_into, []
+
+    def noting(self, name, out, entry=None):
+        sizes.append(out.numel() if "expert" in name or "linear" in name else 0)
+        read(self, name, out, entry)
+
+    monkeypatch.setattr(StoredWeights, "read_into", noting)
+    for kept in ((1, 2, 4, 5), (0, 3)):
+        geometry = Geometry.of(opened)
+        layers = [
+            {axis: kept if axis == "expert" and w[axis] else range(w[axis]) for axis in geometry.axes}
+            for w in geometry.widths
+        ]
+        plan = Plan.from_kept(geometry, layers)
+        opened, model = apply_plan(opened, plan), apply_plan(model, plan)
+        sizes.clear()
+        with layers_of(opened).hold(1) as held:
+            expected = model.model.layers[1].state_dict()
+            assert held.state_dict().keys() == expected.keys()
+            assert all(torch.equal(held.state_dict()[name], tensor) for name, tensor in expected.items())
+            experts = sum(tensor.numel() for name, tensor in expected.items() if "expert" in name)
+            assert 0 < sum(sizes) <= experts
 
 
 @pytest.mark.parametrize("read", [load_model, open_model])

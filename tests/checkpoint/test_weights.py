@@ -142,16 +142,16 @@ def test_the_hash_at_the_end_finds_what_no_second_read_would(model, tmp_path):
 @pytest.mark.parametrize("change", [replaced, written_over_with_the_old_time])
 @pytest.mark.parametrize("reads", [30, 45, 100, 130])
 def test_prune_refuses_a_model_that_changes_meanwhile(change, reads, model, text, tmp_path, capsys, monkeypatch):
-    read, count = TensorFile.read, []
+    read_into, count = TensorFile.read_into, []
 
-    def counting(self: TensorFile, name: str) -> torch.Tensor:
+    def counting(self: TensorFile, name: str, out: torch.Tensor, entry: int | None = None) -> None:
         if self.path == model / WEIGHTS:
             count.append(name)
             if len(count) == reads:
                 change(model)
-        return read(self, name)
+        read_into(self, name, out, entry)
 
-    monkeypatch.setattr(TensorFile, "read", counting)
+    monkeypatch.setattr(TensorFile, "read_into", counting)
     words = ["prune", model, "--ratio", "0.2", "--calibration", text, *SIZES]
     words += ["--set", "run.engine=streamed", "--set", "evaluation.held_out=2"]
     message = fails(capsys, *words, "--method", "wanda", "--out", tmp_path / "out")
@@ -181,17 +181,16 @@ def test_scores_are_of_one_model(method, model, monkeypatch):
 
 
 def test_figures_are_of_one_model(model, text, monkeypatch):
-    read = TensorFile.read
+    read_into = TensorFile.read_into
 
-    def last(self: TensorFile, name: str) -> torch.Tensor:
-        tensor = read(self, name)
+    def last(self: TensorFile, name: str, out: torch.Tensor, entry: int | None = None) -> None:
+        read_into(self, name, out, entry)
         if name == "model.layers.1.mlp.up_proj.weight":
-            monkeypatch.setattr(TensorFile, "read", read)
+            monkeypatch.setattr(TensorFile, "read_into", read_into)
             written_over_with_the_old_time(model)
-        return tensor
 
     monkeypatch.setattr("prunus.sweep.engine.choose_engine", lambda *_: "streamed")
-    monkeypatch.setattr(TensorFile, "read", last)
+    monkeypatch.setattr(TensorFile, "read_into", last)
     with pytest.raises(CheckpointError, match=WEIGHTS):
         evaluate(str(model), EvalOptions(text=(text,), seq_len=24, windows=1), progress=False)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_blocks import make_stored
 from tiny_folder import TEXT, byte_tokenizer
 from tiny_mixtures import make_mixture
 from tokenizers import pre_tokenizers
@@ -48,6 +49,7 @@ WORDS = {
     "meta-llama/Llama-3.2-1B": "dense",
     "BIG": "dense",
     "Qwen/Qwen3-30B-A3B": "mixture",
+    "openai/gpt-oss-20b": "mixture-in-blocks",
     "my-model": "dense",
     "c4": "my-text.jsonl",  # a data set of the Hub
     "cuda": "cpu",
@@ -285,6 +287,7 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = byte_tokenizer()
     for part in (mixture, tokenizer):
         part.save_pretrained(place / "mixture")
+    make_stored("mxfp4", place / "mixture-in-blocks", max_position_embeddings=4096)
     # llama.cpp knows this way of splitting by a name.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.save_pretrained(place / "dense")
@@ -317,7 +320,7 @@ FIRST_PAGES = ("README.md", "CONTRIBUTING.md", "GLOBAL_PRUNING_GUIDE.md", "docs/
     ],
 )
 def test_a_page_does_what_it_says(page, brought, tmp_path, monkeypatch, capsys):
-    for name in ("dense", "mixture", *TEXTS, TASKS):
+    for name in ("dense", "mixture", "mixture-in-blocks", *TEXTS, TASKS):
         (tmp_path / name).symlink_to(brought / name)
     if page in PRUNED:
         shutil.copytree(brought / "pruned", tmp_path / PRUNED[page])

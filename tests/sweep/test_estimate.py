@@ -12,10 +12,11 @@ import pytest
 import torch
 from test_opened import save
 from tiny_families import make_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tiny_folder import byte_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import prunus
-from prunus.checkpoint import open_model
+from prunus.checkpoint import open_model, save_checkpoint
 from prunus.errors import OptionError
 from prunus.machine.byte_sizes import parse_bytes, show_bytes
 from prunus.sweep import estimate as module
@@ -170,3 +171,55 @@ def test_the_estimate_is_close_to_the_peak_that_the_system_counts(tmp_path):
     assert len(found) == 2, done.stderr
     for expected, peak in found:
         assert peak <= expected <= 1.35 * peak
+
+
+#: the same for a mixture whose experts are nearly all of it: scored by forward passes, cut, and saved
+MIXTURE = """
+import sys, torch
+from pathlib import Path
+from prunus.calibration import Batch
+from prunus.checkpoint import open_model, save_checkpoint
+from prunus.machine.metering import metered
+from prunus.model.geometry import Geometry
+from prunus.selection.plan import Plan
+from prunus.statistics import RoutingStatistics
+from prunus.surgery import apply_plan
+from prunus.sweep import sweep
+from prunus.sweep.estimate import Workload, estimate
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+model, tokenizer = open_model(folder, dtype=sys.argv[2])
+batches = [Batch(torch.randint(0, 250, (1, 128)), None) for _ in range(3)]
+weights = sum(p.numel() * p.itemsize for p in model.parameters() if not p.is_meta)
+workload = Workload(frozenset({"routing"}), 3, 128, 1, cuts=True)
+needed = estimate(model, model.dtype, workload, torch.device("cpu"))
+with metered() as cost:
+    sweep(model, batches, [RoutingStatistics(True)], engine="streamed", work=folder / "work", progress=False)
+    geometry = Geometry.of(model)
+    half = {"attention": 1, "mlp": 1, "expert": 2}
+    kept = [{axis: range(w[axis] // half[axis]) for axis in geometry.axes} for w in geometry.widths]
+    save_checkpoint(apply_plan(model, Plan.from_kept(geometry, kept)), tokenizer, folder / "out", card="", extras={})
+print(needed.streamed - weights, cost.peak_bytes, flush=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_experts_of_a_layer_are_there_once(dtype, tmp_path):
+    """Layers of 100 MB in bfloat16, a fifth of all that there is: a second copy would be seen."""
+    experts = {"moe_intermediate_size": 512, "num_experts": 64, "num_experts_per_tok": 2}
+    sizes = {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=260, head_dim=64, tie_word_embeddings=False, **sizes, **experts
+    )
+    folder = tmp_path / "model"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    save_checkpoint(model, byte_tokenizer(), folder, card="", extras={})
+    del model
+    environment = {**os.environ, "PYTHONPATH": str(Path(prunus.__file__).parents[1])}
+    command = [sys.executable, "-c", MIXTURE, str(folder), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    expected, peak = (int(word) for word in done.stdout.split())
+    assert 0.95 * peak <= expected <= 1.2 * peak

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -20,7 +22,13 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-__all__ = ["Conversion", "as_stored"]
+__all__ = ["Conversion", "Place", "as_stored"]
+
+#: where a part lies in the tensor that it is a part of: an expert, and rows of it; None = it is all of it
+Place = tuple[int, slice] | None
+#: operations of transformers that do no more than put tensors side by side: experts, and gate and up of each
+_STACKED = [(MergeModulelist, 0)]
+_STACKED_PAIRS = [(MergeModulelist, 0), (Concatenate, 1)]
 
 
 def as_stored(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -73,7 +81,7 @@ class Conversion:
                 they are put together.
         """
         patterns = {part: self._name_in_model(part)[1] for part in parts}
-        converter = next((c for c in self._converters if any(p in c.source_patterns for p in patterns.values())), None)
+        converter = self._converter(patterns.values())
         if name in parts or converter is None:
             return parts.popitem()[1]
         converter = deepcopy(converter)
@@ -82,6 +90,47 @@ class Conversion:
         made = converter.convert(name, model=self._model, config=self._model.config)[name]
         tensor: Tensor = made[0] if isinstance(made, list) else made
         return tensor
+
+    def places(self, name: str) -> dict[str, Place]:
+        """Where in a tensor of the model each tensor of the files lies that it is made of.
+
+        Args:
+            name: in the model.
+
+        Returns:
+            By their names in the files; empty where more is done than putting them side by side, see `make`.
+        """
+        parts = self.stored[name]
+        patterns = {part: self._name_in_model(part)[1] for part in parts}
+        converter = self._converter(patterns.values())
+        if name in parts or converter is None:
+            return dict.fromkeys(parts)
+        operations = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+        if operations not in (_STACKED, _STACKED_PAIRS):
+            return {}
+        places: dict[str, Place] = {}
+        start = 0
+        for pattern in converter.source_patterns:
+            of_pattern = sorted((part for part in parts if patterns[part] == pattern), key=dot_natural_key)
+            rows = parts[of_pattern[0]].shape[0] if of_pattern else 0
+            for expert, part in enumerate(of_pattern):
+                places[part] = (expert, slice(start, start + rows))
+            start += rows
+        return places
+
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The tensors of the files that a tensor of the model is made of; views where it is no more than them.
+
+        Args:
+            name: in the model.
+            tensor: its values.
+        """
+        if places := self.places(name):
+            return {part: tensor if place is None else tensor[place] for part, place in places.items()}
+        return as_stored(self._model, {name: tensor})
+
+    def _converter(self, patterns: Collection[Any]) -> WeightConverter | None:
+        return next((c for c in self._converters if any(p in c.source_patterns for p in patterns)), None)
 
     def _name_in_model(self, name: str) -> tuple[str, Any]:
         """Name in the model of a tensor of the files, and the pattern that a converter knows it by."""

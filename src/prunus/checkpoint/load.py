@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunus.checkpoint.agreement import check_no_adapter, check_numbers, check_tensors, has_own_head, warn_of_unused
 from prunus.checkpoint.architecture import config_as_weighted
+from prunus.checkpoint.block_formats import DecodedWeights, block_format
 from prunus.checkpoint.held_dtype import held_dtype
 from prunus.checkpoint.hub import HUB_FILES, check_repository, hub_id
 from prunus.checkpoint.kind import check_kind
@@ -74,6 +75,12 @@ def load_model(
     folder = locate(source)
     config, weights = check_folder(folder)
     tokenizer = read_tokenizer(folder)
+    if isinstance(weights, DecodedWeights):
+        raise UnsupportedModelError(
+            f"the weights in {folder} are stored in {weights.form.title}: prunus decodes them layer by layer and saves "
+            "what is left as it was stored, so that they are never in memory as a whole. Use `engine` streamed "
+            "(open_model), or the bf16 checkpoint"
+        )
     if weights.whole is not None:
         # transformers has no class that reads a language model from there.
         return read_layers_(open_model(folder, dtype=dtype, device=device)[0]), tokenizer
@@ -176,12 +183,18 @@ def whole_around(folder: Path) -> Whole | None:
 
 def _config_and_weights(folder: Path) -> tuple[Any, StoredWeights]:
     values = check_config(folder)
-    weights = StoredWeights(folder) if multimodal_of(values) is None else LanguageWeights(folder, values)
+    weights: StoredWeights
+    if block_format(values) is not None:
+        weights = DecodedWeights(folder, values)
+    else:
+        weights = StoredWeights(folder) if multimodal_of(values) is None else LanguageWeights(folder, values)
     check_numbers(language_fields(values), weights)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if isinstance(weights, LanguageWeights):
             config = weights.taken_out_of(config)
+        if isinstance(weights, DecodedWeights):
+            del config.quantization_config  # what is computed with is decoded; saving brings it back
         # Others (FlashAttention, a kernel of the Hub) were there where the model was trained, and need not be here.
         if config._attn_implementation not in ATTENTIONS:
             config._attn_implementation = None
@@ -278,7 +291,8 @@ def check_config(folder: Path) -> dict[str, Any]:
     check_no_adapter(folder)
     check_inside(folder, folder / "config.json")
     config = read_json(folder / "config.json")
-    if quantization := config.get("quantization_config") or config.get("compression_config"):
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization and block_format(config) is None:
         fields = quantization if isinstance(quantization, dict) else {}
         method = fields.get("quant_method") or fields.get("format") or "unknown method"
         raise UnsupportedModelError(

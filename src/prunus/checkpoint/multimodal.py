@@ -252,9 +252,9 @@ class LanguageWeights(StoredWeights):
         """Dtype and shape of a tensor."""
         return super().layout(self._in_file(name))
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own, on the CPU."""
-        return super().read(self._in_file(name))
+    def read_into(self, name: str, out: Tensor, entry: int | None = None) -> None:
+        """Read one tensor, or one entry along its first dimension, to where it is wanted."""
+        super().read_into(self._in_file(name), out, entry)
 
     def same_values(self, one: str, other: str) -> bool:
         """Whether two tensors of one shape hold the same values."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,26 @@ from transformers import GenerationConfig
 
 from prunus.checkpoint.agreement import unused_tensors, warn_of_unused
 from prunus.checkpoint.architecture import empty_model
-from prunus.checkpoint.conversion import Conversion
+from prunus.checkpoint.block_formats import DecodedWeights
+from prunus.checkpoint.conversion import Conversion, Place
 from prunus.checkpoint.held_dtype import held_dtype
 from prunus.checkpoint.load import check_finite_tensor, check_folder, locate, read_tokenizer
+from prunus.checkpoint.stored_blocks import StoredBlocks, attach_blocks_
 from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError
 from prunus.files.links import check_inside
 from prunus.machine.placement import resolve_device, resolve_dtype
 from prunus.model.families import family_of
-from prunus.model.layers import ATTRIBUTE, Fetched, LayerState, StoredLayers, layers_of, move_present_, outside_layers
+from prunus.model.layers import (
+    ATTRIBUTE,
+    Entries,
+    Fetched,
+    LayerState,
+    StoredLayers,
+    layers_of,
+    move_present_,
+    outside_layers,
+)
 from prunus.model.modules import submodule
 from prunus.model.saved_dtype import save_in_
 from prunus.model.whole import attach_whole_
@@ -64,7 +75,7 @@ def open_model(
     tokenizer = read_tokenizer(folder)
     stored, held = config.dtype, held_dtype(config, dtype, torch_device)
     model = empty_model(config, held)
-    if dtype == "auto" and held != stored:
+    if (dtype == "auto" or isinstance(weights, DecodedWeights)) and held != stored:
         save_in_(model, stored)
     _read_generation_config_(model, folder)
     conversion = Conversion(model, weights)
@@ -72,27 +83,64 @@ def open_model(
     warn_of_unused(folder, unused_tensors(model, weights))
     prefix, checked = family_of(config).layers + ".", _Checked(model)
 
-    def fetch_layer(layer_idx: int) -> Fetched:
+    def fetch_layer(layer_idx: int, entries: Entries) -> Fetched:
         start = f"{prefix}{layer_idx}."
         names = [name.removeprefix(start) for name in stored_as if name.startswith(start)]
+        state, unmade = {}, set()
+        for name in names:
+            if places := conversion.places(start + name):
+                state[name] = _put_together(weights, places, entries.get(name))
+            else:
+                unmade.add(name)
+                state |= {part: weights.read(part) for part in stored_as[start + name]}
+
+        def made(name: str, state: LayerState) -> Tensor:
+            if name not in unmade:
+                return state.pop(name)
+            whole = conversion.make(start + name, {part: state.pop(part) for part in stored_as[start + name]})
+            return whole[list(entries[name])] if name in entries else whole
 
         def finish(state: LayerState) -> LayerState:
             # Popped: what was read goes as soon as it is converted.
-            return {
-                name: checked(
-                    start + name,
-                    conversion.make(start + name, {part: state.pop(part) for part in stored_as[start + name]}),
-                )
-                for name in names
-            }
+            return {name: checked(start + name, made(name, state), whole=name not in entries) for name in names}
 
-        return Fetched({part: weights.read(part) for name in names for part in stored_as[start + name]}, finish)
+        return Fetched(state, finish)
 
     outer = {name: checked(name, weights.read(stored_as[name][0])) for name in outside_layers(model)}
     model.load_state_dict(outer, strict=False, assign=True)
     attach_layers_(model, fetch_layer, torch_device, scratch, weights.verify)
     attach_whole_(model, weights.whole)
+    if isinstance(weights, DecodedWeights):
+        attach_blocks_(model, StoredBlocks.of(weights, conversion, model))
     return model, tokenizer
+
+
+def _put_together(weights: StoredWeights, places: Mapping[str, Place], entries: Sequence[int] | None) -> Tensor:
+    """A tensor that lies in files in parts, each read to where it belongs.
+
+    Args:
+        weights: the files.
+        places: of the parts, see `Conversion.places`.
+        entries: along the first dimension that are wanted; None = all.
+    """
+    stacked = {name: place for name, place in places.items() if place is not None}
+    layout = weights.layout(next(iter(places)))
+    if not stacked:
+        (name,) = places
+        if entries is None:
+            return weights.read(name)
+        out = torch.empty((len(entries), *layout.shape[1:]), dtype=layout.dtype)
+        for number, entry in enumerate(entries):
+            weights.read_into(name, out[number], entry)
+        return out
+    wanted = sorted({expert for expert, _ in stacked.values()}) if entries is None else entries
+    number_of = {expert: number for number, expert in enumerate(wanted)}
+    rows = max(part.stop for _, part in stacked.values())
+    out = torch.empty((len(wanted), rows, *layout.shape[1:]), dtype=layout.dtype)
+    for name, (expert, part) in stacked.items():
+        if expert in number_of:
+            weights.read_into(name, out[number_of[expert], part])
+    return out
 
 
 def read_layers_(model: Any) -> Any:
@@ -104,6 +152,7 @@ def read_layers_(model: Any) -> Any:
         layer.load_state_dict({name: tensor.to(layers.device) for name, tensor in state.items()}, assign=True)
         del layer.forward  # that of the class shows again
     delattr(model, ATTRIBUTE)
+    attach_blocks_(model, None)
     return model.requires_grad_(True)
 
 
@@ -145,17 +194,18 @@ class _Checked:
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         self._seen: set[str] = set()
 
-    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+    def __call__(self, name: str, tensor: Tensor, whole: bool = True) -> Tensor:
         tensor = tensor.to(self._dtypes[name]) if tensor.is_floating_point() else tensor
         if name not in self._seen:
             check_finite_tensor(name, tensor)
-            self._seen.add(name)
+            if whole:
+                self._seen.add(name)
         return tensor
 
 
 def attach_layers_(
     model: Any,
-    fetch: Callable[[int], Fetched],
+    fetch: Callable[[int, Entries], Fetched],
     device: torch.device,
     scratch: Path | None,
     verify: Callable[[], None],
@@ -175,5 +225,8 @@ def attach_layers_(
     move_present_(model, device)
     model.tie_weights()
     model.requires_grad_(False)
-    layers = submodule(model, family_of(model.config).layers)
-    setattr(model, ATTRIBUTE, StoredLayers(layers, fetch, device, scratch, verify))
+    family = family_of(model.config)
+    # A layer's experts are most of its memory, and a token goes to few of them: reading takes little of the time.
+    ahead = family.mixture is None
+    layers = submodule(model, family.layers)
+    setattr(model, ATTRIBUTE, StoredLayers(layers, fetch, device, scratch, verify, ahead))

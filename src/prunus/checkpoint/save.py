@@ -18,9 +18,10 @@ from transformers import CONFIG_MAPPING, GenerationConfig
 
 from prunus.checkpoint.architecture import config_as_weighted
 from prunus.checkpoint.configuration_prunus import rope_fields_of_transformers_4
-from prunus.checkpoint.conversion import as_stored
+from prunus.checkpoint.conversion import Conversion, as_stored
 from prunus.checkpoint.multimodal import copy_processor, empty_whole, tensors_around, whole_name
-from prunus.errors import CheckpointError
+from prunus.checkpoint.stored_blocks import blocks_of
+from prunus.errors import CheckpointError, UnsupportedModelError
 from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import check_disk, output_folder, place_of
 from prunus.files.tensor_file import TensorLayout, write_tensors
@@ -39,7 +40,11 @@ LOCAL_FIELDS = ("_name_or_path", "name_or_path", "_commit_hash", "tokenizer_file
 
 def model_bytes(model: Any) -> int:
     """Bytes that the weights of a model take in a checkpoint, tied ones counted once."""
-    return sum(map(torch.Tensor.numel, model.parameters())) * saved_dtype(model).itemsize
+    itemsize = saved_dtype(model).itemsize
+    if (blocks := blocks_of(model)) is not None:
+        outside = sum(map(torch.Tensor.numel, outside_layers(model).values())) * itemsize
+        return outside + sum(part.layout.bytes for part in blocks.slices(model).values())
+    return sum(map(torch.Tensor.numel, model.parameters())) * itemsize
 
 
 def save_checkpoint(
@@ -75,6 +80,14 @@ def save_checkpoint(
         UnsupportedModelError: see `live_model`.
     """
     model = live_model(model)
+    if (blocks := blocks_of(model)) is not None:
+        layers = layers_of(model)
+        if saved_dtype(model) != blocks.weights.held_in or layers.changed:
+            what = "changed weights" if layers.changed else dtype_name(saved_dtype(model))
+            raise UnsupportedModelError(
+                f"the model's weights are stored in {blocks.title} and are saved as they are, so that {what} cannot be "
+                "written; leave `save_dtype` and repair out, or cut the bf16 checkpoint"
+            )
     try:
         with output_folder(out, overwrite=overwrite) as folder:
             whole = whole_of(model)
@@ -121,9 +134,12 @@ def _save_model(folder: Path, model: Any, max_shard_size: int | str) -> None:
             # What is not weights; those follow, layer by layer.
             model.save_pretrained(folder, state_dict={})
             _stream_weights(folder, model, max_shard_size)
+            path, changes = folder / "config.json", dict[str, Any]()
             if converted:
-                path = folder / "config.json"
-                _write_json(path, {**read_json(path), "dtype": dtype_name(saved_dtype(model))})
+                changes["dtype"] = dtype_name(saved_dtype(model))
+            if (blocks := blocks_of(model)) is not None:
+                changes["quantization_config"] = blocks.weights.stored_config
+            _write_json(path, {**read_json(path), **changes})
         else:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
     finally:
@@ -189,28 +205,37 @@ def _stream_weights(
         renamed: the name of a tensor of the model in the files.
     """
     layers, prefix, dtype = layers_of(model), family_of(model.config).layers, saved_dtype(model)
-    state_dict = model.state_dict()
-    empty = {name: torch.empty_like(state_dict[name], device="meta") for name in _names(model)}
+    state_dict, blocks = model.state_dict(), blocks_of(model)
+    slices = blocks.slices(model) if blocks else {}
+    names = list(outside_layers(model)) if blocks else _names(model)
+    empty = {name: torch.empty_like(state_dict[name], device="meta") for name in names}
     tensors = as_stored(model, _converted(empty, dtype))
     inner = {renamed(name): name for name in tensors}
     whole = {**around, **{name: tensors[inside] for name, inside in inner.items()}}
+    for name, part in slices.items():
+        whole[name] = torch.empty(part.layout.shape, dtype=part.layout.dtype, device="meta")
     split = split_torch_state_dict_into_shards(whole, max_shard_size=max_shard_size)
+    conversion = Conversion(model, ())
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         outside = as_stored(model, _converted(outside_layers(model), dtype))
-        held, state = -1, {}
+        held, state = -1, dict[str, Tensor]()
         for stored in wanted:
             name = inner.get(stored, stored)
+            if stored in slices:
+                yield stored, slices[stored].read()
+                continue
             if stored in around or name in outside:
                 yield stored, around[stored] if stored in around else outside[name]
                 continue
             number = name.removeprefix(prefix + ".").partition(".")[0]
             if int(number) != held:
                 held = int(number)
+                state.clear()  # the layer before, which must not be there beside the next
                 with layers.hold(held, then=held + 1) as layer:
-                    held_state = {f"{prefix}.{held}.{inside}": tensor for inside, tensor in layer.state_dict().items()}
-                    state = as_stored(model, _converted(held_state, dtype))
-            yield stored, state[name]
+                    for inside, tensor in layer.state_dict().items():
+                        state |= conversion.split(f"{prefix}.{held}.{inside}", tensor.detach())
+            yield stored, _converted({name: state[name]}, dtype)[name]
 
     for file_name, wanted in split.filename_to_tensors.items():
         layouts = {name: TensorLayout.of(whole[name]) for name in wanted}

@@ -26,6 +26,7 @@ __all__ = ["INDEX", "WEIGHTS", "StoredWeights", "shards_of"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DTYPES_OF_MODELS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: of each tensor, while two are compared
 ELEMENTS_COMPARED_AT_ONCE = 2**20
 
@@ -47,7 +48,8 @@ class StoredWeights(Collection[str]):
     def __init__(self, folder: Path):
         self.folder = folder
         self._files: dict[str, TensorFile] = {}
-        self._digests: dict[str, bytes] = {}
+        #: of what was read: a tensor, or one entry along its first dimension
+        self._digests: dict[tuple[str, int | None], bytes] = {}
         for shard, expected in shards_of(folder).items():
             file = TensorFile(shard)
             if absent := sorted(expected - file.entries.keys()):
@@ -75,7 +77,7 @@ class StoredWeights(Collection[str]):
     def dtype(self) -> torch.dtype | None:
         """The dtype of the first tensor whose numbers have one that a model can be held in."""
         layouts = (self.layout(name) for name in self if self.stored_dtype(name) in DTYPES)
-        return next((layout.dtype for layout in layouts if layout.dtype.is_floating_point), None)
+        return next((layout.dtype for layout in layouts if layout.dtype in DTYPES_OF_MODELS), None)
 
     def path(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -103,14 +105,29 @@ class StoredWeights(Collection[str]):
         Raises:
             CheckpointError: its file changed since it was opened.
         """
-        tensor = self._files[name].read(name)
-        digest = hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).digest()
-        if self._digests.setdefault(name, digest) != digest:
+        layout = self.layout(name)
+        out = torch.empty(layout.shape, dtype=layout.dtype)
+        self.read_into(name, out)
+        return out
+
+    def read_into(self, name: str, out: Tensor, entry: int | None = None) -> None:
+        """Read one tensor, or one entry along its first dimension, to where it is wanted.
+
+        Args:
+            name: of the tensor.
+            out: contiguous, on the CPU, of the tensor's dtype, and of its shape or that of an entry.
+            entry: which one; None = the whole tensor.
+
+        Raises:
+            CheckpointError: its file changed since it was opened.
+        """
+        self._files[name].read_into(name, out, entry)
+        digest = hashlib.sha256(out.view(-1).view(torch.uint8).numpy().data).digest()
+        if self._digests.setdefault((name, entry), digest) != digest:
             raise CheckpointError(
                 f"{self.path(name)} changed while the model was in use: {name!r} holds other values than when it was "
                 "first read. Leave the files of a model alone while it is worked on, and start again"
             )
-        return tensor
 
     def verify(self) -> None:
         """Read again what was read so far.
@@ -118,8 +135,10 @@ class StoredWeights(Collection[str]):
         Raises:
             CheckpointError: a file changed since a tensor was first read.
         """
-        for name in list(self._digests):
-            self.read(name)
+        for name, entry in list(self._digests):
+            layout = self._files[name].layout(name)
+            shape = layout.shape if entry is None else layout.shape[1:]
+            StoredWeights.read_into(self, name, torch.empty(shape, dtype=layout.dtype), entry)
 
     def same_values(self, one: str, other: str) -> bool:
         """Whether two tensors of one shape hold the same values, whatever their dtypes. Stops at the first difference.

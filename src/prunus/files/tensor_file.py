@@ -23,7 +23,7 @@ from torch import Tensor
 from prunus.errors import CheckpointError
 from prunus.files.outputs import whole_file
 
-__all__ = ["TensorFile", "TensorLayout", "write_tensors"]
+__all__ = ["DTYPES", "NAMES", "TensorFile", "TensorLayout", "write_tensors"]
 
 #: names of safetensors for the dtypes of torch
 DTYPES: dict[str, torch.dtype] = {
@@ -36,6 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -141,9 +142,28 @@ class TensorFile:
             CheckpointError: the file changed since it was opened, or has a dtype that is not read here.
         """
         layout = self.layout(name)
-        start, end = self.entries[name]["data_offsets"]
+        out = torch.empty(layout.shape, dtype=layout.dtype)
+        self.read_into(name, out)
+        return out
+
+    def read_into(self, name: str, out: Tensor, entry: int | None = None) -> None:
+        """Read one tensor, or one entry along its first dimension, to where it is wanted.
+
+        Args:
+            name: of the tensor.
+            out: contiguous, on the CPU, of the tensor's dtype, and of its shape or that of an entry.
+            entry: which one; None = the whole tensor.
+
+        Raises:
+            CheckpointError: see `read`.
+        """
+        layout = self.layout(name)
+        shape = layout.shape if entry is None else layout.shape[1:]
+        if out.dtype != layout.dtype or tuple(out.shape) != shape or not out.is_contiguous():
+            raise ValueError(f"{name!r} of {layout} cannot be read into {TensorLayout.of(out)}")
+        start = self.entries[name]["data_offsets"][0] + (entry or 0) * out.numel() * layout.dtype.itemsize
         with self._opened() as file:
-            return self._read(file, name, start, end).view(layout.dtype).view(layout.shape)
+            self._fill(file, name, start, out.view(-1).view(torch.uint8))
 
     def read_in_pieces(self, name: str, elements: int) -> Iterator[Tensor]:
         """Read one tensor, flattened, as pieces of so many elements.
@@ -182,6 +202,11 @@ class TensorFile:
     def _read(self, file: BinaryIO, name: str, start: int, end: int) -> Tensor:
         """Bytes of the data section as a tensor of uint8."""
         tensor = torch.empty(end - start, dtype=torch.uint8)
+        self._fill(file, name, start, tensor)
+        return tensor
+
+    def _fill(self, file: BinaryIO, name: str, start: int, tensor: Tensor) -> None:
+        """Read bytes of the data section, from `start` on, into a tensor of uint8."""
         memory = tensor.numpy().data
         file.seek(self._start + start)
         done = 0
@@ -190,7 +215,6 @@ class TensorFile:
             if not count:
                 raise CheckpointError(f"{self.path} ends within {name!r}; fetch it again")
             done += count
-        return tensor
 
 
 def write_tensors(

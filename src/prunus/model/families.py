@@ -570,7 +570,7 @@ FAMILIES: dict[str, Family] = {
             mixture=_GRANITE_MOE,
             notes=_EXPERTS,
         ),
-        Family("gpt_oss", "gpt-oss, in bf16", (), mixture=_GPT_OSS, notes=f"{_EXPERTS}; a sink per query head"),
+        Family("gpt_oss", "gpt-oss", (), mixture=_GPT_OSS, notes=f"{_EXPERTS}; a sink per query head"),
         Family(
             "glm4_moe",
             "GLM-4.5, 4.6",

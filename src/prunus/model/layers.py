@@ -14,7 +14,7 @@ too, and reads every layer for every batch.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,10 +29,13 @@ from prunus.files.tensor_file import TensorFile, TensorLayout, write_tensors
 from prunus.model.families import family_of
 from prunus.model.modules import submodule
 
-__all__ = ["Fetched", "LayerState", "Layers", "StoredLayers", "layers_of", "move_present_", "outside_layers"]
+__all__ = ["Entries", "Fetched", "LayerState", "Layers", "StoredLayers", "layers_of", "move_present_", "outside_layers"]
 
 #: a decoder layer's parameters and buffers by their names inside the layer
 LayerState = dict[str, Tensor]
+#: of some tensors of a layer, by name, the entries along their first dimension that are wanted; others are wanted whole
+Entries = Mapping[str, Sequence[int]]
+ALL: Entries = {}
 #: where a model keeps its `StoredLayers`
 ATTRIBUTE = "_prunus_layers"
 
@@ -79,6 +82,11 @@ class Layers:
         """
         yield self.modules[layer_idx]
 
+    @property
+    def changed(self) -> bool:
+        """Whether layers were kept that differ from what their files hold."""
+        return False
+
     def keep(self, layer_idx: int) -> None:
         """Make changes to the weights of a held layer last."""
 
@@ -91,10 +99,12 @@ class StoredLayers(Layers):
 
     Args:
         modules: the list of decoder layers, without weights (on the meta device).
-        fetch: index of a layer → what is on disk of it, on the CPU, in tensors of its own. Called from a thread.
+        fetch: index of a layer, and the entries that are wanted → what is on disk of them, on the CPU, in tensors of
+            its own. Called from a thread.
         device: where held layers go.
         scratch: folder in which changed layers are kept until the program ends; None for the system's temporary one.
         verify: raises CheckpointError if the files have other content than what was read of them.
+        ahead: read the layer that comes next while one is at work, which takes memory for two.
     """
 
     stored = True
@@ -102,13 +112,15 @@ class StoredLayers(Layers):
     def __init__(
         self,
         modules: Any,
-        fetch: Callable[[int], Fetched],
+        fetch: Callable[[int, Entries], Fetched],
         device: torch.device,
         scratch: Path | None,
         verify: Callable[[], None],
+        ahead: bool = True,
     ):
         super().__init__(modules)
         self.scratch = scratch
+        self.ahead = ahead
         self._fetch_original = fetch
         self._verify = verify
         self.device = device
@@ -128,18 +140,23 @@ class StoredLayers(Layers):
         fetched = self.fetch(layer_idx)
         return fetched.finish(fetched.state)
 
-    def fetch(self, layer_idx: int) -> Fetched:
-        """The first half of `read`, with nothing computed."""
+    def fetch(self, layer_idx: int, entries: Entries = ALL) -> Fetched:
+        """The first half of `read`, with nothing computed.
+
+        Args:
+            layer_idx: which one.
+            entries: that are wanted.
+        """
         file = self._changed.get(layer_idx)
         if file is None:
-            return self._fetch_original(layer_idx)
-        return Fetched({name: file.read(name) for name in file.entries}, lambda state: state)
+            return self._fetch_original(layer_idx, entries)
+        return Fetched({name: _read(file, name, entries.get(name)) for name in file.entries}, lambda state: state)
 
     @contextmanager
     def hold(self, layer_idx: int, then: int | None = None) -> Iterator[nn.Module]:
         """One layer with its weights; afterwards they are gone."""
         fetched, state = self._take(layer_idx)
-        if then is not None and 0 <= then < len(self) and then != layer_idx:
+        if self.ahead and then is not None and 0 <= then < len(self) and then != layer_idx:
             self._ahead[then] = self._reader.submit(self._send, then)
         state = fetched.finish(state)
         del fetched
@@ -152,6 +169,11 @@ class StoredLayers(Layers):
         finally:
             self._held.remove(layer_idx)
             layer.load_state_dict(self._empty[layer_idx], assign=True)
+
+    @property
+    def changed(self) -> bool:
+        """Whether `keep` was called for a layer."""
+        return bool(self._changed)
 
     def keep(self, layer_idx: int) -> None:
         """Write the held layer to a temporary folder, from which it is read from now on."""
@@ -203,6 +225,17 @@ class StoredLayers(Layers):
         with torch.cuda.stream(self._stream):
             sent = {name: state.pop(name).pin_memory().to(self.device, non_blocking=True) for name in list(state)}
             return fetched, sent, self._stream.record_event()
+
+
+def _read(file: TensorFile, name: str, entries: Sequence[int] | None) -> Tensor:
+    """A tensor of a file, or some entries along its first dimension."""
+    if entries is None:
+        return file.read(name)
+    layout = file.layout(name)
+    out = torch.empty((len(entries), *layout.shape[1:]), dtype=layout.dtype)
+    for number, entry in enumerate(entries):
+        file.read_into(name, out[number], entry)
+    return out
 
 
 def layers_of(model: Any) -> Layers:

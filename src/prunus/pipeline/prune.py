@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from prunus.calibration import Calibration
+from prunus.checkpoint import blocks_of
 from prunus.evaluation.samples import side_by_side
 from prunus.files.outputs import claimed
 from prunus.machine.stages import Stages
@@ -28,6 +29,7 @@ from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.request import check_request
 from prunus.pipeline.stages import MEASURING, SAMPLES, SAVING, WRITING, stages_of
+from prunus.pipeline.stored_blocks import check_recipe_for_blocks
 from prunus.pipeline.work_folder import WorkFolder
 from prunus.report import try_report
 from prunus.results.result_folder import Records, read_metrics, save_result
@@ -73,6 +75,8 @@ def prune(
     model = live_model(model)
     recipe, geometry = recipe_inside(recipe or Recipe(), model), Geometry.of(model)
     recipe.check(ratio, sequences=None if calibration is None else len(calibration))
+    if (blocks := blocks_of(model)) is not None:
+        check_recipe_for_blocks(blocks.title, geometry, recipe)
     check_reachable(geometry, ratio, recipe.selection, recipe.target.costs(geometry))
     if calibration is not None:
         check_tokens(model.config, calibration.input_ids)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from prunus.checkpoint import (
+    attach_blocks_,
+    blocks_in,
     check_whole,
     dtype_to_save,
     empty_model,
@@ -32,11 +34,12 @@ from prunus.option_values import check_utf8
 from prunus.pipeline.job import Job
 from prunus.pipeline.multimodal import recipe_inside
 from prunus.pipeline.recipe import Recipe
+from prunus.pipeline.stored_blocks import check_recipe_for_blocks
 from prunus.results.lineage import lineage_of
 from prunus.scoring.adaptive import check_enough
 from prunus.selection.select import check_reachable
 from prunus.sweep import Engine
-from prunus.sweep.engine import Holding, config_of, holding_of, settled
+from prunus.sweep.engine import Holding, config_of, holding_of, settled, streamed_if_in_blocks
 from prunus.sweep.estimate import Workload, estimate
 
 __all__ = ["Request", "check_request", "check_score_request"]
@@ -148,8 +151,18 @@ def check_request(
         evaluation_window=evaluation.window(text, seq_len, config),
         inputs_on_disk=work is not None,
     )
+    save_dtype = job.output.save_dtype
     job, workload, empty, holding = _held(job, config, workload)
     geometry = Geometry.of(empty)
+    if (blocks := blocks_in(locate(job.model), empty)) is not None:
+        for recipe in recipes:
+            check_recipe_for_blocks(blocks.title, geometry, recipe)
+        if save_dtype not in ("auto", dtype_name(config.dtype)):
+            raise OptionError(
+                f"`save_dtype` {save_dtype}: the model's weights are stored in {blocks.title} and are saved as they "
+                "are; leave it out, or prune the bf16 checkpoint"
+            )
+        attach_blocks_(empty, blocks)
     if job.fit:
         job = job.fitted(geometry, job.output.save_dtype)
         asked, recipes = [job.ratio], [job.recipe]
@@ -186,7 +199,7 @@ def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwri
 
 def _held(job: Job, config: Any, workload: Workload) -> tuple[Job, Workload, Any, Holding]:
     """The job and its workload with dtypes and batch size decided, the model without weights, and how it is held."""
-    run = settled(config, job.run, workload)
+    run = settled(config, streamed_if_in_blocks(job.model, job.run), workload)
     workload = replace(workload, batch_size=run.sequences_per_pass)
     empty = empty_model(config, held_dtype(config, run.dtype, run.device))
     save_in_(empty, dtype_to_save(config.dtype, empty.dtype, job.output.save_dtype))

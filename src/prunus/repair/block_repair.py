@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from prunus.calibration import Batch
 from prunus.calibration.made_from import made_from
 from prunus.calibration.noise import check_noise, clean_sequences, with_noise
-from prunus.errors import CalibrationError, OptionError
+from prunus.checkpoint.stored_blocks import blocks_of
+from prunus.errors import CalibrationError, OptionError, UnsupportedModelError
 from prunus.files.records import Records
 from prunus.machine.bars import tracked
 from prunus.model.digest import digest_model
@@ -210,9 +211,15 @@ def repair_together_(
         CalibrationError: there are no sequences.
         OptionError: the model cannot read them, see `prunus.model.tokens.check_tokens`.
         StatisticsError: a `work` folder holds what was made from other inputs.
+        UnsupportedModelError: the weights are stored in blocks.
     """
     if not batches:
         raise CalibrationError("there are no calibration batches; repair needs at least one sequence")
+    if (blocks := blocks_of(dense)) is not None:
+        raise UnsupportedModelError(
+            f"the model's weights are stored in {blocks.title} and are saved as they are: repaired ones would have to "
+            "be rounded to that again. Leave the repair out, or cut the bf16 checkpoint"
+        )
     dense, cuts = live_model(dense), [replace(cut, pruned=live_model(cut.pruned)) for cut in cuts]
     options, geometry = options or RepairOptions(), Geometry.of(dense)
     for cut in cuts:

@@ -13,6 +13,7 @@ import torch
 from prunus.checkpoint import (
     check_folder,
     empty_model,
+    format_in,
     held_dtype,
     load_model,
     locate,
@@ -40,6 +41,7 @@ __all__ = [
     "memory_needed",
     "model_name",
     "settled",
+    "streamed_if_in_blocks",
 ]
 
 
@@ -154,6 +156,7 @@ def load_or_open(
     Raises:
         OptionError: the estimate is larger than `options.max_memory`.
     """
+    options = streamed_if_in_blocks(source, options)
     engine = options.engine
     if engine == "auto" or options.max_memory is not None:
         holding = holding_of(memory_needed(source, options, workload or Workload()), options)
@@ -163,6 +166,27 @@ def load_or_open(
     if engine == "streamed":
         return *open_model(source, dtype=options.dtype, device=options.device, scratch=scratch), engine
     return *load_model(source, dtype=options.dtype, device=options.device), "resident"
+
+
+def streamed_if_in_blocks(source: str, options: ModelOptions) -> ModelOptions:
+    """The same options; for a model whose weights are stored in blocks, with the only engine that keeps them.
+
+    Args:
+        source: a folder, a Hub id or `smollm2-135m`.
+        options: what was asked for.
+
+    Raises:
+        OptionError: the resident engine for such a model.
+    """
+    form = format_in(locate(source))
+    if form is None:
+        return options
+    if options.engine == "resident":
+        raise OptionError(
+            f"`engine` resident: the weights of {source} are stored in {form.title}, which prunus decodes one layer at "
+            "a time; use streamed, or the bf16 checkpoint"
+        )
+    return replace(options, engine="streamed")
 
 
 def settled(config: Any, options: ModelOptions, workload: Workload) -> ModelOptions:

@@ -12,10 +12,13 @@ sequences of T tokens in batches of b.
     head       min(512, b T) V (2 w + 12): logits, their float32 copy, its softmax and its gradient
     products   P_p (w + 8)·[weight gradients]: the gradient of one projection and its float32 copies
 
-Two layers are held because the next is read while one computes. Compensation adds a second model (resident) or its
-layer (streamed), the normal equations of the widest block and what solving them takes, 40 C² + 24 C H, and, unless they
-wait on disk (streamed), N T w (2 H + Q) for both models' residual streams and the inputs of o_proj. Each further cut
-that is repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H, twice that for text of several sources.
+Two layers are held because the next is read while one computes. Of a mixture of experts it is one, with each expert
+read to where it belongs: P_l w in place of 2 P_l w + P_p w, and where a file of half precision is computed with in
+float32, 4 P_p − 2 P_l more. A mixture that is cut shares P_out with the result where they have one dtype, and experts
+that go are not read. Compensation adds a second model (resident) or its layer (streamed), the normal equations of the
+widest block and what solving them takes, 40 C² + 24 C H, and, unless they wait on disk (streamed), N T w (2 H + Q) for
+both models' residual streams and the inputs of o_proj. Each further cut that is repaired in the same go adds itself,
+N T w (H + Q), and 4 C² + 4 C H, twice that for text of several sources.
 Text that the model writes takes P w (streamed: its layer at work) + 64 (2 t L K w + V (w + 24)): keys and values of 64
 documents of t = min(T, 384) + 64 tokens, and the chances of the next. A smaller model that is cut adds itself, at most
 P w (streamed: its layer at work). Perplexity needs the hidden states of as many tokens as go through the layers at
@@ -137,7 +140,13 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     products = widest * (w + 8) if gradients else 0
     whole = workload.sequences * workload.seq_len * hidden * w
     passes = activations + head + products
+    mixture = geometry.family.mixture is not None
     weights = (outside + 2 * largest + widest) * w
+    beside = weights  # what a smaller model takes that is cut
+    if mixture:
+        converted = max(0, 4 * widest - 2 * largest) if w == 4 else 0
+        weights = (outside + largest) * w + converted
+        beside = outside * w if w == 4 else 0
 
     resident = geometry.total_parameters * w + 4 * sum(sizes) * gradients + len(sizes) * activations * backward + passes
     streamed = weights + 4 * largest * gradients + passes
@@ -146,7 +155,10 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
         repair = activations + 40 * channels**2 + 24 * channels * hidden + 4 * experts * width * (width + hidden)
         waiting = 2 * whole + whole * query // hidden
         resident = max(resident, 2 * geometry.total_parameters * w + repair + waiting)
-        streamed = max(streamed, 2 * weights + repair + waiting * (not workload.inputs_on_disk))
+        streamed = max(
+            streamed,
+            weights + beside + mixture * largest * w + repair + waiting * (not workload.inputs_on_disk),
+        )
     if workload.writes_text:
         keys_and_values = (min(workload.seq_len, MOST_NEW) + LONGEST_PROMPT) * len(sizes) * 2 * key_value * w
         written = AT_ONCE * (keys_and_values + vocabulary * (w + 24))
@@ -154,12 +166,13 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
         streamed = max(streamed, weights + written)
     copies = 1 + workload.cuts
     resident = max(resident, copies * geometry.total_parameters * w)
-    streamed = max(streamed, copies * weights)
+    cut = weights + beside * workload.cuts
+    streamed = max(streamed, cut)
     evaluation = min(workload.evaluation_tokens, TOKENS_AT_ONCE) * hidden * w + 512 * vocabulary * (w + 8)
     evaluation += (workload.evaluation_window or tokens) * each_token
     if workload.evaluation_tokens:
         resident = max(resident, copies * geometry.total_parameters * w + evaluation)
-        streamed = max(streamed, copies * weights + evaluation)
+        streamed = max(streamed, cut + evaluation)
     process = 0
     if device.type == "cpu":
         groups = sum(widths[axis] for widths in geometry.widths for axis in geometry.axes)
@@ -201,7 +214,9 @@ def bytes_of_a_cut(model: Any, parameters: int, tokens: int, sources: int = 1) -
     query = max(widths.num_key_value_heads for widths in geometry.widths) * geometry.num_key_value_groups
     if layers.stored:
         largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers.modules)
-        parameters = sum(tensor.numel() for tensor in outside_layers(model).values()) + 2 * largest
+        mixture = geometry.family.mixture is not None
+        outside = 0 if mixture and w < 4 else sum(tensor.numel() for tensor in outside_layers(model).values())
+        parameters = outside + (1 if mixture else 2) * largest
     waiting = tokens * (hidden + query * geometry.head_dim) * w
     experts, width = max(widths.num_experts for widths in geometry.widths), expert_width(geometry)
     equations = channels * (channels + hidden) + experts * width * (width + hidden)
