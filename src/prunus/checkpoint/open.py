@@ -15,8 +15,8 @@ from prunus.checkpoint.agreement import unused_tensors, warn_of_unused
 from prunus.checkpoint.architecture import empty_model
 from prunus.checkpoint.block_formats import DecodedWeights
 from prunus.checkpoint.conversion import Conversion, Place
+from prunus.checkpoint.folder import check_finite_tensor, check_folder, locate, read_tokenizer
 from prunus.checkpoint.held_dtype import held_dtype
-from prunus.checkpoint.load import check_finite_tensor, check_folder, locate, read_tokenizer
 from prunus.checkpoint.stored_blocks import StoredBlocks, attach_blocks_
 from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunus.checkpoint.block_formats import DecodedWeights, format_in
 from prunus.checkpoint.conversion import Conversion, Place
-from prunus.checkpoint.load import check_folder
+from prunus.checkpoint.folder import check_folder
 from prunus.errors import UnsupportedModelError
 from prunus.files.tensor_file import TensorLayout
 from prunus.model.families import family_of

@@ -10,7 +10,7 @@ from typing import Any
 from prunus.calibration.embedded import embedded_documents
 from prunus.calibration.loading import DEFAULT_SOURCE
 from prunus.checkpoint import locate
-from prunus.checkpoint.load import read_small_files
+from prunus.checkpoint.folder import read_small_files
 from prunus.evaluation.eval_options import EvalOptions
 from prunus.evaluation.harness import HarnessResult, check_harness, run_harness
 from prunus.evaluation.perplexity import (

@@ -12,7 +12,7 @@ import torch
 
 from prunus.calibration import Calibration
 from prunus.checkpoint import fast_dtype, locate, resolve_device
-from prunus.checkpoint.load import read_small_files
+from prunus.checkpoint.folder import read_small_files
 from prunus.errors import OptionError
 from prunus.installing import install_command
 from prunus.machine.compute_dtype import HALF

@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from prunus.checkpoint.folder import check_folder
 from prunus.checkpoint.hub import HUB_FILES, hub_id
-from prunus.checkpoint.load import check_folder
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
 from prunus.errors import CheckpointError, OptionError, PlanError
 from prunus.files.json_file import check_content, read_json
