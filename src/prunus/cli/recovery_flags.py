@@ -49,14 +49,15 @@ class _Text:
 
     Attributes:
         text: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for the
-            text that ships with Python. Required, unless a recipe names one.
+            text that ships with Python; `self` for text that the dense model writes. Repeat it for several, which share
+            the sequences equally, or by weight: `--text FILE:2 --text self`. Required, unless a recipe names one.
         samples: train on at most so many sequences; by default as many as the steps need, or as the text has.
         seq_len: tokens per sequence; 512 by default.
         seed: decides which sequences are drawn, their order, and how adapters begin.
         chat_column: column that holds conversations in place of text.
     """
 
-    text: str | None = None
+    text: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     samples: Annotated[int | None, UNLISTED] = None
     seq_len: int | None = None
     seed: int | None = None

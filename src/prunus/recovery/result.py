@@ -27,7 +27,7 @@ from prunus.recovery.job import RECOVERY
 from prunus.recovery.options import Precision
 from prunus.recovery.prepared import Prepared
 from prunus.recovery.student import Student, merge_adapters
-from prunus.recovery.training import with_adapters
+from prunus.recovery.training import choose_trained_
 from prunus.sweep.sequence_loss import PerplexityResult
 from prunus.version import __version__
 
@@ -46,7 +46,7 @@ def best_model(prepared: Prepared, checkpoints: Checkpoints, best_step: int) -> 
     model, _ = load_model(prepared.folder, device=prepared.device)
     if not best_step:
         return model
-    adapted = with_adapters(prepared, model)
+    adapted = choose_trained_(prepared, model)
     with readable(checkpoints.at(best_step)):
         Student(model, prepared.job.recovery).load_trained_state_(load_file(checkpoints.at(best_step)))
     whole = (merge_adapters(adapted) if adapted is not None else model).eval()
