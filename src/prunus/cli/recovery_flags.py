@@ -72,9 +72,10 @@ class _Training:
         max_steps: optimizer steps.
         max_minutes: stop after so many minutes of training. With neither limit, one pass over the text; with both,
             whichever comes first.
-        train: lora = adapters of low rank on every projection, merged at the end; full = all weights. lora by default.
-        learning_rate: its peak; by default 1e-3 for lora, 2e-4 for full.
-        batch_size: sequences per optimizer step, over all processes; 8 by default.
+        train: layers = all weights but the embeddings, the default; lora = adapters of low rank on every projection,
+            merged at the end; full = all weights.
+        learning_rate: its peak; by default 1e-3 for lora, and for weights 0.35 divided by the hidden size.
+        batch_size: sequences per optimizer step, over all processes; 4 by default.
     """
 
     max_steps: int | None = None

@@ -288,8 +288,9 @@ class _Timetable:
         recovery, probe = recipe.recovery, self._probe
         limits = [] if recovery.minutes is None else [60 * recovery.minutes]
         if recovery.tokens is not None:
-            passes = probe.scoring(ScoringOptions(method="taylor", noise=0.0), recovery.seq_len) + probe.head_backward
-            teacher = probe.forward(recovery.seq_len) + probe.head_forward
+            seq_len = recovery.seq_len or self._request.seq_len
+            passes = probe.scoring(ScoringOptions(method="taylor", noise=0.0), seq_len) + probe.head_backward
+            teacher = probe.forward(seq_len) + probe.head_forward
             limits.append(recovery.tokens * (passes * (1 - step.share) + teacher))
         return recovery.share(step, of) * min(limits)
 

@@ -12,9 +12,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prunus.calibration.loading import kind_of
+from prunus.calibration.sources import read_sources
 from prunus.checkpoint import load_model, locate, save_checkpoint, whole_around
 from prunus.errors import OptionError
 from prunus.files.json_file import read_json, read_json_if_whole
@@ -23,6 +26,7 @@ from prunus.machine.processes import launched
 from prunus.model.digest import digest_model
 from prunus.model.loss import perplexity_of_loss
 from prunus.model.saved_dtype import save_in_, saved_dtype
+from prunus.model.tokens import check_seq_len
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.request import Request
 from prunus.pipeline.rounds import Round
@@ -43,6 +47,7 @@ def check_training(request: Request) -> None:
 
     Raises:
         OptionError: packages are missing, or the model is of a kind that is not trained here.
+        CalibrationError: a text is missing.
     """
     job, recipe = request.job, request.recipes[0]
     if not recipe.recovery:
@@ -56,6 +61,9 @@ def check_training(request: Request) -> None:
         raise OptionError(
             "`recovery` within a cut is for one process; train a cut model by several with prunus recover"
         )
+    for source in read_sources(recipe.recovery.text or job.calibration.source):
+        kind_of(source.name)
+    check_seq_len(request.empty.config, recipe.recovery.seq_len or request.seq_len)
     if recipe.recovery.training.hidden_weight:
         raise OptionError("`recovery.training.hidden_weight` needs the plan of a result; use `prunus recover`")
 
@@ -99,7 +107,7 @@ class TrainedRounds:
             save_checkpoint(model, self._tokenizer, cut, card=f"# {cut.name}\n", extras={}, overwrite=True)
             beside = self._request.beside  # where text for calibration is kept, too
             recover_job(job, trained, resume=checkpoints.begun, beside=beside, progress=self._progress)
-        self.facts.append(read_json(trained / "prunus" / RECORD))
+        self.facts.append({"parameters": model.num_parameters(), **read_json(trained / "prunus" / RECORD)})
         found = load_model(trained, dtype=model.dtype, device=model.device)[0]
         save_in_(found, saved_dtype(model))
         return found
@@ -107,7 +115,8 @@ class TrainedRounds:
     def _job(self, step: Round, cut: Path) -> RecoveryJob:
         job, recovery = self._request.job, self._recipe.recovery
         of = len(self._recipe.steps(job.ratio))
-        return recovery.job(step, of, str(cut), str(locate(job.model)), job.calibration, job.run)
+        calibration = replace(job.calibration, seq_len=self._request.seq_len)
+        return recovery.job(step, of, str(cut), str(locate(job.model)), calibration, job.run)
 
     def _begin(self, folder: Path, trained: Path, checkpoints: Checkpoints, made_from: Mapping[str, Any]) -> None:
         """Make room for a round that was not begun, or was begun from something else."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from prunus.calibration.loading import check_counts
 from prunus.errors import OptionError
 from prunus.option_values import check_whole
 from prunus.pipeline.options import CalibrationOptions
@@ -30,7 +31,7 @@ class RecoveryRounds:
         text: sources to train on, as those of `calibration.source`; by default the same.
         samples: train on at most so many sequences; by default as many as the text has, or 256 where the model writes
             it.
-        seq_len: tokens per sequence.
+        seq_len: tokens per sequence; by default as many as for calibration.
         held_out: sequences that are not trained on and choose the best checkpoint of each round.
         training: how. Its own limits are not used.
     """
@@ -40,7 +41,7 @@ class RecoveryRounds:
     before_last: float = 1 / 3
     text: tuple[str, ...] | None = None
     samples: int | None = None
-    seq_len: int = 512
+    seq_len: int | None = None
     held_out: int = 16
     training: RecoveryOptions = field(default_factory=RecoveryOptions)
 
@@ -59,7 +60,9 @@ class RecoveryRounds:
                     f"`recovery.training.{name}` limits one round; give `recovery.minutes` or `recovery.tokens`, which "
                     "limit all of them"
                 )
-        TextOptions(self.text or (), self.samples, self.seq_len, self.held_out)
+        if self.seq_len is not None:
+            check_counts(1, self.seq_len)
+        TextOptions(self.text or (), self.samples, self.seq_len or 2, self.held_out)
 
     def __bool__(self) -> bool:
         """Whether anything is trained."""
@@ -84,14 +87,16 @@ class RecoveryRounds:
             of: number of rounds.
             model: folder of what the round left.
             dense: folder of the dense model.
-            calibration: sources, seed and columns that are not named here.
+            calibration: sources, length, seed and columns that are not named here; the length is one that was decided.
             run: where.
         """
         sources, share, options = self.text or calibration.source, self.share(step, of), self.training
+        seq_len = self.seq_len or calibration.seq_len
+        assert seq_len is not None
         text = TextOptions(
             sources,
             self.samples,
-            self.seq_len,
+            seq_len,
             self.held_out,
             calibration.seed,
             calibration.seed + step.number,
@@ -102,9 +107,9 @@ class RecoveryRounds:
             text = replace(text, samples=WRITTEN_SAMPLES)
         steps = None
         if self.tokens is not None:
-            steps = max(1, round(share * self.tokens / (options.batch_size * self.seq_len)))
+            steps = max(1, round(share * self.tokens / (options.batch_size * seq_len)))
         if text.samples is None and self.tokens is not None:
             # As many in every round, or other sequences would be held out.
-            text = replace(text, samples=max(options.batch_size, math.ceil(self.tokens / self.seq_len)))
+            text = replace(text, samples=max(options.batch_size, math.ceil(self.tokens / seq_len)))
         limits = replace(options, max_steps=steps, max_minutes=self.minutes and self.minutes * share)
         return RecoveryJob(model, dense, text, limits, PlaceOptions(run.device, run.max_memory))

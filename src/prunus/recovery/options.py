@@ -17,8 +17,13 @@ Trained = Literal["layers", "lora", "full"]
 Decay = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
 
-#: learning rates by what is trained
-LEARNING_RATES: dict[Trained, float] = {"lora": 1e-3, "full": 2e-4, "layers": 2e-4}
+#: peak learning rate of adapters
+ADAPTER_RATE = 1e-3
+#: peak learning rate of weights, times the width of the residual stream: 6e-4 for SmolLM2-135M, where it was measured
+#: (benchmarks/RESULTS.md), and 9e-5 at a width of 4096, about the 1e-4 of Minitron for 8B (arXiv 2407.14679)
+WEIGHT_RATE_BY_WIDTH = 0.35
+#: and at most
+LARGEST_WEIGHT_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class RecoveryOptions:
             end; full = all weights.
         lora_rank: rank of the adapters.
         lora_alpha: factor on them, times the rank; by default twice the rank.
-        learning_rate: its peak; by default 1e-3 for lora, 2e-4 for full.
+        learning_rate: its peak; by default 1e-3 for lora, and for weights 0.35 divided by the hidden size, at most 1e-3.
         batch_size: sequences per optimizer step, over all processes.
         micro_batch: sequences per forward pass; by default at most 2 on a CPU, at most 8 elsewhere. Fewer
             take less memory.
@@ -121,11 +126,11 @@ class RecoveryOptions:
 
     max_steps: int | None = None
     max_minutes: float | None = None
-    train: Trained = "lora"
+    train: Trained = "layers"
     lora_rank: int = 32
     lora_alpha: float | None = None
     learning_rate: float | None = None
-    batch_size: int = 8
+    batch_size: int = 4
     micro_batch: int | None = None
     kl_weight: float = 1.0
     ce_weight: float = 0.0
@@ -166,10 +171,11 @@ class RecoveryOptions:
         """Whether the loss asks for the dense model."""
         return bool(self.kl_weight or self.hidden_weight)
 
-    @property
-    def peak_rate(self) -> float:
-        """The learning rate at its peak."""
-        return self.learning_rate if self.learning_rate is not None else LEARNING_RATES[self.train]
+    def peak_rate(self, hidden_size: int) -> float:
+        """The learning rate at its peak, for a model of this width."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return ADAPTER_RATE if self.train == "lora" else min(LARGEST_WEIGHT_RATE, WEIGHT_RATE_BY_WIDTH / hidden_size)
 
     @property
     def alpha(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Prepared:
     """A recovery job with everything that it leaves open decided.
 
     Attributes:
-        job: what was asked for.
+        job: what was asked for, with a learning rate.
         folder: of the pruned model.
         tokenizer: its tokenizer.
         teacher: folder of the dense model; None where the loss needs none.
@@ -85,6 +85,8 @@ class Prepared:
         folder = locate(job.model)
         config, tokenizer = read_small_files(folder)
         check_seq_len(config, job.text.seq_len)
+        rate = options.peak_rate(config.get_text_config().hidden_size)
+        job = replace(job, recovery=replace(options, learning_rate=rate))
         card_without_figures(folder)  # or the result of the training could not be described
         dense, layers = _teacher(job, folder, config, tokenizer)
         teacher, writer = dense if job.recovery.needs_teacher else None, dense if job.text.written else None

@@ -72,7 +72,6 @@ def facts_of(prepared: Prepared, trained: Mapping[str, Any], measured: Perplexit
         "teacher": prepared.teacher.name if prepared.teacher else None,
         "options": {
             **asdict(options),
-            "learning_rate": options.peak_rate,
             "lora_alpha": options.alpha if options.train == "lora" else None,
             "micro_batch": prepared.micro_batch,
             "precision": "bfloat16" if prepared.bfloat16 else "float32",
