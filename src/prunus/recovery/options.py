@@ -102,7 +102,8 @@ class RecoveryOptions:
             end; full = all weights.
         lora_rank: rank of the adapters.
         lora_alpha: factor on them, times the rank; by default twice the rank.
-        learning_rate: its peak; by default 1e-3 for lora, and for weights 0.35 divided by the hidden size, at most 1e-3.
+        learning_rate: its peak; by default 1e-3 for lora, and for weights 0.35 divided by the hidden size, at most
+            1e-3.
         batch_size: sequences per optimizer step, over all processes.
         micro_batch: sequences per forward pass; by default at most 2 on a CPU, at most 8 elsewhere. Fewer
             take less memory.
