@@ -12,11 +12,12 @@ from tiny_folder import fails, run_json
 import prunus
 from prunus.cli import main
 from prunus.errors import OptionError
-from prunus.pipeline.progressive import curve
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.recovery_rounds import RecoveryRounds
 from prunus.pipeline.rounds import schedule
+from prunus.recovery.curve import curve
 from prunus.recovery.options import RecoveryOptions
+from prunus.report.contents import contents_of
 from prunus.sweep.sequence_loss import perplexity_of_windows
 
 CUT = ["--ratio", "0.3", "--rounds", "2", "--calibration", "default", "--samples", "8", "--seq-len", "32"]
@@ -70,6 +71,11 @@ def test_training_after_each_round(trained, dense, tmp_path, capsys):
     plan = json.loads((trained / "prunus" / "plan.json").read_text())
     kept = [layer["mlp"]["kept"] for layer in plan["layers"]]
     assert kept != [layer["mlp"]["kept"] for layer in json.loads((plain / "prunus/plan.json").read_text())["layers"]]
+    page = contents_of(trained)
+    (section,) = [section for section in page.sections if section.name == "recovery"]
+    rows = section.charts[0].table.rows
+    assert [row[1] for row in rows] == [f"{point['tokens']:,}" for point in points]
+    assert [row[3] for row in rows] == [f"{point['held_out_loss']:.4f}" for point in points]
     recipe = (trained / "prunus" / "recipe.yaml").read_text()
     assert "tokens: 4608" in recipe
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ from prunus.pipeline.request import Request
 from prunus.pipeline.rounds import Round
 from prunus.pipeline.work_folder import of_round
 from prunus.recovery.checkpoints import Checkpoints
+from prunus.recovery.curve import curve
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.prepared import require_packages
 from prunus.recovery.result import RECORD
 from prunus.recovery.run import recover_job
 
-__all__ = ["TrainedRounds", "check_training", "curve"]
+__all__ = ["TrainedRounds", "check_training"]
 
 MADE_FROM = "made_from.json"
 
@@ -145,26 +146,3 @@ class TrainedRounds:
             "## Recovery\n\nThe model was trained after each round of the cut. Perplexity on held-out sequences of the "
             "training text:\n\n" + "\n".join([head, *rows]) + "\n\n`prunus/recovery.json` has all options and losses."
         )
-
-
-def curve(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Held-out losses of all rounds, over tokens and seconds of training since the first."""
-    points: list[dict[str, Any]] = []
-    tokens, seconds = 0, 0.0
-    for number, facts in enumerate(rounds, start=1):
-        per_step = facts["options"]["batch_size"] * facts["text"]["seq_len"]
-        pace = facts["seconds"] / max(facts["steps"], 1)
-        losses = [(0, facts["held_out_loss"]["before"])]
-        losses += [(entry["step"], entry["held_out_loss"]) for entry in facts["history"]]
-        points += [
-            {
-                "round": number,
-                "step": step,
-                "tokens": tokens + step * per_step,
-                "seconds": round(seconds + step * pace, 1),
-                "held_out_loss": loss,
-            }
-            for step, loss in losses
-        ]
-        tokens, seconds = tokens + facts["tokens"], seconds + facts["seconds"]
-    return points

@@ -23,6 +23,7 @@ from prunus.model.loss import perplexity_of_loss
 from prunus.model.saved_dtype import round_weights_
 from prunus.recovery.card import card_with_recovery
 from prunus.recovery.checkpoints import Checkpoints, readable
+from prunus.recovery.curve import curve
 from prunus.recovery.job import RECOVERY
 from prunus.recovery.options import Precision
 from prunus.recovery.prepared import Prepared
@@ -66,7 +67,7 @@ def facts_of(prepared: Prepared, trained: Mapping[str, Any], measured: Perplexit
     before, dense, after = trained["before"], trained["dense"], measured.nll
     closed = (before - after) / (before - dense) if dense is not None and before > dense else None
     earlier = read_json_if_whole(prepared.folder / "prunus" / RECORD)
-    return {
+    facts = {
         "prunus": __version__,
         "model": prepared.folder.name,
         "teacher": prepared.teacher.name if prepared.teacher else None,
@@ -92,6 +93,7 @@ def facts_of(prepared: Prepared, trained: Mapping[str, Any], measured: Perplexit
         "training_losses": trained["training_losses"],
         **({"earlier": earlier} if earlier else {}),
     }
+    return {**facts, "curve": curve([facts])}
 
 
 def save_recovered(model: Any, prepared: Prepared, facts: Mapping[str, Any], out: str | Path, overwrite: bool) -> None:
