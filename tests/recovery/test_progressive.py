@@ -138,7 +138,7 @@ def test_the_curve_goes_on_where_a_round_ended():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (["recovery.minutes=0"], "`recovery.minutes` is 0"),
+        (["recovery.minutes=0"], "recovery.minutes is 0.0; it must be a number above 0"),
         (["recovery.before_last=1", "recovery.minutes=1"], "recovery.before_last"),
         (["recovery.minutes=1", "recovery.training.max_steps=3"], "recovery.training.max_steps"),
         (["recovery.minutes=1", "recovery.text=nowhere.txt"], "nowhere.txt"),
