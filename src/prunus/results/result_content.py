@@ -101,7 +101,7 @@ class _RecoveryPoint(FileContent):
 class RecoveryContent(FileContent):
     """prunus/recovery.json: held-out losses over what training took; files of earlier versions have none."""
 
-    curve: list[_RecoveryPoint] = []
+    curve: list[_RecoveryPoint] = Field(default_factory=list)
 
 
 class _Perplexity(FileContent):
