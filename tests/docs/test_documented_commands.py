@@ -56,6 +56,7 @@ WORDS = {
     "2GB": "1200KB",
     "700MB:Q4_K_M": "200KB:Q4_K_M",
     "6GB": "30MB",
+    "recovery.minutes=20": "recovery.minutes=0.005",
 }
 #: files and folders that a reader brings; they lie in each page's folder
 TEXTS = ["my-text.jsonl", "other-text.txt", "wiki.test.raw"]
@@ -149,6 +150,9 @@ ELSEWHERE = {
     "vllm serve": Elsewhere("needs vLLM", "make deploy-check"),
     "examples/llama_cpp_chat.py": Elsewhere("needs llama.cpp", "make deploy-check"),
     "accelerate launch": Elsewhere("needs GPUs; it starts as torchrun does", "tests/recovery/test_recover.py"),
+    "examples/train_with_trainer.py": Elsewhere("is run on a model that can learn", "tests/recovery/test_examples.py"),
+    "examples/train_with_peft.py": Elsewhere("is run on a model that can learn", "tests/recovery/test_examples.py"),
+    "examples/train_with_fsdp.py": Elsewhere("takes two processes", "tests/recovery/test_examples.py"),
     "--resume": Elsewhere("goes on with a run that was killed", "tests/recovery/test_recovery_resume.py"),
     "--harness": Elsewhere(HARNESS, "tests/evaluation/test_harness.py"),
     "benchmarks/harness_check.py": Elsewhere(HARNESS, "tests/evaluation/test_harness.py"),

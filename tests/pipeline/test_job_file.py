@@ -23,6 +23,8 @@ from prunus.pipeline.measured import MEASURED
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.recipe_page import recipe_page
+from prunus.pipeline.recovery_rounds import RecoveryRounds
+from prunus.recovery.options import RecoveryOptions
 from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.adaptive import AdaptiveOptions
 from prunus.scoring.score import ScoringOptions
@@ -66,6 +68,14 @@ recipes = st.builds(
         residual=share,
         noise=share,
         fit_logits=st.booleans(),
+    ),
+    recovery=st.builds(
+        RecoveryRounds,
+        minutes=st.none() | st.floats(0.01, 1e4),
+        tokens=st.none() | st.integers(1, 10**9),
+        text=st.none() | st.lists(names.filter(lambda n: ":" not in n), min_size=1, max_size=2, unique=True).map(tuple),
+        seq_len=st.none() | st.integers(2, 999),
+        training=st.builds(RecoveryOptions, batch_size=st.integers(1, 64), train=st.sampled_from(["layers", "lora"])),
     ),
 )
 jobs = st.builds(
@@ -205,6 +215,8 @@ def test_every_field_of_every_option_class_is_a_key_with_a_meaning():
         "selection.": Constraints,
         "target.": TargetOptions,
         "repair.": RepairOptions,
+        "recovery.": RecoveryRounds,
+        "recovery.training.": RecoveryOptions,
         "calibration.": CalibrationOptions,
         "evaluation.": EvaluationOptions,
         "run.": ModelOptions,
@@ -213,7 +225,7 @@ def test_every_field_of_every_option_class_is_a_key_with_a_meaning():
     }
     expected = {"model", "ratio", "experts", "rounds", "scoring.adaptive.candidates"}
     expected |= {prefix + field.name for prefix, cls in classes.items() for field in dataclasses.fields(cls)}
-    assert set(job_keys()) == expected - {"scoring.adaptive"}
+    assert set(job_keys()) == expected - {"scoring.adaptive", "recovery.training"}
     assert all(
         (key.meaning and key.allowed != "a value") or key.path == "scoring.hybrid" for key in job_keys().values()
     )

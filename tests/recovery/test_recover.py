@@ -34,7 +34,7 @@ def held_out_loss(folder, facts, samples):
     return perplexity_of_windows(model, held_out.input_ids, progress=False).nll
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("train", ["layers", "lora", "full"])
 def test_distillation_wins_back_what_pruning_lost(recover, pruned, dense, tmp_path, train):
     facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *FAST, "--train", train)
     loss = facts["held_out_loss"]
@@ -48,6 +48,10 @@ def test_distillation_wins_back_what_pruning_lost(recover, pruned, dense, tmp_pa
     assert loss["after"] == pytest.approx(min(entry["held_out_loss"] for entry in facts["history"]), rel=1e-5)
     assert [entry["step"] for entry in facts["history"]] == [10, 20, 30, 40]
     assert facts["teacher"] == "dense", "found beside the pruned folder"
+    before, after = (load_file(folder / "model.safetensors") for folder in (pruned, tmp_path / "out"))
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    embeddings = {name for name in before if name in ("model.embed_tokens.weight", "lm_head.weight")}
+    assert still & embeddings == (set() if train == "full" else embeddings)
 
 
 def test_the_result_is_a_folder_of_the_same_kind(recover, pruned, tmp_path):

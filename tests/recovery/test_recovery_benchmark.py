@@ -18,10 +18,49 @@ from prunus.cli import main
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "recovery.py"
 
 
-def test_rows_and_the_share_of_the_gap(pruned, dense, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("recovery_benchmark", PROGRAM)
+def load(name: str, monkeypatch):
+    monkeypatch.syspath_prepend(PROGRAM.parent)
+    spec = importlib.util.spec_from_file_location(name, PROGRAM.with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where a dataclass looks for its annotations
     spec.loader.exec_module(module)
+    return module
+
+
+def test_a_curve_is_found_again_and_marked_where_it_goes_on(monkeypatch):
+    module = load("recovery_curve", monkeypatch)
+
+    def closed(tokens):
+        return 1 - (1 + tokens / 50_000) ** -0.3
+
+    found = module.fit([(tokens, closed(tokens)) for tokens in (0, 20_000, 90_000, 400_000)])
+    assert (found.b, found.c) == (pytest.approx(0.3, rel=0.02), pytest.approx(50_000, rel=0.05))
+    assert found.points == 3
+    assert found.at(1e8)["gap_closed"] == pytest.approx(closed(1e8), abs=0.01)
+    assert [found.at(tokens)["extrapolation"] for tokens in (1e5, 400_000, 400_001)] == [False, False, True]
+    worse = module.fit([(10, -0.2), (20, -0.1)])
+    assert worse.closed(15) < 0
+    assert module.fit([(0, 0.0), (10, 0.2), (10, 0.3)]) is None
+
+
+def test_points_of_a_run(monkeypatch):
+    module = load("recovery_curve", monkeypatch)
+    facts = {
+        "held_out_loss": {"before": 5.0, "dense": 3.0, "after": 4.0},
+        "options": {"batch_size": 4},
+        "text": {"seq_len": 25},
+        "seconds": 120.0,
+        "steps": 8,
+        "history": [{"step": 2, "held_out_loss": 4.6}, {"step": 8, "held_out_loss": 4.0}],
+    }
+    assert module.points_of_run(facts) == [
+        {"tokens": 200, "minutes": 0.5, "gap_closed": pytest.approx(0.2)},
+        {"tokens": 800, "minutes": 2.0, "gap_closed": pytest.approx(0.5)},
+    ]
+
+
+def test_rows_and_the_share_of_the_gap(pruned, dense, tmp_path, monkeypatch, capsys):
+    module = load("recovery", monkeypatch)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(embedded_documents()[-8:]), encoding="utf-8")
     (tmp_path / "tasks").mkdir()
@@ -29,6 +68,7 @@ def test_rows_and_the_share_of_the_gap(pruned, dense, tmp_path, monkeypatch, cap
     (tmp_path / "tasks" / "piqa.jsonl").write_text(json.dumps(task) + "\n")
     words = ["--model", dense, "--pruned", pruned, "--text", "default", "--eval-text", text, "--minutes", "1"]
     words += ["--eval-seq-len", "48", "--windows", "20", "--tasks", tmp_path / "tasks", "--out", tmp_path / "out"]
+    words += ["--tokens", "1000", "1e8"]
     more = [*SHORT[2:], "--max-steps", "30", "--learning-rate", "5e-3"]
     monkeypatch.setattr(sys, "argv", ["recovery.py", *map(str, words), "--", *more])
     # In this process: a new one would import everything again.
@@ -45,4 +85,33 @@ def test_rows_and_the_share_of_the_gap(pruned, dense, tmp_path, monkeypatch, cap
     closed = (logs["pruned"] - logs["recovered"]) / (logs["pruned"] - logs["dense"])
     assert result["gap_closed"] == pytest.approx(closed)
     assert closed > 0.2
+    curve, facts = result["curve"], result["recovery"]
+    assert curve["through"] == "points of one run, held-out sequences"
+    assert [point["tokens"] for point in curve["logged"]["recovered"]] == [
+        entry["step"] * 4 * 32 for entry in facts["history"]
+    ]
+    assert curve["logged"]["recovered"][-1]["gap_closed"] == pytest.approx(facts["gap_closed"], abs=0.02)
+    assert [point["extrapolation"] for point in curve["at"]] == [False, True]
     assert f"{closed:.1%} of the gap" in " ".join(capsys.readouterr().out.split())
+
+
+def test_several_lengths_and_training_between_cuts(pruned, dense, tmp_path, monkeypatch, capsys):
+    module = load("recovery", monkeypatch)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(embedded_documents()[-8:]), encoding="utf-8")
+    words = ["--model", dense, "--pruned", pruned, "--ratio", "0.25", "--text", "default", "--eval-text", text]
+    words += ["--minutes", "0.02", "0.01", "--progressive", "--samples", "8", "--calibration-seq-len", "32"]
+    words += ["--eval-seq-len", "48", "--windows", "5", "--out", tmp_path / "out", "--name", "many"]
+    monkeypatch.setattr(sys, "argv", ["recovery.py", *map(str, words), "--", *SHORT[2:]])
+    monkeypatch.setattr(module, "command", lambda *words: main([str(word) for word in words]))
+    module.main()
+    result = json.loads((tmp_path / "out" / "many.json").read_text())
+    names = [f"{way}, {minutes} min" for minutes in ("0.01", "0.02") for way in ("recovered", "progressive")]
+    assert [*result["rows"]] == ["dense", "pruned", *names]
+    assert [run["name"] for run in result["runs"]] == names
+    assert len(result["runs"][1]["recovery"]["rounds"]) == 2
+    seconds = sum(each["seconds"] for each in result["runs"][1]["recovery"]["rounds"])
+    assert 0 < seconds < 6
+    assert result["recovery"] == result["runs"][2]["recovery"], "the longest in one shot"
+    assert result["curve"]["through"] == "ends of runs, evaluation text"
+    assert "extrapolation" in capsys.readouterr().out

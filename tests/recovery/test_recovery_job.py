@@ -21,16 +21,24 @@ from prunus.recovery.job import RECOVERY, WorkOptions
 from prunus.recovery.memory import training_bytes
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)
+#: without a weight behind it
+sources = names.filter(lambda name: ":" not in name)
 jobs = st.builds(
     RecoveryJob,
     names,
     st.none() | names,
-    st.builds(TextOptions, names, st.none() | st.integers(1, 999), st.integers(2, 999), st.integers(1, 99)),
+    st.builds(
+        TextOptions,
+        st.lists(sources, min_size=1, max_size=3, unique=True).map(tuple),
+        st.none() | st.integers(1, 999),
+        st.integers(2, 999),
+        st.integers(1, 99),
+    ),
     st.builds(
         RecoveryOptions,
         max_steps=st.none() | st.integers(1, 10**6),
         max_minutes=st.none() | st.floats(0.01, 1e4),
-        train=st.sampled_from(["lora", "full"]),
+        train=st.sampled_from(["layers", "lora", "full"]),
         learning_rate=st.none() | st.floats(1e-9, 1),
         kl_weight=st.floats(0.1, 9),
         decay=st.sampled_from(["cosine", "linear", "constant"]),
@@ -88,7 +96,7 @@ def test_wrong_usage(capsys, words, named):
     ("words", "named"),
     [
         (["--set", "recovery.lora_ranks=3"], "did you mean recovery.lora_rank? `prunus recipe --command recover`"),
-        (["--train", "ful"], "--train is 'ful'; it must be one of lora, full"),
+        (["--train", "ful"], "--train is 'ful'; it must be one of layers, lora, full"),
         (["--max-memory", "lots"], "--max-memory is 'lots'; write a size"),
         (["--max-memory", "1MB"], "the smallest --max-memory that would do is"),
     ],
@@ -122,11 +130,12 @@ def test_what_training_takes_is_counted(tmp_path, monkeypatch):
     config, tokens = model.config, 2 * 32
     hidden, query = config.hidden_size, config.num_attention_heads * config.head_dim
     key_value, channels = config.num_key_value_heads * config.head_dim, config.intermediate_size
-    for train, w in (("lora", 4), ("lora", 2), ("full", 4), ("full", 2)):
+    embeddings = sum(weight.numel() for weight in {model.lm_head.weight, model.model.embed_tokens.weight})
+    for train, w in (("lora", 4), ("lora", 2), ("full", 4), ("full", 2), ("layers", 4), ("layers", 2)):
         job = RecoveryJob("m", None, TextOptions("t"), RecoveryOptions(train=train, lora_rank=5))
         adapters = 5 * sum(rows + columns for rows, columns in linear)
-        trained = 12 * parameters if train == "full" else 16 * adapters
-        weights = parameters * ((4 + (2 if w == 2 else 0)) if train == "full" else w)
+        trained = {"lora": 16 * adapters, "full": 12 * parameters, "layers": 12 * (parameters - embeddings)}[train]
+        weights = parameters * (w if train == "lora" else 4 + (2 if w == 2 else 0))
         layer = w * (12 * hidden + 4 * query + 4 * key_value + 6 * channels) + 24 * hidden
         head = tokens * 260 * 32 + (4 * 260 * hidden if train == "full" else 0)
         expected = weights + parameters * w + trained + 3 * tokens * layer + head

@@ -8,11 +8,14 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
+from tiny_folder import run_json
 from tiny_recovery import chat_tokenizer
 
-from prunus import calibration_from_texts, load_calibration
-from prunus.errors import CalibrationError
+from prunus import calibration_from_texts, load_calibration, load_model
+from prunus.errors import CalibrationError, OptionError
+from prunus.recovery.job import RecoveryJob
 from prunus.recovery.options import TextOptions
+from prunus.recovery.run import _command
 from prunus.recovery.text import load_sequences
 
 MANY = [f"Document {n} has {n * n} words, or so it says." for n in range(40)]
@@ -58,3 +61,62 @@ def test_conversations_from_parquet_are_those_from_json_lines(tmp_path):
     (tmp_path / "chat.txt").write_text("no columns")
     with pytest.raises(CalibrationError, match="neither"):
         load_sequences(TextOptions(str(tmp_path / "chat.txt"), chat_column="messages"), chat_tokenizer(), None, 4)
+
+
+def test_text_of_the_dense_model_beside_a_given_one(pruned, dense, tmp_path, recover):
+    (tmp_path / "notes.txt").write_text(" ".join(MANY), encoding="utf-8")
+    # The last `--text` of a line would win in `recover`.
+    texts = ["--set", f"text.source=[{tmp_path / 'notes.txt'}:3, self]", "--seq-len", "16", "--set", "text.held_out=4"]
+    words = [pruned, "--teacher", dense, *texts, "--max-steps", "2", "--batch-size", "4", "--seed", "3"]
+    facts = recover(*words, "--out", tmp_path / "out")
+    model, tokenizer = load_model(dense)
+    names = [f"{tmp_path / 'notes.txt'}:3", "self"]
+    expected = load_calibration(names, tokenizer, samples=12, seq_len=16, seed=3, model=model, progress=False)
+    train, held_out = expected.split(4)
+    assert facts["text"]["sha256"] == train.provenance.sha256
+    assert facts["held_out"]["sha256"] == held_out.provenance.sha256
+    assert [source["samples"] for source in expected.provenance.to_dict()["sources"]] == [9, 3]
+    (kept,) = tmp_path.glob("self-text-*.jsonl")
+    written = kept.read_bytes()
+    # Found again by another run, which goes on with the same tokens.
+    again = recover(*words, "--out", tmp_path / "again")
+    assert again["history"] == facts["history"]
+    assert kept.read_bytes() == written
+    recipe = (tmp_path / "out" / "prunus" / "recovery.yaml").read_text()
+    assert "- self" in recipe
+    # The pruned model would write other text.
+    other, _ = load_model(pruned)
+    by_other = load_calibration("self", tokenizer, samples=3, seq_len=16, seed=3, model=other, progress=False)
+    assert by_other.provenance.sha256 != expected.each_source()[1].provenance.sha256
+
+
+def test_text_without_an_end_needs_a_number(pruned, dense, tmp_path, refused, capsys):
+    words = [pruned, "--teacher", dense, "--text", "self", "--seq-len", "32", "--out", tmp_path / "out"]
+    assert "by --samples" in refused(*words, "--max-minutes", "1")
+    assert not list(tmp_path.iterdir())
+    ahead = run_json(capsys, "recover", *words, "--max-minutes", "1", "--samples", "30", "--dry-run")
+    assert ahead["stages"]["writing text"] > 0
+    assert (
+        "writing text"
+        not in run_json(
+            capsys,
+            "recover",
+            pruned,
+            "--teacher",
+            dense,
+            "--text",
+            "default",
+            *words[-4:],
+            "--max-steps",
+            "1",
+            "--dry-run",
+        )["stages"]
+    )
+    assert not list(tmp_path.iterdir()), "a forecast writes nothing"
+
+
+def test_each_text_is_named_in_the_command_of_a_card():
+    job = RecoveryJob("small", None, TextOptions(("a b.txt:2", "self")))
+    assert _command(job, "out") == "prunus recover small --out out --text 'a b.txt:2' --text self"
+    with pytest.raises(OptionError, match="twice"):
+        TextOptions(("self", "self:2"))

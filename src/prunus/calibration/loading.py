@@ -27,7 +27,14 @@ from prunus.option_values import check_seed, check_whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_SOURCE", "SELF_SOURCE", "calibration_from_texts", "calibration_from_tokens", "load_calibration"]
+__all__ = [
+    "DEFAULT_SOURCE",
+    "SELF_SOURCE",
+    "calibration_from_texts",
+    "calibration_from_tokens",
+    "kind_of",
+    "load_calibration",
+]
 
 #: the text that ships with Python, see `prunus.calibration.embedded`
 DEFAULT_SOURCE = "default"
@@ -98,7 +105,7 @@ def _loaded(
     progress: bool,
 ) -> Calibration:
     """The sequences of one source."""
-    kind = _kind_of(source)
+    kind = kind_of(source)
     name = embedded_name() if kind == "embedded" else str(source)
     column = column_of(reading.text_column, reading.chat_column, tokenizer)
     if reading.chat_column is not None and kind not in RECORD_KINDS:
@@ -256,8 +263,12 @@ def check_counts(samples: int, seq_len: int) -> None:
         )
 
 
-def _kind_of(source: str | None) -> str:
-    """The kind of a source, a key of `READERS`."""
+def kind_of(source: str | None) -> str:
+    """The kind of a source, a key of `READERS`.
+
+    Raises:
+        CalibrationError: there is no such source.
+    """
     if source is None or source == DEFAULT_SOURCE:
         return "embedded"
     if source == SELF_SOURCE:

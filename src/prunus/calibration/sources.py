@@ -13,14 +13,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 
 from prunus.calibration.batches import Calibration, Provenance, hash_tokens
 from prunus.errors import OptionError
 from prunus.option_values import check_utf8
+from prunus.settings import Form
+from prunus.settings.key import shown
 
-__all__ = ["Source", "mixed", "read_sources", "sequences_of"]
+__all__ = ["SOURCES", "Source", "mixed", "read_sources", "sequences_of"]
 
 _WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
 
@@ -104,3 +107,18 @@ def mixed(parts: Sequence[Calibration]) -> Calibration:
         sources=tuple(each),
     )
     return replace(parts[0], input_ids=ids, provenance=provenance, sources=torch.tensor(sources)[order])
+
+
+def _read_words(raw: Any, name: str) -> tuple[str, ...]:
+    words = (raw,) if isinstance(raw, str) else raw
+    if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
+        raise OptionError(f"{name} is {shown(raw)}; write a text, or a list of them: [FILE:2, self]")
+    return tuple(words)
+
+
+def _written_words(words: tuple[str, ...]) -> str | list[str]:
+    return words[0] if len(words) == 1 else list(words)
+
+
+#: sources as a file or a command line writes them
+SOURCES = Form(_read_words, _written_words, "text, or a list, each text")

@@ -49,14 +49,15 @@ class _Text:
 
     Attributes:
         text: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for the
-            text that ships with Python. Required, unless a recipe names one.
+            text that ships with Python; `self` for text that the dense model writes. Repeat it for several, which share
+            the sequences equally, or by weight: `--text FILE:2 --text self`. Required, unless a recipe names one.
         samples: train on at most so many sequences; by default as many as the steps need, or as the text has.
         seq_len: tokens per sequence; 512 by default.
         seed: decides which sequences are drawn, their order, and how adapters begin.
         chat_column: column that holds conversations in place of text.
     """
 
-    text: str | None = None
+    text: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     samples: Annotated[int | None, UNLISTED] = None
     seq_len: int | None = None
     seed: int | None = None
@@ -71,9 +72,10 @@ class _Training:
         max_steps: optimizer steps.
         max_minutes: stop after so many minutes of training. With neither limit, one pass over the text; with both,
             whichever comes first.
-        train: lora = adapters of low rank on every projection, merged at the end; full = all weights. lora by default.
-        learning_rate: its peak; by default 1e-3 for lora, 2e-4 for full.
-        batch_size: sequences per optimizer step, over all processes; 8 by default.
+        train: layers = all weights but the embeddings, the default; lora = adapters of low rank on every projection,
+            merged at the end; full = all weights.
+        learning_rate: its peak; by default 1e-3 for lora, and for weights 0.35 divided by the hidden size.
+        batch_size: sequences per optimizer step, over all processes; 4 by default.
     """
 
     max_steps: int | None = None

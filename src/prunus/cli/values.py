@@ -52,7 +52,7 @@ def check_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
             converter(argument.hint, argument.tokens)  # type: ignore[operator]
 
 
-def check_given(**values: str) -> None:
+def check_given(**values: str | tuple[str, ...]) -> None:
     """Check that what a command cannot do without was typed, or stands in a recipe.
 
     Args:

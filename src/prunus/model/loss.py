@@ -41,7 +41,7 @@ def next_token_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -
     return labels
 
 
-def head_function(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def head_function(model: nn.Module, project: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
     """How a model turns the hidden states after its final norm into logits.
 
     Besides the output embedding this applies what some families' configs ask for on top: `logits_scaling` (a divisor),
@@ -49,12 +49,13 @@ def head_function(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
     Args:
         model: a transformers causal language model.
+        project: in place of the output embedding, such as a part of it.
 
     Returns:
         Hidden states of shape (…, hidden_size) → logits of shape (…, vocab_size), in the model's dtype.
     """
     loose: Any = model
-    head = loose.get_output_embeddings()
+    head = loose.get_output_embeddings() if project is None else project
     config = loose.config.get_text_config()
     divisor = getattr(config, "logits_scaling", None)
     factor = getattr(config, "logit_scale", None)

@@ -13,7 +13,7 @@ from prunus.model.geometry import Geometry
 from prunus.pipeline.multimodal import recipe_inside
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.rounds import Round, carry_over
-from prunus.pipeline.stages import cutting, scoring
+from prunus.pipeline.stages import cutting, scoring, training
 from prunus.pipeline.work_folder import of_round
 from prunus.repair.block_repair import Repair, repair_
 from prunus.scoring.routing import check_enough_reached
@@ -120,8 +120,12 @@ def cut(
     recipe: Recipe,
     passes: Passes,
     calibration: Calibration | None,
+    train: Callable[[Any, Round], Any] | None = None,
 ) -> PruneResult:
     """Select, cut and repair, as often as the recipe says, from scores that are there.
+
+    Repair brings a model's outputs back to those of the model that was cut: the dense one, or the one that was trained
+    after the round before.
 
     Args:
         model: the dense model.
@@ -130,11 +134,13 @@ def cut(
         recipe: how.
         passes: how passes run.
         calibration: what later rounds are scored on, and all are repaired on.
+        train: trains what a round left; it gives the model that goes on. None: nothing is trained.
     """
     recipe = recipe_inside(recipe, model)
     geometry, steps = Geometry.of(model), recipe.steps(ratio)
     costs, repairing = recipe.target.costs(geometry), recipe.repair is not None
     pruned, plan, table = model, Plan.keep_all(geometry), with_costs(scored.table, costs)
+    whole, whole_plan = model, plan
     repairs: Sequence[Repair] = ()
     for step in steps:
         if step.number > 1:
@@ -149,14 +155,20 @@ def cut(
             if recipe.repair is not None and sequences is not None:
                 repairs = repair_(
                     pruned,
-                    model,
-                    plan,
+                    whole,
+                    plan.after(whole_plan, Geometry.of(whole)),
                     list(sequences.batches(passes.batch_size)),
                     recipe.repair,
                     seed=repair_seed(calibration, recipe),
                     work=passes.part(of_round(step.number), "repair"),
                     progress=passes.progress,
                 )
+                behind = whole_plan.surviving_layers
+                repairs = [replace(repair, layer_idx=behind[repair.layer_idx]) for repair in repairs]
+        if train is not None:
+            with passes.stages.enter(training(step.number, len(steps))):
+                pruned = train(pruned, step)
+            whole, whole_plan = pruned, plan
     scored = replace(scored, table=table, about={**scored.about, "rounds": len(steps)})
     return PruneResult(pruned, plan, scored.with_target(recipe.target, plan), repairs)
 

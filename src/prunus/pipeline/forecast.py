@@ -28,6 +28,7 @@ from prunus.model.widths import LayerWidths
 from prunus.pipeline.probe import Probe
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.request import Request
+from prunus.pipeline.rounds import Round
 from prunus.pipeline.stages import (
     LOADING,
     MEASURING,
@@ -38,13 +39,15 @@ from prunus.pipeline.stages import (
     cutting,
     scoring,
     stages_of_job,
+    training,
 )
 from prunus.scoring.adaptive import SCALE_SHARES
+from prunus.scoring.score import ScoringOptions
 from prunus.selection.costs import Costs
 from prunus.selection.select import reachable
 from prunus.sweep.estimate import expert_width
 
-__all__ = ["Forecast", "Removal", "begun", "forecast"]
+__all__ = ["Forecast", "Removal", "begun", "forecast", "seconds_to_write"]
 
 #: bytes per second of reading weights and checking them, and of writing them to a disk
 READING, WRITING_SPEED = 400e6, 400e6
@@ -217,6 +220,20 @@ def _disk(request: Request) -> int:
     return result + changed + waiting
 
 
+def seconds_to_write(probe: Probe, tokens: float, seq_len: int, reading: float = 0.0) -> float:
+    """Seconds that a model needs to write text, see `prunus.calibration.self_text`.
+
+    Args:
+        probe: of the model.
+        tokens: of the text.
+        seq_len: of the sequences that it will be cut into.
+        reading: seconds of reading the model's weights, for a model that is read once for every token.
+    """
+    length = (min(FEWEST_NEW, seq_len) + min(MOST_NEW, seq_len)) // 2
+    passes = math.ceil(tokens / (AT_ONCE * length)) * (length + LONGEST_PROMPT // 2)
+    return passes * (probe.writing(AT_ONCE, length // 2, True) + reading)
+
+
 class _Timetable:
     """Seconds of each stage of a job, from a probe."""
 
@@ -262,7 +279,20 @@ class _Timetable:
             part = step.repaired_on(sequences) / max(sequences, 1)
             gone = step.share
             stages[cutting(step.number, len(steps), recipe.repair is not None)] = self.cutting(recipe, gone, part)
+            if recipe.recovery:
+                stages[training(step.number, len(steps))] = self.training(recipe, step, len(steps))
         return stages
+
+    def training(self, recipe: Recipe, step: Round, of: int) -> float:
+        """Training what a round left."""
+        recovery, probe = recipe.recovery, self._probe
+        limits = [] if recovery.minutes is None else [60 * recovery.minutes]
+        if recovery.tokens is not None:
+            seq_len = recovery.seq_len or self._request.seq_len
+            passes = probe.scoring(ScoringOptions(method="taylor", noise=0.0), seq_len) + probe.head_backward
+            teacher = probe.forward(seq_len) + probe.head_forward
+            limits.append(recovery.tokens * (passes * (1 - step.share) + teacher))
+        return recovery.share(step, of) * min(limits)
 
     def scoring(self, recipe: Recipe, left: float, part: float) -> float:
         """One pass over a part of the sequences, through what is left of the model, and the table."""
@@ -286,11 +316,8 @@ class _Timetable:
         share = sum(source.weight for source in sources if source.name == SELF_SOURCE)
         share /= sum(source.weight for source in sources)
         wanted = share * (request.workload.sequences + request.held_out) * request.seq_len
-        least, most = min(FEWEST_NEW, request.seq_len), min(MOST_NEW, request.seq_len)
-        length = (least + most) // 2
-        passes = math.ceil(wanted / (AT_ONCE * length)) * (length + LONGEST_PROMPT // 2)
         reading = self._bytes / READING if request.engine == "streamed" else 0.0
-        return passes * (self._probe.writing(AT_ONCE, length // 2, True) + reading)
+        return seconds_to_write(self._probe, wanted, request.seq_len, reading)
 
     def cutting(self, recipe: Recipe, gone: float, part: float) -> float:
         """Selecting, cutting, and repairing what is left on a part of the sequences."""

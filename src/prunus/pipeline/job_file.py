@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from prunus.calibration.loading import SELF_SOURCE
+from prunus.calibration.sources import SOURCES
 from prunus.errors import OptionError, PlanError
 from prunus.pipeline.job import Job
 from prunus.pipeline.recipe import Recipe
@@ -39,17 +40,6 @@ def _read_weights(raw: Any, name: str) -> tuple[tuple[str, float], ...]:
     if not entries or not all(isinstance(word, str) and type(weight) in (int, float) for word, weight in entries):
         raise OptionError(f"{name} is {shown(raw)}; write {{taylor: 0.5, wanda: 0.5}}")
     return tuple((word, float(weight)) for word, weight in entries)
-
-
-def _read_sources(raw: Any, name: str) -> tuple[str, ...]:
-    words = (raw,) if isinstance(raw, str) else raw
-    if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
-        raise OptionError(f"{name} is {shown(raw)}; write a text, or a list of them: [FILE:2, self]")
-    return tuple(words)
-
-
-def _written_sources(words: tuple[str, ...]) -> str | list[str]:
-    return words[0] if len(words) == 1 else list(words)
 
 
 def _read_alignment(raw: Any, name: str) -> int:
@@ -88,7 +78,8 @@ JOB = Sheet(
     example="repair.damping=0.1",
     presets={name: lambda recipe=recipe: Job("", recipe=recipe()) for name, recipe in PRESETS.items()},  # type: ignore[misc]
     forms={
-        "calibration.source": Form(_read_sources, _written_sources, "text, or a list, each text"),
+        "calibration.source": SOURCES,
+        "recovery.text": SOURCES,
         "scoring.hybrid": Form(_read_weights, dict),
         "selection.align": Form(_read_alignment),
         "target.profile": Form(_read_profile, LatencyProfile.to_dict, "a file of `prunus profile`"),

@@ -13,6 +13,7 @@ import transformers
 
 from prunus.calibration import Calibration
 from prunus.checkpoint import blocks_of
+from prunus.errors import OptionError
 from prunus.evaluation.samples import side_by_side
 from prunus.files.outputs import claimed
 from prunus.machine.stages import Stages
@@ -26,11 +27,13 @@ from prunus.pipeline.job import Job
 from prunus.pipeline.job_file import job_text
 from prunus.pipeline.multimodal import recipe_inside, whole_metrics
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
+from prunus.pipeline.progressive import TrainedRounds, check_training
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.request import check_request
 from prunus.pipeline.stages import MEASURING, SAMPLES, SAVING, WRITING, stages_of
 from prunus.pipeline.stored_blocks import check_recipe_for_blocks
 from prunus.pipeline.work_folder import WorkFolder
+from prunus.recovery.result import RECORD
 from prunus.report import try_report
 from prunus.results.result_folder import Records, read_metrics, save_result
 from prunus.scoring.routing import active_parameters, routing_of
@@ -74,6 +77,8 @@ def prune(
     """
     model = live_model(model)
     recipe, geometry = recipe_inside(recipe or Recipe(), model), Geometry.of(model)
+    if recipe.recovery:
+        raise OptionError("training needs folders and text: use `prune_checkpoint` or `prune_job` for a recipe with it")
     recipe.check(ratio, sequences=None if calibration is None else len(calibration))
     if (blocks := blocks_of(model)) is not None:
         check_recipe_for_blocks(blocks.title, geometry, recipe)
@@ -154,7 +159,9 @@ def forecast_prune(job: Job, out: str | Path, *, overwrite: bool = False) -> For
         PrunusError: whatever is wrong with options, model, text or folder, as far as weights need not be read.
     """
     folder = WorkFolder(out, job.output.work)
-    return forecast(check_request(job, out, work=folder.path, saves=True, overwrite=overwrite))
+    request = check_request(job, out, work=folder.path, saves=True, overwrite=overwrite)
+    check_training(request)
+    return forecast(request)
 
 
 def _made(
@@ -162,13 +169,19 @@ def _made(
 ) -> dict[str, Any]:
     """Check, load, prune, measure and save; the metrics."""
     request = check_request(job, out, work=folder.path, saves=True, overwrite=overwrite)
+    check_training(request)
     asked, job = job, replace(request.job, recipe=request.recipes[0])
     pruning = [*([WRITING] if request.workload.writes_text else []), *stages_of(job.recipe, job.ratio)]
     stages = begun(request, progress)
     inputs = open_inputs(request, stages)
-    passes = Passes(job.run.sequences_per_pass, inputs.engine, folder.used_by(inputs.engine), stages)
+    trained = None
+    work = folder.used_by(inputs.engine)
+    if job.recipe.recovery:
+        work = folder.path
+        trained = TrainedRounds(request, job.recipe, inputs.tokenizer, work, progress)
+    passes = Passes(job.run.sequences_per_pass, inputs.engine, work, stages)
     scored = first_scores(inputs.model, inputs.calibration, job.ratio, job.recipe, passes)
-    result = cut(inputs.model, job.ratio, scored, job.recipe, passes, inputs.calibration)
+    result = cut(inputs.model, job.ratio, scored, job.recipe, passes, inputs.calibration, trained)
     with stages.enter(MEASURING):
         measured = _measured(inputs, result, progress)
     samples: list[dict[str, str]] = []
@@ -194,6 +207,8 @@ def _made(
         run = replace(job.run, engine=inputs.engine)
         recipe = job_text(replace(asked, run=run, output=job.output), _made_by(result, inputs.calibration))
         records = Records(result.plan, metrics, result.score, samples, recipe)
+        if trained is not None:
+            records = replace(records, more={RECORD: trained.record}, sections=[trained.section])
         return save_result(result.model, inputs.tokenizer, records, out, source=inputs.source, overwrite=overwrite)
 
 

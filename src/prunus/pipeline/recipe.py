@@ -8,6 +8,7 @@ from typing import Self
 
 from prunus.errors import CalibrationError
 from prunus.model.geometry import Geometry
+from prunus.pipeline.recovery_rounds import RecoveryRounds
 from prunus.pipeline.rounds import Round, schedule
 from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.adaptive import check_enough
@@ -29,6 +30,7 @@ class Recipe:
         selection: which groups may be cut, and in what form.
         target: what the ratio is a share of.
         repair: how the remaining weights are repaired; none = plain slicing.
+        recovery: training after each round.
     """
 
     rounds: int = 2
@@ -36,6 +38,7 @@ class Recipe:
     selection: Constraints = field(default_factory=Constraints)
     target: TargetOptions = field(default_factory=TargetOptions)
     repair: RepairOptions | None = field(default_factory=RepairOptions)
+    recovery: RecoveryRounds = field(default_factory=RecoveryRounds)
 
     def __post_init__(self) -> None:
         schedule(0.0, self.rounds)

@@ -48,6 +48,7 @@ SECTIONS = {
         "selection": "Which groups may be cut",
         "target": "What the ratio is a share of",
         "repair": "How the remaining weights are repaired (`repair: null` = plain slicing)",
+        "recovery": "Training after each round (`prunus recover` trains a model that is cut already)",
         "calibration": "The text that importance is measured on",
         "evaluation": "How the models before and after are compared",
         "run": "Where and how the model runs",

@@ -10,9 +10,9 @@ import torch
 from prunus.checkpoint import empty_model, model_bytes, read_config
 from prunus.files.outputs import check_disk, check_output
 from prunus.model.geometry import Geometry
-from prunus.pipeline.forecast import READING, SMALL_FILES, WRITING_SPEED, Forecast
+from prunus.pipeline.forecast import READING, SMALL_FILES, WRITING_SPEED, Forecast, seconds_to_write
 from prunus.pipeline.probe import Probe
-from prunus.pipeline.stages import LOADING, MEASURING, SAVING
+from prunus.pipeline.stages import LOADING, MEASURING, SAVING, WRITING
 from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.memory import training_bytes
@@ -23,8 +23,8 @@ from prunus.sweep.estimate import available_memory
 __all__ = ["TRAINING", "forecast_recover"]
 
 TRAINING = "training"
-#: a pass whose gradients are those that training takes: of activations for adapters, of all weights besides for `full`
-PASSES = {"lora": "gate_fisher", "full": "taylor"}
+#: a pass whose gradients are those that training takes: of activations for adapters, of weights besides for the others
+PASSES = {"lora": "gate_fisher", "layers": "taylor", "full": "taylor"}
 
 
 def forecast_recover(job: RecoveryJob, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> Forecast:
@@ -42,7 +42,7 @@ def forecast_recover(job: RecoveryJob, out: str | Path, *, resume: bool = False,
         PrunusError: whatever is wrong with options, models, text or folder.
     """
     require_packages()
-    check_output(out, overwrite, job.model, job.text.source)
+    check_output(out, overwrite, job.model, *job.text.names)
     Checkpoints(out, job.output.work).check(resume, overwrite)
     prepared = Prepared.of(job)
     if prepared.teacher is not None:
@@ -91,7 +91,18 @@ def _stages(prepared: Prepared, student: Any) -> dict[str, float]:
         limits.append(steps + options.checkpoints * held_out * measuring)
     return {
         LOADING: SMALL_FILES + bytes_read / READING,
+        **_writing(prepared, student.dtype),
         MEASURING: held_out * (once + measuring),
         TRAINING: min(limits),
         SAVING: SMALL_FILES + model_bytes(student) * (1 / READING + 1 / WRITING_SPEED),
     }
+
+
+def _writing(prepared: Prepared, dtype: torch.dtype) -> dict[str, float]:
+    """The stage in which the dense model writes text, if it does and none is kept."""
+    text = prepared.job.text
+    if prepared.writer is None:
+        return {}
+    probe = Probe(empty_model(read_config(prepared.writer), dtype), prepared.device, prepared.micro_batch)
+    tokens = text.written * (len(prepared.train_on) + len(prepared.held_out)) * text.seq_len
+    return {WRITING: seconds_to_write(probe, tokens, text.seq_len)}

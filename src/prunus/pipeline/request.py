@@ -127,6 +127,8 @@ def check_request(
     calibration, evaluation = job.calibration, job.evaluation
     if job.fit and ratios is not None:
         raise OptionError("a comparison is made at ratios; leave `fit.size` and `fit.memory` out")
+    if not saves and any(recipe.recovery for recipe in recipes or [job.recipe]):
+        raise OptionError("a comparison is made without training; leave `recovery.minutes` and `recovery.tokens` out")
     asked = [job.ratio] if ratios is None else ratios
     recipes = [job.recipe] if recipes is None else recipes
     calibrate = any(recipe.needs_calibration for recipe in recipes)

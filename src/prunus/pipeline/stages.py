@@ -18,6 +18,7 @@ __all__ = [
     "scoring",
     "stages_of",
     "stages_of_job",
+    "training",
 ]
 
 LOADING, WRITING, MEASURING, SAMPLES, SAVING = "loading", "writing text", "measuring", "samples", "saving"
@@ -31,6 +32,11 @@ def scoring(number: int, of: int) -> str:
 def cutting(number: int, of: int, repairing: bool) -> str:
     """The stage that selects, cuts and repairs in one of several rounds."""
     return _in_round("cut and repair" if repairing else "cut", number, of)
+
+
+def training(number: int, of: int) -> str:
+    """The stage that trains what one of several rounds left."""
+    return _in_round("training", number, of)
 
 
 def stages_of_job(request: Request) -> list[str]:
@@ -63,6 +69,8 @@ def stages_of(recipe: Recipe, ratio: float) -> list[str]:
     for step in steps:
         names.append(scoring(step.number, len(steps)))
         names.append(cutting(step.number, len(steps), recipe.repair is not None))
+        if recipe.recovery:
+            names.append(training(step.number, len(steps)))
     return names
 
 

@@ -67,7 +67,11 @@ def _section(facts: Mapping[str, Any], command: str) -> str:
     options, text, loss = facts["options"], facts["text"], facts["held_out_loss"]
     parts = {"kl_weight": "distillation", "ce_weight": "next token", "hidden_weight": "hidden states"}
     shares = ", ".join(f"{title} {options[weight]:g}" for weight, title in parts.items() if options[weight])
-    trained = f"adapters of rank {options['lora_rank']}, merged" if options["train"] == "lora" else "all weights"
+    trained = {
+        "lora": f"adapters of rank {options['lora_rank']}, merged",
+        "layers": "all weights but the embeddings",
+        "full": "all weights",
+    }[options["train"]]
     rows = {
         "trained": trained,
         "loss": shares,

@@ -106,13 +106,18 @@ class Checkpoints:
         out = expanded(out)
         self.path = out.with_name(out.name + ".work") if work is None else expanded(work)
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run was begun here and is not over."""
+        return self._inputs_path.is_file()
+
     def check(self, resume: bool, overwrite: bool) -> None:
         """Check, before any work, that what lies there and what was asked for go together.
 
         Raises:
             OptionError: there is nothing to go on from, or there is and nobody asked for it.
         """
-        there = self._inputs_path.is_file()
+        there = self.begun
         if resume and not there:
             raise OptionError(
                 f"`resume` goes on with an earlier run, and {self.path} holds no checkpoints of one; leave it out, or "

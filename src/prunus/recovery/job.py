@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from prunus.calibration.sources import SOURCES
 from prunus.machine.byte_sizes import parse_bytes
 from prunus.recovery.options import RecoveryOptions, TextOptions
 from prunus.settings import Sheet
@@ -67,7 +68,7 @@ class RecoveryJob:
 
     model: str
     teacher: str | None = None
-    text: TextOptions = field(default_factory=lambda: TextOptions(""))
+    text: TextOptions = field(default_factory=lambda: TextOptions(()))
     recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
     run: PlaceOptions = field(default_factory=PlaceOptions)
     output: WorkOptions = field(default_factory=WorkOptions)
@@ -80,4 +81,5 @@ RECOVERY = Sheet(
     command="prunus recover",
     listing="prunus recipe --command recover",
     example="recovery.lora_rank=16",
+    forms={"text.source": SOURCES},
 )

@@ -1,10 +1,10 @@
 """How much memory training takes, from shapes alone.
 
 In bytes, per process. w and w' are the sizes of a number of the passes and of the pruned model's weights, P and D the
-parameters of the pruned and the dense model, A those that are trained (adapters, or P), L layers, b T tokens per pass
-of width H, a vocabulary of V:
+parameters of the pruned and the dense model, A those that are trained (adapters, P, or P without embeddings), L layers,
+b T tokens per pass of width H, a vocabulary of V:
 
-    process + P w' + D w + 12 A + 4 A·[adapters] + P w·[all weights, in bfloat16] + activations + states + head
+    process + P w' + D w + 12 A + 4 A·[adapters] + P w·[weights, in bfloat16] + activations + states + head
 
     12 A          gradients and both moments of AdamW, in float32; adapters are weights beside the model's
     P w           weights cast for the passes, which are kept until the backward pass
@@ -66,12 +66,15 @@ def training_bytes(
 ) -> int:
     """Peak memory of one process by the formula above; arguments as for `check_memory`."""
     options, w = job.recovery, 2 if bfloat16 else 4
+    full, lora = options.train == "full", options.train == "lora"
     model = empty_model(read_config(folder), torch.float32)
     geometry = Geometry.of(model)
-    full = options.train == "full"
-    trained = geometry.total_parameters if full else _adapter_parameters(model, geometry, options.lora_rank)
-    needed = geometry.total_parameters * (4 if full else w) + (12 if full else 16) * trained
-    needed += geometry.total_parameters * w * (full and bfloat16)
+    trained = _adapter_parameters(model, geometry, options.lora_rank) if lora else geometry.total_parameters
+    if options.train == "layers":
+        embeddings = model.get_input_embeddings(), model.get_output_embeddings()
+        trained -= sum(each.numel() for each in {part for module in embeddings for part in module.parameters()})
+    needed = geometry.total_parameters * (w if lora else 4) + (16 if lora else 12) * trained
+    needed += geometry.total_parameters * w * (bfloat16 and not lora)
     layers = len(geometry.widths)
     if teacher is not None:
         dense = Geometry.of(empty_model(read_config(teacher), torch.float32))

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from prunus.model.loss import IGNORE_INDEX
+from prunus.recovery.vocabulary import VocabularySample
 
 __all__ = ["BeforeHead", "TokenWeights", "hidden_state_loss", "token_loss"]
 
@@ -45,17 +46,22 @@ class BeforeHead:
     Attributes:
         hidden: hidden states after the final norm, shape (batch, seq_len, hidden_size).
         head: hidden states → logits.
-        trained: parameters of `head` that are trained. They get their gradient in the loss, and must not be reached
-            through `head` in any other way.
+        trained: parameters of `head` that are trained, or parts of them. They get their gradient in the loss, and must
+            not be reached through `head` in any other way.
     """
 
     hidden: Tensor
     head: Head
-    trained: Sequence[nn.Parameter] = ()
+    trained: Sequence[Tensor] = ()
 
 
 def token_loss(
-    student: BeforeHead, labels: Tensor, weights: TokenWeights, teacher: BeforeHead | None = None, chunk: int = 256
+    student: BeforeHead,
+    labels: Tensor,
+    weights: TokenWeights,
+    teacher: BeforeHead | None = None,
+    chunk: int = 256,
+    sample: VocabularySample | None = None,
 ) -> Tensor:
     r"""Distillation and next-token loss, each a mean over tokens.
 
@@ -70,6 +76,8 @@ def token_loss(
         weights: a, b and T.
         teacher: the dense model's output; needed where a is not 0.
         chunk: tokens at a time. It changes memory, and the result only by rounding.
+        sample: the entries of the vocabulary that both heads give logits for, where these are not all. Every label is
+            one of them. The loss is then an estimate, see `prunus.recovery.vocabulary`.
 
     Returns:
         float32 scalar. Differentiable by the student's `hidden` and `trained`, once.
@@ -81,19 +89,28 @@ def token_loss(
     positions, predicted = flat_labels.numel(), int((flat_labels != IGNORE_INDEX).sum())
     flat_teacher = None if teacher is None else teacher.hidden.detach().flatten(0, 1)
     temperature = weights.temperature
+    if sample is not None:
+        sample = sample.to(flat_labels.device)
+        flat_labels = sample.places_of(flat_labels)
+
+    def log_softmax(logits: Tensor) -> Tensor:
+        # An entry that is here with a chance of one in ten stands for ten like it.
+        return functional.log_softmax(logits if sample is None else logits - sample.log_chance, dim=-1)
 
     def loss_of(part: Tensor, where: slice) -> Tensor:
         logits = student.head(part).float()
         total = logits.new_zeros(())
         if weights.ce and predicted:
-            losses = functional.cross_entropy(logits, flat_labels[where], ignore_index=IGNORE_INDEX, reduction="sum")
+            losses = functional.nll_loss(
+                log_softmax(logits), flat_labels[where], ignore_index=IGNORE_INDEX, reduction="sum"
+            )
             total = total + losses * (weights.ce / predicted)
         if weights.kl:
             assert teacher is not None
             assert flat_teacher is not None
             with torch.no_grad():
-                target = functional.log_softmax(teacher.head(flat_teacher[where]).float() / temperature, dim=-1)
-            own = functional.log_softmax(logits / temperature, dim=-1)
+                target = log_softmax(teacher.head(flat_teacher[where]).float() / temperature)
+            own = log_softmax(logits / temperature)
             divergence = functional.kl_div(own, target, reduction="sum", log_target=True)
             total = total + divergence * (weights.kl * temperature**2 / positions)
         return total

@@ -6,18 +6,24 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from prunus.calibration.loading import check_counts
+from prunus.calibration.loading import SELF_SOURCE, check_counts
+from prunus.calibration.sources import Source, read_sources
 from prunus.errors import OptionError
-from prunus.option_values import check_seed, check_utf8, check_whole
+from prunus.option_values import check_seed, check_whole
 
 __all__ = ["Decay", "Precision", "RecoveryOptions", "TextOptions", "Trained"]
 
-Trained = Literal["lora", "full"]
+Trained = Literal["layers", "lora", "full"]
 Decay = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
 
-#: learning rates by what is trained
-LEARNING_RATES: dict[Trained, float] = {"lora": 1e-3, "full": 2e-4}
+#: peak learning rate of adapters
+ADAPTER_RATE = 1e-3
+#: peak learning rate of weights, times the width of the residual stream: 6e-4 for SmolLM2-135M, where it was measured
+#: (benchmarks/RESULTS.md), and 9e-5 at a width of 4096, about the 1e-4 of Minitron for 8B (arXiv 2407.14679)
+WEIGHT_RATE_BY_WIDTH = 0.35
+#: and at most
+LARGEST_WEIGHT_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -26,32 +32,62 @@ class TextOptions:
 
     Attributes:
         source: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for the
-            text that ships with Python.
-        samples: train on at most so many sequences; by default as many as the steps need, or as the text has.
+            text that ships with Python; `self` for text that the dense model writes. Several of them share the
+            sequences, equally or by weight: `[FILE:2, self]`.
+        samples: train on at most so many sequences; by default as many as the steps need, or as the text has. `self`
+            needs it, or `recovery.max_steps`: it has no end.
         seq_len: tokens per sequence.
         held_out: sequences that are not trained on and choose the best checkpoint.
         seed: decides which sequences are drawn, their order, and how adapters begin.
+        order_seed: decides the order alone; by default `seed`.
         text_column: column that holds the text in .jsonl and .parquet files.
         chat_column: column that holds conversations in place of text: lists of {"role": …, "content": …} or of
             ShareGPT's {"from": …, "value": …}, or the instruction of Alpaca's rows; they become text by the tokenizer's
             chat template.
     """
 
-    source: str
+    source: tuple[str, ...]
     samples: int | None = None
     seq_len: int = 512
     held_out: int = 16
     seed: int = 0
+    order_seed: int | None = None
     text_column: str = "text"
     chat_column: str | None = None
 
     def __post_init__(self) -> None:
         check_counts(1 if self.samples is None else self.samples, self.seq_len)
         check_whole("held_out", self.held_out, why="without held-out sequences no checkpoint is the best")
-        check_seed("seed", self.seed)
-        if not 0 <= self.seed < 2**32:
-            raise OptionError(f"`seed` is {self.seed}; training seeds NumPy, too, which takes 0 to {2**32 - 1:,}")
-        check_utf8("text", self.source)
+        for name in ("seed", "order_seed"):
+            if (seed := getattr(self, name)) is not None:
+                check_seed(name, seed)
+                if not 0 <= seed < 2**32:
+                    raise OptionError(f"`{name}` is {seed}; training seeds NumPy, too, which takes 0 to {2**32 - 1:,}")
+        if isinstance(self.source, str):
+            object.__setattr__(self, "source", (self.source,) if self.source else ())
+        if self.source:
+            read_sources(self.source)
+
+    @property
+    def order(self) -> int:
+        """The seed of the order."""
+        return self.seed if self.order_seed is None else self.order_seed
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources with their weights; none where no text is named yet."""
+        return read_sources(self.source) if self.source else []
+
+    @property
+    def names(self) -> list[str]:
+        """The sources without their weights."""
+        return [source.name for source in self.sources]
+
+    @property
+    def written(self) -> float:
+        """Share of the sequences that the dense model writes."""
+        total = sum(source.weight for source in self.sources)
+        return sum(source.weight for source in self.sources if source.name == SELF_SOURCE) / (total or 1.0)
 
 
 @dataclass(frozen=True)
@@ -62,10 +98,12 @@ class RecoveryOptions:
         max_steps: optimizer steps.
         max_minutes: stop after so many minutes of training; the learning rate follows the clock. With neither limit,
             one pass over the text; with both, whichever comes first.
-        train: lora = adapters of low rank on every projection, merged at the end; full = all weights.
+        train: layers = all weights but the embeddings; lora = adapters of low rank on every projection, merged at the
+            end; full = all weights.
         lora_rank: rank of the adapters.
         lora_alpha: factor on them, times the rank; by default twice the rank.
-        learning_rate: its peak; by default 1e-3 for lora, 2e-4 for full.
+        learning_rate: its peak; by default 1e-3 for lora, and for weights 0.35 divided by the hidden size, at most
+            1e-3.
         batch_size: sequences per optimizer step, over all processes.
         micro_batch: sequences per forward pass; by default at most 2 on a CPU, at most 8 elsewhere. Fewer
             take less memory.
@@ -75,6 +113,8 @@ class RecoveryOptions:
         hidden_weight: share of the loss on hidden states: relative squared distance from the dense model's, after every
             layer that is left.
         temperature: of both distributions in the distillation loss.
+        vocabulary: so many entries of the vocabulary, drawn anew for every forward pass, stand for all of it in the
+            loss; null = all of it. Held-out losses are of all.
         warmup: share of the run in which the learning rate rises.
         decay: how it falls afterwards: to 0 along a cosine or a line, or not at all.
         weight_decay: of AdamW.
@@ -87,16 +127,17 @@ class RecoveryOptions:
 
     max_steps: int | None = None
     max_minutes: float | None = None
-    train: Trained = "lora"
+    train: Trained = "layers"
     lora_rank: int = 32
     lora_alpha: float | None = None
     learning_rate: float | None = None
-    batch_size: int = 8
+    batch_size: int = 4
     micro_batch: int | None = None
     kl_weight: float = 1.0
     ce_weight: float = 0.0
     hidden_weight: float = 0.0
     temperature: float = 1.0
+    vocabulary: int | None = 8192
     warmup: float = 0.05
     decay: Decay = "cosine"
     weight_decay: float = 0.0
@@ -106,7 +147,7 @@ class RecoveryOptions:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "lora_rank", "batch_size", "micro_batch", "checkpoints"):
+        for name in ("max_steps", "lora_rank", "batch_size", "micro_batch", "vocabulary", "checkpoints"):
             if (value := getattr(self, name)) is not None:
                 check_whole(name, value)
         for name in ("max_minutes", "lora_alpha", "learning_rate", "temperature", "max_grad_norm"):
@@ -121,8 +162,8 @@ class RecoveryOptions:
             raise OptionError("`kl_weight`, `ce_weight` and `hidden_weight` are all 0: there is nothing to learn from")
         if not 0 <= self.warmup < 1:
             raise OptionError(f"`warmup` is {self.warmup}; it is a share of the run, from 0 to below 1")
-        if self.train == "full" and self.lora_alpha is not None:
-            raise OptionError("`lora_alpha` goes with `train` lora, and `train` is full; leave it out")
+        if self.train != "lora" and self.lora_alpha is not None:
+            raise OptionError(f"`lora_alpha` goes with `train` lora, and `train` is {self.train}; leave it out")
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise OptionError(f"`micro_batch` is {self.micro_batch}; it must divide `batch_size`, {self.batch_size}")
 
@@ -131,10 +172,11 @@ class RecoveryOptions:
         """Whether the loss asks for the dense model."""
         return bool(self.kl_weight or self.hidden_weight)
 
-    @property
-    def peak_rate(self) -> float:
-        """The learning rate at its peak."""
-        return self.learning_rate if self.learning_rate is not None else LEARNING_RATES[self.train]
+    def peak_rate(self, hidden_size: int) -> float:
+        """The learning rate at its peak, for a model of this width."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return ADAPTER_RATE if self.train == "lora" else min(LARGEST_WEIGHT_RATE, WEIGHT_RATE_BY_WIDTH / hidden_size)
 
     @property
     def alpha(self) -> float:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunus.calibration import Calibration
-from prunus.checkpoint import fast_dtype, locate, resolve_device
+from prunus.checkpoint import fast_dtype, load_model, locate, resolve_device
 from prunus.checkpoint.folder import read_small_files
 from prunus.errors import OptionError
 from prunus.installing import install_command
@@ -23,7 +23,7 @@ from prunus.recovery.job import RecoveryJob
 from prunus.recovery.memory import check_memory
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.teacher import check_vocabulary, find_teacher, layers_behind
-from prunus.recovery.text import MOST_SAMPLES, load_sequences
+from prunus.recovery.text import MOST_SAMPLES, load_sequences, unwritten_sequences, wanted_sequences
 
 __all__ = ["Prepared", "require_packages"]
 
@@ -39,10 +39,11 @@ class Prepared:
     """A recovery job with everything that it leaves open decided.
 
     Attributes:
-        job: what was asked for.
+        job: what was asked for, with a learning rate.
         folder: of the pruned model.
         tokenizer: its tokenizer.
         teacher: folder of the dense model; None where the loss needs none.
+        writer: folder of the dense model; None where it writes none of the text.
         layers: the dense model's layer behind each of the pruned model's; empty where the loss does not ask.
         train_on: sequences to train on.
         held_out: sequences to measure on.
@@ -56,6 +57,7 @@ class Prepared:
     folder: Path
     tokenizer: Any
     teacher: Path | None
+    writer: Path | None
     layers: tuple[int, ...]
     train_on: Calibration
     held_out: Calibration
@@ -65,8 +67,14 @@ class Prepared:
     micro_batch: int
 
     @classmethod
-    def of(cls, job: RecoveryJob) -> Prepared:
-        """Check what can be checked without weights, and draw the text.
+    def of(cls, job: RecoveryJob, beside: Path | None = None, *, progress: bool = True) -> Prepared:
+        """Check what can be checked without weights, and draw the text, or have the dense model write it.
+
+        Args:
+            job: what is asked for.
+            beside: folder in which text that is written is kept, and found again; None: none is written, as for a
+                forecast.
+            progress: show a bar on a terminal while text is written.
 
         Raises:
             PrunusError: whatever is wrong with options, models or text.
@@ -77,21 +85,25 @@ class Prepared:
         folder = locate(job.model)
         config, tokenizer = read_small_files(folder)
         check_seq_len(config, job.text.seq_len)
+        rate = options.peak_rate(config.get_text_config().hidden_size)
+        job = replace(job, recovery=replace(options, learning_rate=rate))
         card_without_figures(folder)  # or the result of the training could not be described
-        teacher, layers = _teacher(job, folder, config, tokenizer)
+        dense, layers = _teacher(job, folder, config, tokenizer)
+        teacher, writer = dense if job.recovery.needs_teacher else None, dense if job.text.written else None
         bfloat16 = _fast_in_bfloat16(device, config) if options.precision == "auto" else options.precision == "bfloat16"
         check_memory(job, folder, teacher, device, bfloat16=bfloat16, tokens=micro_batch * job.text.seq_len)
-        train_on, held_out = _sequences(job, config, tokenizer)
+        train_on, held_out = _sequences(job, folder, writer, device, beside, progress)
         steps = options.max_steps
         if steps is None and options.max_minutes is None:
             steps = len(train_on) // options.batch_size
-        return cls(job, folder, tokenizer, teacher, layers, train_on, held_out, steps, device, bfloat16, micro_batch)
+        models = folder, tokenizer, teacher, writer, layers
+        return cls(job, *models, train_on, held_out, steps, device, bfloat16, micro_batch)
 
     @property
     def expected_bytes(self) -> int:
         """Room that result and checkpoints take: of the checkpoints, two with weights and both moments in float32."""
         weights = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        return weights * (1 + 2 * (6 if self.job.recovery.train == "full" else 1))
+        return weights * (1 + 2 * (1 if self.job.recovery.train == "lora" else 6))
 
 
 def require_packages() -> None:
@@ -109,7 +121,7 @@ def require_packages() -> None:
 
 def _teacher(job: RecoveryJob, folder: Path, config: Any, tokenizer: Any) -> tuple[Path | None, tuple[int, ...]]:
     """The dense model's folder, and which of its layers the pruned model's come from, as far as the loss asks."""
-    if not job.recovery.needs_teacher:
+    if not (job.recovery.needs_teacher or job.text.written):
         return None, ()
     dense = locate(job.teacher) if job.teacher is not None else Path(find_teacher(folder))
     dense_config, dense_tokenizer = read_small_files(dense)
@@ -118,11 +130,20 @@ def _teacher(job: RecoveryJob, folder: Path, config: Any, tokenizer: Any) -> tup
     return dense, layers_behind(folder, config, dense_config, str(dense)) if job.recovery.hidden_weight else ()
 
 
-def _sequences(job: RecoveryJob, config: Any, tokenizer: Any) -> tuple[Calibration, Calibration]:
+def _sequences(
+    job: RecoveryJob, folder: Path, writer: Path | None, device: torch.device, beside: Path | None, progress: bool
+) -> tuple[Calibration, Calibration]:
     """Sequences to train on, and those that are held out, checked against the model."""
     options = job.recovery
+    config, tokenizer = read_small_files(folder)
     needed = options.max_steps * options.batch_size if options.max_steps else None
-    train_on, held_out = load_sequences(job.text, tokenizer, needed, options.batch_size)
+    wanted_sequences(job.text, needed)  # before a model is read that would write them
+    if writer is not None and beside is None:
+        return unwritten_sequences(job.text, needed)
+    how: dict[str, Any] = {"keep": beside, "progress": progress}
+    if writer is not None:
+        how["writer"] = load_model(str(writer), device=device)[0]
+    train_on, held_out = load_sequences(job.text, tokenizer, needed, options.batch_size, **how)
     for part in (train_on, held_out):
         check_token_ids(config, part.input_ids)
     if len(train_on) == MOST_SAMPLES and job.text.samples is None and is_first():

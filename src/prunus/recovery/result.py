@@ -23,11 +23,12 @@ from prunus.model.loss import perplexity_of_loss
 from prunus.model.saved_dtype import round_weights_
 from prunus.recovery.card import card_with_recovery
 from prunus.recovery.checkpoints import Checkpoints, readable
+from prunus.recovery.curve import curve
 from prunus.recovery.job import RECOVERY
 from prunus.recovery.options import Precision
 from prunus.recovery.prepared import Prepared
 from prunus.recovery.student import Student, merge_adapters
-from prunus.recovery.training import with_adapters
+from prunus.recovery.training import choose_trained_
 from prunus.sweep.sequence_loss import PerplexityResult
 from prunus.version import __version__
 
@@ -46,7 +47,7 @@ def best_model(prepared: Prepared, checkpoints: Checkpoints, best_step: int) -> 
     model, _ = load_model(prepared.folder, device=prepared.device)
     if not best_step:
         return model
-    adapted = with_adapters(prepared, model)
+    adapted = choose_trained_(prepared, model)
     with readable(checkpoints.at(best_step)):
         Student(model, prepared.job.recovery).load_trained_state_(load_file(checkpoints.at(best_step)))
     whole = (merge_adapters(adapted) if adapted is not None else model).eval()
@@ -66,13 +67,12 @@ def facts_of(prepared: Prepared, trained: Mapping[str, Any], measured: Perplexit
     before, dense, after = trained["before"], trained["dense"], measured.nll
     closed = (before - after) / (before - dense) if dense is not None and before > dense else None
     earlier = read_json_if_whole(prepared.folder / "prunus" / RECORD)
-    return {
+    facts = {
         "prunus": __version__,
         "model": prepared.folder.name,
         "teacher": prepared.teacher.name if prepared.teacher else None,
         "options": {
             **asdict(options),
-            "learning_rate": options.peak_rate,
             "lora_alpha": options.alpha if options.train == "lora" else None,
             "micro_batch": prepared.micro_batch,
             "precision": "bfloat16" if prepared.bfloat16 else "float32",
@@ -93,6 +93,7 @@ def facts_of(prepared: Prepared, trained: Mapping[str, Any], measured: Perplexit
         "training_losses": trained["training_losses"],
         **({"earlier": earlier} if earlier else {}),
     }
+    return {**facts, "curve": curve([facts])}
 
 
 def save_recovered(model: Any, prepared: Prepared, facts: Mapping[str, Any], out: str | Path, overwrite: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from prunus.errors import OptionError
 from prunus.files.json_file import read_json
-from prunus.files.outputs import check_disk, check_output, claimed
+from prunus.files.outputs import check_disk, check_output, claimed, place_of
 from prunus.machine.processes import agreed, is_first, joined, wait_for_all
 from prunus.machine.stages import Stages
 from prunus.recovery.checkpoints import Checkpoints
@@ -67,6 +67,7 @@ def recover_job(
     resume: bool = False,
     overwrite: bool = False,
     command: str | None = None,
+    beside: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train a pruned model as a job says, and save the result as a folder of the same kind.
@@ -80,6 +81,7 @@ def recover_job(
         resume: go on from the last checkpoint of a run that was killed or interrupted, begun with the same job.
         overwrite: replace an earlier result, and earlier checkpoints.
         command: what the user typed, for the model card.
+        beside: folder in which text that the dense model writes is kept, and found again; by default that of `out`.
         progress: show progress bars on a terminal.
 
     Returns:
@@ -97,10 +99,10 @@ def recover_job(
         if agreed(claim.finished):
             facts = read_json(claim.path / "prunus" / RECORD) if is_first() else {}
         else:
-            check_output(out, overwrite, job.model, job.text.source)
+            check_output(out, overwrite, job.model, *job.text.names)
             checkpoints.check(resume, overwrite)
             wait_for_all()  # before the first process changes what the others check
-            prepared = Prepared.of(job)
+            prepared = Prepared.of(job, beside or place_of(out).parent, progress=progress)
             if prepared.teacher is not None:
                 check_output(out, overwrite, prepared.teacher)
             check_disk(out, prepared.expected_bytes)
@@ -138,6 +140,5 @@ def _told_how_to_go_on(checkpoints: Checkpoints) -> Iterator[None]:
 
 def _command(job: RecoveryJob, out: str | Path) -> str:
     """The command line that does a job of the Python interface, as far as a line can say it."""
-    return (
-        f"prunus recover {shlex.quote(job.model)} --out {shlex.quote(str(out))} --text {shlex.quote(job.text.source)}"
-    )
+    texts = "".join(f" --text {shlex.quote(source)}" for source in job.text.source)
+    return f"prunus recover {shlex.quote(job.model)} --out {shlex.quote(str(out))}{texts}"

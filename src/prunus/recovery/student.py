@@ -5,18 +5,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from prunus.model.families import family_of
 from prunus.model.loss import chunked_cross_entropy, head_function, next_token_labels
 from prunus.model.modules import submodule
 from prunus.recovery.objective import BeforeHead, TokenWeights, hidden_state_loss, token_loss
 from prunus.recovery.options import RecoveryOptions
+from prunus.recovery.vocabulary import VocabularySample, VocabularySampler
 
-__all__ = ["Student", "Teacher", "add_adapters", "logits_at_once", "merge_adapters"]
+__all__ = [
+    "Student",
+    "Teacher",
+    "add_adapters",
+    "before_head",
+    "freeze_embeddings_",
+    "logits_at_once",
+    "merge_adapters",
+]
 
 #: logits in memory at a time, by kind of device: on a CPU the pieces should stay in its caches
 LOGITS_AT_ONCE = {"cpu": 2**23}
@@ -63,6 +74,12 @@ def add_adapters(model: Any, rank: int, alpha: float, seed: int) -> Any:
     return adapted
 
 
+def freeze_embeddings_(model: Any) -> None:
+    """Leave the embeddings, input and output, out of what is trained. In place."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.requires_grad_(False)
+
+
 @torch.no_grad()
 def merge_adapters(adapted: Any) -> Any:
     """Add adapters to the weights that they belong to.
@@ -98,6 +115,25 @@ class Teacher:
     layers: Sequence[int]
 
 
+def before_head(model: Any, hidden: Tensor, sample: VocabularySample | None = None) -> BeforeHead:
+    """A model's output before its head, for all of the vocabulary or a part of it.
+
+    Args:
+        model: the model.
+        hidden: hidden states after its final norm, shape (batch, seq_len, hidden_size).
+        sample: the entries that the head gives logits for.
+    """
+    head = model.get_output_embeddings()
+    if sample is None:
+        return BeforeHead(hidden, head_function(model), [p for p in head.parameters() if p.requires_grad])
+    entries = sample.entries.to(hidden.device)
+    weight = head.weight.index_select(0, entries)
+    bias = None if head.bias is None else head.bias.index_select(0, entries)
+    project = partial(functional.linear, weight=weight, bias=bias)
+    trained = [part for part in (weight, bias) if part is not None and part.requires_grad]
+    return BeforeHead(hidden, head_function(model, project), trained)
+
+
 class Student(nn.Module):
     """The model that is trained, with its loss as its forward pass.
 
@@ -108,6 +144,7 @@ class Student(nn.Module):
         model: the pruned model.
         options: the loss.
         teacher: the dense model; None where the loss needs none.
+        vocabulary: draws the part of the vocabulary that the loss of each batch looks at; None for all of it.
 
     Attributes:
         trained: names of the parameters that are trained, tied ones once.
@@ -116,10 +153,17 @@ class Student(nn.Module):
     #: the loss is a mean over the tokens of a batch; Trainer divides it by the batches per step
     accepts_loss_kwargs = False
 
-    def __init__(self, model: Any, options: RecoveryOptions, teacher: Teacher | None = None):
+    def __init__(
+        self,
+        model: Any,
+        options: RecoveryOptions,
+        teacher: Teacher | None = None,
+        vocabulary: VocabularySampler | None = None,
+    ):
         super().__init__()
         self.model = model
         self.options = options
+        self._vocabulary = vocabulary
         # In a tuple, so that it is no submodule: nothing of it is trained, saved or moved about.
         self._teacher = (teacher,)
         self.trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
@@ -155,13 +199,12 @@ class Student(nn.Module):
         hidden = output.last_hidden_state
         loss = hidden.new_zeros((), dtype=torch.float32)
         if options.kl_weight or options.ce_weight:
-            trained = [p for p in self.model.get_output_embeddings().parameters() if p.requires_grad]
-            dense = None
-            if teacher is not None:
-                dense = BeforeHead(target.last_hidden_state, head_function(teacher.model))
+            sample = None if self._vocabulary is None else self._vocabulary.draw(input_ids)
+            dense = None if teacher is None else before_head(teacher.model, target.last_hidden_state, sample)
             weights = TokenWeights(options.kl_weight, options.ce_weight, options.temperature)
-            own = BeforeHead(hidden, head, trained)
-            loss = loss + token_loss(own, next_tokens, weights, dense, self._chunk(hidden))
+            own = before_head(self.model, hidden, sample)
+            size = None if sample is None else len(sample.entries)
+            loss = loss + token_loss(own, next_tokens, weights, dense, self._chunk(hidden, size), sample)
         if with_states:
             assert teacher is not None
             # Entry l + 1 is what layer l leaves; the last is behind the final norm, in both models.
@@ -174,9 +217,10 @@ class Student(nn.Module):
         decoder: Any = submodule(model, family_of(model.config).layers.rpartition(".")[0])
         return decoder
 
-    def _chunk(self, hidden: Tensor) -> int:
-
-        return max(16, logits_at_once(hidden.device) // int(self.model.config.vocab_size))
+    def _chunk(self, hidden: Tensor, logits: int | None = None) -> int:
+        """Tokens at a time, each with so many logits; by default as many as the vocabulary has entries."""
+        each = int(self.model.config.get_text_config().vocab_size) if logits is None else logits
+        return max(16, logits_at_once(hidden.device) // each)
 
     def trained_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The weights that are trained, by name.

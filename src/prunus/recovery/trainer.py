@@ -111,7 +111,7 @@ def training_arguments(
         # Trainer takes a mean over batches: all of them have to be of one size.
         per_device_eval_batch_size=max(n for n in range(1, micro_batch + 1) if held_out % n == 0),
         gradient_accumulation_steps=options.batch_size // (micro_batch * number_of_processes()),
-        learning_rate=options.peak_rate,
+        learning_rate=options.learning_rate or 0.0,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         adam_beta2=0.95,

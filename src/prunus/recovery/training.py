@@ -16,10 +16,11 @@ from prunus.model.digest import digest_model
 from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.pace import Pace
 from prunus.recovery.prepared import Prepared
-from prunus.recovery.student import Student, Teacher, add_adapters
+from prunus.recovery.student import Student, Teacher, add_adapters, freeze_embeddings_
+from prunus.recovery.vocabulary import VocabularySampler
 from prunus.sweep.sequence_loss import perplexity_of_windows
 
-__all__ = ["train", "with_adapters"]
+__all__ = ["choose_trained_", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,9 @@ def train(prepared: Prepared, checkpoints: Checkpoints, resume: bool, *, progres
     if (finished := checkpoints.finished()) is not None:
         return finished
     losses = _measured(prepared, student, teacher, progress)
-    with_adapters(prepared, student)
-    model = Student(student, prepared.job.recovery, None if teacher is None else Teacher(teacher, prepared.layers))
+    choose_trained_(prepared, student)
+    dense = None if teacher is None else Teacher(teacher, prepared.layers)
+    model = Student(student, prepared.job.recovery, dense, _vocabulary(prepared, student))
     last = checkpoints.last() if resume else None
     state, seconds = _fitted(prepared, model, checkpoints.path, last, reserved=losses.seconds, progress=progress)
     trained = {
@@ -63,18 +65,28 @@ def train(prepared: Prepared, checkpoints: Checkpoints, resume: bool, *, progres
     return trained
 
 
-def with_adapters(prepared: Prepared, model: Any) -> Any:
-    """Put adapters on a model, in place; it in their wrapper, or None where all weights are trained."""
+def choose_trained_(prepared: Prepared, model: Any) -> Any:
+    """Put adapters on a model, or freeze what is not trained; the model in the adapters' wrapper, None without any."""
     options = prepared.job.recovery
-    if options.train == "full":
+    if options.train == "lora":
+        return add_adapters(model, options.lora_rank, options.alpha, prepared.job.text.seed)
+    if options.train == "layers":
+        freeze_embeddings_(model)
+    return None
+
+
+def _vocabulary(prepared: Prepared, model: Any) -> VocabularySampler | None:
+    """What draws the part of the vocabulary that the loss looks at; None where that is all of it."""
+    entries, size = model.config.get_text_config().vocab_size, prepared.job.recovery.vocabulary
+    if size is None or size >= entries:
         return None
-    return add_adapters(model, options.lora_rank, options.alpha, prepared.job.text.seed)
+    return VocabularySampler(prepared.train_on.input_ids, entries, size)
 
 
 def _load_student(prepared: Prepared) -> Any:
     # FSDP wants one dtype in everything that it shards together.
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    whole = prepared.job.recovery.train == "full" or sharded or not prepared.bfloat16
+    whole = prepared.job.recovery.train != "lora" or sharded or not prepared.bfloat16
     model, _ = load_model(prepared.folder, dtype="float32" if whole else "bfloat16", device=prepared.device)
     return model
 
@@ -96,6 +108,7 @@ def _inputs(prepared: Prepared, student: Any, teacher: Any) -> dict[str, Any]:
         "training text": prepared.train_on.provenance.sha256,
         "held-out text": prepared.held_out.provenance.sha256,
         "seed": prepared.job.text.seed,
+        "order_seed": prepared.job.text.order,
         **named,
     }
 
@@ -146,7 +159,7 @@ def _fitted(
         folder,
         options,
         steps=prepared.steps,
-        seed=prepared.job.text.seed,
+        seed=prepared.job.text.order,
         device=prepared.device,
         bfloat16=prepared.bfloat16,
         micro_batch=prepared.micro_batch,

@@ -22,7 +22,16 @@ from prunus.model.families import Axis
 from prunus.results.result_content import ComparisonContent, ComparisonRow
 from prunus.selection.plan import Plan
 
-__all__ = ["Chart", "Rows", "accuracy_chart", "comparison_chart", "keep_chart", "score_charts", "seconds_chart"]
+__all__ = [
+    "Chart",
+    "Rows",
+    "accuracy_chart",
+    "comparison_chart",
+    "keep_chart",
+    "recovery_chart",
+    "score_charts",
+    "seconds_chart",
+]
 
 #: axis → how a reader calls it
 TITLES: dict[Axis, str] = {"attention": "attention groups", "mlp": "MLP channels", "expert": "experts"}
@@ -282,6 +291,33 @@ def accuracy_chart(rows: Sequence[tuple[str, float | None, float]]) -> Chart:
         _spec(chart, 40 + 44 * len(rows)),
         Rows(["task", "base model", "pruned"], cells),
     )
+
+
+def recovery_chart(points: Sequence[Mapping[str, Any]]) -> Chart:
+    """Held-out loss over tokens of training, a line per round.
+
+    Args:
+        points: of prunus/recovery.json: `round`, `tokens`, `seconds` and `held_out_loss`.
+    """
+    names = ("round", "tokens", "seconds", "held_out_loss")
+    values = [{name: point[name] for name in names} for point in points]
+    chart = (
+        alt.Chart(alt.Data(values=values))
+        .mark_line(point=True)
+        .encode(
+            alt.X("tokens:Q", axis=alt.Axis(tickCount=5)),
+            alt.Y("held_out_loss:Q", title="held-out loss", scale=alt.Scale(zero=False)),
+            alt.Detail("round:N"),
+            tooltip=["round:N", "tokens:Q", "seconds:Q", "held_out_loss:Q"],
+        )
+    )
+    cells = [
+        [str(one["round"]), f"{one['tokens']:,}", f"{one['seconds']:,.0f}", f"{one['held_out_loss']:.4f}"]
+        for one in values
+    ]
+    what = "Lines of the loss on held-out sequences, in nats per token, over the tokens trained on, one per round."
+    table = Rows(["round", "tokens", "seconds", "held-out loss"], cells)
+    return Chart("recovery", "Training", what, _spec(chart, 240), table)
 
 
 def comparison_chart(comparison: ComparisonContent) -> Chart:

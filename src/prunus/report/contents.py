@@ -17,12 +17,13 @@ from prunus.report.charts import (
     accuracy_chart,
     comparison_chart,
     keep_chart,
+    recovery_chart,
     score_charts,
     seconds_chart,
 )
 from prunus.results.card import MeasuredFacts
 from prunus.results.comparison import DENSE
-from prunus.results.result_content import ComparisonContent, RecipeContent
+from prunus.results.result_content import ComparisonContent, RecipeContent, RecoveryContent
 from prunus.results.result_folder import Result, measured_facts, read_result, speed_notes
 from prunus.selection.plan import Plan
 
@@ -130,6 +131,7 @@ def _of_result(result: Result) -> Contents:
         _removed(result),
         _routing(metrics.get("routing")),
         _measured(figures, result.evaluation),
+        _recovery(result.folder / "prunus" / "recovery.json"),
         Section(
             "samples",
             "What the models write",
@@ -266,6 +268,22 @@ def _measured(figures: Sequence[MeasuredFacts], evaluation: Mapping[str, Any]) -
     if speed := evaluation.get("speed"):
         tables.append(("Speed and memory on transformers", _speed(speed)))
     return Section("measured", "Measured", speed_notes(evaluation.get("speed")), tables, charts)
+
+
+def _recovery(path: Path) -> Section:
+    """What training won back, of a model that was trained after the cut or between its rounds."""
+    points = check_content(RecoveryContent, read_json(path), str(path)).curve if path.is_file() else []
+    if not points:
+        return Section("recovery", "Recovery")
+    first = {point.round: point for point in reversed(points)}
+    last = {point.round: point for point in points}
+    losses = (
+        f"round {number}: {first[number].held_out_loss:.4f} before, {last[number].held_out_loss:.4f} after"
+        for number in sorted(first)
+    )
+    end = points[-1]
+    note = f"{end.tokens:,} tokens in {end.seconds:,.0f} s of training. Held-out loss: {'; '.join(losses)}"
+    return Section("recovery", "Recovery", [f"{note}."], charts=[recovery_chart([p.model_dump() for p in points])])
 
 
 def _speed(speed: Mapping[str, Any]) -> Rows:

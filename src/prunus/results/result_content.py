@@ -18,6 +18,7 @@ __all__ = [
     "EvaluationContent",
     "MetricsContent",
     "RecipeContent",
+    "RecoveryContent",
     "SamplesContent",
 ]
 
@@ -88,6 +89,19 @@ class SamplesContent(FileContent):
     """prunus/samples.json: prompts with what both models made of them. The file holds the list alone."""
 
     samples: list[_Sample]
+
+
+class _RecoveryPoint(FileContent):
+    round: Count
+    tokens: Count
+    seconds: Annotated[Number, Field(ge=0)]
+    held_out_loss: Number
+
+
+class RecoveryContent(FileContent):
+    """prunus/recovery.json: held-out losses over what training took; files of earlier versions have none."""
+
+    curve: list[_RecoveryPoint] = Field(default_factory=list)
 
 
 class _Perplexity(FileContent):

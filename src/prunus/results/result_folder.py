@@ -16,7 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ class Records:
         scored: the table that the plan was chosen from; None for a plan that was given.
         samples: prompts with what both models made of them.
         recipe: what recipe.yaml says; None for a plan that was given.
+        more: further files of the folder `prunus/`, by name.
+        sections: what the card has to say at its end, in Markdown.
     """
 
     plan: Plan
@@ -82,6 +84,8 @@ class Records:
     scored: Score | None = None
     samples: Sequence[Mapping[str, str]] = ()
     recipe: str | None = None
+    more: Mapping[str, str] = field(default_factory=dict)
+    sections: Sequence[str] = ()
 
 
 def save_result(
@@ -109,6 +113,7 @@ def save_result(
     extras: dict[str, str | bytes] = {
         "plan.json": plan.to_json(),
         "metrics.json": json.dumps(metrics, indent=1) + "\n",
+        **records.more,
     }
     if records.recipe is not None:
         extras["recipe.yaml"] = records.recipe
@@ -120,6 +125,7 @@ def save_result(
     if records.samples:
         extras["samples.json"] = json.dumps(records.samples, indent=1) + "\n"
     card = model_card(_card_facts(smaller, Path(out).name, plan, origin, metrics, source))
+    card = "\n\n".join([card.rstrip(), *records.sections]) + "\n" if records.sections else card
     save_checkpoint(smaller, tokenizer, out, card=card, extras=extras, overwrite=overwrite)
     return metrics
 

@@ -1,0 +1,166 @@
+"""Cut, repair and train in rounds, within one budget; and the same after a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from forked import Forked
+from tiny_folder import fails, run_json
+
+import prunus
+from prunus.cli import main
+from prunus.errors import OptionError
+from prunus.pipeline.recipe import Recipe
+from prunus.pipeline.recovery_rounds import RecoveryRounds
+from prunus.pipeline.rounds import schedule
+from prunus.recovery.curve import curve
+from prunus.recovery.options import RecoveryOptions
+from prunus.report.contents import contents_of
+from prunus.sweep.sequence_loss import perplexity_of_windows
+
+CUT = ["--ratio", "0.3", "--rounds", "2", "--calibration", "default", "--samples", "8", "--seq-len", "32"]
+CUT += ["--set", "evaluation.held_out=8", "--set", "output.report=false"]
+TRAINING = {"batch_size": 4, "micro_batch": 4, "learning_rate": 5e-3, "checkpoints": 2, "train": "full"}
+#: 36 steps in all, 12 of them after the first round
+TRAIN = ["tokens=4608", "seq_len=32", "held_out=8", *(f"training.{name}={value}" for name, value in TRAINING.items())]
+TRAIN = [word for setting in TRAIN for word in ("--set", f"recovery.{setting}")]
+
+
+@pytest.fixture(scope="module")
+def trained(dense, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("progressive") / "out"
+    assert main(["prune", str(dense), "--out", str(out), *CUT, *TRAIN]) == 0
+    assert not out.with_name("out.work").exists()
+    return out
+
+
+def test_training_after_each_round(trained, dense, tmp_path, capsys):
+    record = json.loads((trained / "prunus" / "recovery.json").read_text())
+    first, last = record["rounds"]
+    assert (first["steps"], last["steps"]) == (12, 24)
+    assert first["held_out"]["sha256"] == last["held_out"]["sha256"]
+    assert first["text"]["sha256"] == last["text"]["sha256"]
+    # The second round cuts what the first one trained, and trains on.
+    sizes = [first["parameters"], last["parameters"]]
+    model, tokenizer = prunus.load_model(trained)
+    whole, _ = prunus.load_model(dense)
+    assert sizes[1] == model.num_parameters() < sizes[0] < whole.num_parameters()
+    assert 1 - sizes[1] / whole.num_parameters() == pytest.approx(0.3, abs=0.02)
+    points = record["curve"]
+    assert [point["tokens"] for point in points] == [0, 768, 1536, 1536, 1536 + 1536, 4608]
+    assert [point["round"] for point in points] == [1, 1, 1, 2, 2, 2]
+    assert points[-1]["held_out_loss"] == last["history"][-1]["held_out_loss"]
+    # The loss that is written down is that of the folder, on sequences drawn again.
+    drawn = prunus.load_calibration("default", tokenizer, samples=4608 // 32 + 8, seq_len=32)
+    held_out = drawn.split(8)[1]
+    assert held_out.provenance.sha256 == last["held_out"]["sha256"]
+    measured = perplexity_of_windows(model, held_out.input_ids, progress=False).nll
+    assert measured == pytest.approx(last["held_out_loss"]["after"], rel=1e-6)
+    # It is worth it.
+    plain = tmp_path / "plain"
+    without = run_json(capsys, "prune", dense, "--out", plain, *CUT)
+    with_training = json.loads((trained / "prunus" / "metrics.json").read_text())
+    assert with_training["perplexity_after"] < 0.9 * without["perplexity_after"]
+    assert (with_training["base_model"], with_training["ratio"]) == (without["base_model"], without["ratio"])
+    card = (trained / "README.md").read_text()
+    assert "| 2 | 3,072 |" in card
+    assert "## Recovery" in card
+    # The plan leads from the dense model to what was saved.
+    plan = json.loads((trained / "prunus" / "plan.json").read_text())
+    kept = [layer["mlp"]["kept"] for layer in plan["layers"]]
+    assert kept != [layer["mlp"]["kept"] for layer in json.loads((plain / "prunus/plan.json").read_text())["layers"]]
+    page = contents_of(trained)
+    (section,) = [section for section in page.sections if section.name == "recovery"]
+    rows = section.charts[0].table.rows
+    assert [row[1] for row in rows] == [f"{point['tokens']:,}" for point in points]
+    assert [row[3] for row in rows] == [f"{point['held_out_loss']:.4f}" for point in points]
+    recipe = (trained / "prunus" / "recipe.yaml").read_text()
+    assert "tokens: 4608" in recipe
+
+
+@pytest.mark.parametrize("reached", ["round-1/trained.work/checkpoint-6", "round-2/trained.work/checkpoint-12"])
+def test_a_killed_run_ends_as_one_that_was_not(trained, dense, tmp_path, reached):
+    out = tmp_path / "out"
+    words = ["prune", str(dense), "--out", str(out), *CUT, *TRAIN]
+    process = Forked(lambda: main(words))
+    process.wait_until((tmp_path / "out.work" / reached / "trainer_state.json").is_file)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    first = tmp_path / "out.work" / "round-1" / "trained" / "model.safetensors"
+    before = first.stat().st_mtime_ns if first.is_file() else None
+    assert main(words) == 0
+    assert before is None or "round-2" in reached
+    for name in ("model.safetensors", "prunus/plan.json", "prunus/groups.csv"):
+        assert (out / name).read_bytes() == (trained / name).read_bytes(), name
+    own, other = (json.loads((folder / "prunus" / "recovery.json").read_text()) for folder in (out, trained))
+    assert [each["history"] for each in own["rounds"]] == [each["history"] for each in other["rounds"]]
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_shares_of_the_budget():
+    recovery = RecoveryRounds(minutes=30, tokens=9000, seq_len=10, training=RecoveryOptions(batch_size=3))
+    for rounds, expected in ((1, [1.0]), (2, [1 / 3, 2 / 3]), (4, [1 / 9, 1 / 9, 1 / 9, 2 / 3])):
+        steps = schedule(0.4, rounds)
+        assert [recovery.share(step, rounds) for step in steps] == pytest.approx(expected)
+    from prunus.pipeline.options import CalibrationOptions
+    from prunus.sweep.engine import ModelOptions
+
+    one, two = (
+        recovery.job(step, 2, "cut", "dense", CalibrationOptions(source=("a.txt:2", "self"), seed=7), ModelOptions())
+        for step in schedule(0.4, 2)
+    )
+    assert (one.recovery.max_steps, two.recovery.max_steps) == (100, 200)
+    assert (one.recovery.max_minutes, two.recovery.max_minutes) == pytest.approx((10, 20))
+    assert (one.text.source, one.text.seed, one.teacher) == (("a.txt:2", "self"), 7, "dense")
+    assert one.text.order != two.text.order
+    assert (one.text.seed, one.text.samples) == (two.text.seed, two.text.samples) == (7, 900)
+
+
+def test_the_curve_goes_on_where_a_round_ended():
+    def facts(steps: int, seconds: float, before: float, losses: list[float]) -> dict:
+        history = [{"step": (n + 1) * steps // len(losses), "held_out_loss": x} for n, x in enumerate(losses)]
+        of = {"options": {"batch_size": 2}, "text": {"seq_len": 5}, "tokens": steps * 10}
+        return {**of, "steps": steps, "seconds": seconds, "held_out_loss": {"before": before}, "history": history}
+
+    points = curve([facts(4, 8.0, 3.0, [2.5, 2.0]), facts(6, 3.0, 4.0, [1.0])])
+    assert [(p["tokens"], p["seconds"], p["held_out_loss"]) for p in points] == [
+        (0, 0.0, 3.0),
+        (20, 4.0, 2.5),
+        (40, 8.0, 2.0),
+        (40, 8.0, 4.0),
+        (100, 11.0, 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["recovery.minutes=0"], "recovery.minutes is 0.0; it must be a number above 0"),
+        (["recovery.before_last=1", "recovery.minutes=1"], "recovery.before_last"),
+        (["recovery.minutes=1", "recovery.training.max_steps=3"], "recovery.training.max_steps"),
+        (["recovery.minutes=1", "recovery.text=nowhere.txt"], "nowhere.txt"),
+        (["recovery.minutes=1", "recovery.seq_len=4096"], "4096"),
+        (["recovery.minutes=1", "recovery.training.hidden_weight=1"], "hidden_weight"),
+        (["recovery.minutes=1", "run.engine=streamed"], "in memory"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(dense, tmp_path, capsys, settings, named):
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert named in fails(capsys, "prune", dense, "--out", tmp_path / "out", *CUT, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nothing_is_trained(dense, tmp_path, capsys):
+    model, _ = prunus.load_model(dense)
+    with pytest.raises(OptionError, match="prune_job"):
+        prunus.prune(model, 0.2, recipe=Recipe(recovery=RecoveryRounds(minutes=1)))
+    words = ["compare", dense, "--out", tmp_path / "out", "--ratios", "0.2", "--methods", "taylor"]
+    assert "without training" in fails(capsys, *words, "--set", "recovery.minutes=1")
+    ahead = run_json(
+        capsys, "prune", dense, "--out", tmp_path / "out", *CUT, "--set", "recovery.minutes=6", "--dry-run"
+    )
+    assert ahead["stages"]["training, round 1 of 2"] == pytest.approx(120)
+    assert ahead["stages"]["training, round 2 of 2"] == pytest.approx(240)
