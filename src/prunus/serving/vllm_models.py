@@ -24,6 +24,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from prunus.checkpoint.configuration_prunus import LayerConfig
 from prunus.errors import UnsupportedModelError
 from prunus.model.families import Block, family_of
+from prunus.model.modules import submodule
 from prunus.serving.vllm import ARCHITECTURES, SERVED, Served
 
 __all__ = ["AbsentBlock", "AbsentNorm", "RaggedModel", "served_class"]
@@ -55,7 +56,7 @@ class RaggedModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         config, processes = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
         with own_widths(self.served, config, processes):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg,unused-ignore]
         for layer, block in _absent_blocks(self, config):
             self.take_out(layer, block, vllm_config.compilation_config.static_forward_context)
 
@@ -81,7 +82,7 @@ class RaggedThroughTransformers(RaggedModel):
             if not layer["num_key_value_heads"]:  # vLLM wants an attention in every layer
                 path = f"model.layers.{layer_idx}.self_attn"
                 self.attention_fusers[layer_idx] = (path, AttentionFuser(source_cls="AbsentAttention"))
-        super()._create_attention_instances(prefix)
+        super()._create_attention_instances(prefix)  # type: ignore[misc,unused-ignore]
 
     def take_out(self, layer: Any, block: Block, caches: dict[str, Any]) -> None:
         """Take out the attention that `_create_attention_instances` had to make."""
@@ -127,12 +128,12 @@ def forget_cache(block: nn.Module, caches: dict[str, Any]) -> None:
     """Attention announces itself when it is built, and would get a cache."""
     for module in block.modules():
         if isinstance(module, AttentionLayerBase):
-            del caches[module.layer_name]  # type: ignore[attr-defined]
+            del caches[module.layer_name]  # type: ignore[attr-defined,unused-ignore]
 
 
 def _absent_blocks(model: nn.Module, config: Any) -> Iterator[tuple[nn.Module, Block]]:
     family = family_of(config)
-    for layer, widths in zip(model.get_submodule(family.layers), config.layer_widths, strict=True):
+    for layer, widths in zip(submodule(model, family.layers), config.layer_widths, strict=True):
         for block in family.blocks:
             if not widths[_WIDTH[block.axis]] and hasattr(layer, block.module):  # else another process has the layer
                 yield layer, block
