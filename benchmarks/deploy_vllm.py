@@ -1,26 +1,54 @@
-"""One job of deploy_check.py in vLLM: `python deploy_vllm.py JOB.json ANSWER.json`. Float32, on the CPU, eager."""
+"""Jobs of deploy_check.py and vllm_families.py in vLLM: `python deploy_vllm.py JOB.json ANSWER.json …`.
+
+Float32, on the CPU, eager. With several jobs, one that vLLM refuses is answered with its words, and the next is run.
+"""
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# One engine after another in this process, where what they refuse can be read off the exception.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    files = [Path(name) for name in sys.argv[1:]]
+    for job_file, answer_file in zip(files[::2], files[1::2], strict=True):
+        try:
+            found = answer(json.loads(job_file.read_text()))
+        except Exception as error:
+            if len(files) == 2:
+                raise
+            found = {"refused": f"{type(error).__name__}: {error}"}
+        answer_file.write_text(json.dumps(found))
+        cleanup_dist_env_and_memory()
+
+
+def answer(job: dict[str, Any]) -> dict[str, Any]:
     longest = max(map(len, job["prompts"])) + job["tokens"]
-    model = LLM(job["model"], dtype="float32", enforce_eager=True, max_model_len=longest + 8, max_num_seqs=4)
-    greedy = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True)
-    found = model.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], greedy)
+    model = LLM(
+        job["model"],
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=longest + 8,
+        max_num_seqs=4,
+        tensor_parallel_size=job.get("tensor_parallel", 1),
+        skip_tokenizer_init=True,
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
+    found = model.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], greedy, use_tqdm=False)
     whole = [a + b for a, b in zip(job["prompts"], job["continuations"], strict=True)]
-    scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    scored = model.generate([{"prompt_token_ids": tokens} for tokens in whole], scoring)
-    answer = {
+    scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    scored = model.generate([{"prompt_token_ids": tokens} for tokens in whole], scoring, use_tqdm=False)
+    model.llm_engine.engine_core.shutdown()
+    return {
         "tokens": [list(output.outputs[0].token_ids) for output in found],
         "log_probabilities": [
             [step[token].logprob for step, token in zip(output.prompt_logprobs, tokens, strict=True) if step][
@@ -29,7 +57,6 @@ def main() -> None:
             for output, tokens in zip(scored, whole, strict=True)
         ],
     }
-    Path(sys.argv[2]).write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-INTERLEAVED = ("llama", "deci", "granite", "smollm3")
+INTERLEAVED = ("llama", "deci", "granite", "smollm3", "ernie4_5", "glm4")
 HEADS_SPAN_HIDDEN = ("qwen2", "olmo2", "phi3")
-GEMMA = ("gemma2", "gemma3")
+GEMMA = ("gemma", "gemma2", "gemma3")
 #: a sliding window in all layers but every so-manieth
 WINDOWS = {"gemma2": 2, "gemma3": 6}
 
@@ -46,7 +46,7 @@ class GgufFile:
         return self.fields.get(f"{self.architecture}.{name}", default)
 
     def has_window(self, layer: int) -> bool:
-        if self.architecture not in GEMMA:
+        if self.architecture not in WINDOWS:
             return False
         period = WINDOWS[self.architecture]
         pattern = self.get("attention.sliding_window_pattern")
@@ -72,7 +72,7 @@ def rotate(heads: Tensor, file: GgufFile, layer: int) -> Tensor:
     if file.architecture == "smollm3" and (layer + 1) % 4 == 0:
         return heads
     if size < heads.shape[-1]:
-        assert file.architecture == "phi3"
+        assert file.architecture in ("phi3", "glm4")
         heads, rest = heads.split([size, heads.shape[-1] - size], -1)
         return torch.cat([rotate(heads, file, layer), rest], -1)
     base = file.get("rope.freq_base_swa", file["rope.freq_base"]) if file.has_window(layer) else file["rope.freq_base"]
@@ -109,6 +109,8 @@ def attention(file: GgufFile, layer: int, inputs: Tensor, heads: int, heads_kv: 
     elif file.architecture in ("qwen3", "openelm", "gemma3"):
         query, key = file.norm(f"{block}.attn_q_norm", query), file.norm(f"{block}.attn_k_norm", key)
     query, key = rotate(query, file, layer), rotate(key, file, layer)
+    if file.architecture == "hunyuan-dense":  # behind the rotation
+        query, key = file.norm(f"{block}.attn_q_norm", query), file.norm(f"{block}.attn_k_norm", key)
     key, value = (tensor.repeat_interleave(heads // heads_kv, dim=1) for tensor in (key, value))
     divisor = size
     if (file.architecture, file["block_count"]) in (("gemma2", 46), ("gemma3", 62)):
@@ -124,7 +126,7 @@ def attention(file: GgufFile, layer: int, inputs: Tensor, heads: int, heads_kv: 
 
 
 def mlp(file: GgufFile, block: str, inputs: Tensor) -> Tensor:
-    if file.architecture == "phi3":
+    if file.architecture in ("phi3", "glm4"):
         gate, up = file.linear(f"{block}.ffn_up", inputs).chunk(2, -1)
     else:
         gate, up = file.linear(f"{block}.ffn_gate", inputs), file.linear(f"{block}.ffn_up", inputs)
@@ -145,7 +147,7 @@ def logits_of(file: GgufFile, tokens: Tensor) -> Tensor:
         assert "output.weight" not in file.tensors
     if file.architecture in HEADS_SPAN_HIDDEN:
         assert heads[0] * file["attention.key_length"] == file["embedding_length"]
-    if file.architecture == "gemma2":
+    if file.architecture in ("gemma", "gemma2"):
         assert "output.weight" not in file.tensors
     if file.architecture == "olmo2":
         assert "output.weight" in file.tensors
@@ -159,12 +161,13 @@ def logits_of(file: GgufFile, tokens: Tensor) -> Tensor:
         if query_heads:
             inputs = hidden if file.architecture == "olmo2" else file.norm(f"{block}.attn_norm", hidden)
             outputs = attention(file, layer, inputs, query_heads, key_value_heads)
-            if f"{block}.post_attention_norm.weight" in file.tensors:
+            if f"{block}.post_attention_norm.weight" in file.tensors and file.architecture != "seed_oss":
                 outputs = file.norm(f"{block}.post_attention_norm", outputs)
             after = hidden + added * outputs
         if not width:
             continue  # and `after` is lost
-        inputs = after if file.architecture == "olmo2" else file.norm(f"{block}.ffn_norm", after)
+        before = "post_attention_norm" if file.architecture == "seed_oss" else "ffn_norm"
+        inputs = after if file.architecture == "olmo2" else file.norm(f"{block}.{before}", after)
         outputs = mlp(file, block, inputs)
         if f"{block}.post_ffw_norm.weight" in file.tensors:
             outputs = file.norm(f"{block}.post_ffw_norm", outputs)

@@ -36,6 +36,8 @@ UNIFORM = [{"attention": sorted({0, 1 + layer % 2}), "mlp": range(layer, layer +
 TIED = {"qwen3": {"tie_word_embeddings": True}}
 #: what llama.cpp has built in where a family lets a config choose
 BUILT_IN = {
+    "hunyuan_v1_dense": {"attention_bias": False},
+    "gemma": {"attention_bias": False},
     "smollm3": {"no_rope_layer_interval": 4, "use_sliding_window": False},
     "gemma2": {"query_pre_attn_scalar": 8},
     "gemma3_text": {"query_pre_attn_scalar": 12, "sliding_window_pattern": 6, "hidden_size": 48},
@@ -74,6 +76,9 @@ def same_logits(model: Any, path: Any, tolerance: float = 2e-4) -> None:
         ("mistral", "deci", {}),
         ("qwen2", "deci", {}),
         ("qwen3", "openelm", {}),
+        ("seed_oss", "deci", {}),
+        # It rotates pairs of neighbours, as deci does: no row moves.
+        ("ernie4_5", "deci", {}),
     ],
 )
 def test_a_ragged_model_keeps_its_logits(family, architecture, fields, saved, tmp_path):
@@ -114,6 +119,14 @@ def test_widths_of_the_layers_are_the_models_with_zeros_where_llama_cpp_needs_a_
         ("smollm3", "smollm3", {}),
         ("olmo2", "olmo2", {}),
         ("phi3", "phi3", {}),
+        ("seed_oss", "seed_oss", {"attention_out_bias": False, "mlp_bias": False}),
+        # Biases that the stock architecture has no place for.
+        ("seed_oss", "deci", {}),
+        ("ernie4_5", "ernie4_5", {"use_bias": False}),
+        ("ernie4_5", "deci", {}),
+        ("hunyuan_v1_dense", "hunyuan-dense", {"attention_bias": False}),
+        ("glm4", "glm4", {}),
+        ("gemma", "gemma", {"attention_bias": False}),
         ("gemma2", "gemma2", {}),
         ("gemma3_text", "gemma3", {}),
     ],
@@ -139,6 +152,10 @@ def test_equal_layers_go_out_as_the_stock_architecture(family, architecture, fie
         ("phi3", "mqa-longrope", 5),
         ("gemma2", None, 5),
         ("gemma3_text", None, 5),
+        ("glm4", None, 5),
+        ("glm4", "mqa", 5),
+        ("hunyuan_v1_dense", None, 5),
+        ("gemma", None, 5),
         ("smollm3", None, 6),
     ],
 )
@@ -283,6 +300,12 @@ def test_other_refusals(saved, tmp_path):
         (
             "yarn",
             model_of("llama", rope_parameters={"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}),
+            "dynamic",
+        ),
+        (
+            "alpha",
+            # What Hunyuan computes from alpha, Llama does not.
+            model_of("llama", rope_parameters={"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0, "alpha": 9.0}),
             "dynamic",
         ),
         ("gelu", model_of("llama", hidden_act="gelu"), "'gelu'"),

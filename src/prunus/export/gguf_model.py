@@ -77,13 +77,17 @@ def gguf_model(gguf: Any, model: Any, type: GgufType, mlp_multiple: int) -> Gguf
     """
     config, geometry = model.config, Geometry.of(model)
     rope = rope_of(config, geometry.head_dim)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[candidates(config)[0].names], len(geometry.widths))
+
+    def names_of(architecture: Architecture) -> Any:
+        return gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.names], len(geometry.widths))
+
+    names = names_of(candidates(config)[0])
     biases = frozenset(entry_of(names, name)[1] for name in model.state_dict() if name.endswith(".bias"))
     architecture = choose_architecture(config, geometry, biases, rope)
     if type == "q8_0":
         mlp_multiple = -(-mlp_multiple // BLOCK) * BLOCK
     widths = widths_to_write(architecture, geometry, mlp_multiple)
-    return GgufModel(model, geometry, names, architecture, rope, widths, type)
+    return GgufModel(model, geometry, names_of(architecture), architecture, rope, widths, type)
 
 
 def entry_of(names: Any, name: str) -> tuple[str, str]:

@@ -11,17 +11,21 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from prunus.errors import UnsupportedModelError
+from prunus.model.families import family_of
 
 __all__ = ["Rope", "rope_of"]
 
 #: settings beside these would change what is computed, and are refused
 _KNOWN = {
     "default": (),
+    "dynamic": ("factor", "alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
     "linear": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("factor", "long_factor", "short_factor", "original_max_position_embeddings", "attention_factor"),
 }
+#: families whose rotary embeddings of type dynamic only stretch the base, by `alpha`; llama.cpp has no others
+_STRETCHED = ("hunyuan_v1_dense",)
 #: kinds of layers that may have frequencies of their own
 _GLOBAL, _WINDOW = "full_attention", "sliding_attention"
 #: what transformers takes for a setting that is not there, where llama.cpp's default could be another
@@ -74,9 +78,11 @@ def rope_of(config: Any, head_dim: int) -> Rope:
 def _rope(stored: Mapping[str, Any], config: Any, head_dim: int) -> Rope:
     parameters = {name: value for name, value in stored.items() if value is not None}
     kind = parameters.get("rope_type", "default")
-    if "rope_theta" not in parameters or kind not in _KNOWN:
+    stretched = bool(parameters.get("alpha")) and family_of(config).model_type in _STRETCHED
+    if "rope_theta" not in parameters or kind not in _KNOWN or (kind == "dynamic" and not stretched):
         raise UnsupportedModelError(
-            f"rotary embeddings {parameters} cannot be written as GGUF; kinds that can: {', '.join(_KNOWN)}"
+            f"rotary embeddings {parameters} cannot be written as GGUF; kinds that can: {', '.join(_KNOWN)} "
+            "(dynamic with Hunyuan's `alpha` only)"
         )
     if parameters.get("type") == kind:
         del parameters["type"]  # what it was called before
@@ -90,6 +96,9 @@ def _rope(stored: Mapping[str, Any], config: Any, head_dim: int) -> Rope:
     base = float(parameters["rope_theta"])
     if kind == "default":
         return Rope(base, dimensions)
+    if kind == "dynamic":
+        # As transformers' compute_ntk_alpha_rope_parameters and llama.cpp's converter: the other settings do nothing.
+        return Rope(base * parameters["alpha"] ** (dimensions / (dimensions - 2)), dimensions)
     if kind == "llama3":
         default = base ** -(torch.arange(0, dimensions, 2, dtype=torch.float32) / dimensions)
         scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))

@@ -97,7 +97,7 @@ def _entries(described: GgufModel) -> Iterator[_Entry]:
         name, kind = entry_of(described.names, source)
         if kind.endswith("NORM"):
             tensor = tensor.float() + geometry.family.norm_offset
-        if architecture.interleaved and kind in ("ATTN_Q", "ATTN_K"):
+        if architecture.interleaved and not geometry.family.rotates_pairs and kind in ("ATTN_Q", "ATTN_K"):
             tensor = interleave(tensor, tensor.shape[0] // geometry.head_dim)
         if architecture.fused and kind in ("ATTN_Q", "ATTN_K", "ATTN_V"):
             fused.append(_Entry(name, kind, tensor))

@@ -75,8 +75,8 @@ class Architecture:
         names: gguf's `MODEL_ARCH` that has the names of its tensors. That of Qwen3 has every kind that Llamas have.
         per_layer: widths are arrays, one entry per layer.
         absent_attention: a layer may lack attention. Never the first one: its number of heads is read as the model's.
-        interleaved: a head rotates the pairs (0, 1), (2, 3), … and not, as in transformers, (0, n/2), (1, n/2 + 1), …:
-            rows of queries and keys are stored in another order.
+        interleaved: a head rotates the pairs (0, 1), (2, 3), … and not (0, n/2), (1, n/2 + 1), …: where the family does
+            the latter, as most do in transformers, rows of queries and keys are stored in another order.
         fused: queries, keys and values are one tensor, and three in the model.
         head_norms: queries and keys have norms per head.
         heads_span_hidden: heads times head_dim has to be the hidden size.
@@ -147,7 +147,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("granite", "GRANITE", interleaved=True, rope_factors=True, fields=_SCALES, biases=_ALL_BIASES),
         Architecture("smollm3", "SMOLLM3", interleaved=True, kinds=_POSITIONS_BUT_EACH_4TH, biases=_INPUT_BIASES),
         Architecture("olmo2", "OLMO2", heads_span_hidden=True, own_head=True, biases=_INPUT_BIASES),
+        Architecture("seed_oss", "SEED_OSS", biases=_INPUT_BIASES),
+        Architecture("ernie4_5", interleaved=True, biases=_INPUT_BIASES),
+        Architecture("glm4", "GLM4", interleaved=True, partial_rotary=True, biases=_INPUT_BIASES),
+        Architecture("hunyuan-dense", "HUNYUAN_DENSE", head_norms=True, biases=_INPUT_BIASES),
         Architecture("phi3", "PHI3", heads_span_hidden=True, long_factors=True, partial_rotary=True),
+        Architecture("gemma", untied=False, activation="gelu_pytorch_tanh", biases=_INPUT_BIASES),
         Architecture(
             "gemma2",
             "GEMMA2",
@@ -187,6 +192,11 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "smollm3": ("smollm3",),
     "olmo2": ("olmo2",),
     "phi3": ("phi3",),
+    "glm4": ("glm4",),
+    "seed_oss": ("seed_oss", "deci"),
+    "ernie4_5": ("ernie4_5", "deci"),
+    "hunyuan_v1_dense": ("hunyuan-dense",),
+    "gemma": ("gemma",),
     "gemma2": ("gemma2",),
     "gemma3_text": ("gemma3",),
 }
@@ -315,6 +325,8 @@ def _obstacles(
         )
     if not architecture.untied and not config.tie_word_embeddings:
         yield "it has no output head of its own, and the model's is not tied to the embeddings"
+    if geometry.family.rotates_pairs and not architecture.interleaved:
+        yield "it rotates the two halves of a head, and the model its pairs of neighbours"
     if rope.factors is not None and not architecture.rope_factors:
         yield f"it has no tensor for the rotary frequencies of rope_type {config.rope_parameters['rope_type']!r}"
     if rope.long_factors is not None and not architecture.long_factors:

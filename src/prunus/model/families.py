@@ -172,6 +172,7 @@ class Family:
         residual_multiplier: config field that holds a factor on all that blocks add to the residual stream; None where
             there is no such factor.
         norm_offset: what its norms add to their weights before they multiply by them.
+        rotates_pairs: a head rotates the pairs (0, 1), (2, 3), … and not (0, n/2), (1, n/2 + 1), …
         notes: what is particular about it, for the tables of the documentation.
         mixture: its layers with experts; None in a dense family.
     """
@@ -185,6 +186,7 @@ class Family:
     head: str = "lm_head"
     residual_multiplier: str | None = None
     norm_offset: float = 0.0
+    rotates_pairs: bool = False
     notes: str = ""
     mixture: Mixture | None = None
 
@@ -519,11 +521,12 @@ FAMILIES: dict[str, Family] = {
             "glm",
             "GLM-4-9B (2024), GLM-Edge",
             (_attention(), _gated_mlp(fused=True)),
+            rotates_pairs=True,
             notes="fused `gate_up_proj`; part of each head is rotated",
         ),
-        Family("glm4", "GLM-4-0414, GLM-Z1", _GLM4, notes="as GLM, and a norm after each block"),
+        Family("glm4", "GLM-4-0414, GLM-Z1", _GLM4, rotates_pairs=True, notes="as GLM, and a norm after each block"),
         Family("seed_oss", "Seed-OSS", (_attention(), _gated_mlp()), notes="biases of q, k, v"),
-        Family("ernie4_5", "ERNIE 4.5 (dense)", (_attention(), _gated_mlp())),
+        Family("ernie4_5", "ERNIE 4.5 (dense)", (_attention(), _gated_mlp()), rotates_pairs=True),
         Family(
             "hunyuan_v1_dense",
             "Hunyuan (dense)",
@@ -582,6 +585,7 @@ FAMILIES: dict[str, Family] = {
             "ernie4_5_moe",
             "ERNIE 4.5 mixtures",
             (_attention(), _gated_mlp()),
+            rotates_pairs=True,
             mixture=_ERNIE_MOE,
             notes=f"{_EXPERTS}; shared ones; first layers without",
         ),

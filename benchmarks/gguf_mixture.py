@@ -1,0 +1,156 @@
+"""Does a mixture's GGUF file that `prunus apply` cut say what the cut model's own file says, in llama.cpp?
+
+A small Qwen3 mixture of random weights is written as GGUF by this script (prunus writes none of mixtures). `prunus
+apply PLAN` takes experts and a layer out of that file. The same plan applied in transformers, and the result written in
+the same way, is the other file. llama.cpp continues the same prompts with both, and transformers with the cut model.
+
+    python benchmarks/gguf_mixture.py --out benchmarks/results/gguf-mixture.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from deploy_check import compare, greedy, scores_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import prunus
+from prunus.checkpoint import load_model
+from prunus.export.gguf_tokenizer import gguf_tokenizer
+from prunus.model.geometry import Geometry
+from prunus.selection.plan import Plan
+
+EXPERTS, LAYERS, SEED = 8, 4, 0
+#: experts that stay; layer 2 goes altogether
+KEPT: dict[int, tuple[int, ...]] = {0: (0, 2, 3, 5, 7), 1: (1, 2, 4, 6, 7), 3: (0, 1, 3, 4, 6)}
+FIELDS: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "moe_intermediate_size": 128,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.08,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+PROMPTS = ("Once upon a time there were three foxes who", "def add(a, b):\n    return", "The 4 seasons:")
+
+
+def main() -> None:
+    """Cut, run and compare; everything measured goes to a JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
+    parser.add_argument("--tokens", type=int, default=200, help="generated per prompt; there are three")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = check(args, Path(folder))
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def check(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The facts of both files."""
+    _, tokenizer = load_model("smollm2-135m")
+    torch.manual_seed(SEED)
+    config = AutoConfig.for_model("qwen3_moe", vocab_size=len(tokenizer), **FIELDS)
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    write(dense, tokenizer, folder / "dense.gguf")
+    groups = range(FIELDS["num_key_value_heads"])
+    plan = Plan.from_kept(
+        Geometry.of(dense),
+        [{"attention": groups if i in KEPT else [], "mlp": [], "expert": KEPT.get(i, ())} for i in range(LAYERS)],
+    )
+    (folder / "plan.json").write_text(json.dumps(plan.to_dict()))
+    command = ["apply", str(folder / "dense.gguf"), str(folder / "plan.json"), "--out", str(folder / "sliced.gguf")]
+    subprocess.run([sys.executable, "-m", "prunus", *command], check=True, stdout=subprocess.DEVNULL)
+    cut = prunus.apply_plan(dense, plan)
+    write(cut, tokenizer, folder / "written.gguf")
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
+    continuations = [greedy(cut, prompt, args.tokens) for prompt in prompts]
+    scored = [scores_of(cut, *pair) for pair in zip(prompts, continuations, strict=True)]
+    answers = {name: ask(args, folder / f"{name}.gguf", prompts, continuations) for name in ("sliced", "written")}
+    distinct = len({token for continuation in continuations for token in continuation})
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "experts": f"{EXPERTS} → {len(KEPT[0])}",
+        "layers": f"{LAYERS} → {len(KEPT)}",
+        "distinct_tokens": distinct,
+        "files_equal": (folder / "sliced.gguf").read_bytes() == (folder / "written.gguf").read_bytes(),
+        "same_tokens": answers["sliced"]["tokens"] == answers["written"]["tokens"],
+        **{name: compare(continuations, scored, answer) for name, answer in answers.items()},
+    }
+
+
+def ask(
+    args: argparse.Namespace, file: Path, prompts: list[list[int]], continuations: list[list[int]]
+) -> dict[str, Any]:
+    """What llama.cpp says of a file."""
+    job = {"model": str(file), "texts": list(PROMPTS), "prompts": prompts, "continuations": continuations}
+    job_file, answer_file = file.with_suffix(".job.json"), file.with_suffix(".answer.json")
+    job_file.write_text(json.dumps({**job, "tokens": args.tokens}))
+    script = Path(__file__).with_name("deploy_llama_cpp.py")
+    subprocess.run([args.llama_python, str(script), str(job_file), str(answer_file)], check=True)
+    return {**json.loads(answer_file.read_text()), "seconds": None}
+
+
+def write(model: Any, tokenizer: Any, path: Path) -> None:
+    """A Qwen3 mixture as GGUF, in float32."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_name("mixture")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    gguf_tokenizer(tokenizer, config.vocab_size).write(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        for piece, values in pieces(name, tensor):
+            module, _, parameter = piece.rpartition(".")
+            writer.add_tensor(f"{names.get_name(module)}.{parameter}", values.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def pieces(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """A tensor of transformers as those of GGUF: it has the experts' gate and up apart."""
+    if name.endswith("experts.gate_up_proj"):
+        gate, up = tensor.chunk(2, dim=1)
+        stem = name.removesuffix("gate_up_proj")
+        return [(f"{stem}gate_proj.weight", gate), (f"{stem}up_proj.weight", up)]
+    return [(f"{name}.weight" if name.endswith("experts.down_proj") else name, tensor)]
+
+
+if __name__ == "__main__":
+    main()
