@@ -14,12 +14,18 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # One engine after another in this process, where what they refuse can be read off the exception.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+
+from prunus.serving.vllm import ARCHITECTURES
+from prunus.serving.vllm_models import served_class
 
 
 def main() -> None:
     files = [Path(name) for name in sys.argv[1:]]
+    if len(files) > 2:  # vLLM would start a process to look at each class
+        for architecture in ARCHITECTURES:
+            ModelRegistry.register_model(architecture, served_class(architecture))
     for job_file, answer_file in zip(files[::2], files[1::2], strict=True):
         try:
             found = answer(json.loads(job_file.read_text()))

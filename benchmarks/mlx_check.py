@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from family_cases import Case
 from family_models import LAYERS, SEED, depth_plan, ragged_plan, uniform_plan
 from vllm_families import markdown
 
-from prunus.export import export_dense
+from prunus.checkpoint import save_checkpoint
+from prunus.export.dense import fill_model
 from prunus.model.families import FAMILIES
 
 DENSE = [name for name, family in FAMILIES.items() if family.mixture is None]
@@ -58,11 +58,9 @@ def main() -> None:
         try:
             cases, files = {}, []
             for name, (plan, _) in SHAPES.items():
-                case = Case.made(family, plan, args.tokens, folder / name)
-                if name == "dense":
-                    export_dense(str(case.folder), folder / "filled")
-                    case = replace(case, folder=folder / "filled")
-                cases[name] = case
+                case = cases[name] = Case.made(family, plan, args.tokens, folder / name)
+                if name == "dense":  # as the command does it
+                    save_checkpoint(fill_model(case.model), None, case.folder, card="", extras={}, overwrite=True)
                 files += case.ask()
             subprocess.run([args.mlx_python, str(script), *files], check=True)
             for name, case in cases.items():

