@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
 .PHONY: help install test slow-test mutations fuzz lint format demo picture bench quality recover-bench gpu-check deploy-check \
-	quantised-check kills transformers4-check release-check clean
+	mlx-check quantised-check kills transformers4-check release-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -93,10 +93,25 @@ $(DEPLOY)/.installed: pyproject.toml
 
 deploy-check: $(DEPLOY)/.installed ## pruned models in real llama.cpp and vLLM, token by token against transformers
 	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python benchmarks/deploy_check.py --work build/deploy --out benchmarks/results/deployment.json
+	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python benchmarks/vllm_families.py --out benchmarks/results/vllm-families.json
 	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python benchmarks/llama_cpp_families.py --out benchmarks/results/llama-cpp-families.json
+	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python benchmarks/gguf_quantised.py --out benchmarks/results/gguf-quantised.json
+	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python benchmarks/gguf_mixture.py --out benchmarks/results/gguf-mixture.json
+	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python benchmarks/transformers_serve.py --out benchmarks/results/transformers-serve.json
 	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python benchmarks/deploy_speed.py --work build/deploy-speed --out benchmarks/results/speed.json
 	HF_HUB_OFFLINE=1 $(DEPLOY)/bin/python examples/llama_cpp_chat.py build/deploy/20-f16.gguf --ask "What is the capital of France?"
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 $(DEPLOY)/bin/python examples/vllm_client.py build/deploy/20 --enforce-eager
+
+# mlx-lm without prunus: an environment of its own. On Linux mlx is its CPU build.
+MLX := build/mlx-venv
+$(MLX)/.installed:
+	$(PYTHON) -m venv $(MLX)
+	$(MLX)/bin/pip install --quiet 'mlx[cpu]' mlx-lm==0.32.2
+	touch $@
+
+mlx-check: $(VENV)/.installed $(MLX)/.installed ## pruned folders of stock shape in mlx-lm, token by token against transformers
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/mlx_check.py \
+	    --mlx-python $(MLX)/bin/python --out benchmarks/results/mlx-families.json
 
 # The last transformers 4, without prunus: an environment of its own.
 TRANSFORMERS4 := build/transformers4-venv

@@ -51,7 +51,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "mistral": {"sliding_window": None},
     "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.5}},
-    "qwen3": {"tie_word_embeddings": False},
     "granite": {
         **DERIVED,
         "embedding_multiplier": 12.0,
@@ -85,6 +84,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         },
     },
 }
+#: family → factor on its embeddings; tied ones that it scales up again would make every token follow itself
+EMBEDDINGS = {"gemma": 0.25, "gemma2": 0.25, "gemma3_text": 0.25}
 
 
 def dense_model(family: str, vocab_size: int, **changes: Any) -> Any:
@@ -104,6 +105,7 @@ def dense_model(family: str, vocab_size: int, **changes: Any) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.normal_(mean=norm if "norm" in name else 0.0, std=0.1)
+        model.get_input_embeddings().weight.mul_(EMBEDDINGS.get(family, 1.0))
     return model
 
 
@@ -121,7 +123,7 @@ def ragged_plan(geometry: Geometry, *, keeps_layers: bool = False, even: bool = 
         {"attention": [1, 2] if even else [1], "mlp": range(100)},
         {"attention": [0] if keeps_layers else [], "mlp": range(5) if keeps_layers else []},
         {"attention": [1, 2], "mlp": range(0, CHANNELS, 2)},
-        {"attention": [0, 1], "mlp": range(450)},
+        {"attention": [0, 1] if even else [0, 1, 2], "mlp": range(450)},
     ]
     return _plan(geometry, kept)
 

@@ -19,18 +19,30 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deploy_check import compare, greedy, scores_of
-from family_models import HIDDEN, LAYERS, SEED, dense_model, ragged_plan
+from family_models import HIDDEN, LAYERS, SEED, dense_model, ragged_plan, uniform_plan
 
 import prunus
 from prunus.checkpoint import load_model, save_checkpoint
 from prunus.export import export_gguf
 from prunus.export.llama_cpp import CANDIDATES
 from prunus.model.geometry import Geometry
+from prunus.selection.plan import Plan
 
+#: what is run → family, how it is cut, and fields of its config beside those of family_models.py
+MODELS: dict[str, tuple[str, Callable[[Geometry], Plan], dict[str, Any]]] = {
+    **{family: (family, ragged_plan, {}) for family in CANDIDATES},
+    # Its layers have kinds by their numbers.
+    "smollm3": ("smollm3", partial(ragged_plan, keeps_layers=True), {}),
+    "qwen3, head of its own": ("qwen3", ragged_plan, {"tie_word_embeddings": False}),
+    # Families whose ragged models go out as an architecture of another name.
+    **{f"{family}, uniform": (family, uniform_plan, {}) for family in ("llama", "qwen3", "seed_oss", "ernie4_5")},
+}
 PROMPTS = (
     "Once upon a time there were three foxes who",
     "def add(a, b):\n    return",
@@ -42,7 +54,7 @@ def main() -> None:
     """Run the families; the table goes to stdout, everything measured to a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
-    parser.add_argument("--families", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES))
+    parser.add_argument("--families", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--tokens", type=int, default=200, help="generated per prompt; there are three")
     parser.add_argument("--quantize", help="a type of llama.cpp, such as Q4_K_M; compares nothing, only runs")
     parser.add_argument("--out", type=Path)
@@ -54,12 +66,15 @@ def main() -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
     _, tokenizer = load_model("smollm2-135m")
-    with tempfile.TemporaryDirectory() as folder:
-        for family in args.families:
-            result["families"].setdefault(family, {}).update(_check(family, tokenizer, args, Path(folder)))
-            print(family, result["families"][family], file=sys.stderr)
-            if args.out:
-                args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name in args.families:
+        family, plan, fields = MODELS[name]
+        model = dense_model(family, len(tokenizer), **fields)
+        model = prunus.apply_plan(model, plan(Geometry.of(model)))
+        with tempfile.TemporaryDirectory() as folder:
+            result["families"].setdefault(name, {}).update(_check(model, tokenizer, args, Path(folder)))
+        print(name, result["families"][name], file=sys.stderr, flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(markdown(result["families"]))
 
 
@@ -78,10 +93,8 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _check(family: str, tokenizer: Any, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    model = dense_model(family, len(tokenizer))
-    model = prunus.apply_plan(model, ragged_plan(Geometry.of(model), keeps_layers=family == "smollm3"))
-    source, file = folder / family, folder / f"{family}.gguf"
+def _check(model: Any, tokenizer: Any, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    source, file = folder / "model", folder / "model.gguf"
     save_checkpoint(model, tokenizer, source, card="", extras={})
     multiple = 256 if args.quantize else 1
     written = export_gguf(str(source), file, type="f32", mlp_multiple=multiple, progress=False)

@@ -45,7 +45,7 @@ class Shape:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-EVEN = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 512}
+EVEN = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 512, "tie_word_embeddings": False}
 SHAPES = {
     "ragged": Shape("ragged", ragged_plan),
     "uniform": Shape("`uniform`", uniform_plan),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import pytest
+
 from prunus.model.families import FAMILIES
-from prunus.pipeline.families_page import PROGRAMS, families_page, families_table
+from prunus.pipeline.families_page import RESULTS, families_page, families_table, where_they_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,6 +30,67 @@ def test_the_chinese_readme_has_the_same_families():
     assert re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE) == list(FAMILIES)
 
 
-def test_programs_name_families_only():
-    """A misspelt family would read "not tried"."""
-    assert {name for families in PROGRAMS.values() for name in families} <= set(FAMILIES)
+@pytest.mark.parametrize("name", ["transformers4", "vllm-families", "llama-cpp-families", "mlx-families"])
+def test_results_are_there(name):
+    """Without its file a program reads "not tried"."""
+    assert (RESULTS / f"{name}.json").exists()
+
+
+def test_shapes_are_those_in_which_all_tokens_are_equal(tmp_path):
+    equal, other, refused = (
+        {"tokens": 600, "equal_tokens": 600},
+        {"tokens": 600, "equal_tokens": 599},
+        {"refused": "so"},
+    )
+    files = {
+        "transformers4": {
+            "unknown": ["ministral3"],
+            "cases": {
+                "llama-gqa-everything": {"agrees": True},
+                "llama-gqa-uniform": {"agrees": True},
+                "qwen3-gqa-wide-heads-everything": {"agrees": False},
+                "qwen3-gqa-wide-heads-uniform": {"agrees": True},
+            },
+        },
+        "vllm-families": {
+            "families": {
+                "llama": {"ragged": equal, "uniform": equal, "tensor parallel": equal},
+                "qwen2": {"ragged": equal, "tensor parallel": refused},
+                "qwen3": {"ragged": other, "uniform": equal, "depth": equal},
+                "glm": {"ragged": refused},
+            }
+        },
+        "llama-cpp-families": {
+            "families": {
+                "llama": {**equal, "architecture": "deci"},
+                "qwen3": {**equal, "architecture": "openelm"},
+                "phi3": {**equal, "architecture": "phi3"},
+                "granite": {**other, "architecture": "granite"},
+                "olmo2": {"Q4_K_M": {"generated": 600}},
+            }
+        },
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = where_they_run(tmp_path)
+    assert [found["transformers 4.57"][name] for name in ("llama", "qwen3", "ministral3", "glm")] == [
+        "any shape",
+        "`uniform`",
+        "not in this version",
+        "not tried",
+    ]
+    assert [found["vLLM"][name] for name in ("llama", "qwen2", "qwen3", "glm", "phi3")] == [
+        "any shape, × 2",
+        "any shape",
+        "`uniform`, `depth`",
+        "other tokens",
+        "not tried",
+    ]
+    assert [found["llama.cpp"][name] for name in ("llama", "qwen3", "phi3", "granite", "olmo2")] == [
+        "any shape",
+        "any shape with tied embeddings, else padded",
+        "padded; heads always to the hidden size",
+        "other tokens",
+        "not tried",
+    ]
+    assert set(found["MLX"].values()) == {"not tried"}

@@ -112,14 +112,16 @@ class LayerWidthsModel:
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any):
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        # No type at `self`: vLLM compares what is given in places with the types written there, from the first one on.
         with without_layers(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        decoder = getattr(self, "model", self)  # inside a model with a head, or the model itself
-        decoder.layers.extend(self._build_layer(layer_idx) for layer_idx in range(config.num_hidden_layers))
+        model: Any = self
+        decoder = getattr(model, "model", model)  # inside a model with a head, or the model itself
+        decoder.layers.extend(model._build_layer(layer_idx) for layer_idx in range(config.num_hidden_layers))
         decoder.register_forward_hook(none_for_absent_attention)
         # Again, for the layers: initialise them (under from_pretrained: nothing) and collect what they declare.
-        self.post_init()
+        model.post_init()
 
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As of the stock class, where all layers have the number of key/value heads that the configuration names.

@@ -1,42 +1,34 @@
 """The page docs/families.md and the README's table, made from the family registry so that they cannot drift.
 
-python -m prunus.pipeline.families_page > docs/families.md
+Where pruned models run is read off what the benchmarks measured (benchmarks/results):
+
+    python -m prunus.pipeline.families_page > docs/families.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from prunus.model.families import AXES, FAMILIES, MULTIMODAL, UNFIT, Multimodal
 
-__all__ = ["PROGRAMS", "families_page", "families_table"]
+__all__ = ["RESULTS", "families_page", "families_table", "where_they_run"]
 
-ANY, EQUAL, UNIFORM, PADDED, NOT_TRIED = ("any shape", "`uniform`, `depth`", "`uniform`", "padded", "not tried")
+#: of a checkout; the installed package has none
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+ANY, UNIFORM, DEPTH, PADDED, NOT_TRIED = ("any shape", "`uniform`", "`depth`", "padded", "not tried")
 #: no class loads those whose layers have unequal numbers of experts
 _MIXTURES = {name for name, family in FAMILIES.items() if family.mixture}
-_PER_LAYER = ("llama", "mistral", "qwen2", "qwen3")
-
-#: program → family → shapes of pruned models that were run there and agree with transformers; a family that is not
-#: named was not tried
-PROGRAMS: dict[str, dict[str, str]] = {
-    "transformers 5": {**dict.fromkeys(FAMILIES, ANY), **dict.fromkeys(_MIXTURES, UNIFORM)},
-    "transformers 4.57": {**dict.fromkeys(FAMILIES.keys() - _MIXTURES, ANY), "ministral3": "not in this version"},
-    "vLLM": {
-        **dict.fromkeys(_PER_LAYER, ANY),
-        **dict.fromkeys(("granite", "phi3", "smollm3", "gemma2", "gemma3_text"), UNIFORM),
-        "olmo2": EQUAL,
-    },
-    "llama.cpp": {
-        **dict.fromkeys(_PER_LAYER, ANY),
-        "qwen3": f"{ANY} with tied embeddings, else padded",
-        **dict.fromkeys(("granite", "olmo2"), PADDED),
-        "phi3": "padded; heads always to the hidden size",
-        "smollm3": "padded; not with layers removed: every fourth layer of a file goes without positions",
-        **dict.fromkeys(("gemma2", "gemma3_text"), "padded; with layers removed a recent llama.cpp"),
-    },
-    "MLX": {},
+#: architectures of llama.cpp with a width per layer, and their conditions
+_PER_LAYER = {"deci": "", "openelm": " with tied embeddings, else padded"}
+#: family → what else its GGUF files ask for
+_GGUF_NOTES = {
+    "phi3": "heads always to the hidden size",
+    "smollm3": "not with layers removed: every fourth layer of a file goes without positions",
+    **dict.fromkeys(("gemma2", "gemma3_text"), "with layers removed a recent llama.cpp"),
 }
-
 HEAD = """# Families
 
 The model types that prunus cuts, and where pruned models of each were run. This page is generated:
@@ -60,7 +52,8 @@ WHERE = """
 "any shape" includes layers of different widths, absent blocks and removed layers (`--shape ragged`, the default).
 "padded" files are written by `prunus export --to gguf`, with every layer filled with zeros to the widest; `--shape
 uniform` avoids that. Values of `--shape` were run as the stock class; one that is not named was not tried, or gave
-other numbers.
+other tokens than transformers. "dense" is a ragged model filled up by `prunus export --to dense`. "× 2" was run with
+tensor parallel 2.
 
 """
 
@@ -71,7 +64,7 @@ CHECKS = """
 | transformers 4.57 | `make transformers4-check`, without prunus |
 | vLLM, llama.cpp | `make deploy-check`, measurements [here](../benchmarks/RESULTS.md#deployment) and \
 [there](../benchmarks/RESULTS.md#other-families-in-llamacpp-and-vllm) |
-| MLX | nothing yet |
+| MLX | `make mlx-check`, mlx-lm on the CPU |
 
 ## Refused
 
@@ -87,12 +80,28 @@ def families_table() -> str:
     return _table(("family", "models", "notes"), rows)
 
 
-def families_page() -> str:
+def where_they_run(results: Path = RESULTS) -> dict[str, dict[str, str]]:
+    """Program → family → shapes of pruned models that agree there with transformers, or "not tried".
+
+    Args:
+        results: folder with the JSON files of the benchmarks; a file that is missing makes its program "not tried".
+    """
+    llama_cpp = _read(results, "llama-cpp-families")
+    columns: dict[str, dict[str, str]] = {
+        # The test suite, without a file of results.
+        "transformers 5": {name: UNIFORM if name in _MIXTURES else ANY for name in FAMILIES},
+        "transformers 4.57": _transformers_4(_read(results, "transformers4")),
+        "vLLM": {name: _shapes(facts) for name, facts in _read(results, "vllm-families").get("families", {}).items()},
+        "llama.cpp": {name: _gguf(name, facts) for name, facts in llama_cpp.get("families", {}).items()},
+        "MLX": {name: _shapes(facts) for name, facts in _read(results, "mlx-families").get("families", {}).items()},
+    }
+    return {program: {name: found.get(name, NOT_TRIED) for name in FAMILIES} for program, found in columns.items()}
+
+
+def families_page(results: Path = RESULTS) -> str:
     """The page as Markdown."""
-    run = (
-        (f"`{model_type}`", *(shapes.get(model_type, NOT_TRIED) for shapes in PROGRAMS.values()))
-        for model_type in FAMILIES
-    )
+    programs = where_they_run(results)
+    run = ((f"`{name}`", *(found[name] for found in programs.values())) for name in FAMILIES)
     inside = (
         (
             f"`{kind.model_type}`",
@@ -109,11 +118,45 @@ def families_page() -> str:
         INSIDE,
         _table(("type", "models", "language model", "notes"), inside),
         WHERE,
-        _table(("family", *PROGRAMS), run),
+        _table(("family", *programs), run),
         CHECKS,
         _table(("type", "reason"), refused),
     )
     return "".join(parts)
+
+
+def _read(results: Path, name: str) -> Mapping[str, Any]:
+    path = results / f"{name}.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def _transformers_4(found: Mapping[str, Any]) -> dict[str, str]:
+    columns = dict.fromkeys(found.get("unknown", ()), "not in this version")
+    for case, facts in found.get("cases", {}).items():
+        family, *_, shape = case.split("-")
+        if facts["agrees"] and columns.get(family) != ANY:
+            columns[family] = ANY if shape == "everything" else UNIFORM
+    return columns
+
+
+def _agrees(facts: Mapping[str, Any] | None) -> bool:
+    return bool(facts) and facts.get("equal_tokens", -1) == facts.get("tokens")  # type: ignore[union-attr]
+
+
+def _shapes(found: Mapping[str, Any]) -> str:
+    """Of a program that was given several shapes, those in which all greedy tokens are equal."""
+    if _agrees(found.get("ragged")):
+        return ANY + (", × 2" if _agrees(found.get("tensor parallel")) else "")
+    names = {"uniform": UNIFORM, "depth": DEPTH, "dense": "dense"}
+    return ", ".join(name for shape, name in names.items() if _agrees(found.get(shape))) or "other tokens"
+
+
+def _gguf(family: str, facts: Mapping[str, Any]) -> str:
+    if not _agrees(facts):
+        return "other tokens" if "tokens" in facts else NOT_TRIED
+    per_layer = facts["architecture"] in _PER_LAYER
+    form = ANY + _PER_LAYER[facts["architecture"]] if per_layer else PADDED
+    return "; ".join((form, *filter(None, (_GGUF_NOTES.get(family),))))
 
 
 def _limits(kind: Multimodal) -> str:
