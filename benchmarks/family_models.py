@@ -36,7 +36,8 @@ BASE: dict[str, Any] = {
 DERIVED = {"head_dim": None}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 48}
-_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+#: up to max_position_embeddings
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 64}
 #: what a family's odd features need, as far as published models have them
 FIELDS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -63,7 +64,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "olmo3": {
         **DERIVED,
         "sliding_window": 48,
-        "layer_types": [_SLIDING, _SLIDING, _SLIDING, _FULL, _SLIDING, _SLIDING],
+        "layer_types": [_SLIDING, _SLIDING, _FULL, _SLIDING, _SLIDING, _FULL],
         "rope_parameters": {_FULL: _YARN, _SLIDING: {"rope_type": "default", "rope_theta": 1e4}},
     },
     "exaone4": {**DERIVED, "sliding_window": 48, "sliding_window_pattern": 4},
@@ -85,7 +86,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 #: family → factor on its embeddings; tied ones that it scales up again would make every token follow itself
-EMBEDDINGS = {"gemma": 0.25, "gemma2": 0.25, "gemma3_text": 0.25}
+EMBEDDINGS = {"granite": 0.25, "gemma": 0.25, "gemma2": 0.25, "gemma3_text": 0.25}
 
 
 def dense_model(family: str, vocab_size: int, **changes: Any) -> Any:

@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mlx-python", required=True, help="a Python that has mlx and mlx-lm")
     parser.add_argument("--families", nargs="+", default=DENSE, choices=DENSE)
-    parser.add_argument("--tokens", type=int, default=200, help="generated per prompt; there are three")
+    parser.add_argument("--tokens", type=int, default=100, help="generated per prompt; there are three")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"families": {}}

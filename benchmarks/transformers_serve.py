@@ -1,7 +1,8 @@
 """Does `transformers serve` answer with a pruned model what `generate` answers? Run by `make deploy-check`.
 
 Cuts SmolLM2-135M twice, with equal layers (a stock class) and with ragged ones (code of the folder, so
-`--trust-remote-code`), starts a server for each, asks it once over HTTP, greedily, and stops it.
+`--trust-remote-code`), and fills the ragged one up to a stock class. Starts a server for each, asks it once over HTTP,
+greedily, and stops it. Where a server does not start, its last words are the result.
 
     python benchmarks/transformers_serve.py --out benchmarks/results/transformers-serve.json
 """
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
 from prunus.checkpoint import load_model
+from prunus.export import export_dense
 from prunus.model.geometry import Geometry
 from prunus.pipeline.apply import apply_checkpoint
 from prunus.selection.plan import Plan
@@ -49,9 +51,12 @@ def main() -> None:
         "transformers": importlib.metadata.version("transformers"),
         "prunus": prunus.__version__,
     }
-    for name, plan in plans(geometry).items():
-        with tempfile.TemporaryDirectory() as folder:
-            result[name] = check(plan, Path(folder) / "model", args)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, plan in plans(geometry).items():
+            apply_checkpoint(MODEL, plan, Path(folder) / name)
+        export_dense(str(Path(folder) / "ragged"), Path(folder) / "dense")
+        for name in ("stock", "ragged", "dense"):
+            result[name] = check(Path(folder) / name, args)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
@@ -71,9 +76,8 @@ def plans(geometry: Geometry) -> dict[str, Plan]:
     return {"stock": Plan.from_kept(geometry, equal), "ragged": Plan.from_kept(geometry, ragged)}
 
 
-def check(plan: Plan, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def check(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Serve one folder, ask, stop."""
-    apply_checkpoint(MODEL, plan, folder)
     expected = generated(folder, args.tokens)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -81,13 +85,17 @@ def check(plan: Plan, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
     options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     trusted = ["--trust-remote-code"] if "auto_map" in json.loads((folder / "config.json").read_text()) else []
-    server = subprocess.Popen([*command, *options, *trusted])
-    try:
-        answer = ask(f"http://127.0.0.1:{port}", str(folder), args, server)
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
+    log = folder.with_name("server.log")
+    with log.open("w") as output:
+        server = subprocess.Popen([*command, *options, *trusted], stdout=output, stderr=output)
+        try:
+            answer = ask(f"http://127.0.0.1:{port}", str(folder), args, server)
+        finally:
+            server.terminate()
+            server.wait(timeout=60)
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    if answer is None:
+        return {"model_type": model_type, "stopped": log.read_text().strip().splitlines()[-1]}
     return {"model_type": model_type, "answer": answer, "same_as_generate": answer.strip() == expected.strip()}
 
 
@@ -101,8 +109,8 @@ def generated(folder: Path, tokens: int) -> str:
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def ask(url: str, model: str, args: argparse.Namespace, server: subprocess.Popen[bytes]) -> str:
-    """The answer of a server, once it listens."""
+def ask(url: str, model: str, args: argparse.Namespace, server: subprocess.Popen[bytes]) -> str | None:
+    """The answer of a server, once it listens; None if it stops instead."""
     request = {
         "model": model,
         "messages": [{"role": "user", "content": QUESTION}],
@@ -113,7 +121,7 @@ def ask(url: str, model: str, args: argparse.Namespace, server: subprocess.Popen
     }
     for _ in range(args.patience):
         if server.poll() is not None:
-            sys.exit(f"the server stopped with status {server.returncode}")
+            return None
         try:
             call = urllib.request.Request(
                 f"{url}/v1/chat/completions", json.dumps(request).encode(), {"Content-Type": "application/json"}
