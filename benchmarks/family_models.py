@@ -142,7 +142,8 @@ def uniform_plan(geometry: Geometry) -> Plan:
 
 def depth_plan(geometry: Geometry) -> Plan:
     """Layer 3 gone, all others whole."""
-    whole, gone = {"attention": range(GROUPS), "mlp": range(CHANNELS)}, {"attention": [], "mlp": []}
+    whole: dict[str, Sequence[int]] = {"attention": range(GROUPS), "mlp": range(CHANNELS)}
+    gone: dict[str, Sequence[int]] = {"attention": [], "mlp": []}
     return _plan(geometry, [gone if layer == 3 else whole for layer in range(LAYERS)])
 
 

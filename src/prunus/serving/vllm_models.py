@@ -55,7 +55,7 @@ class RaggedModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         config, processes = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
         with own_widths(self.served, config, processes):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
         for layer, block in _absent_blocks(self, config):
             self.take_out(layer, block, vllm_config.compilation_config.static_forward_context)
 
@@ -81,7 +81,7 @@ class RaggedThroughTransformers(RaggedModel):
             if not layer["num_key_value_heads"]:  # vLLM wants an attention in every layer
                 path = f"model.layers.{layer_idx}.self_attn"
                 self.attention_fusers[layer_idx] = (path, AttentionFuser(source_cls="AbsentAttention"))
-        super()._create_attention_instances(prefix)
+        super()._create_attention_instances(prefix)  # type: ignore[misc]
 
     def take_out(self, layer: Any, block: Block, caches: dict[str, Any]) -> None:
         """Take out the attention that `_create_attention_instances` had to make."""
@@ -127,12 +127,13 @@ def forget_cache(block: nn.Module, caches: dict[str, Any]) -> None:
     """Attention announces itself when it is built, and would get a cache."""
     for module in block.modules():
         if isinstance(module, AttentionLayerBase):
-            del caches[module.layer_name]  # type: ignore[attr-defined]
+            del caches[module.layer_name]
 
 
 def _absent_blocks(model: nn.Module, config: Any) -> Iterator[tuple[nn.Module, Block]]:
     family = family_of(config)
-    for layer, widths in zip(model.get_submodule(family.layers), config.layer_widths, strict=True):
+    layers: Any = model.get_submodule(family.layers)
+    for layer, widths in zip(layers, config.layer_widths, strict=True):
         for block in family.blocks:
             if not widths[_WIDTH[block.axis]] and hasattr(layer, block.module):  # else another process has the layer
                 yield layer, block
