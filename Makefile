@@ -23,7 +23,7 @@ install: $(VENV)/.installed ## build the environment in .venv
 test: $(VENV)/.installed ## run the test suite, but for the slow tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-slow-test: $(VENV)/.installed ## the slow tests: SmolLM2, torchrun, compilers, loading without prunus, every page's commands (minutes)
+slow-test: $(VENV)/.installed ## the slow tests: SmolLM2, torchrun, compilers, loading without prunus, examples, every page's commands (minutes)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 mutations: $(VENV)/.installed ## faults made on purpose, and whether the tests notice (minutes)

@@ -16,6 +16,8 @@ import prunus
 from prunus.checkpoint import is_ragged
 from prunus.sweep.sequence_loss import perplexity_of_windows
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = ["--samples", "64", "--seq-len", "32", "--batch-size", "4", "--learning-rate", "5e-3"]
 

@@ -80,7 +80,13 @@ def test_training_after_each_round(trained, dense, tmp_path, capsys):
     assert "tokens: 4608" in recipe
 
 
-@pytest.mark.parametrize("reached", ["round-1/trained.work/checkpoint-6", "round-2/trained.work/checkpoint-12"])
+@pytest.mark.parametrize(
+    "reached",
+    [
+        pytest.param("round-1/trained.work/checkpoint-6", marks=pytest.mark.slow),
+        "round-2/trained.work/checkpoint-12",
+    ],
+)
 def test_a_killed_run_ends_as_one_that_was_not(trained, dense, tmp_path, reached):
     out = tmp_path / "out"
     words = ["prune", str(dense), "--out", str(out), *CUT, *TRAIN]
