@@ -167,6 +167,7 @@ AS_ONE = {
 FOREIGN = {
     "--model": "lm_eval",
     "--model_args": "lm_eval",
+    "--trust-remote-code": "transformers serve",
 }
 
 
