@@ -167,6 +167,7 @@ AS_ONE = {
 FOREIGN = {
     "--model": "lm_eval",
     "--model_args": "lm_eval",
+    "--tensor-parallel-size": "vllm serve",
     "--trust-remote-code": "transformers serve",
 }
 
