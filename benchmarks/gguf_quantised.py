@@ -30,6 +30,8 @@ import prunus
 MODEL, TYPE = "smollm2-135m", "Q4_K_M"
 #: as fast as possible: quality is not the point here
 QUICK = [
+    "--calibration",
+    "default",
     "--samples",
     "8",
     "--seq-len",
@@ -40,6 +42,8 @@ QUICK = [
     "repair=null",
     "--set",
     "evaluation.held_out=0",
+    "--set",
+    "output.report=false",
 ]
 CASES = {
     "dense": None,
