@@ -192,12 +192,25 @@ def scores_of(model: Any, prompt: list[int], continuation: list[int]) -> torch.T
 
 
 def _run(program: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    job_file, answer_file = folder.with_suffix(".job.json"), folder.with_suffix(".answer.json")
-    job_file.write_text(json.dumps(job))
     started = time.perf_counter()
-    script = Path(__file__).with_name(PROGRAMS[program])
-    subprocess.run([sys.executable, str(script), str(job_file), str(answer_file)], check=True)
-    return {**json.loads(answer_file.read_text()), "seconds": round(time.perf_counter() - started, 1)}
+    answer = ask(PROGRAMS[program], job, folder)
+    return {**answer, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def ask(script: str, job: dict[str, Any], place: Path, python: str = sys.executable) -> dict[str, Any]:
+    """What a program says to a job; the files of both lie beside `place`.
+
+    Args:
+        script: beside this one, with the program.
+        job: the model, prompts, continuations to score, and how many tokens to generate.
+        place: a file or folder, for the names.
+        python: a Python that has the program.
+    """
+    job_file, answer_file = place.with_suffix(".job.json"), place.with_suffix(".answer.json")
+    job_file.write_text(json.dumps(job))
+    subprocess.run([python, str(Path(__file__).with_name(script)), str(job_file), str(answer_file)], check=True)
+    answer: dict[str, Any] = json.loads(answer_file.read_text())
+    return answer
 
 
 def compare(continuations: list[list[int]], scores: list[torch.Tensor], answer: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +233,7 @@ def compare(continuations: list[list[int]], scores: list[torch.Tensor], answer: 
         "largest_gap": max(gaps, default=None),
         "largest_difference": float(every.max()),
         "mean_difference": float(every.mean()),
-        "seconds": answer["seconds"],
+        "seconds": answer.get("seconds"),
     }
 
 

@@ -71,5 +71,5 @@ class Case:
             return dict(answer)
         scored = [scores_of(self.model, *pair) for pair in zip(self.prompts, self.continuations, strict=True)]
         distinct = len({token for continuation in self.continuations for token in continuation})
-        found = compare(self.continuations, scored, {**answer, "seconds": None})
+        found = compare(self.continuations, scored, answer)
         return {"class": type(self.model).__name__, "distinct_tokens": distinct, **found}

@@ -21,7 +21,7 @@ from typing import Any
 
 import gguf
 import torch
-from deploy_check import compare, greedy, scores_of
+from deploy_check import ask, compare, greedy, scores_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunus
@@ -86,7 +86,12 @@ def check(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
     continuations = [greedy(cut, prompt, args.tokens) for prompt in prompts]
     scored = [scores_of(cut, *pair) for pair in zip(prompts, continuations, strict=True)]
-    answers = {name: ask(args, folder / f"{name}.gguf", prompts, continuations) for name in ("sliced", "written")}
+    job = {"texts": list(PROMPTS), "prompts": prompts, "continuations": continuations, "tokens": args.tokens}
+    files = {name: folder / f"{name}.gguf" for name in ("sliced", "written")}
+    answers = {
+        name: ask("deploy_llama_cpp.py", {**job, "model": str(file)}, file, args.llama_python)
+        for name, file in files.items()
+    }
     distinct = len({token for continuation in continuations for token in continuation})
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -97,18 +102,6 @@ def check(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "same_tokens": answers["sliced"]["tokens"] == answers["written"]["tokens"],
         **{name: compare(continuations, scored, answer) for name, answer in answers.items()},
     }
-
-
-def ask(
-    args: argparse.Namespace, file: Path, prompts: list[list[int]], continuations: list[list[int]]
-) -> dict[str, Any]:
-    """What llama.cpp says of a file."""
-    job = {"model": str(file), "texts": list(PROMPTS), "prompts": prompts, "continuations": continuations}
-    job_file, answer_file = file.with_suffix(".job.json"), file.with_suffix(".answer.json")
-    job_file.write_text(json.dumps({**job, "tokens": args.tokens}))
-    script = Path(__file__).with_name("deploy_llama_cpp.py")
-    subprocess.run([args.llama_python, str(script), str(job_file), str(answer_file)], check=True)
-    return {**json.loads(answer_file.read_text()), "seconds": None}
 
 
 def write(model: Any, tokenizer: Any, path: Path) -> None:

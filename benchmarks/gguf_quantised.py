@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deploy_check import QUESTIONS, compare, greedy, scores_of
+from deploy_check import QUESTIONS, ask, compare, greedy, scores_of
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,11 +103,7 @@ def check(options: list[str] | None, args: argparse.Namespace, folder: Path) -> 
     continuations = [greedy(model, prompt, args.tokens) for prompt in prompts]
     job = {"texts": texts, "prompts": prompts, "continuations": continuations, "tokens": args.tokens}
     job |= {"model": str(file), "quantize": TYPE}
-    job_file, answer_file = folder / "job.json", folder / "answer.json"
-    job_file.write_text(json.dumps(job))
-    script = Path(__file__).with_name("deploy_llama_cpp.py")
-    subprocess.run([args.llama_python, str(script), str(job_file), str(answer_file)], check=True)
-    answer = {**json.loads(answer_file.read_text()), "seconds": None}
+    answer = ask("deploy_llama_cpp.py", job, file, args.llama_python)
     scored = [scores_of(model, *pair) for pair in zip(prompts, continuations, strict=True)]
     quantised = folder / f"model-{TYPE}.gguf"
     kinds = [t.tensor_type.name for t in GGUFReader(quantised).tensors if t.name.endswith("ffn_down.weight")]

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deploy_check import compare, greedy, scores_of
+from deploy_check import ask, compare, greedy, scores_of
 from family_models import HIDDEN, LAYERS, SEED, dense_model, ragged_plan, uniform_plan
 
 import prunus
@@ -106,11 +105,7 @@ def _check(model: Any, tokenizer: Any, args: argparse.Namespace, folder: Path) -
     continuations = [greedy(model, prompt, args.tokens) for prompt in prompts]
     job = {"texts": list(PROMPTS), "prompts": prompts, "continuations": continuations, "tokens": args.tokens}
     job |= {"model": str(file), "quantize": args.quantize}
-    job_file, answer_file = folder / "job.json", folder / "answer.json"
-    job_file.write_text(json.dumps(job))
-    script = Path(__file__).with_name("deploy_llama_cpp.py")
-    subprocess.run([args.llama_python, str(script), str(job_file), str(answer_file)], check=True)
-    answer = {**json.loads(answer_file.read_text()), "seconds": None}
+    answer = ask("deploy_llama_cpp.py", job, file, args.llama_python)
     if args.quantize:
         assert all(math.isfinite(value) for row in answer["log_probabilities"] for value in row)
         return {args.quantize: {"generated": sum(map(len, answer["tokens"]))}}

@@ -12,7 +12,7 @@ for MXFP4; Micikevicius et al. 2022, "FP8 Formats for Deep Learning" (arXiv 2209
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ class DecodedWeights(StoredWeights):
         named = values.get("dtype") or values.get("torch_dtype")
         self.held_in = DTYPES.get(str(named), torch.bfloat16)
         self._parts: dict[str, tuple[str, str]] = {}
-        raw, layers = list(super().__iter__()), FAMILIES[values["model_type"]].layers
+        raw, layers = list(self), FAMILIES[values["model_type"]].layers
         for name in raw:
             if form.holds(name, super().stored_dtype(name)):
                 weight = name.removesuffix(form.suffixes[0]) if form.suffixes[0] else name
@@ -215,7 +215,7 @@ class DecodedWeights(StoredWeights):
     def _check(self, weight: str) -> None:
         """Raise unless a weight's blocks and scales belong together."""
         values, scales = self._parts[weight]
-        if not super().__contains__(scales):
+        if scales not in self._files:
             raise CheckpointError(
                 f"{self.folder} holds {values!r} in {self.form.title} and lacks its scales, {scales!r}; fetch the "
                 "model again"
@@ -270,15 +270,6 @@ class DecodedWeights(StoredWeights):
         for number, entry in enumerate(entries):
             super().read_into(name, out[number], entry)
         return out
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     def path(self, name: str) -> Path:
         """The file that holds a tensor."""

@@ -181,7 +181,7 @@ class LanguageWeights(StoredWeights):
     def __init__(self, folder: Path, values: Mapping[str, Any]):
         super().__init__(folder)
         family = family_of(SimpleNamespace(**language_fields(values)))
-        stored = list(super().__iter__())
+        stored = list(self)
         # Where it lies in the file has changed with the versions of transformers; its embeddings tell.
         embedding = family.embedding.rpartition(".")[2] + ".weight"
         found = [name for name in stored if name == embedding or name.endswith(f".{embedding}")]
@@ -198,6 +198,7 @@ class LanguageWeights(StoredWeights):
                 self._stored[f"{decoder}.{name.removeprefix(before)}"] = name
             elif name == head or name.endswith(f".{head}"):
                 self._stored[head] = name
+        self._names = self._stored
         self._check_depths(values, len(stored))
         mine = set(self._stored.values())
         self._around = sum(prod(super(LanguageWeights, self).shape(name)) for name in stored if name not in mine)
@@ -223,15 +224,6 @@ class LanguageWeights(StoredWeights):
         assert kind is not None
         self.whole = Whole(kind, config, self.folder, self._around)
         return language_config(config)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._stored
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
 
     def _in_file(self, name: str) -> str:
         return self._stored.get(name, name)

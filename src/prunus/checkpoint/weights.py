@@ -19,7 +19,7 @@ from torch import Tensor
 from prunus.errors import CheckpointError, UnsupportedModelError
 from prunus.files.json_file import read_json
 from prunus.files.links import check_inside
-from prunus.files.tensor_file import DTYPES, TensorFile, TensorLayout
+from prunus.files.tensor_file import DTYPES, TensorFile, TensorLayout, TensorReader
 from prunus.model.whole import Whole
 
 __all__ = ["INDEX", "WEIGHTS", "StoredWeights", "shards_of"]
@@ -31,7 +31,7 @@ DTYPES_OF_MODELS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ELEMENTS_COMPARED_AT_ONCE = 2**20
 
 
-class StoredWeights(Collection[str]):
+class StoredWeights(TensorReader, Collection[str]):
     """The tensors of a model folder by name.
 
     Args:
@@ -63,15 +63,17 @@ class StoredWeights(Collection[str]):
                     "them counts is left to the reader. Fetch the model again"
                 )
             self._files |= dict.fromkeys(file.entries, file)
+        #: what the tensors are called, which is as in the files unless a subclass says otherwise
+        self._names: Collection[str] = self._files
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._names)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -98,17 +100,6 @@ class StoredWeights(Collection[str]):
             CheckpointError: it has a dtype that is not read here.
         """
         return self._files[name].layout(name)
-
-    def read(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own, on the CPU.
-
-        Raises:
-            CheckpointError: its file changed since it was opened.
-        """
-        layout = self.layout(name)
-        out = torch.empty(layout.shape, dtype=layout.dtype)
-        self.read_into(name, out)
-        return out
 
     def read_into(self, name: str, out: Tensor, entry: int | None = None) -> None:
         """Read one tensor, or one entry along its first dimension, to where it is wanted.

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 from prunus.errors import CheckpointError
 from prunus.files.outputs import whole_file
 
-__all__ = ["DTYPES", "NAMES", "TensorFile", "TensorLayout", "write_tensors"]
+__all__ = ["DTYPES", "NAMES", "TensorFile", "TensorLayout", "TensorReader", "write_tensors"]
 
 #: names of safetensors for the dtypes of torch
 DTYPES: dict[str, torch.dtype] = {
@@ -64,7 +65,30 @@ class TensorLayout:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class TensorFile:
+class TensorReader(ABC):
+    """Tensors that are read by name."""
+
+    @abstractmethod
+    def layout(self, name: str) -> TensorLayout:
+        """Dtype and shape of a tensor."""
+
+    @abstractmethod
+    def read_into(self, name: str, out: Tensor, entry: int | None = None) -> None:
+        """Read one tensor, or one entry along its first dimension, to where it is wanted."""
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own, on the CPU.
+
+        Raises:
+            CheckpointError: its file changed since it was opened, or has a dtype that is not read here.
+        """
+        layout = self.layout(name)
+        out = torch.empty(layout.shape, dtype=layout.dtype)
+        self.read_into(name, out)
+        return out
+
+
+class TensorFile(TensorReader):
     """A safetensors file to read from. It is opened anew for every read, so that threads may share it.
 
     Every read checks that the file is still the one whose header was read: the same size, time of modification and
@@ -134,17 +158,6 @@ class TensorFile:
                 f"{self.path}: {name!r} has dtype {entry['dtype']}; use a bf16, fp16 or fp32 checkpoint"
             )
         return TensorLayout(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-
-    def read(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own, on the CPU.
-
-        Raises:
-            CheckpointError: the file changed since it was opened, or has a dtype that is not read here.
-        """
-        layout = self.layout(name)
-        out = torch.empty(layout.shape, dtype=layout.dtype)
-        self.read_into(name, out)
-        return out
 
     def read_into(self, name: str, out: Tensor, entry: int | None = None) -> None:
         """Read one tensor, or one entry along its first dimension, to where it is wanted.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +42,7 @@ class LayerHooks:
         self._mask: Tensor | None = None
         self._targets: Tensor | None = None
 
-    @property
+    @cached_property
     def needs_gradients(self) -> bool:
         """Whether any statistic listens to the backward pass."""
         geometry = self._geometry
