@@ -92,7 +92,7 @@ class Prepared:
         teacher, writer = dense if job.recovery.needs_teacher else None, dense if job.text.written else None
         bfloat16 = _fast_in_bfloat16(device, config) if options.precision == "auto" else options.precision == "bfloat16"
         check_memory(job, folder, teacher, device, bfloat16=bfloat16, tokens=micro_batch * job.text.seq_len)
-        train_on, held_out = _sequences(job, folder, writer, device, beside, progress)
+        train_on, held_out = _sequences(job, config, tokenizer, writer, device, beside, progress)
         steps = options.max_steps
         if steps is None and options.max_minutes is None:
             steps = len(train_on) // options.batch_size
@@ -131,11 +131,16 @@ def _teacher(job: RecoveryJob, folder: Path, config: Any, tokenizer: Any) -> tup
 
 
 def _sequences(
-    job: RecoveryJob, folder: Path, writer: Path | None, device: torch.device, beside: Path | None, progress: bool
+    job: RecoveryJob,
+    config: Any,
+    tokenizer: Any,
+    writer: Path | None,
+    device: torch.device,
+    beside: Path | None,
+    progress: bool,
 ) -> tuple[Calibration, Calibration]:
     """Sequences to train on, and those that are held out, checked against the model."""
     options = job.recovery
-    config, tokenizer = read_small_files(folder)
     needed = options.max_steps * options.batch_size if options.max_steps else None
     wanted_sequences(job.text, needed)  # before a model is read that would write them
     if writer is not None and beside is None:
