@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tiny_folder import TEXT, save_tiny_folder
 from torch import Tensor
 from tqdm import tqdm
 
+from prunus.machine import compute_dtype
 from prunus.model.geometry import Geometry
 
 # tqdm's lock is shared with processes that a test forks: one that is killed while it holds the lock would stop all
@@ -39,6 +40,14 @@ settings.load_profile("repeatable")
 def one_thread() -> None:
     """Models this small are slower on many threads, and several test processes would fight over the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def half_precision_is_fast() -> Iterator[None]:
+    """Models compute in the dtype of their checkpoint on every machine; tests of the other case say so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compute_dtype, "_measured", lambda *_: 1.0)
+        yield
 
 
 @pytest.fixture

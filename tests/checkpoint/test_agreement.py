@@ -129,7 +129,7 @@ def test_measured_and_exported_with_the_head(tmp_path, capsys):
     ragged = save_checkpoint(smaller, tokenizer, tmp_path / "ragged", card="", extras={})
     run(capsys, "export", ragged, "--to", "dense", "--out", tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
-    torch.testing.assert_close(logits(dense, random_tokens()), logits(smaller, random_tokens()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(dense, random_tokens()), logits(smaller, random_tokens()), rtol=1e-5, atol=1e-5)
     assert torch.equal(dense.lm_head.weight, head)
 
 
