@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,8 +33,12 @@ __all__ = ["fit_temperature_"]
 
 #: about how many tokens the factor is measured on: it is one number, and the loss is flat around it
 TOKENS = 2048
-#: where the factor is looked for, and how closely on a logarithmic scale
-LOWEST, HIGHEST, TOLERANCE = 0.5, 2.0, 0.02
+#: where the factor is looked for
+LOWEST, HIGHEST = 0.5, 2.0
+#: on a logarithmic scale: how far apart the first factors are, and how closely the best is found
+STEP, CLOSE = math.log(2) / 4, 0.01
+#: parabolas after which the best factor so far will do; two are usual
+MOST_PARABOLAS = 8
 
 
 @torch.no_grad()
@@ -98,18 +103,30 @@ def _part(batch: Batch, rows: list[int]) -> Batch:
 
 
 def _lowest(loss: Callable[[float], float]) -> float:
-    """The minimum of a function that has one, by golden-section search on a logarithmic scale."""
-    golden = (math.sqrt(5) - 1) / 2
-    left, right = math.log(LOWEST), math.log(HIGHEST)
-    inner = [right - golden * (right - left), left + golden * (right - left)]
-    values = [loss(math.exp(point)) for point in inner]
-    while right - left > TOLERANCE:
-        if values[0] < values[1]:
-            right = inner[1]
-            inner = [right - golden * (right - left), inner[0]]
-            values = [loss(math.exp(inner[0])), values[0]]
+    """Where in [LOWEST, HIGHEST] a function with one minimum has it.
+
+    On a logarithmic scale the loss is nearly a parabola, so that few values of it are needed: each is a pass through
+    the head. Three points are moved until the middle one is the lowest; then the lowest point of the parabola through
+    them takes the place of one of them, until it is where the middle one is.
+
+    Source: Brent 1973, "Algorithms for Minimization without Derivatives", chapter 5 (parabolic interpolation).
+    """
+    at = cache(lambda point: loss(math.exp(point)))
+    left, middle, right = -STEP, 0.0, STEP
+    while at(left) < at(middle) and math.exp(middle) > LOWEST:
+        left, middle, right = left - STEP, left, middle
+    while at(right) < at(middle) and math.exp(middle) < HIGHEST:
+        left, middle, right = middle, right, right + STEP
+    for _ in range(MOST_PARABOLAS):
+        before, behind = (middle - left) * (at(middle) - at(right)), (right - middle) * (at(middle) - at(left))
+        if before + behind == 0:  # flat
+            break
+        vertex = middle - ((middle - left) * before - (right - middle) * behind) / (before + behind) / 2
+        if abs(vertex - middle) < CLOSE:
+            middle = vertex
+            break
+        if at(vertex) < at(middle):
+            left, middle, right = (left, vertex, middle) if vertex < middle else (middle, vertex, right)
         else:
-            left = inner[0]
-            inner = [inner[1], left + golden * (right - left)]
-            values = [values[1], loss(math.exp(inner[1]))]
-    return math.exp((left + right) / 2)
+            left, right = (vertex, right) if vertex < middle else (left, vertex)
+    return min(max(math.exp(middle), LOWEST), HIGHEST)
