@@ -275,10 +275,24 @@ MUTATIONS = (
     ),
     Mutation(
         "least_squares.py",
-        "cross.double() + ridge * prior.T",
-        "cross.double()",
+        "cross + ridge * old.T",
+        "cross",
         ("test_block_repair.py::test_solve_ridge_is_the_least_squares_solution_of_the_augmented_system",),
         "a ridge towards zero instead of the old weights",
+    ),
+    Mutation(
+        "least_squares.py",
+        "ridge * (new * (old - new))",
+        "ridge * (new * (new - old))",
+        ("test_least_squares.py::test_parts_and_the_shape_of_memory_change_nothing",),
+        "the sign of the ridge's share of the error",
+    ),
+    Mutation(
+        "least_squares.py",
+        "- on_diagonal.sum()",
+        "+ on_diagonal.sum()",
+        ("test_least_squares.py::test_parts_and_the_shape_of_memory_change_nothing",),
+        "blocks on the diagonal counted three times",
     ),
     Mutation(
         "temperature.py",

@@ -16,7 +16,7 @@ from prunus.errors import CalibrationError, OptionError
 from prunus.model.families import AXES, FAMILIES
 from prunus.model.geometry import Geometry
 from prunus.repair.block_repair import Cut, RepairOptions, repair_, repair_together_
-from prunus.repair.least_squares import TokenSums, solve_ridge
+from prunus.repair.least_squares import NormalEquations, TokenSums, solve_ridge
 from prunus.repair.temperature import fit_temperature_
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
@@ -52,9 +52,13 @@ def test_solve_ridge_is_the_least_squares_solution_of_the_augmented_system():
     root = (damping * gram.diagonal().mean()).sqrt()
     stacked = torch.cat([x, root * torch.eye(7)]).double(), torch.cat([target, root * weight.T]).double()
     expected = torch.linalg.lstsq(*stacked).solution.T
-    solution, condition = solve_ridge(gram, x.T @ target, weight, damping)
-    torch.testing.assert_close(solution, expected, rtol=1e-5, atol=1e-6)
-    assert condition >= 1
+    square = float(target.double().square().sum())
+    solution = solve_ridge(NormalEquations(gram, x.T @ target, square), weight, damping)
+    torch.testing.assert_close(solution.weight, expected, rtol=1e-5, atol=1e-6)
+    error = (x.double() @ expected.T - target.double()).square().sum() / square
+    assert solution.error == pytest.approx(float(error), rel=1e-5)
+    damped = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(7)
+    assert 1 <= solution.condition <= float(torch.linalg.cond(damped)) * 1.0001
 
 
 @pytest.mark.parametrize("width", [5, 64, 150, 1100])

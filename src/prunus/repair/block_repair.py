@@ -441,10 +441,11 @@ def _repair_(
 
     Blocks after it so make up for the rounding as well.
     """
-    where, sliced = f"layer {layer_idx}, {block.axis}", module.weight.double()
-    condition, before = float("inf"), equations.error(sliced)
+    where = f"layer {layer_idx}, {block.axis}"
+    weight, condition = module.weight, float("inf")
+    before = after = equations.error(weight)
     try:
-        solution, condition = solve_ridge(equations.gram, equations.cross, sliced, options.damping)
+        solution = solve_ridge(equations, weight, options.damping)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         logger.warning(
             "%s: kept as sliced, the normal equations cannot be solved (%s); a larger damping than %g may help",
@@ -452,18 +453,18 @@ def _repair_(
             error,
             options.damping,
         )
-        solution = sliced
-    after = equations.error(solution)
-    if solution is not sliced and not after < before:
-        # The ridge optimum cannot be worse in exact arithmetic: this is rounding, or NaN. Nothing lost, nothing said.
-        if before != 0:
+    else:
+        condition = solution.condition
+        if solution.error < before:
+            weight, after = solution.weight, solution.error
+        elif before != 0:
+            # The ridge optimum cannot be worse in exact arithmetic: this is rounding, or NaN.
             logger.warning(
                 "%s: kept as sliced, least squares did not lower the error (%.3g → %.3g, condition %.1e)",
                 where,
                 before,
-                after,
+                solution.error,
                 condition,
             )
-        solution, after = sliced, before
-    module.weight.copy_(solution.to(saved))
+    module.weight.copy_(weight.to(saved))
     return Repair(layer_idx, block.axis, before, after, condition)

@@ -125,17 +125,19 @@ class ExpertSums:
     def _solve_each_(self, damping: float) -> tuple[float, float, float]:
         before = after = total = condition = 0.0
         for expert, sums in sorted(self._sums.items()):
-            equations, old = sums.equations(), self._last(expert).double()
-            error = left = equations.error(old)
+            equations, last = sums.equations(), self._last(expert)
+            error = left = equations.error(last)
             try:
-                solution, found = solve_ridge(equations.gram, equations.cross, old, damping)
-                left, condition = equations.error(solution), max(condition, found)
+                solution = solve_ridge(equations, last, damping)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 logger.warning("an expert is kept as it is: its normal equations cannot be solved")
-            if left < error:
-                self._last(expert).copy_(solution.to(self._saved))
+            else:
+                condition = max(condition, solution.condition)
+                if solution.error < error:
+                    left = solution.error
+                    last.copy_(solution.weight.to(self._saved))
             before += error * equations.target_square
-            after += min(left, error) * equations.target_square
+            after += left * equations.target_square
             total += equations.target_square
         self._sums.clear()
         total = max(total, torch.finfo(torch.float64).tiny)

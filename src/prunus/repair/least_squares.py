@@ -13,6 +13,7 @@ so that a source counts by its share of the tokens alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -20,13 +21,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["NormalEquations", "TokenSums", "solve_ridge"]
+__all__ = ["NormalEquations", "Solution", "TokenSums", "solve_ridge"]
 
 
 #: XᵀX is added up in so many column blocks; of each only what lies on and above the diagonal
 BLOCKS = 8
 #: narrower blocks than this are slower than what they save
 NARROWEST = 64
+#: rows of a projection that are in float64 at a time, and columns of XᵀX: XᵀX of a large model takes gigabytes
+AT_ONCE = 1024
 
 
 class TokenSums:
@@ -105,32 +108,86 @@ class NormalEquations:
     target_square: float
 
     def error(self, weight: Tensor) -> float:
-        """‖X Wᵀ − T‖² / ‖T‖² for a weight (out_features, in_features), float64."""
-        gram, cross = self.gram.double(), self.cross.double()
-        square = (weight @ gram).mul(weight).sum() - 2 * (weight * cross.T).sum() + self.target_square
-        return float(square.clamp(min=0)) / max(self.target_square, torch.finfo(torch.float64).tiny)
+        """‖X Wᵀ − T‖² / ‖T‖² for a weight (out_features, in_features), computed in float64."""
+        explained = 0.0
+        for rows in _parts(len(weight)):
+            part = weight[rows].double()
+            explained += 2 * float((part * self.cross[:, rows].T).sum()) - _quadratic(part, self.gram)
+        return self._relative(self.target_square - explained)
+
+    def _relative(self, square: float) -> float:
+        return max(square, 0.0) / max(self.target_square, torch.finfo(torch.float64).tiny)
 
 
-def solve_ridge(gram: Tensor, cross: Tensor, weight: Tensor, damping: float) -> tuple[Tensor, float]:
+@dataclass(frozen=True)
+class Solution:
+    """What minimises a ridge problem.
+
+    Attributes:
+        weight: W', (out_features, in_features), float64.
+        error: ‖X W'ᵀ − T‖² / ‖T‖².
+        condition: an estimate of the condition number of G + λI: the squared ratio of the largest to the smallest
+            diagonal entry of its Cholesky factor, a lower bound.
+    """
+
+    weight: Tensor
+    error: float
+    condition: float
+
+
+def solve_ridge(equations: NormalEquations, weight: Tensor, damping: float) -> Solution:
     """Solve (G + λI) W'ᵀ = C + λ Wᵀ with λ = damping · mean diag(G), in float64.
 
+    Besides what is given, one copy of G is in memory, W', and parts of `AT_ONCE` rows. The error takes no product with
+    G: the solution satisfies G W'ᵀ = C + λ (W − W')ᵀ, so that ‖X W'ᵀ − T‖² = ‖T‖² − tr W'C + λ tr W'(W − W')ᵀ.
+
     Args:
-        gram: G = XᵀX, (in_features, in_features).
-        cross: C = XᵀT, (in_features, out_features).
+        equations: G = XᵀX, C = XᵀT and ‖T‖².
         weight: W, towards which the ridge pulls, (out_features, in_features).
         damping: λ as a share of the mean diagonal of G.
-
-    Returns:
-        W' (out_features, in_features), float64, and an estimate of the condition number of G + λI: the squared ratio of
-        the largest to the smallest diagonal entry of its Cholesky factor, a lower bound.
 
     Raises:
         torch.linalg.LinAlgError: G + λI is not positive definite to working precision.
     """
-    damped, prior = gram.to(torch.float64, copy=True), weight.double()
-    ridge = damping * float(damped.diagonal().mean())
-    damped.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(damped)
-    solution = torch.cholesky_solve(cross.double() + ridge * prior.T, factor).T
+    factor = equations.gram.to(torch.float64, copy=True)
+    ridge = damping * float(factor.diagonal().mean())
+    factor.diagonal().add_(ridge)
+    factor = _factored_(factor)
+    solution = torch.empty(weight.shape, dtype=torch.float64, device=factor.device)
+    explained = 0.0
+    for rows in _parts(len(weight)):
+        old, cross = weight[rows].double(), equations.cross[:, rows].double()
+        half = torch.linalg.solve_triangular(factor, cross + ridge * old.T, upper=False)
+        new = torch.linalg.solve_triangular(factor.mT, half, upper=True).T
+        explained += float((new * cross.T).sum() - ridge * (new * (old - new)).sum())
+        solution[rows] = new
     diagonal = factor.diagonal()
-    return solution, float((diagonal.max() / diagonal.min()).square())
+    condition = float((diagonal.max() / diagonal.min()).square())
+    return Solution(solution, equations._relative(equations.target_square - explained), condition)
+
+
+def _factored_(matrix: Tensor) -> Tensor:
+    """The lower Cholesky factor of a symmetric matrix, in its memory."""
+    # Its transpose is itself, and column by column in memory, as LAPACK wants it: nothing is copied.
+    factor, info = matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    if int(info):
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            f"the leading minor of order {int(info)} is not positive definite"
+        )
+    return factor
+
+
+def _quadratic(rows: Tensor, gram: Tensor) -> float:
+    """tr(R G Rᵀ) of rows R, (any, n), float64, and a symmetric G, (n, n), of which what lies below is not looked at."""
+    total = 0.0
+    for part in _parts(len(gram)):
+        product = rows[:, part] @ gram[part, part.start :].double()
+        on_diagonal = product[:, : part.stop - part.start] * rows[:, part]
+        total += float(2 * (product * rows[:, part.start :]).sum() - on_diagonal.sum())
+    return total
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """Slices of `AT_ONCE` of so many."""
+    return (slice(start, min(start + AT_ONCE, count)) for start in range(0, count, AT_ONCE))
