@@ -3,9 +3,10 @@ r"""What a sweep costs: time and memory of every method under both engines, agai
 Every figure comes from a fresh process; repetitions are interleaved (all jobs once, then all again), and medians are
 shown. Memory is the peak of the resident set (of the CUDA allocator on CUDA) during the pass, once as it is and once
 without what the process has before it holds a model. Time is that of the pass: a resident model is in memory before it
-begins, a streamed one is read from disk (or the system's cache) within it.
+begins, a streamed one is read from disk (or the system's cache) within it. `methods` also times the matrix products
+alone that a pass cannot do without, in the model's own shapes, and says which share of each pass they are.
 
-    python benchmarks/engine.py methods --samples 16 --seq-len 256 --repetitions 3
+    python benchmarks/engine.py methods --samples 16 --seq-len 256 --dtypes float32,bfloat16 --repetitions 3
     python benchmarks/engine.py scaling --depths 4,8,16,32 --sequence-counts 4,8,16 --processes 1,2
     python benchmarks/engine.py limit --layers 24 --hidden-size 2048 --samples 8
     python benchmarks/engine.py kill --repetitions 20
@@ -62,6 +63,8 @@ from prunus.sweep.estimate import Workload, estimate
 
 #: passes as a user would write them, against which the others are measured
 BASELINES = ("forward", "forward+backward")
+#: products of a pass alone: by the weights; and gradients by the inputs; and by the weights (the head's is not needed)
+PRODUCTS = {"products": 1, "products, input gradients": 2, "products, all gradients": 3}
 #: methods that take no pass have nothing to be measured
 MEASURED = [name for name, method in METHODS.items() if method.needs]
 
@@ -106,6 +109,8 @@ def one(options: argparse.Namespace) -> None:
                 forward(model, batches)
             elif options.job == "forward+backward":
                 forward_and_backward(model, batches)
+            elif options.job in PRODUCTS:
+                products(model, batches, PRODUCTS[options.job])
             else:
                 wanted = statistics_for([get_method(options.job)], MethodOptions())
                 folder = Path(work.name) / "work" if options.engine == "streamed" else None
@@ -130,23 +135,60 @@ def forward_and_backward(model: Any, batches: list[Batch]) -> None:
         (model(ids, labels=ids, use_cache=False).loss / len(batches)).backward()
 
 
+@torch.no_grad()
+def products(model: Any, batches: list[Batch], kinds: int) -> None:
+    """The matrix products of a pass: 1 = by the weights, 2 = also those of gradients by inputs, 3 = also by weights."""
+    linear = [(name, module.weight) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for batch in batches:
+        filled: dict[int, Tensor] = {}
+        for name, weight in linear:
+            inputs, gradient = (
+                filled.setdefault(width, torch.ones(batch.input_ids.numel(), width, dtype=model.dtype))
+                for width in (weight.shape[1], weight.shape[0])
+            )
+            torch.nn.functional.linear(inputs, weight)
+            if kinds > 1:
+                gradient @ weight
+            if kinds > 2 and "layers" in name:
+                gradient.T @ inputs
+
+
+def products_of(job: str) -> str:
+    """The products that a pass cannot do without."""
+    needs = get_method(job).needs if job in METHODS else {"forward+backward": {"gradients"}}.get(job, set())
+    return list(PRODUCTS)[2 if needs & {"gradients", "squares"} else 1 if "gates" in needs else 0]
+
+
 # --- the measurements ---
 
 
 def measure_methods(options: argparse.Namespace) -> dict[str, Any]:
     """Every method under both engines, and the baselines."""
     model = str(locate(options.model))
-    jobs = [(name, "resident") for name in BASELINES]
+    jobs = [(name, "resident") for name in (*PRODUCTS, *BASELINES)]
     jobs += [(name, engine) for name in options.methods for engine in options.engines]
-    found = interleaved([{**shared(options), "model": model, "job": job, "engine": e} for job, e in jobs], options)
-    rows: list[dict[str, Any]] = [
-        {"job": job, "engine": engine, **cost} for (job, engine), cost in zip(jobs, found, strict=True)
-    ]
-    base = next(row for row in rows if row["job"] == "forward+backward")
-    for row in rows:
-        row["time_ratio"] = row["seconds"] / base["seconds"]
-        row["peak_ratio"] = row["peak_bytes"] / base["peak_bytes"]
-        row["own_ratio"] = row["own_bytes"] / base["own_bytes"]
+    cases = [(dtype, job, engine) for dtype in options.dtypes for job, engine in jobs]
+    found = interleaved(
+        [{**shared(options), "model": model, "job": job, "engine": e, "dtype": dtype} for dtype, job, e in cases],
+        options,
+    )
+    rows: list[dict[str, Any]] = []
+    for dtype in options.dtypes:
+        costs = {case[1:]: cost for case, cost in zip(cases, found, strict=True) if case[0] == dtype}
+        base = costs["forward+backward", "resident"]
+        for (job, engine), cost in costs.items():
+            row = {
+                "dtype": dtype,
+                "job": job,
+                "engine": engine,
+                **cost,
+                "time_ratio": cost["seconds"] / base["seconds"],
+            }
+            if job not in PRODUCTS:
+                row["product_share"] = costs[products_of(job), "resident"]["seconds"] / cost["seconds"]
+                row["peak_ratio"] = cost["peak_bytes"] / base["peak_bytes"]
+                row["own_ratio"] = cost["own_bytes"] / base["own_bytes"]
+            rows.append(row)
     show(f"{Path(options.model).name}, relative to forward+backward by hand", rows)
     return {"model": Path(options.model).name, "rows": rows}
 
@@ -456,6 +498,7 @@ def parse() -> argparse.Namespace:
             sub.add_argument("--engines", type=names, default=list(ENGINES))
         if command == "methods":
             sub.add_argument("--methods", type=names, default=MEASURED)
+            sub.add_argument("--dtypes", type=names, default=["float32"])
         if command in ("scaling", "limit", "kill"):
             sub.add_argument("--method", default="taylor")
             sub.add_argument("--hidden-size", type=int, default={"limit": 2048, "kill": 128}.get(command, 512))

