@@ -16,7 +16,7 @@ from prunus.errors import CalibrationError, OptionError
 from prunus.model.families import AXES, FAMILIES
 from prunus.model.geometry import Geometry
 from prunus.repair.block_repair import Cut, RepairOptions, repair_, repair_together_
-from prunus.repair.least_squares import NormalEquations, TokenSums, solve_ridge
+from prunus.repair.least_squares import NormalEquations, TokenSums, solve_ridge_
 from prunus.repair.temperature import fit_temperature_
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
@@ -53,7 +53,7 @@ def test_solve_ridge_is_the_least_squares_solution_of_the_augmented_system():
     stacked = torch.cat([x, root * torch.eye(7)]).double(), torch.cat([target, root * weight.T]).double()
     expected = torch.linalg.lstsq(*stacked).solution.T
     square = float(target.double().square().sum())
-    solution = solve_ridge(NormalEquations(gram, x.T @ target, square), weight, damping)
+    solution = solve_ridge_(NormalEquations(gram, x.T @ target, square), weight, damping)
     torch.testing.assert_close(solution.weight, expected, rtol=1e-5, atol=1e-6)
     error = (x.double() @ expected.T - target.double()).square().sum() / square
     assert solution.error == pytest.approx(float(error), rel=1e-5)

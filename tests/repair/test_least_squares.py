@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from prunus.calibration.sources import mixed
 from prunus.model.geometry import Geometry
 from prunus.repair import block_repair, least_squares
 from prunus.repair.block_repair import RepairOptions, repair_
-from prunus.repair.least_squares import NormalEquations, TokenSums, solve_ridge
+from prunus.repair.least_squares import NormalEquations, TokenSums, solve_ridge_
 from prunus.scoring.score import score
 from prunus.selection.select import select
 from prunus.surgery import apply_plan
@@ -49,7 +50,7 @@ def test_the_size_of_a_source_changes_no_solution():
             x, target = tokens(number, 15, 1.0)
             sums.add(factor * x, factor * target, number)
         found = sums.equations()
-        return solve_ridge(found, torch.zeros(3, 5), 0.1).weight
+        return solve_ridge_(found, torch.zeros(3, 5), 0.1).weight
 
     torch.testing.assert_close(solved(100.0), solved(1.0), rtol=1e-4, atol=1e-5)
 
@@ -80,14 +81,14 @@ def test_parts_and_the_shape_of_memory_change_nothing(monkeypatch, at_once):
     equations = sums.equations()
     gram = equations.gram.clone()
     monkeypatch.setattr(least_squares, "AT_ONCE", at_once)
-    solution = solve_ridge(equations, weight, 0.2)
+    errors = [equations.error(weight)]
+    solution = solve_ridge_(equations, weight, 0.2)
     root = (0.2 * gram.double().diagonal().mean()).sqrt()
     rows = torch.cat([x.double(), root * torch.eye(5)]), torch.cat([target.double(), root * weight.double().T])
     torch.testing.assert_close(solution.weight, torch.linalg.lstsq(*rows).solution.T, rtol=1e-5, atol=1e-6)
-    for measured, by in ((equations.error(weight), weight.double()), (solution.error, solution.weight)):
+    for measured, by in ((*errors, weight.double()), (solution.error, solution.weight)):
         left = (x.double() @ by.T - target.double()).square().sum() / target.double().square().sum()
         assert measured == pytest.approx(float(left), rel=1e-5)
-    assert torch.equal(equations.gram, gram), "what was added up stays"
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
@@ -95,7 +96,7 @@ def test_what_is_not_positive_definite_is_refused(value):
     gram = torch.eye(5)
     gram[3, 3] = value
     with pytest.raises(torch.linalg.LinAlgError):
-        solve_ridge(NormalEquations(gram, torch.ones(5, 3), 1.0), torch.zeros(3, 5), 0.01)
+        solve_ridge_(NormalEquations(gram, torch.ones(5, 3), 1.0), torch.zeros(3, 5), 0.01)
 
 
 def test_one_copy_of_the_sums_is_made():
@@ -107,11 +108,23 @@ def test_one_copy_of_the_sums_is_made():
         "def both(n, m):\n"
         "    e = l.NormalEquations(torch.eye(n), torch.ones(n, m), 1.0)\n"
         "    with metered('cpu') as cost:\n"
-        "        e.error(torch.zeros(m, n)); l.solve_ridge(e, torch.zeros(m, n), 0.1)\n"
+        "        e.error(torch.zeros(m, n)); l.solve_ridge_(e, torch.zeros(m, n), 0.1)\n"
         "    return cost.peak_bytes\n"
         f"print(both(64, 8), both({width}, {rows}))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     small, large = map(int, done.stdout.split())
     sums, copy = 4 * width * (width + rows), 8 * width**2
-    assert large - small < 1.1 * sums + 1.5 * copy
+    assert large - small < sums + 1.5 * copy
+
+
+def test_the_sums_are_let_go_before_they_are_factored(monkeypatch):
+    equations = NormalEquations(torch.eye(5), torch.ones(5, 3), 1.0)
+    held, whole = weakref.ref(equations.gram), least_squares._factored_
+
+    def spied(matrix):
+        assert held() is None
+        return whole(matrix)
+
+    monkeypatch.setattr(least_squares, "_factored_", spied)
+    solve_ridge_(equations, torch.zeros(3, 5), 0.1)

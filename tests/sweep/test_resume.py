@@ -21,7 +21,7 @@ from prunus.files.records import Records
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
 from prunus.repair.block_repair import RepairOptions, repair_
-from prunus.repair.least_squares import solve_ridge
+from prunus.repair.least_squares import solve_ridge_
 from prunus.statistics import ActivationStatistics, GateGradients, WeightGradients
 from prunus.surgery import apply_plan
 from prunus.sweep import sweep
@@ -134,7 +134,7 @@ def test_repair_goes_on_after_the_last_repaired_layer(model, opened, tmp_path, m
         return repairs, {name: t for name, t in _state(smaller).items() if name.endswith("_proj.weight")}
 
     repairs, weights = repaired()
-    whole, solved = solve_ridge, []
+    whole, solved = solve_ridge_, []
 
     waiting = set()
 
@@ -145,7 +145,7 @@ def test_repair_goes_on_after_the_last_repaired_layer(model, opened, tmp_path, m
             raise Killed
         return whole(*args)
 
-    monkeypatch.setattr("prunus.repair.block_repair.solve_ridge", spied)
+    monkeypatch.setattr("prunus.repair.block_repair.solve_ridge_", spied)
     with pytest.raises(Killed):
         repaired(tmp_path / "work")
     again, same = repaired(tmp_path / "work")

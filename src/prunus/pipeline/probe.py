@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from prunus.model.geometry import Geometry
 from prunus.model.loss import chunked_cross_entropy, head_function
 from prunus.model.modules import submodule
 from prunus.model.widths import LayerWidths
-from prunus.repair.least_squares import TokenSums, solve_ridge
+from prunus.repair.least_squares import TokenSums, solve_ridge_
 from prunus.scoring.score import ScoringOptions, take_statistics
 from prunus.selection.select import select
 from prunus.selection.table import build_table
@@ -191,7 +192,7 @@ class Probe:
         def run(times: int) -> None:
             for _ in range(times):
                 equations.error(weight)
-                solve_ridge(equations, weight, 0.1)
+                solve_ridge_(replace(equations), weight, 0.1)
 
         def operations(width: int, rows: int) -> float:
             return width**3 / 3 + 3 * width**2 * rows

@@ -52,7 +52,7 @@ from prunus.model.tokens import check_tokens
 from prunus.option_values import check_positive, check_share
 from prunus.repair.block_walk import BlockWalk
 from prunus.repair.expert_repair import EXPERT_REPAIRS, ExpertRepair, ExpertSums
-from prunus.repair.least_squares import NormalEquations, TokenSums, solve_ridge
+from prunus.repair.least_squares import NormalEquations, TokenSums, solve_ridge_
 from prunus.repair.temperature import fit_temperature_
 from prunus.selection.plan import Plan
 from prunus.sweep.spool import DiskSlots, Slots
@@ -445,7 +445,7 @@ def _repair_(
     weight, condition = module.weight, float("inf")
     before = after = equations.error(weight)
     try:
-        solution = solve_ridge(equations, weight, options.damping)
+        solution = solve_ridge_(equations, weight, options.damping)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         logger.warning(
             "%s: kept as sliced, the normal equations cannot be solved (%s); a larger damping than %g may help",

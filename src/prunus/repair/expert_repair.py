@@ -27,7 +27,7 @@ from torch import Tensor
 
 from prunus.model.experts import expert_hidden, expert_output, expert_weights, tokens_of_experts
 from prunus.repair.block_walk import Routed
-from prunus.repair.least_squares import TokenSums, solve_ridge
+from prunus.repair.least_squares import TokenSums, solve_ridge_
 
 __all__ = ["EXPERT_REPAIRS", "ExpertRepair", "ExpertSums"]
 
@@ -128,7 +128,7 @@ class ExpertSums:
             equations, last = sums.equations(), self._last(expert)
             error = left = equations.error(last)
             try:
-                solution = solve_ridge(equations, last, damping)
+                solution = solve_ridge_(equations, last, damping)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 logger.warning("an expert is kept as it is: its normal equations cannot be solved")
             else:

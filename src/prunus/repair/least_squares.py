@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["NormalEquations", "Solution", "TokenSums", "solve_ridge"]
+__all__ = ["NormalEquations", "Solution", "TokenSums", "solve_ridge_"]
 
 
 #: XᵀX is added up in so many column blocks; of each only what lies on and above the diagonal
@@ -93,9 +93,9 @@ class TokenSums:
         self._target_square, self._tokens = 0.0, 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class NormalEquations:
-    """Sums over calibration tokens, float32.
+    """Sums over calibration tokens, float32, until they are solved.
 
     Attributes:
         gram: XᵀX, (in_features, in_features).
@@ -135,14 +135,15 @@ class Solution:
     condition: float
 
 
-def solve_ridge(equations: NormalEquations, weight: Tensor, damping: float) -> Solution:
+def solve_ridge_(equations: NormalEquations, weight: Tensor, damping: float) -> Solution:
     """Solve (G + λI) W'ᵀ = C + λ Wᵀ with λ = damping · mean diag(G), in float64.
 
-    Besides what is given, one copy of G is in memory, W', and parts of `AT_ONCE` rows. The error takes no product with
-    G: the solution satisfies G W'ᵀ = C + λ (W − W')ᵀ, so that ‖X W'ᵀ − T‖² = ‖T‖² − tr W'C + λ tr W'(W − W')ᵀ.
+    G is let go for its copy in float64, which is factored in place: beside that there are W' and parts of `AT_ONCE`
+    rows of it. The error takes no product with G: the solution satisfies G W'ᵀ = C + λ (W − W')ᵀ, so that
+    ‖X W'ᵀ − T‖² = ‖T‖² − tr W'C + λ tr W'(W − W')ᵀ.
 
     Args:
-        equations: G = XᵀX, C = XᵀT and ‖T‖².
+        equations: G = XᵀX, C = XᵀT and ‖T‖²; they are used up.
         weight: W, towards which the ridge pulls, (out_features, in_features).
         damping: λ as a share of the mean diagonal of G.
 
@@ -150,6 +151,7 @@ def solve_ridge(equations: NormalEquations, weight: Tensor, damping: float) -> S
         torch.linalg.LinAlgError: G + λI is not positive definite to working precision.
     """
     factor = equations.gram.to(torch.float64, copy=True)
+    equations.gram = factor.new_empty(0)
     ridge = damping * float(factor.diagonal().mean())
     factor.diagonal().add_(ridge)
     factor = _factored_(factor)
