@@ -4,10 +4,10 @@ r"""Where the time of a job goes, stage by stage: recipes against each other, or
     git worktree add ../before 4616da7
     python benchmarks/stages.py smollm2-135m --cases default default@../before/src -- --samples 16 --seq-len 512
 
-What stands behind `--` goes to `prunus prune`; a case is a recipe, and behind an `@` the folder that prunus is imported
-from. Every run is a fresh process, cases are interleaved, medians are shown, and the ratio to the last case. Seconds are
-those of metrics.json, of the clock; start of Python and its libraries, and saving, during which the figures are written
-down, are left out.
+What stands behind `--` goes to `prunus prune`; a case is a recipe, and behind an `@` the folder that prunus is
+imported from. Every run is a fresh process, cases are interleaved, medians are shown, and the ratio to the last case.
+Seconds are those of metrics.json, of the clock; start of Python and its libraries, and saving, during which the figures
+are written down, are left out.
 """
 
 from __future__ import annotations
