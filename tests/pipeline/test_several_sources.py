@@ -38,6 +38,9 @@ def test_a_result_of_two_sources(job, tmp_path, monkeypatch):
         for measured, candidate in (("before", model), ("after", by_hand.model)):
             expected = prunus.perplexity_of_windows(candidate, source.input_ids, progress=False).perplexity
             assert found[measured] == pytest.approx(expected, rel=1e-5)
+    for measured, candidate in (("before", model), ("after", by_hand.model)):
+        expected = prunus.perplexity_of_windows(candidate, held_out.input_ids, progress=False).perplexity
+        assert metrics[f"perplexity_{measured}"] == pytest.approx(expected, rel=1e-5)
     recipe = yaml.safe_load((tmp_path / "small" / "prunus" / "recipe.yaml").read_text())
     assert recipe["calibration"]["source"] == list(job.calibration.source)
 

@@ -322,7 +322,7 @@ class _Record:
 
     def add(self, inputs: Inputs, model: Any, rows: Sequence[_Row]) -> None:
         """Measure a model once, and write the rows that it is the result of."""
-        result = inputs.measure(model, progress=self.stages.progress)
+        result, _ = inputs.measure(model, progress=self.stages.progress)
         assert result is not None
         accuracies = inputs.accuracies(model)
         self._about["evaluation"] = {"text": inputs.text_name, "protocol": result.protocol}

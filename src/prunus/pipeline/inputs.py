@@ -156,23 +156,27 @@ class Inputs:
         """Whether there is anything to measure perplexity on."""
         return self.text is not None or self.held_out is not None
 
-    def measure(self, model: Any, *, progress: bool = True) -> PerplexityResult | None:
-        """Perplexity of a model, dense or pruned, on the text, else on held-out sequences, else nothing."""
-        if self.text is not None:
-            return perplexity_of_text(model, self.text, progress=progress)
-        if self.held_out is not None:
-            return perplexity_of_windows(
-                model, self.held_out.input_ids, self.held_out.attention_mask, progress=progress
-            )
-        return None
+    def measure(self, model: Any, *, progress: bool = True) -> tuple[PerplexityResult | None, list[float]]:
+        """Perplexity of a model, dense or pruned, on the text, else on held-out sequences, else nothing.
 
-    def measure_sources(self, model: Any, *, progress: bool = True) -> list[tuple[str, float]]:
-        """Perplexity on the held-out sequences of each source, by name; nothing where there is one, or a text."""
-        sources = self.held_out.each_source() if self.held_out is not None and self.text is None else []
-        return [
-            (source.provenance.source, perplexity_of_windows(model, source.input_ids, progress=progress).perplexity)
-            for source in (sources if len(sources) > 1 else ())
+        Returns:
+            That of all, and of held-out sequences the perplexity of each of their sources.
+        """
+        if self.text is not None:
+            return perplexity_of_text(model, self.text, progress=progress), []
+        if self.held_out is None:
+            return None, []
+        found = [
+            perplexity_of_windows(model, source.input_ids, source.attention_mask, progress=progress)
+            for source in self.held_out.each_source()
         ]
+        return PerplexityResult.together(found), [result.perplexity for result in found]
+
+    @property
+    def measured_sources(self) -> list[str]:
+        """Names of the sources whose perplexities `measure` gives; none where there is one, or a text."""
+        sources = self.held_out.each_source() if self.held_out is not None and self.text is None else []
+        return [source.provenance.source for source in sources] if len(sources) > 1 else []
 
     def accuracies(self, model: Any) -> dict[str, float]:
         """Zero-shot accuracy of a model on each task, normalised by length where the task's rules say so."""

@@ -219,10 +219,8 @@ def _tokens_after(result: PruneResult) -> dict[int, Sequence[int]]:
 
 def _measured(inputs: Inputs, result: PruneResult, progress: bool) -> dict[str, Any]:
     """Parameters and perplexity before and after."""
-    before = inputs.measure(inputs.model, progress=progress)
-    after = inputs.measure(result.model, progress=progress)
-    each_before = inputs.measure_sources(inputs.model, progress=progress)
-    each_after = inputs.measure_sources(result.model, progress=progress)
+    before, each_before = inputs.measure(inputs.model, progress=progress)
+    after, each_after = inputs.measure(result.model, progress=progress)
     return {
         "parameters_before": inputs.geometry.total_parameters,
         "parameters_after": result.model.num_parameters(),
@@ -232,7 +230,7 @@ def _measured(inputs: Inputs, result: PruneResult, progress: bool) -> dict[str, 
         "perplexity_after": after.perplexity if after else None,
         "perplexity_by_source": [
             {"source": source, "before": dense, "after": pruned}
-            for (source, dense), (_, pruned) in zip(each_before, each_after, strict=True)
+            for source, dense, pruned in zip(inputs.measured_sources, each_before, each_after, strict=False)
         ],
         "perplexity_text": inputs.text_name if after else None,
         "perplexity_protocol": after.protocol if after else None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,24 @@ class PerplexityResult:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types."""
         return asdict(self)
+
+    @classmethod
+    def together(cls, parts: Sequence[Self]) -> Self:
+        """What a measurement of several texts at once would have given: each predicted token counts once.
+
+        Args:
+            parts: at least one, of windows of the same length, measured by the same protocol.
+        """
+        scored = sum(part.tokens_scored for part in parts)
+        nll = sum(part.nll * part.tokens_scored for part in parts) / scored
+        return replace(
+            parts[0],
+            perplexity=perplexity_of_loss(nll),
+            nll=nll,
+            tokens=sum(part.tokens for part in parts),
+            windows=sum(part.windows for part in parts),
+            tokens_scored=scored,
+        )
 
 
 @torch.no_grad()
