@@ -41,6 +41,7 @@ from prunus.pipeline.stages import (
     stages_of_job,
     training,
 )
+from prunus.repair.temperature import PASSES, TOKENS
 from prunus.scoring.adaptive import SCALE_SHARES
 from prunus.scoring.score import ScoringOptions
 from prunus.selection.costs import Costs
@@ -342,7 +343,8 @@ class _Timetable:
         # The dense model goes through once; of the smaller one, whose inputs of MLPs are made twice, about 1.5 times.
         walked = tokens * self._forward * (1 + 1.5 * (1 - gone))
         reading = 3 * self._bytes / READING if request.engine == "streamed" else 0.0
-        return seconds + walked + self._layers * solved + reading
+        fitted = PASSES * min(tokens, TOKENS) * probe.head_forward if recipe.repair.fit_logits else 0.0
+        return seconds + walked + self._layers * solved + reading + fitted
 
     def measuring(self, gone: float) -> float:
         """Perplexity of the model when a share of it is gone."""

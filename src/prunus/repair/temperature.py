@@ -39,6 +39,8 @@ LOWEST, HIGHEST = 0.5, 2.0
 STEP, CLOSE = math.log(2) / 4, 0.01
 #: parabolas after which the best factor so far will do; two are usual
 MOST_PARABOLAS = 8
+#: how often the tokens go through the head, as a rule
+PASSES = 4
 
 
 @torch.no_grad()
