@@ -343,7 +343,8 @@ class _Timetable:
         # The dense model goes through once; of the smaller one, whose inputs of MLPs are made twice, about 1.5 times.
         walked = tokens * self._forward * (1 + 1.5 * (1 - gone))
         reading = 3 * self._bytes / READING if request.engine == "streamed" else 0.0
-        fitted = PASSES * min(tokens, TOKENS) * probe.head_forward if recipe.repair.fit_logits else 0.0
+        clean = tokens / 2 if recipe.repair.noise else tokens
+        fitted = PASSES * min(clean, TOKENS) * probe.head_forward if recipe.repair.fit_logits else 0.0
         return seconds + walked + self._layers * solved + reading + fitted
 
     def measuring(self, gone: float) -> float:
