@@ -688,6 +688,7 @@ def run(script, *arguments, cwd):
     )
 
 
+@pytest.mark.slow
 def test_the_command_prunes_a_folder_from_any_directory(folder, tmp_path):
     settings = ("--num_samples", 3, "--seq_len", 24, "--importance_method", "taylor_2nd", "--pruning_ratio", 0.2)
     done = run("llama3_global_pruning.py", "--base_model", folder, *settings, cwd=tmp_path)

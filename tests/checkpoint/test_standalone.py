@@ -57,6 +57,7 @@ save_file(logits, results)
 CLASSIFIERS = {"sequences": AutoModelForSequenceClassification, "tokens": AutoModelForTokenClassification}
 
 
+@pytest.mark.slow
 def test_without_prunus(tokenizer, tmp_path):
     models = {}
     dtypes = {"llama": torch.float32, "mistral": torch.float32, "qwen2": torch.bfloat16, "qwen3": torch.float32}

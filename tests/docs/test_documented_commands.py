@@ -315,7 +315,7 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 #: pages that nobody starts without; the commands of all others are run by `make slow-test`
-FIRST_PAGES = ("README.md", "CONTRIBUTING.md", "GLOBAL_PRUNING_GUIDE.md", "docs/python.md")
+FIRST_PAGES = ("README.md", "GLOBAL_PRUNING_GUIDE.md")
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_rows_and_the_share_of_the_gap(pruned, dense, tmp_path, monkeypatch, cap
     assert f"{closed:.1%} of the gap" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_several_lengths_and_training_between_cuts(pruned, dense, tmp_path, monkeypatch, capsys):
     module = load("recovery", monkeypatch)
     text = tmp_path / "text.txt"

@@ -205,7 +205,7 @@ print(needed.streamed - weights, cost.peak_bytes, flush=True)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float32"])
 def test_the_experts_of_a_layer_are_there_once(dtype, tmp_path):
     """Layers of 100 MB in bfloat16, a fifth of all that there is: a second copy would be seen."""
     experts = {"moe_intermediate_size": 512, "num_experts": 64, "num_experts_per_tok": 2}

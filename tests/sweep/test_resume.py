@@ -181,6 +181,7 @@ def _state(model):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 def test_kill_9_at_random_points(tmp_path):
     """Killed again and again, until a run gets through; the file that it writes is the same, byte for byte."""
