@@ -74,7 +74,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         "layer_types": [_SLIDING, _SLIDING, _FULL, _SLIDING, _SLIDING, _FULL],
         "rope_parameters": {_FULL: _YARN, _SLIDING: {"rope_type": "default", "rope_theta": 1e4}},
     },
-    "exaone4": {**DERIVED, "sliding_window": 48, "sliding_window_pattern": 4},
+    "exaone4": {
+        **DERIVED,
+        "sliding_window": 48,
+        "sliding_window_pattern": "LLLG",
+        "layer_types": [_SLIDING, _SLIDING, _SLIDING, _FULL, _SLIDING, _SLIDING],
+    },
     "phi3": {**DERIVED, "original_max_position_embeddings": 1024},
     "glm": {"attention_bias": True, "partial_rotary_factor": 0.5},
     "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5},
@@ -123,7 +128,10 @@ EMBEDDINGS = {"granite": 0.25, "gemma": 0.25, "gemma2": 0.25, "gemma3_text": 0.2
 
 
 #: shapes that dense models alone can have, and those that mixtures alone can have
-_OF_DENSE, _OF_MIXTURES = frozenset({"ragged", "dense", "tensor parallel"}), frozenset({"experts"})
+_OF_DENSE, _OF_MIXTURES = (
+    frozenset({"ragged", "dense", "tensor parallel", "tensor parallel, odd"}),
+    frozenset({"experts"}),
+)
 
 
 def has_shape(family: str, shape: str) -> bool:

@@ -1,8 +1,8 @@
 """Does a mixture's GGUF file that `prunus apply` cut say what the cut model's own file says, in llama.cpp?
 
 A small Qwen3 mixture of random weights is exported to GGUF, and `prunus apply PLAN` takes experts and a layer out of
-that file. The same plan applied in transformers, and the result exported, is the other file. llama.cpp continues the same
-prompts with both, and transformers with the cut model.
+that file. The same plan applied in transformers, and the result exported, is the other file. llama.cpp continues the
+same prompts with both, and transformers with the cut model.
 
     python benchmarks/gguf_mixture.py --out benchmarks/results/gguf-mixture.json
 """

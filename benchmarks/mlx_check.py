@@ -39,6 +39,9 @@ SHAPES = {
     "dense": (ragged_plan, "ragged, `export --to dense`"),
 }
 
+#: as published; mlx-lm takes no other
+FIELDS: dict[str, dict[str, Any]] = {"glm4": {"tie_word_embeddings": False}}
+
 
 def main() -> None:
     """Run the families; the table goes to stdout, everything measured to a JSON file."""
@@ -64,7 +67,8 @@ def main() -> None:
             for name in args.shapes:
                 if not has_shape(family, name):
                     continue
-                case = cases[name] = Case.made(family, SHAPES[name][0], args.tokens, folder / name)
+                plan, fields = SHAPES[name][0], FIELDS.get(family, {})
+                case = cases[name] = Case.made(family, plan, args.tokens, folder / name, **fields)
                 if name == "dense":  # as the command does it
                     save_checkpoint(fill_model(case.model), None, case.folder, card="", extras={}, overwrite=True)
                 files += case.ask()

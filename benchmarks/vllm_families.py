@@ -52,6 +52,8 @@ SHAPES = {
     "uniform": Shape("`uniform`", uniform_plan),
     "depth": Shape("`depth`", depth_plan),
     "tensor parallel": Shape("ragged, 2 processes", partial(ragged_plan, even=True), 2, EVEN),
+    # Refused before a process starts, with the layer whose heads or channels two cannot share.
+    "tensor parallel, odd": Shape("the same, odd numbers", ragged_plan, 2),
 }
 
 

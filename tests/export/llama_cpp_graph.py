@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-INTERLEAVED = ("llama", "deci", "granite", "smollm3", "ernie4_5", "glm4", "granitemoe", "ernie4_5-moe")
-HEADS_SPAN_HIDDEN = ("qwen2", "olmo2", "phi3", "qwen2moe", "olmoe")
+INTERLEAVED = ("llama", "deci", "granite", "smollm3", "ernie4_5", "glm4", "granitemoe", "ernie4_5-moe", "chatglm")
+HEADS_SPAN_HIDDEN = ("qwen2", "olmo2", "phi3", "qwen2moe", "olmoe", "chatglm")
 GEMMA = ("gemma", "gemma2", "gemma3")
 #: a sliding window in all layers but every so-manieth
 WINDOWS = {"gemma2": 2, "gemma3": 6}
@@ -72,7 +72,7 @@ def rotate(heads: Tensor, file: GgufFile, layer: int) -> Tensor:
     if file.architecture == "smollm3" and (layer + 1) % 4 == 0:
         return heads
     if size < heads.shape[-1]:
-        assert file.architecture in ("phi3", "glm4", "glm4moe")
+        assert file.architecture in ("phi3", "glm4", "glm4moe", "chatglm")
         heads, rest = heads.split([size, heads.shape[-1] - size], -1)
         return torch.cat([rotate(heads, file, layer), rest], -1)
     base = file.get("rope.freq_base_swa", file["rope.freq_base"]) if file.has_window(layer) else file["rope.freq_base"]
@@ -126,7 +126,7 @@ def attention(file: GgufFile, layer: int, inputs: Tensor, heads: int, heads_kv: 
 
 
 def mlp(file: GgufFile, block: str, inputs: Tensor) -> Tensor:
-    if file.architecture in ("phi3", "glm4"):
+    if file.architecture in ("phi3", "glm4", "chatglm"):
         gate, up = file.linear(f"{block}.ffn_up", inputs).chunk(2, -1)
     else:
         gate, up = file.linear(f"{block}.ffn_gate", inputs), file.linear(f"{block}.ffn_up", inputs)

@@ -126,6 +126,7 @@ def test_widths_of_the_layers_are_the_models_with_zeros_where_llama_cpp_needs_a_
         ("ernie4_5", "ernie4_5", {"use_bias": False}),
         ("ernie4_5", "deci", {}),
         ("hunyuan_v1_dense", "hunyuan-dense", {"attention_bias": False}),
+        ("glm", "chatglm", {}),
         ("glm4", "glm4", {}),
         ("gemma", "gemma", {"attention_bias": False}),
         ("gemma2", "gemma2", {}),
@@ -138,7 +139,7 @@ def test_equal_layers_go_out_as_the_stock_architecture(family, architecture, fie
     assert facts["architecture"] == architecture
     same_logits(model, tmp_path / "a.gguf")
     if architecture != "deci":
-        heads = {"olmo2": 6, "phi3": 6}.get(architecture, 4)  # those two span the hidden size
+        heads = {"olmo2": 6, "phi3": 6, "chatglm": 6}.get(architecture, 4)  # those span the hidden size
         assert GgufFile(tmp_path / "a.gguf")["attention.head_count"] == heads  # one number, not one per layer
 
 
@@ -153,6 +154,7 @@ def test_equal_layers_go_out_as_the_stock_architecture(family, architecture, fie
         ("phi3", "mqa-longrope", 5),
         ("gemma2", None, 5),
         ("gemma3_text", None, 5),
+        ("glm", None, 5),
         ("glm4", None, 5),
         ("glm4", "mqa", 5),
         ("hunyuan_v1_dense", None, 5),

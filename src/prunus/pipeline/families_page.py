@@ -27,7 +27,7 @@ _MIXTURES = {name for name, family in FAMILIES.items() if family.mixture}
 _PER_LAYER = {"deci": "", "openelm": " with tied embeddings, else padded"}
 #: family → what else its GGUF files ask for
 _GGUF_NOTES = {
-    "phi3": "heads always to the hidden size",
+    **dict.fromkeys(("phi3", "glm"), "heads always to the hidden size"),
     "smollm3": "not with layers removed: every fourth layer of a file goes without positions",
     **dict.fromkeys(("gemma2", "gemma3_text"), "with layers removed a recent llama.cpp"),
 }
