@@ -39,8 +39,10 @@ def main() -> None:
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     processes = job.get("tensor_parallel", 1)
-    # By itself vLLM gives each process a NUMA node of its own; here each gets a core.
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "auto" if processes == 1 else "|".join(map(str, range(processes)))
+    # By itself vLLM gives each process a NUMA node of its own; here each gets a core, of those that there are.
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    shares = "|".join(cores[number % len(cores)] for number in range(processes))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "auto" if processes == 1 else shares
     longest = max(map(len, job["prompts"])) + job["tokens"]
     model = LLM(
         job["model"],

@@ -1,8 +1,8 @@
 """Does a mixture's GGUF file that `prunus apply` cut say what the cut model's own file says, in llama.cpp?
 
-A small Qwen3 mixture of random weights is written as GGUF by this script (prunus writes none of mixtures). `prunus
-apply PLAN` takes experts and a layer out of that file. The same plan applied in transformers, and the result written in
-the same way, is the other file. llama.cpp continues the same prompts with both, and transformers with the cut model.
+A small Qwen3 mixture of random weights is exported to GGUF, and `prunus apply PLAN` takes experts and a layer out of
+that file. The same plan applied in transformers, and the result exported, is the other file. llama.cpp continues the
+same prompts with both, and transformers with the cut model.
 
     python benchmarks/gguf_mixture.py --out benchmarks/results/gguf-mixture.json
 """
@@ -19,14 +19,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from deploy_check import ask, compare, greedy, scores_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunus
-from prunus.checkpoint import load_model
-from prunus.export.gguf_tokenizer import gguf_tokenizer
+from prunus.checkpoint import load_model, save_checkpoint
+from prunus.export import export_gguf
 from prunus.model.geometry import Geometry
 from prunus.selection.plan import Plan
 
@@ -72,7 +71,7 @@ def check(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.manual_seed(SEED)
     config = AutoConfig.for_model("qwen3_moe", vocab_size=len(tokenizer), **FIELDS)
     dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    write(dense, tokenizer, folder / "dense.gguf")
+    export(dense, tokenizer, folder / "dense")
     groups = range(FIELDS["num_key_value_heads"])
     plan = Plan.from_kept(
         Geometry.of(dense),
@@ -82,7 +81,7 @@ def check(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     command = ["apply", str(folder / "dense.gguf"), str(folder / "plan.json"), "--out", str(folder / "sliced.gguf")]
     subprocess.run([sys.executable, "-m", "prunus", *command], check=True, stdout=subprocess.DEVNULL)
     cut = prunus.apply_plan(dense, plan)
-    write(cut, tokenizer, folder / "written.gguf")
+    export(cut, tokenizer, folder / "written")
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
     continuations = [greedy(cut, prompt, args.tokens) for prompt in prompts]
     scored = [scores_of(cut, *pair) for pair in zip(prompts, continuations, strict=True)]
@@ -104,45 +103,10 @@ def check(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def write(model: Any, tokenizer: Any, path: Path) -> None:
-    """A Qwen3 mixture as GGUF, in float32."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "qwen3moe")
-    writer.add_name("mixture")
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_expert_count(config.num_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    gguf_tokenizer(tokenizer, config.vocab_size).write(writer)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        for piece, values in pieces(name, tensor):
-            module, _, parameter = piece.rpartition(".")
-            writer.add_tensor(f"{names.get_name(module)}.{parameter}", values.float().contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def pieces(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """A tensor of transformers as those of GGUF: it has the experts' gate and up apart."""
-    if name.endswith("experts.gate_up_proj"):
-        gate, up = tensor.chunk(2, dim=1)
-        stem = name.removesuffix("gate_up_proj")
-        return [(f"{stem}gate_proj.weight", gate), (f"{stem}up_proj.weight", up)]
-    return [(f"{name}.weight" if name.endswith("experts.down_proj") else name, tensor)]
+def export(model: Any, tokenizer: Any, folder: Path) -> None:
+    """A model as a folder, and as a GGUF file in float32 beside it."""
+    save_checkpoint(model, tokenizer, folder, card="", extras={})
+    export_gguf(str(folder), folder.with_suffix(".gguf"), type="f32", progress=False)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Does llama.cpp say what transformers says, for a model of every family that `export --to gguf` writes?
 
 Small models (family_models.py), cut to ragged layers (one of them removed, but for SmolLM3, whose layers have kinds by
-their numbers), are exported and continued greedily in both. Two environments may be used: this script's for
-transformers, and one with llama-cpp-python. `--quantize Q4_K_M` has llama.cpp quantise the f32 file first.
+their numbers), and mixtures with experts removed, are exported and continued greedily in both. Two environments may be
+used: this script's for transformers, and one with llama-cpp-python. `--quantize Q4_K_M` has llama.cpp quantise the f32
+file first.
 
     python benchmarks/llama_cpp_families.py --llama-python build/deploy-venv/bin/python \
         --out benchmarks/results/llama-cpp-families.json
@@ -24,23 +25,30 @@ from pathlib import Path
 from typing import Any
 
 from deploy_check import ask, compare, greedy, scores_of
-from family_models import HIDDEN, LAYERS, SEED, dense_model, ragged_plan, uniform_plan
+from family_models import HIDDEN, LAYERS, SEED, dense_model, experts_plan, ragged_plan, uniform_plan
 
 import prunus
 from prunus.checkpoint import load_model, save_checkpoint
 from prunus.export import export_gguf
 from prunus.export.llama_cpp import CANDIDATES
+from prunus.model.families import FAMILIES
 from prunus.model.geometry import Geometry
 from prunus.selection.plan import Plan
 
 #: what is run → family, how it is cut, and fields of its config beside those of family_models.py
 MODELS: dict[str, tuple[str, Callable[[Geometry], Plan], dict[str, Any]]] = {
-    **{family: (family, ragged_plan, {}) for family in CANDIDATES},
+    **{family: (family, experts_plan if FAMILIES[family].mixture else ragged_plan, {}) for family in CANDIDATES},
     # Its layers have kinds by their numbers.
     "smollm3": ("smollm3", partial(ragged_plan, keeps_layers=True), {}),
     "qwen3, head of its own": ("qwen3", ragged_plan, {"tie_word_embeddings": False}),
     # Families whose ragged models go out as an architecture of another name.
     **{f"{family}, uniform": (family, uniform_plan, {}) for family in ("llama", "qwen3", "seed_oss", "ernie4_5")},
+    # Mixtures that have lost attention groups as well; those of OLMoE go together.
+    **{
+        f"{family}, uniform": (family, uniform_plan, {})
+        for family in CANDIDATES
+        if FAMILIES[family].mixture and family != "olmoe"
+    },
 }
 PROMPTS = (
     "Once upon a time there were three foxes who",
@@ -95,7 +103,7 @@ def markdown(found: dict[str, Any]) -> str:
 def _check(model: Any, tokenizer: Any, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     source, file = folder / "model", folder / "model.gguf"
     save_checkpoint(model, tokenizer, source, card="", extras={})
-    multiple = 256 if args.quantize else 1
+    multiple = 256 if args.quantize and not Geometry.of(model).family.mixture else 1
     written = export_gguf(str(source), file, type="f32", mlp_multiple=multiple, progress=False)
     facts: dict[str, Any] = {
         "architecture": written["architecture"],
@@ -110,6 +118,7 @@ def _check(model: Any, tokenizer: Any, args: argparse.Namespace, folder: Path) -
         assert all(math.isfinite(value) for row in answer["log_probabilities"] for value in row)
         return {args.quantize: {"generated": sum(map(len, answer["tokens"]))}}
     scored = [scores_of(model, *pair) for pair in zip(prompts, continuations, strict=True)]
+    facts["distinct_tokens"] = len({token for continuation in continuations for token in continuation})
     return {**facts, **compare(continuations, scored, answer), "same_tokenization": answer["prompts"] == prompts}
 
 

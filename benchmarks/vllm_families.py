@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from family_cases import Case
-from family_models import LAYERS, SEED, depth_plan, ragged_plan, uniform_plan
+from family_models import LAYERS, SEED, depth_plan, experts_plan, has_shape, ragged_plan, uniform_plan
 
-from prunus.serving.vllm import SERVED
+from prunus.model.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,19 @@ class Shape:
 EVEN = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 512, "tie_word_embeddings": False}
 SHAPES = {
     "ragged": Shape("ragged", ragged_plan),
+    "experts": Shape("`--experts`", experts_plan),
     "uniform": Shape("`uniform`", uniform_plan),
     "depth": Shape("`depth`", depth_plan),
     "tensor parallel": Shape("ragged, 2 processes", partial(ragged_plan, even=True), 2, EVEN),
+    # Refused before a process starts, with the layer whose heads or channels two cannot share.
+    "tensor parallel, odd": Shape("the same, odd numbers", ragged_plan, 2),
 }
 
 
 def main() -> None:
     """Run the families; the table goes to stdout, everything measured to a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", default=list(SERVED), choices=list(SERVED))
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=200, help="generated per prompt; there are three")
     parser.add_argument("--out", type=Path, required=True)
@@ -72,6 +75,8 @@ def main() -> None:
         # In one process: it takes longer to start than to answer.
         cases, files = {}, []
         for family, name in product(args.families, args.shapes):
+            if not has_shape(family, name):
+                continue
             shape = SHAPES[name]
             case = Case.made(family, shape.plan, args.tokens, Path(folder) / family / name, **shape.fields)
             cases[family, name] = case

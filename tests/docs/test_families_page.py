@@ -58,6 +58,9 @@ def test_shapes_are_those_in_which_all_tokens_are_equal(tmp_path):
                 "qwen2": {"ragged": equal, "tensor parallel": refused},
                 "qwen3": {"ragged": other, "uniform": equal, "depth": equal},
                 "glm": {"ragged": refused},
+                "glm4": {"whole": other, "uniform": other},
+                "mixtral": {"whole": equal, "experts": equal, "uniform": refused, "depth": equal},
+                "olmoe": {"whole": equal, "experts": other},
             }
         },
         "llama-cpp-families": {
@@ -67,6 +70,9 @@ def test_shapes_are_those_in_which_all_tokens_are_equal(tmp_path):
                 "phi3": {**equal, "architecture": "phi3"},
                 "granite": {**other, "architecture": "granite"},
                 "olmo2": {"Q4_K_M": {"generated": 600}},
+                "mixtral": {**equal, "architecture": "llama"},
+                "qwen3_moe": {**equal, "architecture": "qwen3moe"},
+                "qwen3_moe, uniform": {**equal, "architecture": "qwen3moe"},
             }
         },
     }
@@ -79,13 +85,16 @@ def test_shapes_are_those_in_which_all_tokens_are_equal(tmp_path):
         "not in this version",
         "not tried",
     ]
-    assert [found["vLLM"][name] for name in ("llama", "qwen2", "qwen3", "glm", "phi3")] == [
-        "any shape, × 2",
-        "any shape",
-        "`uniform`, `depth`",
-        "other tokens",
-        "not tried",
-    ]
+    assert {name: text for name, text in found["vLLM"].items() if text != "not tried"} == {
+        "llama": "any shape, × 2",
+        "qwen2": "any shape",
+        "qwen3": "`uniform`, `depth`",
+        "glm": "does not load",
+        "glm4": "other tokens, unpruned too",
+        "mixtral": "experts, `depth`",
+        "olmoe": "other tokens",
+    }
+    assert [found["llama.cpp"][name] for name in ("mixtral", "qwen3_moe")] == ["experts", "experts, `uniform`"]
     assert [found["llama.cpp"][name] for name in ("llama", "qwen3", "phi3", "granite", "olmo2")] == [
         "any shape",
         "any shape with tied embeddings, else padded",

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-INTERLEAVED = ("llama", "deci", "granite", "smollm3", "ernie4_5", "glm4")
-HEADS_SPAN_HIDDEN = ("qwen2", "olmo2", "phi3")
+INTERLEAVED = ("llama", "deci", "granite", "smollm3", "ernie4_5", "glm4", "granitemoe", "ernie4_5-moe", "chatglm")
+HEADS_SPAN_HIDDEN = ("qwen2", "olmo2", "phi3", "qwen2moe", "olmoe", "chatglm")
 GEMMA = ("gemma", "gemma2", "gemma3")
 #: a sliding window in all layers but every so-manieth
 WINDOWS = {"gemma2": 2, "gemma3": 6}
@@ -72,7 +72,7 @@ def rotate(heads: Tensor, file: GgufFile, layer: int) -> Tensor:
     if file.architecture == "smollm3" and (layer + 1) % 4 == 0:
         return heads
     if size < heads.shape[-1]:
-        assert file.architecture in ("phi3", "glm4")
+        assert file.architecture in ("phi3", "glm4", "glm4moe", "chatglm")
         heads, rest = heads.split([size, heads.shape[-1] - size], -1)
         return torch.cat([rotate(heads, file, layer), rest], -1)
     base = file.get("rope.freq_base_swa", file["rope.freq_base"]) if file.has_window(layer) else file["rope.freq_base"]
@@ -103,10 +103,10 @@ def attention(file: GgufFile, layer: int, inputs: Tensor, heads: int, heads_kv: 
             file.linear(f"{block}.attn_{name}", inputs).reshape(len(inputs), count, size)
             for name, count in (("q", heads), ("k", heads_kv), ("v", heads_kv))
         )
-    if file.architecture == "olmo2":  # over all heads at once
+    if file.architecture in ("olmo2", "olmoe"):  # over all heads at once
         query = file.norm(f"{block}.attn_q_norm", query.flatten(1)).reshape(query.shape)
         key = file.norm(f"{block}.attn_k_norm", key.flatten(1)).reshape(key.shape)
-    elif file.architecture in ("qwen3", "openelm", "gemma3"):
+    elif file.architecture in ("qwen3", "openelm", "gemma3", "qwen3moe", "glm4moe"):
         query, key = file.norm(f"{block}.attn_q_norm", query), file.norm(f"{block}.attn_k_norm", key)
     query, key = rotate(query, file, layer), rotate(key, file, layer)
     if file.architecture == "hunyuan-dense":  # behind the rotation
@@ -126,12 +126,50 @@ def attention(file: GgufFile, layer: int, inputs: Tensor, heads: int, heads_kv: 
 
 
 def mlp(file: GgufFile, block: str, inputs: Tensor) -> Tensor:
-    if file.architecture in ("phi3", "glm4"):
+    if file.architecture in ("phi3", "glm4", "chatglm"):
         gate, up = file.linear(f"{block}.ffn_up", inputs).chunk(2, -1)
     else:
         gate, up = file.linear(f"{block}.ffn_gate", inputs), file.linear(f"{block}.ffn_up", inputs)
     gate = gelu(gate, approximate="tanh") if file.architecture in GEMMA else silu(gate)
     return file.linear(f"{block}.ffn_down", gate * up)
+
+
+def experts(file: GgufFile, block: str, inputs: Tensor) -> Tensor:
+    """Routed experts, one token and one expert after the other, and shared ones."""
+    chances = file.linear(f"{block}.ffn_gate_inp", inputs)
+    chances = chances.sigmoid() if file.architecture == "glm4moe" else chances.softmax(-1)
+    correction = file.tensors.get(f"{block}.exp_probs_b.bias", torch.zeros(file["expert_count"]))
+    sums = file.architecture in ("llama", "qwen3moe", "granitemoe", "ernie4_5-moe") or file.get("expert_weights_norm")
+    gate, up, down = (file.tensors[f"{block}.ffn_{name}_exps.weight"] for name in ("gate", "up", "down"))
+    assert gate.shape[:2] == (file["expert_count"], file["expert_feed_forward_length"])
+    rows = []
+    for x, chance in zip(inputs, chances, strict=True):
+        chosen = (chance + correction).topk(file["expert_used_count"]).indices.tolist()
+        total = sum(chance[expert] for expert in chosen) if sums else 1.0
+        row = torch.zeros_like(x)
+        for expert in chosen:
+            output = down[expert] @ (silu(gate[expert] @ x) * (up[expert] @ x))
+            row += file.get("expert_weights_scale", 1.0) * chance[expert] / total * output
+        rows.append(row)
+    routed = torch.stack(rows)
+    if f"{block}.ffn_up_shexp.weight" not in file.tensors:
+        return routed
+    if file.architecture == "glm4moe":
+        width = file["expert_shared_count"] * file["expert_feed_forward_length"]
+    else:
+        width = file["expert_shared_feed_forward_length"]
+    assert len(file.tensors[f"{block}.ffn_up_shexp.weight"]) == width
+    names = (f"{block}.ffn_gate_shexp", f"{block}.ffn_up_shexp")
+    gated, wide = (file.linear(name, inputs) for name in names)
+    shared = file.linear(f"{block}.ffn_down_shexp", silu(gated) * wide)
+    if file.architecture == "qwen2moe":
+        shared = shared * file.linear(f"{block}.ffn_gate_inp_shexp", inputs).sigmoid()
+    return routed + shared
+
+
+def has_experts(file: GgufFile, layer: int) -> bool:
+    first, step = file.get("leading_dense_block_count", 0), file.get("interleave_moe_layer_step", 1)
+    return file.get("expert_count", 0) > 0 and layer >= first and (layer + 1) % step == 0
 
 
 def logits_of(file: GgufFile, tokens: Tensor) -> Tensor:
@@ -149,26 +187,28 @@ def logits_of(file: GgufFile, tokens: Tensor) -> Tensor:
         assert heads[0] * file["attention.key_length"] == file["embedding_length"]
     if file.architecture in ("gemma", "gemma2"):
         assert "output.weight" not in file.tensors
-    if file.architecture == "olmo2":
+    if file.architecture in ("olmo2", "olmoe", "qwen2moe"):
         assert "output.weight" in file.tensors
     hidden = file.tensors["token_embd.weight"][tokens] * file.get("embedding_scale", 1.0)
     if file.architecture in GEMMA:
         hidden = hidden * file["embedding_length"] ** 0.5
     added = file.get("residual_scale", 1.0)
+    # The norm in front of the MLP, by the name that it has in transformers.
+    after_attention = file.architecture in ("seed_oss", "glm4moe")
     for layer, (query_heads, key_value_heads, width) in enumerate(zip(heads, heads_kv, channels, strict=True)):
         block = f"blk.{layer}"
         after = hidden
         if query_heads:
             inputs = hidden if file.architecture == "olmo2" else file.norm(f"{block}.attn_norm", hidden)
             outputs = attention(file, layer, inputs, query_heads, key_value_heads)
-            if f"{block}.post_attention_norm.weight" in file.tensors and file.architecture != "seed_oss":
+            if f"{block}.post_attention_norm.weight" in file.tensors and not after_attention:
                 outputs = file.norm(f"{block}.post_attention_norm", outputs)
             after = hidden + added * outputs
         if not width:
             continue  # and `after` is lost
-        before = "post_attention_norm" if file.architecture == "seed_oss" else "ffn_norm"
+        before = "post_attention_norm" if after_attention else "ffn_norm"
         inputs = after if file.architecture == "olmo2" else file.norm(f"{block}.{before}", after)
-        outputs = mlp(file, block, inputs)
+        outputs = (experts if has_experts(file, layer) else mlp)(file, block, inputs)
         if f"{block}.post_ffw_norm.weight" in file.tensors:
             outputs = file.norm(f"{block}.post_ffw_norm", outputs)
         hidden = after + added * outputs

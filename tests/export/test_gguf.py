@@ -10,6 +10,7 @@ import pytest
 import torch
 from llama_cpp_graph import GgufFile, logits_of
 from tiny_families import VARIANTS, logits, make_model, random_tokens
+from tiny_mixtures import EXPERTS, make_mixture
 from tiny_tokenizers import byte_level, sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,6 +126,7 @@ def test_widths_of_the_layers_are_the_models_with_zeros_where_llama_cpp_needs_a_
         ("ernie4_5", "ernie4_5", {"use_bias": False}),
         ("ernie4_5", "deci", {}),
         ("hunyuan_v1_dense", "hunyuan-dense", {"attention_bias": False}),
+        ("glm", "chatglm", {}),
         ("glm4", "glm4", {}),
         ("gemma", "gemma", {"attention_bias": False}),
         ("gemma2", "gemma2", {}),
@@ -137,7 +139,7 @@ def test_equal_layers_go_out_as_the_stock_architecture(family, architecture, fie
     assert facts["architecture"] == architecture
     same_logits(model, tmp_path / "a.gguf")
     if architecture != "deci":
-        heads = {"olmo2": 6, "phi3": 6}.get(architecture, 4)  # those two span the hidden size
+        heads = {"olmo2": 6, "phi3": 6, "chatglm": 6}.get(architecture, 4)  # those span the hidden size
         assert GgufFile(tmp_path / "a.gguf")["attention.head_count"] == heads  # one number, not one per layer
 
 
@@ -152,6 +154,7 @@ def test_equal_layers_go_out_as_the_stock_architecture(family, architecture, fie
         ("phi3", "mqa-longrope", 5),
         ("gemma2", None, 5),
         ("gemma3_text", None, 5),
+        ("glm", None, 5),
         ("glm4", None, 5),
         ("glm4", "mqa", 5),
         ("hunyuan_v1_dense", None, 5),
@@ -174,6 +177,86 @@ def test_ragged_layers_are_filled_up_where_llama_cpp_wants_equal_ones(family, va
     if family == "olmo2" and model.config.tie_word_embeddings:
         extra += file.tensors["output.weight"].numel()
     assert facts["of_them_zeros"] == facts["parameters"] - model.num_parameters() - extra > 0
+
+
+#: what llama.cpp has built in where mixtures let a config choose
+MIXTURES = {
+    "qwen3_moe": {"norm_topk_prob": True},
+    "olmoe": {},
+    "mixtral": {},
+    "qwen2_moe": {},
+    "granitemoe": {},
+    "glm4_moe": {"attention_bias": True},
+    "ernie4_5_moe": {},
+}
+
+
+def mixture_of(family: str, *, experts: int = EXPERTS, heads: int | None = None, **fields: Any) -> Any:
+    """A mixture that has lost experts, and attention groups if their number is given; other ones in each layer."""
+    model = make_mixture(family, vocab_size=VOCABULARY, num_hidden_layers=3, **MIXTURES.get(family, {}), **fields)
+    kept: list[Any] = []
+    for layer, widths in enumerate(Geometry.of(model).widths):
+        groups = widths.num_key_value_heads
+        kept.append(
+            {
+                "attention": sorted((layer + i) % groups for i in range(heads or groups)),
+                "mlp": range(widths.intermediate_size),
+                "expert": sorted((layer + i) % EXPERTS for i in range(experts)) if widths.num_experts else [],
+            }
+        )
+    return prunus.apply_plan(model, Plan.from_kept(Geometry.of(model), kept))
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_keeps_its_logits(family, saved, tmp_path):
+    model = mixture_of(family, experts=4)
+    facts = export_gguf(str(saved(model)), tmp_path / "a.gguf", type="f32")
+    file = GgufFile(tmp_path / "a.gguf")
+    assert facts["architecture"] == CANDIDATES[family][0].replace("mixtral", "llama")
+    assert facts["parameters"] == sum(tensor.numel() for tensor in file.tensors.values())
+    assert file["expert_count"] == 4
+    assert facts["of_them_zeros"] == 0
+    same_logits(model, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+def test_a_mixture_with_fewer_heads_keeps_its_logits(family, saved, tmp_path):
+    """llama.cpp takes the heads of Qwen2 mixtures to span the hidden size: zeros for those that are gone."""
+    model = mixture_of(family, experts=5, heads=2)
+    before = Geometry.of(model).widths[0].num_key_value_heads
+    facts = export_gguf(str(saved(model)), tmp_path / "a.gguf", type="f32")
+    assert facts["head_count_kv"][0] == (4 if family == "qwen2_moe" else before)
+    assert (facts["of_them_zeros"] > 0) == (family == "qwen2_moe")
+    same_logits(model, tmp_path / "a.gguf")
+
+
+def test_routers_are_not_rounded(saved, tmp_path):
+    export_gguf(str(saved(mixture_of("qwen2_moe"))), tmp_path / "a.gguf", type="q8_0")
+    kinds = GgufFile(tmp_path / "a.gguf").kinds
+    assert kinds["blk.0.ffn_gate_inp.weight"] == kinds["blk.0.ffn_gate_inp_shexp.weight"] == "F32"
+    assert kinds["blk.0.ffn_up_exps.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_down_exps.weight"] == "F16"  # rows of 16 values are no whole blocks
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "options", "message"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": False}, {}, "divides the weights .*norm_topk_prob False"),
+        ("qwen2_moe", {"norm_topk_prob": True}, {}, "does not divide the weights .*norm_topk_prob True"),
+        ("olmoe", {"clip_qkv": 8.0}, {}, "clip_qkv 8"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, {}, "layer 1 to have experts, and in the model it has none"),
+        ("ernie4_5_moe", {"moe_layer_end_index": 1}, {}, "layer 2 to have experts, and in the model it has none"),
+        ("gpt_oss", {}, {}, r"gpt-oss.*cannot be written as GGUF"),
+        ("mixtral", {}, {"mlp_multiple": 256}, "experts cannot be filled up"),
+    ],
+)
+def test_mixtures_that_llama_cpp_computes_differently_are_refused(family, fields, options, message, saved, tmp_path):
+    folder = saved(
+        make_mixture(family, **{"vocab_size": VOCABULARY, "num_hidden_layers": 3, **MIXTURES.get(family, {}), **fields})
+    )
+    with pytest.raises(UnsupportedModelError, match=message):
+        export_gguf(str(folder), tmp_path / "a.gguf", **options)
+    assert not (tmp_path / "a.gguf").exists()
 
 
 def test_kinds_of_layers_are_written_where_a_removed_layer_shifts_them(saved, tmp_path, caplog):

@@ -15,15 +15,16 @@ from prunus.export.gguf_model import GGUF_TYPES, GgufType, gguf_model
 from prunus.export.gguf_source import GGUF_MARK, gguf_package
 from prunus.export.gguf_tensors import write_tensors
 from prunus.export.gguf_tokenizer import gguf_tokenizer
-from prunus.export.llama_cpp import candidates
+from prunus.export.llama_cpp import candidates, expert_channels
 from prunus.export.memory import check_export_memory
 from prunus.export.ollama import MODELFILE_MARK, modelfile
 from prunus.files.outputs import check_disk, check_output_file, claimed, output_file
 from prunus.files.user_path import expanded
+from prunus.model.families import family_of
 
 __all__ = ["export_gguf"]
 
-#: of the largest tensor, the embeddings, while it is written: in float32, and what is made of that
+#: of the largest tensor while it is written: in float32, and what is made of that
 _COPIES = 3
 
 
@@ -76,7 +77,7 @@ def export_gguf(
         folder = locate(source)
         config = read_config(folder)
         candidates(config)  # before the weights are read
-        check_export_memory(source, max_memory, _COPIES * 4 * config.vocab_size * config.hidden_size)
+        check_export_memory(source, max_memory, _COPIES * 4 * _largest_tensor(config))
         model, tokenizer = load_model(folder, dtype=None)
         ends = _end_tokens(model)
         vocabulary = gguf_tokenizer(tokenizer, config.vocab_size, ends)
@@ -116,6 +117,13 @@ def _check_options(type: str, mlp_multiple: int) -> None:
         raise OptionError(f"`type` {type!r} is unknown; choose one of {', '.join(GGUF_TYPES)}")
     if mlp_multiple < 1:
         raise OptionError(f"`mlp_multiple` is {mlp_multiple}; it must be at least 1")
+
+
+def _largest_tensor(config: Any) -> int:
+    """Values in the embeddings, or in the gates of all experts of a layer where those are more."""
+    mixture = family_of(config).mixture
+    experts = getattr(config, mixture.count) * expert_channels(config) if mixture else 0
+    return int(max(config.vocab_size, experts) * config.hidden_size)
 
 
 def _end_tokens(model: Any) -> list[int]:

@@ -8,7 +8,8 @@ from typing import Any
 from prunus.escaping import printable
 from prunus.export.gguf_model import GgufModel
 from prunus.export.gguf_rope import Rope
-from prunus.export.llama_cpp import Architecture
+from prunus.export.llama_cpp import Architecture, expert_channels
+from prunus.model.families import Mixture
 
 __all__ = ["write_metadata"]
 
@@ -51,11 +52,22 @@ def write_metadata(writer: Any, gguf: Any, described: GgufModel, name: str) -> N
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     for key, field in architecture.fields.items():
         if (value := getattr(config, field)) is not None:
-            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{architecture.name}.{key}", value)
+            add[type(value)](f"{architecture.name}.{key}", value)
+    if described.geometry.family.mixture is not None:
+        _add_experts(writer, config, described.geometry.family.mixture)
     _add_kinds(writer, config, architecture)
     _add_rope(writer, gguf, architecture, rope)
+
+
+def _add_experts(writer: Any, config: Any, mixture: Mixture) -> None:
+    writer.add_expert_count(getattr(config, mixture.count))
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(expert_channels(config))
+    if shared := mixture.shared_channels(config):
+        writer.add_expert_shared_feed_forward_length(shared)
 
 
 def _add_rope(writer: Any, gguf: Any, architecture: Architecture, rope: Rope) -> None:

@@ -59,7 +59,9 @@ class GgufModel:
 
     @property
     def channels(self) -> list[int]:
-        """MLP channels of every layer."""
+        """MLP channels of every layer; of a mixture, what its config says of all layers."""
+        if self.geometry.family.mixture:
+            return [self.model.config.intermediate_size] * len(self.widths)
         return [layer.intermediate_size for layer in self.widths]
 
 
@@ -73,9 +75,13 @@ def gguf_model(gguf: Any, model: Any, type: GgufType, mlp_multiple: int) -> Gguf
         mlp_multiple: fill MLP widths up to multiples of this.
 
     Raises:
-        UnsupportedModelError: llama.cpp has no architecture for it.
+        UnsupportedModelError: llama.cpp has no architecture for it, or channels of experts are to be filled up.
     """
     config, geometry = model.config, Geometry.of(model)
+    if geometry.family.mixture and mlp_multiple > 1:
+        raise UnsupportedModelError(
+            f"`mlp_multiple` is {mlp_multiple}, and experts cannot be filled up with channels of zeros; leave it at 1"
+        )
     rope = rope_of(config, geometry.head_dim)
 
     def names_of(architecture: Architecture) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,13 @@ from prunus.errors import NonFiniteError
 from prunus.export.fill import fill_tensors
 from prunus.export.gguf_model import BLOCK, GgufModel, GgufType, entry_of
 from prunus.machine.bars import tracked
+from prunus.model.families import Family
 
 __all__ = ["interleave", "write_tensors"]
+
+
+#: small, and a rounded one would send tokens to other experts
+_ROUTERS = ("FFN_GATE_INP", "FFN_GATE_INP_SHEXP")
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def _entries(described: GgufModel) -> Iterator[_Entry]:
     tied = described.model.config.tie_word_embeddings
     head = geometry.family.head
     fused: list[_Entry] = []
-    for source, tensor in fill_tensors(described.model, described.widths):
+    for source, tensor in _with_experts_apart(geometry.family, fill_tensors(described.model, described.widths)):
         if tied and source.startswith(head + ".") and not architecture.own_head:
             continue  # llama.cpp takes the embeddings where there is no head
         name, kind = entry_of(described.names, source)
@@ -110,9 +115,35 @@ def _entries(described: GgufModel) -> Iterator[_Entry]:
         yield _Entry(name, kind, tensor)
 
 
+def _with_experts_apart(family: Family, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a mixture as GGUF has them, by names that gguf knows.
+
+    There gate and up of the experts are apart, and the module of experts is always `mlp`, with the router `gate`.
+    """
+    block = next((block for block in family.all_blocks if block.experts), None)
+    for source, tensor in tensors:
+        layer, found, inside = source.partition(f".{block.module}.") if block else (source, "", "")
+        if block is None or not found:
+            yield source, tensor
+            continue
+        stem, path = f"{layer}.mlp", f"{block.module}.{inside}"
+        if path == f"{block.experts}.gate_up_proj":
+            gate, up = tensor.chunk(2, dim=1)
+            yield f"{stem}.experts.gate_proj.weight", gate
+            yield f"{stem}.experts.up_proj.weight", up
+        elif path == f"{block.experts}.down_proj":
+            yield f"{stem}.experts.down_proj.weight", tensor
+        elif path == f"{block.router}.weight":
+            yield f"{stem}.gate.weight", tensor
+        elif path.endswith(".e_score_correction_bias"):
+            yield f"{stem}.gate.e_score_correction.bias", tensor.flatten()
+        else:
+            yield source, tensor
+
+
 def _quantization(gguf: Any, entry: _Entry, type: GgufType) -> Any:
     types = gguf.GGMLQuantizationType
-    if entry.tensor.ndim == 1:
+    if entry.tensor.ndim == 1 or entry.kind in _ROUTERS:
         return types.F32
     if type == "q8_0" and entry.tensor.shape[-1] % BLOCK:
         return types.F16  # a row has to be whole blocks

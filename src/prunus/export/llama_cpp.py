@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prunus.errors import UnsupportedModelError
@@ -30,6 +30,7 @@ __all__ = [
     "LayerKinds",
     "candidates",
     "choose_architecture",
+    "expert_channels",
     "widths_to_write",
 ]
 
@@ -92,6 +93,8 @@ class Architecture:
         scale_by_head: it divides scores by the root of head_dim, but in a model of so many layers by that of the hidden
             size per head; None where it reads the divisor, or has no other.
         biases: kinds of projection that may have a bias.
+        renormalises: it divides the weights of a token's experts by their sum, or never does; None where it reads that,
+            or has no experts.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Architecture:
     fields: Mapping[str, str] = field(default_factory=dict)
     scale_by_head: int | None = None
     biases: frozenset[str] = frozenset()
+    renormalises: bool | None = None
 
 
 _INPUT_BIASES = frozenset({"ATTN_Q", "ATTN_K", "ATTN_V"})
@@ -128,6 +132,15 @@ _GEMMA_2 = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+#: which layers have experts
+DENSE_FIRST, EXPERT_STEP = "leading_dense_block_count", "interleave_moe_layer_step"
+_GLM_MOE = {
+    DENSE_FIRST: "first_k_dense_replace",
+    "expert_shared_count": "n_shared_experts",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+}
+_ERNIE_MOE = {DENSE_FIRST: "moe_layer_start_index", EXPERT_STEP: "moe_layer_interval"}
 _GEMMA_3 = {"attention.sliding_window": "sliding_window", "final_logit_softcapping": "final_logit_softcapping"}
 
 
@@ -149,6 +162,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("olmo2", "OLMO2", heads_span_hidden=True, own_head=True, biases=_INPUT_BIASES),
         Architecture("seed_oss", "SEED_OSS", biases=_INPUT_BIASES),
         Architecture("ernie4_5", interleaved=True, biases=_INPUT_BIASES),
+        Architecture(
+            "chatglm",
+            "CHATGLM",
+            interleaved=True,
+            heads_span_hidden=True,
+            partial_rotary=True,
+            biases=_INPUT_BIASES,
+        ),
         Architecture("glm4", "GLM4", interleaved=True, partial_rotary=True, biases=_INPUT_BIASES),
         Architecture("hunyuan-dense", "HUNYUAN_DENSE", head_norms=True, biases=_INPUT_BIASES),
         Architecture("phi3", "PHI3", heads_span_hidden=True, long_factors=True, partial_rotary=True),
@@ -179,10 +200,37 @@ ARCHITECTURES: dict[str, Architecture] = {
             "deci", per_layer=True, absent_attention=True, interleaved=True, rope_factors=True, biases=_ALL_BIASES
         ),
         Architecture("openelm", per_layer=True, fused=True, head_norms=True, untied=False),
+        Architecture("qwen3moe", "QWEN3MOE", head_norms=True, biases=_INPUT_BIASES, renormalises=True),
+        Architecture(
+            "qwen2moe", "QWEN2MOE", heads_span_hidden=True, own_head=True, biases=_INPUT_BIASES, renormalises=False
+        ),
+        Architecture("olmoe", "OLMOE", heads_span_hidden=True, own_head=True, biases=_INPUT_BIASES, renormalises=False),
+        Architecture(
+            "granitemoe",
+            "GRANITE_MOE",
+            interleaved=True,
+            rope_factors=True,
+            fields=_SCALES,
+            biases=_INPUT_BIASES | {"ATTN_OUT"},
+            renormalises=True,
+        ),
+        Architecture(
+            "glm4moe", "GLM4_MOE", head_norms=True, partial_rotary=True, fields=_GLM_MOE, biases=_INPUT_BIASES
+        ),
+        Architecture(
+            "ernie4_5-moe",
+            "ERNIE4_5_MOE",
+            interleaved=True,
+            fields=_ERNIE_MOE,
+            biases=_INPUT_BIASES,
+            renormalises=True,
+        ),
     )
 }
+#: the architecture of Llamas, where a file says that there are experts
+ARCHITECTURES["mixtral"] = replace(ARCHITECTURES["llama"], names="LLAMA", renormalises=True)
 
-#: family → architectures that have its arithmetic, the one to prefer first
+#: family → keys of architectures that have its arithmetic, the one to prefer first
 CANDIDATES: dict[str, tuple[str, ...]] = {
     "llama": ("llama", "deci"),
     "mistral": ("llama", "deci"),
@@ -192,6 +240,7 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "smollm3": ("smollm3",),
     "olmo2": ("olmo2",),
     "phi3": ("phi3",),
+    "glm": ("chatglm",),
     "glm4": ("glm4",),
     "seed_oss": ("seed_oss", "deci"),
     "ernie4_5": ("ernie4_5", "deci"),
@@ -199,20 +248,26 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "gemma": ("gemma",),
     "gemma2": ("gemma2",),
     "gemma3_text": ("gemma3",),
+    "qwen3_moe": ("qwen3moe",),
+    "olmoe": ("olmoe",),
+    "mixtral": ("mixtral",),
+    "qwen2_moe": ("qwen2moe",),
+    "granitemoe": ("granitemoe",),
+    "glm4_moe": ("glm4moe",),
+    "ernie4_5_moe": ("ernie4_5-moe",),
 }
 
 #: family → architectures that a GGUF file of one of its models can have, whoever wrote it
 GGUF_NAMES: dict[str, tuple[str, ...]] = {
-    **CANDIDATES,
-    "qwen3_moe": ("qwen3moe",),
-    "qwen2_moe": ("qwen2moe",),
-    "mixtral": ("llama",),
-    "olmoe": ("olmoe",),
+    **{family: tuple(ARCHITECTURES[key].name for key in keys) for family, keys in CANDIDATES.items()},
+    # Experts of published files are in MXFP4, which `export` does not write.
     "gpt_oss": ("gpt-oss",),
-    "granitemoe": ("granitemoe",),
-    "ernie4_5_moe": ("ernie4_5-moe",),
-    "glm4_moe": ("glm4moe",),
 }
+
+
+def expert_channels(config: Any) -> int:
+    """Channels of one routed expert of a mixture, as its config says."""
+    return int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
 
 
 def candidates(config: Any) -> tuple[Architecture, ...]:
@@ -274,9 +329,10 @@ def widths_to_write(architecture: Architecture, geometry: Geometry, mlp_multiple
         mlp_multiple: MLP widths are filled up to multiples of this.
 
     Returns:
-        One entry per layer, none smaller than the model's.
+        One entry per layer, none smaller than the model's; those of a mixture with its own channels and experts.
     """
-    widths = geometry.widths if architecture.per_layer else largest_widths(geometry.widths)
+    mixture = geometry.family.mixture is not None
+    widths = geometry.widths if architecture.per_layer or mixture else largest_widths(geometry.widths)
     spanning = geometry.hidden_size // (geometry.head_dim * geometry.num_key_value_groups)
     written = []
     for layer_idx, layer in enumerate(widths):
@@ -285,16 +341,17 @@ def widths_to_write(architecture: Architecture, geometry: Geometry, mlp_multiple
             heads = spanning
         if not heads and (layer_idx == 0 or not architecture.absent_attention):
             heads = 1
-        # deci, too: it drops what attention added to the residual stream where a layer has no channels.
-        channels = channels or ZERO_CHANNELS
-        written.append(LayerWidths(heads, -(-channels // mlp_multiple) * mlp_multiple))
+        if not mixture:
+            # deci, too: it drops what attention added to the residual stream where a layer has no channels.
+            channels = -(-(channels or ZERO_CHANNELS) // mlp_multiple) * mlp_multiple
+        written.append(LayerWidths(heads, channels, layer.num_experts))
     return tuple(written)
 
 
 def _uneven(architecture: Architecture, geometry: Geometry) -> str | None:
     """Why a model has to be filled up for an architecture, if it has to."""
     widths = geometry.widths
-    if not architecture.per_layer:
+    if not architecture.per_layer and geometry.family.mixture is None:
         other = next((i for i, layer in enumerate(widths) if layer != widths[0]), None)
         if other is not None:
             return (
@@ -347,6 +404,8 @@ def _obstacles(
                 f"it takes layer {layer} to have {'' if taken[layer] else 'no '}{kinds.what}, as every "
                 f"{kinds.period}th layer of a file has none; in the model it has {'them' if found[layer] else 'none'}"
             )
+    if geometry.family.mixture is not None:
+        yield from _obstacles_to_experts(architecture, config, geometry)
     if architecture.scale_by_head is not None:
         divisor = float(geometry.head_dim)
         if len(geometry.widths) == architecture.scale_by_head:
@@ -356,6 +415,28 @@ def _obstacles(
             yield (
                 f"in a model of {len(geometry.widths)} layers it divides scores by the root of {divisor:g}, and the "
                 f"model by that of query_pre_attn_scalar {config.query_pre_attn_scalar}"
+            )
+
+
+def _obstacles_to_experts(architecture: Architecture, config: Any, geometry: Geometry) -> Iterator[str]:
+    sums = architecture.renormalises
+    if sums is not None and getattr(config, "norm_topk_prob", sums) != sums:
+        yield (
+            f"it {'divides' if sums else 'does not divide'} the weights of a token's experts by their sum, and the "
+            f"model has norm_topk_prob {config.norm_topk_prob}"
+        )
+    if getattr(config, "clip_qkv", None) is not None:
+        yield f"it does not clip queries, keys and values, and the model does (clip_qkv {config.clip_qkv})"
+    first, step = (
+        getattr(config, architecture.fields[key]) if key in architecture.fields else default
+        for key, default in ((DENSE_FIRST, 0), (EXPERT_STEP, 1))
+    )
+    for layer_idx, widths in enumerate(geometry.widths):
+        taken = layer_idx >= first and (layer_idx + 1) % step == 0
+        if taken != bool(widths.num_experts):
+            yield (
+                f"it takes layer {layer_idx} to have {'' if taken else 'no '}experts, and in the model it has "
+                f"{'some' if widths.num_experts else 'none'}"
             )
 
 

@@ -18,14 +18,16 @@ __all__ = ["RESULTS", "families_page", "families_table", "where_they_run"]
 
 #: of a checkout; the installed package has none
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
-ANY, UNIFORM, DEPTH, PADDED, NOT_TRIED = ("any shape", "`uniform`", "`depth`", "padded", "not tried")
+ANY, EXPERTS, UNIFORM, DEPTH, PADDED, NOT_TRIED = (
+    "any shape", "experts", "`uniform`", "`depth`", "padded", "not tried",
+)  # fmt: skip
 #: no class loads those whose layers have unequal numbers of experts
 _MIXTURES = {name for name, family in FAMILIES.items() if family.mixture}
 #: architectures of llama.cpp with a width per layer, and their conditions
 _PER_LAYER = {"deci": "", "openelm": " with tied embeddings, else padded"}
 #: family → what else its GGUF files ask for
 _GGUF_NOTES = {
-    "phi3": "heads always to the hidden size",
+    **dict.fromkeys(("phi3", "glm"), "heads always to the hidden size"),
     "smollm3": "not with layers removed: every fourth layer of a file goes without positions",
     **dict.fromkeys(("gemma2", "gemma3_text"), "with layers removed a recent llama.cpp"),
 }
@@ -51,9 +53,10 @@ WHERE = """
 
 "any shape" includes layers of different widths, absent blocks and removed layers (`--shape ragged`, the default).
 "padded" files are written by `prunus export --to gguf`, with every layer filled with zeros to the widest; `--shape
-uniform` avoids that. Values of `--shape` were run as the stock class; one that is not named was not tried, or gave
-other tokens than transformers. "dense" is a ragged model filled up by `prunus export --to dense`. "× 2" was run with
-tensor parallel 2.
+uniform` avoids that. Values of `--shape` were run as the stock class; one that is not named was not tried, did not
+load, or gave other tokens than transformers. "dense" is a ragged model filled up by `prunus export --to dense`. "× 2"
+was run with tensor parallel 2. Mixtures have equal layers: "experts" have lost experts alone, those of `uniform`
+attention groups too.
 
 """
 
@@ -86,13 +89,13 @@ def where_they_run(results: Path = RESULTS) -> dict[str, dict[str, str]]:
     Args:
         results: folder with the JSON files of the benchmarks; a file that is missing makes its program "not tried".
     """
-    llama_cpp = _read(results, "llama-cpp-families")
+    llama_cpp = _read(results, "llama-cpp-families").get("families", {})
     columns: dict[str, dict[str, str]] = {
         # The test suite, without a file of results.
         "transformers 5": {name: UNIFORM if name in _MIXTURES else ANY for name in FAMILIES},
         "transformers 4.57": _transformers_4(_read(results, "transformers4")),
         "vLLM": {name: _shapes(facts) for name, facts in _read(results, "vllm-families").get("families", {}).items()},
-        "llama.cpp": {name: _gguf(name, facts) for name, facts in llama_cpp.get("families", {}).items()},
+        "llama.cpp": {name: _gguf(name, facts, llama_cpp) for name, facts in llama_cpp.items()},
         "MLX": {name: _shapes(facts) for name, facts in _read(results, "mlx-families").get("families", {}).items()},
     }
     return {program: {name: found.get(name, NOT_TRIED) for name in FAMILIES} for program, found in columns.items()}
@@ -147,13 +150,18 @@ def _shapes(found: Mapping[str, Any]) -> str:
     """Of a program that was given several shapes, those in which all greedy tokens are equal."""
     if _agrees(found.get("ragged")):
         return ANY + (", × 2" if _agrees(found.get("tensor parallel")) else "")
-    names = {"uniform": UNIFORM, "depth": DEPTH, "dense": "dense"}
-    return ", ".join(name for shape, name in names.items() if _agrees(found.get(shape))) or "other tokens"
+    names = {"experts": EXPERTS, "uniform": UNIFORM, "depth": DEPTH, "dense": "dense"}
+    agreeing = ", ".join(name for shape, name in names.items() if _agrees(found.get(shape)))
+    loaded = any("tokens" in facts for facts in found.values())
+    unpruned = "tokens" in found.get("whole", {}) and not _agrees(found["whole"])
+    return agreeing or (f"other tokens{', unpruned too' if unpruned else ''}" if loaded else "does not load")
 
 
-def _gguf(family: str, facts: Mapping[str, Any]) -> str:
+def _gguf(family: str, facts: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     if not _agrees(facts):
         return "other tokens" if "tokens" in facts else NOT_TRIED
+    if family in _MIXTURES:
+        return EXPERTS + (f", {UNIFORM}" if _agrees(found.get(f"{family}, uniform")) else "")
     per_layer = facts["architecture"] in _PER_LAYER
     form = ANY + _PER_LAYER[facts["architecture"]] if per_layer else PADDED
     return "; ".join((form, *filter(None, (_GGUF_NOTES.get(family),))))
