@@ -63,7 +63,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
         # Of an opened model, embeddings and head are shared: they can be as large as all experts of a layer.
         untouched = {id(tensor) for tensor in tensors.values() if not layers.stored or tensor.ndim < 2}
         cut = {
-            name: rounded(tensor.clone() if id(tensor) in untouched else tensor, saved)
+            name: rounded(tensor.clone() if id(tensor) in untouched else tensor, saved, compactly=layers.stored)
             for name, tensor in cut_tensors(tensors.items(), geometry, plan)
         }
         smaller.load_state_dict(cut, strict=not layers.stored, assign=True)

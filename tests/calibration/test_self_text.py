@@ -150,12 +150,14 @@ def test_documents_are_of_all_kinds_and_begin_with_their_prompts(model):
     assert IGNORE_INDEX not in torch.cat([document.ids for document in documents])
 
 
-def test_both_engines_write_the_same(tmp_path):
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_both_engines_write_the_same(stored, tmp_path):
     path = save_tiny_folder(tmp_path / "model", "llama", "gqa")
+    load_model(path)[0].to(stored).save_pretrained(path)
     options = {"samples": 5, "seq_len": 24, "seed": 3, "progress": False}
     resident, streamed = (
         load_calibration("self", tokenizer, model=model, **options)
-        for model, tokenizer in (load_model(path), open_model(path))
+        for model, tokenizer in (load_model(path, dtype="float32"), open_model(path, dtype="float32"))
     )
     assert torch.equal(resident.input_ids, streamed.input_ids)
     assert resident.provenance == streamed.provenance

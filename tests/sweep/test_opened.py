@@ -13,12 +13,16 @@ from transformers import PreTrainedTokenizerFast
 
 from prunus.calibration import Batch
 from prunus.checkpoint import load_model, open_model, save_checkpoint
+from prunus.checkpoint.open import read_layers_
 from prunus.errors import CheckpointError, NonFiniteError, OptionError
 from prunus.importance import METHODS, get_method, score_groups
 from prunus.importance.registry import MethodOptions, statistics_for
+from prunus.model.compact import Compact, kept
+from prunus.model.digest import digest_model
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of
+from prunus.model.saved_dtype import save_in_
 from prunus.repair.block_repair import repair_
 from prunus.selection.plan import Plan
 from prunus.statistics import ActivationStatistics, GateGradients, WeightGradients
@@ -68,14 +72,19 @@ def test_statistics_are_those_of_the_model_in_memory(case, tmp_path):
                 torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-12, msg=lambda m, n=name: n + m)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
-def test_scored_cut_repaired_measured_and_saved_as_in_memory(case, tmp_path):
-    model = make_model(*case, num_hidden_layers=4)
+def test_scored_cut_repaired_measured_and_saved_as_in_memory(case, stored, tmp_path):
+    """Computed in float32, and saved in the dtype of the file."""
+    model = make_model(*case, num_hidden_layers=4).to(stored)
     folder = save(model, tmp_path / "model")
     data = [Batch(ids, None) for ids in random_tokens(batch=8, seq_len=16).split(4)]
     plan = cut(Geometry.of(model))
     found = {}
-    for name, (dense, tokenizer) in {"resident": load_model(folder), "opened": open_model(folder)}.items():
+    for name, load in {"resident": load_model, "opened": open_model}.items():
+        dense, tokenizer = load(folder, dtype="float32")
+        save_in_(dense, stored)
+        found[name, "digest"] = digest_model(dense)
         for method in DENSE_METHODS:
             wanted = statistics_for([method], MethodOptions())
             statistics = sweep(dense, data, wanted, engine="streamed", progress=False) if wanted else None
@@ -83,6 +92,7 @@ def test_scored_cut_repaired_measured_and_saved_as_in_memory(case, tmp_path):
         smaller = apply_plan(dense, plan)
         found[name, "repairs"] = repair_(smaller, dense, plan, data, progress=False)
         found[name, "logits"] = logits(smaller, random_tokens())
+        found[name, "written"] = smaller.generate(random_tokens(), max_new_tokens=4, do_sample=False)
         found[name, "nll"] = perplexity_of_windows(smaller, random_tokens(), progress=False).nll
         # Limits so small that layers are parted over several files.
         for size in ("50GB", 9000):
@@ -91,7 +101,9 @@ def test_scored_cut_repaired_measured_and_saved_as_in_memory(case, tmp_path):
         for one, other in zip(found["resident", method], found["opened", method], strict=True):
             assert all(torch.equal(one[axis], other[axis]) for axis in AXES), method
     assert found["resident", "repairs"] == found["opened", "repairs"]
+    assert found["resident", "digest"] == found["opened", "digest"]
     assert torch.equal(found["resident", "logits"], found["opened", "logits"])
+    assert torch.equal(found["resident", "written"], found["opened", "written"])
     assert found["resident", "nll"] == found["opened", "nll"]
     for size in ("50GB", 9000):
         one, other = tmp_path / f"resident-{size}", tmp_path / f"opened-{size}"
@@ -101,7 +113,8 @@ def test_scored_cut_repaired_measured_and_saved_as_in_memory(case, tmp_path):
         first, second = ({k: v for f in p.glob("*.safetensors") for k, v in load_file(f).items()} for p in (one, other))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
-        reloaded = load_model(other)[0]
+        assert {tensor.dtype for tensor in second.values()} == {stored}
+        reloaded = load_model(other, dtype="float32")[0]
         torch.testing.assert_close(logits(reloaded, random_tokens()), found["resident", "logits"])
 
 
@@ -113,6 +126,45 @@ def test_an_opened_model_converts_to_the_dtype_that_is_asked_for(tmp_path):
     assert opened.dtype == torch.bfloat16
     assert torch.equal(logits(opened, random_tokens()), logits(resident, random_tokens()))
     assert_nothing_held(opened)
+
+
+@pytest.mark.parametrize("case", [("llama", "gqa"), ("llama", "mha-tied")], ids=case_id)
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32, torch.float16])
+def test_embeddings_and_head_are_there_once_as_in_the_file(case, saved, tmp_path):
+    """Half precision that is computed with in float32: shared by the model and what is cut out of it."""
+    model = make_model(*case, num_hidden_layers=4).to(torch.bfloat16)
+    folder = save(model, tmp_path / "m")
+    dense, _ = open_model(folder, dtype="float32")
+    save_in_(dense, saved)
+    smaller = apply_plan(dense, cut(Geometry.of(dense)))
+    assert (smaller.dtype, smaller.device) == (dense.dtype, dense.device) == (torch.float32, torch.device("cpu"))
+    for module in ("get_input_embeddings", "get_output_embeddings"):
+        whole, weight = (getattr(each, module)().weight for each in (dense, smaller))
+        assert kept(whole).dtype == torch.bfloat16
+        assert torch.equal(kept(whole), getattr(model, module)().weight)
+        assert torch.equal(weight[:], whole[:].to(saved).float())
+        assert (kept(weight).data_ptr() == kept(whole).data_ptr()) == (saved != torch.float16)
+        assert kept(weight).dtype == (torch.bfloat16 if saved == torch.float32 else saved)
+    tied = case[1] == "mha-tied"
+    for each in (dense, smaller):
+        assert (each.get_input_embeddings().weight is each.get_output_embeddings().weight) == tied
+    in_memory = read_layers_(open_model(folder, dtype="float32")[0])
+    assert not any(isinstance(parameter, Compact) for parameter in in_memory.parameters())
+    assert torch.equal(logits(in_memory, random_tokens()), logits(dense, random_tokens()))
+    loaded = load_model(folder, dtype="float32")[0]
+    assert torch.equal(logits(in_memory, random_tokens()), logits(loaded, random_tokens()))
+
+
+def test_a_wide_file_is_cut_to_a_narrow_one(tmp_path):
+    """Embeddings and head of the cut model are in the dtype that it is saved in."""
+    dense, _ = open_model(save(make_model("llama"), tmp_path / "m"))
+    save_in_(dense, torch.float16)
+    smaller = apply_plan(dense, Plan.keep_all(Geometry.of(dense)))
+    assert kept(smaller.lm_head.weight).dtype == torch.float16
+    assert torch.equal(smaller.lm_head.weight[:], dense.lm_head.weight.half().float())
+    dense.lm_head.weight.data[0, 0] = 1e6
+    with pytest.raises(NonFiniteError, match="too large for float16"):
+        apply_plan(dense, Plan.keep_all(Geometry.of(dense)))
 
 
 def test_layers_are_let_go_after_an_exception(tmp_path):

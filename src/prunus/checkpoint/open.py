@@ -22,6 +22,7 @@ from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError
 from prunus.files.links import check_inside
 from prunus.machine.placement import resolve_device, resolve_dtype
+from prunus.model.compact import compact, expand_, kept
 from prunus.model.families import family_of
 from prunus.model.layers import (
     ATTRIBUTE,
@@ -50,7 +51,8 @@ def open_model(
     """Open a causal language model without reading its decoder layers.
 
     Everything in prunus that walks over layers (`prunus.model.layers.layers_of`) reads each from the folder when it is
-    needed, and so does the model's own forward.
+    needed, and so does the model's own forward. Embeddings and head stay in the dtype of the folder where `dtype` is
+    a wider one (see `prunus.model.compact`).
 
     Args:
         source: a model folder, the id of a model on the Hugging Face Hub, or `smollm2-135m`.
@@ -106,7 +108,10 @@ def open_model(
 
         return Fetched(state, finish)
 
-    outer = {name: checked(name, weights.read(stored_as[name][0])) for name in outside_layers(model)}
+    outer = {}
+    for name, empty in outside_layers(model).items():
+        outer[name] = compact(weights.read(stored_as[name][0]).to(torch_device), empty.dtype)
+        check_finite_tensor(name, kept(outer[name]))
     model.load_state_dict(outer, strict=False, assign=True)
     attach_layers_(model, fetch_layer, torch_device, scratch, weights.verify)
     attach_whole_(model, weights.whole)
@@ -151,6 +156,7 @@ def read_layers_(model: Any) -> Any:
         state = layers.read(layer_idx)
         layer.load_state_dict({name: tensor.to(layers.device) for name, tensor in state.items()}, assign=True)
         del layer.forward  # that of the class shows again
+    expand_(model)
     delattr(model, ATTRIBUTE)
     attach_blocks_(model, None)
     return model.requires_grad_(True)

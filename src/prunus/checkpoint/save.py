@@ -26,6 +26,7 @@ from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import check_disk, output_folder, place_of
 from prunus.files.tensor_file import TensorLayout, write_tensors
 from prunus.machine.placement import dtype_name
+from prunus.model.compact import kept
 from prunus.model.families import FAMILIES, PRUNED_PREFIX, family_of
 from prunus.model.layers import layers_of, outside_layers
 from prunus.model.live import live_model
@@ -208,7 +209,7 @@ def _stream_weights(
     state_dict, blocks = model.state_dict(), blocks_of(model)
     slices = blocks.slices(model) if blocks else {}
     names = list(outside_layers(model)) if blocks else _names(model)
-    empty = {name: torch.empty_like(state_dict[name], device="meta") for name in names}
+    empty = {name: state_dict[name].to("meta") for name in names}
     tensors = as_stored(model, _converted(empty, dtype))
     inner = {renamed(name): name for name in tensors}
     whole = {**around, **{name: tensors[inside] for name, inside in inner.items()}}
@@ -218,15 +219,18 @@ def _stream_weights(
     conversion = Conversion(model, ())
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        outside = as_stored(model, _converted(outside_layers(model), dtype))
+        outside = as_stored(model, {name: tensor.detach() for name, tensor in outside_layers(model).items()})
         held, state = -1, dict[str, Tensor]()
         for stored in wanted:
             name = inner.get(stored, stored)
             if stored in slices:
                 yield stored, slices[stored].read()
                 continue
-            if stored in around or name in outside:
-                yield stored, around[stored] if stored in around else outside[name]
+            if stored in around:
+                yield stored, around[stored]
+                continue
+            if name in outside:
+                yield stored, _converted({name: outside[name]}, dtype)[name]
                 continue
             number = name.removeprefix(prefix + ".").partition(".")[0]
             if int(number) != held:
@@ -247,7 +251,9 @@ def _stream_weights(
 
 def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors with their numbers in a dtype; what are no floating-point numbers stays."""
-    return {n: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor for n, tensor in tensors.items()}
+    return {
+        n: kept(tensor).detach().to(dtype) if tensor.is_floating_point() else tensor for n, tensor in tensors.items()
+    }
 
 
 def _keep_experts_readable(path: Path) -> None:

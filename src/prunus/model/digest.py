@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunus.model.compact import pieces
 from prunus.model.layers import layers_of, outside_layers
 
 __all__ = ["digest_model", "digest_tensors"]
@@ -45,4 +46,5 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def _add(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for piece in pieces(tensor.detach()):
+            digest.update(piece.cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prunus.errors import NonFiniteError
+from prunus.model.compact import compact, kept
 
 __all__ = ["round_weights_", "rounded", "save_in_", "saved_dtype"]
 
@@ -30,12 +31,13 @@ def save_in_(model: Any, dtype: torch.dtype) -> None:
     setattr(model, ATTRIBUTE, dtype)
 
 
-def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(values: Tensor, dtype: torch.dtype, *, compactly: bool = False) -> Tensor:
     """Values as they will be when they are saved in a dtype, in the dtype that they have.
 
     Args:
         values: of any shape; what is not floating-point stays as it is.
         dtype: that they will be saved in.
+        compactly: a matrix is held in that dtype, see `prunus.model.compact`.
 
     Returns:
         `values` itself where the dtype holds all its numbers.
@@ -43,7 +45,7 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         NonFiniteError: a value is too large for the dtype.
     """
-    if not values.is_floating_point() or torch.promote_types(values.dtype, dtype) == dtype:
+    if not values.is_floating_point() or torch.promote_types(kept(values).dtype, dtype) == dtype:
         return values
     as_saved = values.to(dtype)
     if dtype == torch.float16 and bool(as_saved.isinf().any()):
@@ -51,7 +53,7 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
             f"a weight of {float(values.abs().max()):g} is too large for float16, in which the model was to be saved; "
             "use `save_dtype` bfloat16 or float32"
         )
-    return as_saved.to(values.dtype)
+    return compact(as_saved, values.dtype) if compactly else as_saved.to(values.dtype)
 
 
 @torch.no_grad()
