@@ -22,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rows import options_and_words
 
 SAVING = "saving"
 
@@ -49,15 +50,11 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args(words[:cut])
-    options.words = words[cut + 1 :]
-    return options
+    return options_and_words(parser)
 
 
 def pair(model: str, words: list[str]) -> dict[str, Any]:

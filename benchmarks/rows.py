@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 
-__all__ = ["add_run_options", "markdown_table"]
+__all__ = ["add_run_options", "markdown_table", "options_and_words"]
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
+
+
+def options_and_words(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Options of a benchmark, and as `words` what stands behind `--`: that of a command that it runs."""
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    return parser.parse_args(words[:cut], argparse.Namespace(words=words[cut + 1 :]))
 
 
 def markdown_table(

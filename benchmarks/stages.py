@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rows import markdown_table
+from rows import markdown_table, options_and_words
 
 SUM = "all"
 
@@ -60,16 +60,12 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--cases", nargs="+", default=["default", "original"])
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args(words[:cut])
-    options.words = words[cut + 1 :]
-    return options
+    return options_and_words(parser)
 
 
 def run(case: str, model: str, words: list[str]) -> dict[str, Any]:
