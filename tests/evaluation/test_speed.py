@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny_families import CASES, case_id, count_parameters, make_model, random_tokens, shared_model
+from tiny_families import CASES, ONE_UNLIKE, case_id, count_parameters, make_model, random_tokens, shared_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -89,6 +89,17 @@ def test_no_stop_at_the_end_of_text():
     stopped = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False)
     assert stopped.shape[1] < prompt.shape[1] + NEW, "generate must stop for this to be a test"
     assert torch.equal(greedy_run(model, prompt, NEW).tokens, expected)
+
+
+@pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
+def test_prompts_padded_on_the_left_go_on_as_each_alone(case):
+    model = make_model(*case)
+    prompts = [random_tokens(1, length, seed=length) for length in (9, 2, 5)]
+    ids = torch.cat([torch.nn.functional.pad(prompt, (9 - prompt.shape[1], 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(9) >= 9 - prompt.shape[1] for prompt in prompts]).long()
+    found = greedy_run(model, ids, 12, mask).tokens
+    for row, prompt in zip(found, prompts, strict=True):
+        assert row.tolist() == greedy_run(model, prompt, 12).tokens[0].tolist()
 
 
 def test_one_prefill_then_single_tokens():

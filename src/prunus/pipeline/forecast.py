@@ -362,7 +362,8 @@ class _Timetable:
 
     def samples(self, gone: float) -> float:
         """Continuations of the prompts by a model of which a share is gone."""
-        return len(PROMPTS) * NEW_TOKENS * self._probe.writing(1, PROMPT_TOKENS + NEW_TOKENS // 2, False) * (1 - gone)
+        rows = len(PROMPTS)
+        return NEW_TOKENS * self._probe.writing(rows, PROMPT_TOKENS + NEW_TOKENS // 2, False) * (1 - gone)
 
     def comparing(self) -> float:
         """All results of a comparison, for one seed."""
