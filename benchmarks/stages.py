@@ -7,7 +7,7 @@ r"""Where the time of a job goes, stage by stage: recipes against each other, or
 What stands behind `--` goes to `prunus prune`; a case is a recipe, and behind an `@` the folder that prunus is
 imported from. Every run is a fresh process, cases are interleaved, medians are shown, and the ratio to the last case.
 Seconds are those of metrics.json, of the clock; start of Python and its libraries, and saving, during which the figures
-are written down, are left out.
+are written down, are left out. CPU seconds are those of the whole process, which other programs do not take.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from typing import Any
 
 from rows import markdown_table, options_and_words
 
-SUM = "all"
+SUM, CPU = "all", "CPU seconds"
 
 
 def main() -> None:
@@ -34,13 +35,16 @@ def main() -> None:
     for number in range(options.repetitions):
         for case in options.cases[::-1] if number % 2 else options.cases:
             runs[case].append(run(case, options.model, options.words))
-            print(f"{number + 1}/{options.repetitions} {case} {runs[case][-1]['stages'][SUM]:.1f} s", file=sys.stderr)
+            print(f"{number + 1}/{options.repetitions} {case} {runs[case][-1]['stages']}", file=sys.stderr)
     seconds = {case: medians([each["stages"] for each in seen]) for case, seen in runs.items()}
     last = options.cases[-1]
-    names = list(dict.fromkeys(name for found in seconds.values() for name in found if name != SUM))
+    names = list(dict.fromkeys(name for found in seconds.values() for name in found if name not in (SUM, CPU)))
     table = markdown_table(
         ["stage"],
-        {(name,): {case: found[name] for case, found in seconds.items() if name in found} for name in (*names, SUM)},
+        {
+            (name,): {case: found[name] for case, found in seconds.items() if name in found}
+            for name in (*names, SUM, CPU)
+        },
         options.cases,
     )
     report = {
@@ -48,7 +52,10 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "compute dtype": runs[last][0]["compute_dtype"],
         "seconds": seconds,
-        f"ratio to {last}": {case: round(found[SUM] / seconds[last][SUM], 2) for case, found in seconds.items()},
+        f"ratio to {last}": {
+            case: {what: round(found[what] / seconds[last][what], 2) for what in (SUM, CPU)}
+            for case, found in seconds.items()
+        },
         "each": {case: [round(each["stages"][SUM], 1) for each in seen] for case, seen in runs.items()},
         "perplexity": {case: [each["perplexity_after"] for each in seen] for case, seen in runs.items()},
     }
@@ -76,12 +83,15 @@ def run(case: str, model: str, words: list[str]) -> dict[str, Any]:
         out = Path(folder) / "out"
         command = ["prune", model, *words, "--recipe", recipe, "--out", str(out)]
         program = f"import sys; from prunus.cli import main; sys.exit(main({command!r}))"
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode:
             sys.exit(done.stderr)
         metrics: dict[str, Any] = json.loads((out / "prunus" / "metrics.json").read_text())
     stages = {stage["stage"]: stage["seconds"] for stage in metrics["stages"]}
-    return {**metrics, "stages": {**stages, SUM: sum(stages.values())}}
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {**metrics, "stages": {**stages, SUM: sum(stages.values()), CPU: used}}
 
 
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:
