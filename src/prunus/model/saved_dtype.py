@@ -38,7 +38,7 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: that they will be saved in.
 
     Returns:
-        `values` itself where the dtype holds all its numbers.
+        `values` itself where the dtype holds every one of them: of a file in that dtype, nothing is copied.
 
     Raises:
         NonFiniteError: a value is too large for the dtype.
@@ -51,7 +51,8 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
             f"a weight of {float(values.abs().max()):g} is too large for float16, in which the model was to be saved; "
             "use `save_dtype` bfloat16 or float32"
         )
-    return as_saved.to(values.dtype)
+    as_held = as_saved.to(values.dtype)
+    return values if torch.equal(as_held, values) else as_held
 
 
 @torch.no_grad()
