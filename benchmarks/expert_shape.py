@@ -137,7 +137,8 @@ def make(folder: Path, shape: Shape, layers: int) -> None:
         if layout.dtype == torch.uint8:
             # Of the 16 numbers the mean square is 10: about as large as the weights below.
             return some if name.endswith("_blocks") else torch.full(layout.shape, 120, dtype=torch.uint8)
-        return some + 1 if "norm" in name else some
+        # What a token is must be more of its residual stream than what all have in common, or all go to few experts.
+        return some + 1 if "norm" in name else 50 * some if "embed" in name else some
 
     tensors = ((name, values(name, layout)) for name, layout in layouts.items())
     write_tensors(folder / WEIGHTS, layouts, tensors, {"format": "pt"})
@@ -151,12 +152,14 @@ class Run:
         tokens: of the calibration text.
         seconds: wall clock.
         cpu_seconds: stage → CPU seconds, user and system; "start" is what came before the first stage.
-        facts: memory, parameters and the estimate, for people.
+        resident_gb: stage → what the child had in memory when it began.
+        facts: peaks of memory, parameters and the estimate, for people.
     """
 
     tokens: int
     seconds: float
     cpu_seconds: dict[str, float]
+    resident_gb: dict[str, float]
     facts: dict[str, Any]
 
 
@@ -177,7 +180,7 @@ def prune(model: Path, sequences: int, arguments: argparse.Namespace) -> Run:
     words = ["prune", str(model), "--out", str(out), "--overwrite", "--experts", "0.5", "--method", arguments.method]
     words += ["--calibration", str(text), *sizes, *(word for setting in settings for word in ("--set", setting))]
     start, stage, said = time.perf_counter(), "start", []
-    cpu_seconds: dict[str, float] = {}
+    cpu_seconds, resident_gb = dict[str, float](), dict[str, float]()
     child = subprocess.Popen(
         [sys.executable, "-m", "prunus", *words],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
@@ -189,7 +192,10 @@ def prune(model: Path, sequences: int, arguments: argparse.Namespace) -> Run:
     for line in child.stderr:
         said.append(line)
         if named := re.match(r"\d+ of \d+: ([^,]+)", line):
-            cpu_seconds[stage], stage = _cpu_seconds(child.pid), named[1].strip()
+            process = psutil.Process(child.pid)
+            times = process.cpu_times()
+            cpu_seconds[stage], stage = times.user + times.system, named[1].strip()
+            resident_gb[stage] = round(process.memory_info().rss / 1e9, 2)
     # The files of a child that is waited for are gone, and with them what it took.
     _, status, used = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -205,20 +211,15 @@ def prune(model: Path, sequences: int, arguments: argparse.Namespace) -> Run:
     }
     shutil.rmtree(out)
     ends = [0.0, *cpu_seconds.values()]
-    each = {name: end - begin for name, begin, end in zip(cpu_seconds, ends, ends[1:], strict=True)}
-    return Run(tokens, time.perf_counter() - start, each, facts)
-
-
-def _cpu_seconds(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
-    return times.user + times.system
+    each = {name: end - begin for name, begin, end in zip(cpu_seconds, ends[:-1], ends[1:], strict=True)}
+    return Run(tokens, time.perf_counter() - start, each, resident_gb, facts)
 
 
 def extrapolated(few: Run, many: Run, shape: Shape, layers: int, saved: float) -> dict[str, Any]:
     """CPU seconds of the whole model on 128 × 512 tokens, from two runs of some of its layers.
 
-    Start and loading stay what they are but for the tokens, scoring and cut grow with the layers, and saving with
-    the bytes of the result.
+    Only scoring grows with the tokens; of other stages the mean of both runs counts. Start and loading stay what they
+    are, scoring and cut grow with the layers, and saving with the bytes of the result.
 
     Args:
         few: the run with fewer tokens.
@@ -231,8 +232,9 @@ def extrapolated(few: Run, many: Run, shape: Shape, layers: int, saved: float) -
     parts: dict[str, Any] = {}
     total = 0.0
     for stage, seconds in many.cpu_seconds.items():
-        per_token = (seconds - few.cpu_seconds[stage]) / (many.tokens - few.tokens)
-        fixed = few.cpu_seconds[stage] - per_token * few.tokens
+        difference = seconds - few.cpu_seconds[stage] if stage == "scoring" else 0.0
+        per_token = difference / (many.tokens - few.tokens)
+        fixed = (seconds + few.cpu_seconds[stage]) / 2 - per_token * (many.tokens + few.tokens) / 2
         times = {"start": 1.0, "loading": 1.0, "saving": saved}.get(stage, shape.layers / layers)
         whole = times * (fixed + per_token * tokens)
         total += whole
@@ -241,7 +243,7 @@ def extrapolated(few: Run, many: Run, shape: Shape, layers: int, saved: float) -
             "per_1000_tokens": round(1000 * per_token, 3),
             "whole_model": round(whole, 1),
         }
-        if stage not in ("start", "loading", "saving"):
+        if stage == "scoring":
             of_a_layer = {"fixed": round(fixed / layers, 2), "per_1000_tokens": round(1000 * per_token / layers, 3)}
             parts[stage]["each_layer"] = of_a_layer
     return {"layers": shape.layers, "tokens": tokens, "stages": parts, "cpu_hours": round(total / 3600, 2)}
@@ -278,6 +280,7 @@ def main() -> None:
                 "tokens_per_expert": run.tokens * shape.fields["num_experts_per_tok"] // shape.experts,
                 "seconds": round(run.seconds, 1),
                 "cpu_seconds": {stage: round(seconds, 1) for stage, seconds in run.cpu_seconds.items()},
+                "resident_gb": run.resident_gb,
                 **run.facts,
             }
             for run in runs
