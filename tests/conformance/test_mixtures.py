@@ -119,8 +119,32 @@ def test_a_cut_model_is_the_whole_one_with_routers_that_see_only_what_stays(mixt
     assert Geometry.of(pruned).widths == plan.kept_widths == layer_widths_of(pruned.config)
     active = Geometry.of(pruned).active_parameters
     assert active == geometry.active_parameters_left(plan.kept_widths) == geometry.active_parameters
+    of_experts = ("experts.", "gate.", "router.")
+    each_token = sum(
+        parameter.numel() * CHOSEN // EXPERTS if name.startswith(of_experts) else parameter.numel()
+        for _, block in layers_with_experts(mixture)
+        for name, parameter in block.named_parameters()
+    )
+    blocks = sum(count_parameters(block) for _, block in layers_with_experts(mixture))
+    assert active == count_parameters(mixture) - blocks + each_token
     assert Plan.from_dict(json.loads(plan.to_json()), geometry) == plan
     assert all(parameter.is_contiguous() for parameter in pruned.parameters())
+
+
+def test_cut_twice_is_cut_once(mixture, tmp_path):
+    """Experts of the second plan have the numbers that they have in the model that it cuts."""
+    save_checkpoint(mixture, byte_tokenizer(), tmp_path / "whole", card="", extras={})
+    for model in (mixture, open_model(tmp_path / "whole")[0]):
+        once = apply_plan(model, half_plan(model))
+        geometry = Geometry.of(once)
+        later = [
+            {axis: (0, 2) if axis == "expert" and widths[axis] else range(widths[axis]) for axis in geometry.axes}
+            for widths in geometry.widths
+        ]
+        twice = apply_plan(once, Plan.from_kept(geometry, later))
+        masked = {layer_idx: (KEPT[layer_idx][0], KEPT[layer_idx][2]) for layer_idx, _ in layers_with_experts(mixture)}
+        expected = logits(token_by_token(mixture, masked), random_tokens(1, 9))
+        torch.testing.assert_close(logits(twice, random_tokens(1, 9)), expected, **CLOSE)
 
 
 def test_saved_and_loaded_by_the_stock_class(mixture, tmp_path):
@@ -129,7 +153,10 @@ def test_saved_and_loaded_by_the_stock_class(mixture, tmp_path):
     save_checkpoint(mixture, tokenizer, tmp_path / "whole", card="", extras={})
     plan, tokens = half_plan(mixture), random_tokens()
     resident = apply_plan(load_model(tmp_path / "whole")[0], plan)
-    opened = apply_plan(open_model(tmp_path / "whole")[0], plan)
+    dense = open_model(tmp_path / "whole")[0]
+    opened = apply_plan(dense, plan)
+    # They can be as large as all experts of a layer.
+    assert opened.get_input_embeddings().weight.data_ptr() == dense.get_input_embeddings().weight.data_ptr()
     torch.testing.assert_close(logits(opened, tokens), logits(resident, tokens), rtol=0, atol=0)
     for name, model in {"resident": resident, "opened": opened}.items():
         # So small that layers are parted over several files.
@@ -246,6 +273,18 @@ def test_from_text_to_plan(mixture):
             values = importance[layer_idx]["expert"]
             assert set(kept.expert) == set(values.argsort(descending=True, stable=True)[:3].tolist())
         assert kept.widths.num_key_value_heads == geometry.widths[layer_idx].num_key_value_heads
+
+
+def test_repair_counts_all_batches(mixture):
+    """One batch of four sequences, or four of one: the same weights, but for rounding."""
+    plan, (batch, *_) = half_plan(mixture), BATCHES
+    options, found = RepairOptions(noise=0.0, fit_logits=False), []
+    for batches in ([batch], [Batch(ids[None], None) for ids in batch.input_ids]):
+        repaired = apply_plan(mixture, plan)
+        records = repair_(repaired, mixture, plan, batches, options, progress=False)
+        found.append((logits(repaired, random_tokens()), [record.tokens for record in records]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-2, atol=1e-2)
+    assert found[0][1] == found[1][1]
 
 
 @pytest.mark.parametrize("way", ["least_squares", "gain"])

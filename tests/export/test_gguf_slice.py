@@ -18,7 +18,8 @@ import prunus
 from prunus.errors import CheckpointError, OptionError, PlanError, PrunusError, UnsupportedModelError
 from prunus.export import apply_plan_to_gguf, export_gguf, open_gguf, slice_gguf
 from prunus.model.geometry import Geometry
-from prunus.selection.plan import Plan
+from prunus.model.widths import LayerWidths
+from prunus.selection.plan import KeptGroups, Plan
 
 KINDS = ("F16", "F32", "Q8_0", "Q4_K", "Q6_K", "IQ2_XXS", "MXFP4")
 EXPERTS, LAYERS, HIDDEN = 6, 3, 256
@@ -196,6 +197,13 @@ def test_experts_that_cannot_be_kept(kept, message, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_more_experts_stay_than_a_token_goes_to(tmp_path):
+    path = write_mixture(tmp_path / "a.gguf", expert_used_count=3)
+    with pytest.raises(PlanError, match=r"2 experts per layer would stay, and a token is routed to 3"):
+        slice_gguf(open_gguf(path), tmp_path / "b.gguf", dict.fromkeys(range(LAYERS), (1, 4)))
+    slice_gguf(open_gguf(path), tmp_path / "b.gguf", KEPT)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -329,6 +337,18 @@ def test_a_plan_that_removes_layers_gives_the_file_that_export_writes(capsys, de
     assert found[0] == expected[0]
     assert found[1].keys() == expected[1].keys()
     assert all(found[1][name][1].tobytes() == values.tobytes() for name, (_, values) in expected[1].items())
+
+
+def test_a_plan_of_experts_cuts_those_that_it_names(capsys, tmp_path):
+    path = write_mixture(tmp_path / "a.gguf", dense=1)
+    kept = [(), KEPT[1], KEPT[2]]
+    widths = [LayerWidths(2, 0 if experts else 7, EXPERTS if experts else 0) for experts in kept]
+    each = [KeptGroups((0, 1), () if experts else tuple(range(7)), experts) for experts in kept]
+    Plan("qwen3_moe", tuple(widths), tuple(each)).save(tmp_path / "plan.json")
+    facts = run_json(capsys, "apply", path, tmp_path / "plan.json", "--out", tmp_path / "b.gguf")
+    assert (facts["experts_before"], facts["experts_after"]) == (EXPERTS, 3)
+    slice_gguf(open_gguf(path), tmp_path / "c.gguf", {1: KEPT[1], 2: KEPT[2]})
+    assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
 
 
 def test_a_plan_that_removes_channels_is_refused_by_name(capsys, dense, tmp_path):

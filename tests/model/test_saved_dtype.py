@@ -50,6 +50,11 @@ def test_what_the_dtype_holds_is_not_copied(held, saved):
     assert rounded(values, saved) is values
 
 
+def test_values_of_a_file_in_that_dtype_are_not_copied():
+    values = VALUES.to(torch.bfloat16).float()
+    assert rounded(values, torch.bfloat16) is values
+
+
 def test_half_precisions_do_not_hold_each_other():
     values = torch.tensor([2.0**-30, 1.5], dtype=torch.bfloat16)
     assert torch.equal(rounded(values, torch.float16), torch.tensor([0.0, 1.5], dtype=torch.bfloat16))

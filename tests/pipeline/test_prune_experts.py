@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from dataclasses import replace
 
 import pytest
+import torch
 from tiny_folder import TEXT, byte_tokenizer, fails, run, run_json
 from tiny_mixtures import make_mixture
 from transformers import AutoConfig
@@ -13,8 +16,9 @@ from transformers import AutoConfig
 from prunus.checkpoint import save_checkpoint
 from prunus.errors import CalibrationError
 from prunus.model.widths import LayerWidths
-from prunus.scoring.routing import check_enough_reached, warn_of_idle_experts
+from prunus.scoring.routing import check_enough_reached, routing_of, tokens_of_experts, warn_of_idle_experts
 from prunus.selection.plan import KeptGroups, Plan
+from prunus.statistics import Statistics
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,9 @@ def test_half_of_the_experts(folder, text, tmp_path, engine, capsys):
     said = run(capsys, "inspect", tmp_path / "half").out
     assert "active_parameters" in said
     assert "3 of 6" in said
+    assert "tokens per kept expert" in said
+    assert f"{layer['moved']:.1%}" in said
+    assert run_json(capsys, "inspect", tmp_path / "half")["routing"] == metrics["routing"]
 
 
 def test_scored_planned_and_applied(folder, text, tmp_path, capsys):
@@ -78,6 +85,7 @@ def test_scored_planned_and_applied(folder, text, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--experts", "0.9"], "removing 0.9 of all experts means 5 of 6, but only 4 can go"),
         (["--experts", "0.9"], "each token goes to 2 experts"),
         (["--experts", "50"], "For 50 % write 0.5"),
         (["--experts", "0.5", "--ratio", "0.4"], "give one of them"),
@@ -109,3 +117,43 @@ def test_keeping_experts_that_nothing_is_known_of_is_refused():
         {"tokens_of_experts": [[3, 0, 0, 0]] * 2},
         Plan("mixtral", plan.widths, (KeptGroups((0,), (), (0, 1, 2, 3)),) * 2),
     )
+
+
+def counted(*per_layer) -> Statistics:
+    """Statistics of one source of text: how many tokens each expert of each layer got."""
+    return Statistics(tuple({"routing.tokens": torch.tensor(counts).double()} for counts in per_layer), sequences=1)
+
+
+def test_tokens_of_all_sources_add_up():
+    found = tokens_of_experts([counted([], [3, 0, 1, 0]), counted([], [2, 0, 0, 4])])
+    assert found["tokens_of_experts"] == [[], [5, 0, 1, 4]]
+    assert (found["experts"], found["experts_without_tokens"]) == (4, 1)
+    assert tokens_of_experts([counted([], [])]) == {}
+
+
+def test_what_a_cut_does_to_routing():
+    """Of ten choices, three were of experts that went."""
+    routing = tokens_of_experts([counted([], [5, 0, 3, 2])])
+    plan = Plan("glm4_moe", (LayerWidths(1, 4, 0), LayerWidths(1, 4, 4)), (KeptGroups((0,), (), ()),) * 2)
+    plan = replace(plan, layers=(plan.layers[0], KeptGroups((0,), (), (0, 3))))
+    found = routing_of(routing, plan, {1: [6, 4]})["routing"]
+    assert (found["experts"], found["experts_without_tokens"]) == (4, 1)
+    (layer,) = found["layers"]
+    assert layer["moved"] == pytest.approx(0.3)
+    assert (layer["layer_idx"], layer["experts"], layer["kept"]) == (1, 4, 2)
+    assert (layer["tokens_before"], layer["tokens_after"]) == ([2, 5], [4, 6])
+
+
+def test_text_that_reaches_too_few_experts(tmp_path, capsys, caplog):
+    """The same token over and over goes to the same experts; nothing is known of the others."""
+    folder = tmp_path / "model"
+    model = make_mixture("qwen3_moe", "renormalised-one-dense", vocab_size=260, max_position_embeddings=256)
+    save_checkpoint(model, byte_tokenizer(), folder, card="", extras={})
+    (tmp_path / "text.txt").write_text("a" * 2000)
+    words = ["prune", folder, "--out", tmp_path / "out", "--calibration", tmp_path / "text.txt", *SIZES]
+    words += ["--method", "frequency", "--set", "repair=null", "--set", "scoring.noise=0", "--experts", "0.34"]
+    said = " ".join(fails(capsys, *words).split())
+    assert re.search(r"layer 1: the calibration text reached \d of 6 experts, and 4 are to stay", said)
+    assert "Give more --samples, or text of the kinds that the model is for" in said
+    assert re.search(r"\d of 6 experts \(\d\d\.\d %\) got no token", said + caplog.text)
+    assert not (tmp_path / "out").exists()

@@ -58,7 +58,9 @@ def test_gains_are_the_best_factors(work):
     sums.add(seen, target, mask)
     relative_before, relative_after, _ = sums.solve_(DAMPING)
     shape = factors.view(-1, 1, 1).float()
-    torch.testing.assert_close(block.experts.down_proj.detach(), before["down_proj"] * shape, rtol=1e-4, atol=1e-5)
+    for name, old in before.items():
+        factor = shape.view(-1, *[1] * (old.ndim - 1)) if name.startswith("down_proj") else 1.0
+        torch.testing.assert_close(getattr(block.experts, name).detach(), old * factor, rtol=1e-4, atol=1e-5)
     left = error - ((factors - 1)[None, :, None] * added).sum(dim=1)
     total = target.flatten(0, 1)[counted].double().square().sum()
     assert relative_before == pytest.approx(float(error.square().sum() / total), rel=1e-4)
@@ -109,3 +111,22 @@ def test_an_expert_without_tokens_stays(work):
     sums.solve_(DAMPING)
     same = [bool(torch.equal(old, new)) for old, new in zip(before, block.experts.down_proj.detach(), strict=True)]
     assert same == [False, True, True, False, True, True]
+
+
+@pytest.mark.parametrize("way", ["least_squares", "gain"])
+def test_batches_add_up(work, way):
+    """Both halves of the tokens, one after the other, are the tokens."""
+    _, block, seen, target = work
+    found = []
+    for parts in (1, 2):
+        before = block.experts.down_proj.detach().clone()
+        sums = ExpertSums(block.experts, way, torch.float32)
+        each = (seen.x, seen.chosen, seen.weights, seen.output, target)
+        for x, chosen, weights, output, wanted in zip(*(tensor.chunk(parts) for tensor in each), strict=True):
+            sums.add(Routed(x, chosen, weights, output), wanted, None)
+        errors = sums.solve_(DAMPING)
+        found.append((block.experts.down_proj.detach().clone(), torch.tensor(errors[:2]), sums.tokens))
+        with torch.no_grad():
+            block.experts.down_proj.copy_(before)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

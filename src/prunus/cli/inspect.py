@@ -31,6 +31,7 @@ def inspect(
     from prunus.cli.printing import print_json, print_rows, short
     from prunus.pipeline.inspection import inspect as inspect_model
     from prunus.pipeline.inspection import inspect_group
+    from prunus.scoring.routing import ROUTING_COLUMNS, routing_rows
 
     if group is not None:
         facts = inspect_group(model, group, table)
@@ -46,6 +47,7 @@ def inspect(
         print_json(facts)
         return
     layers, removed, axes = facts.pop("layers"), facts.pop("removed", None), list(facts["groups"])
+    routing = facts.pop("routing", None)
     print_rows(str(facts.pop("model")), ("", ""), [(name, short(value)) for name, value in facts.items()])
     if removed is None:
         rows = [(str(i), *(f"{count:,}" for count in layer.values())) for i, layer in enumerate(layers)]
@@ -53,3 +55,5 @@ def inspect(
     else:
         rows = [(str(row["layer_idx"]), *(f"{row[axis]:,} of {row['of'][axis]:,}" for axis in axes)) for row in removed]
         print_rows("groups removed, by layer of the base model", ("layer", *axes), rows)
+    if routing:
+        print_rows("tokens of experts, by layer of the model that was cut", ROUTING_COLUMNS, routing_rows(routing))

@@ -40,7 +40,7 @@ def rounded(values: Tensor, dtype: torch.dtype, *, compactly: bool = False) -> T
         compactly: a matrix is held in that dtype, see `prunus.model.compact`.
 
     Returns:
-        `values` itself where the dtype holds all its numbers.
+        `values` itself where the dtype holds every one of them: of a file in that dtype, nothing is copied.
 
     Raises:
         NonFiniteError: a value is too large for the dtype.
@@ -53,7 +53,10 @@ def rounded(values: Tensor, dtype: torch.dtype, *, compactly: bool = False) -> T
             f"a weight of {float(values.abs().max()):g} is too large for float16, in which the model was to be saved; "
             "use `save_dtype` bfloat16 or float32"
         )
-    return compact(as_saved, values.dtype) if compactly else as_saved.to(values.dtype)
+    if compactly:
+        return compact(as_saved, values.dtype)
+    as_held = as_saved.to(values.dtype)
+    return values if torch.equal(as_held, values) else as_held
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from prunus.model.geometry import Geometry
 from prunus.model.group import Group
 from prunus.model.modules import submodule
 from prunus.results.lineage import plan_from_original
+from prunus.results.result_folder import routing_in
 from prunus.scoring.score import Score
 from prunus.selection.plan import Plan
 from prunus.selection.select import Constraints, check_ratio, reachable_parameters
@@ -51,7 +52,8 @@ def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
 
     Returns:
         Plain values: family, parameters, groups per axis and their cost, widths per layer, and for a folder that
-        prunus wrote, what was removed from each layer of the original model.
+        prunus wrote, what was removed from each layer of the original model, and of a mixture of experts what its
+        last cut did to the routing.
 
     Raises:
         OptionError: the ratio is none.
@@ -104,6 +106,8 @@ def inspect(model: str, ratio: float | None = None) -> dict[str, Any]:
             }
             for layer_idx, (before, kept) in enumerate(zip(plan.widths, plan.layers, strict=True))
         ]
+        if routing := routing_in(folder):
+            facts["routing"] = routing
     return facts
 
 

@@ -25,6 +25,7 @@ from prunus.results.card import MeasuredFacts
 from prunus.results.comparison import DENSE
 from prunus.results.result_content import ComparisonContent, RecipeContent, RecoveryContent
 from prunus.results.result_folder import Result, measured_facts, read_result, speed_notes
+from prunus.scoring.routing import ROUTING_COLUMNS, routing_rows
 from prunus.selection.plan import Plan
 
 __all__ = ["Contents", "Section", "Tile", "WritingSample", "contents_of"]
@@ -229,21 +230,6 @@ def _routing(routing: Mapping[str, Any] | None) -> Section:
     """What became of the tokens of removed experts."""
     if not routing or not routing["layers"]:
         return Section("routing", "Routing")
-
-    def spread(tokens: Sequence[int] | None) -> str:
-        return f"{tokens[0]:,} / {tokens[len(tokens) // 2]:,} / {tokens[-1]:,}" if tokens else ""
-
-    rows = [
-        [
-            str(layer["layer_idx"]),
-            f"{layer['kept']:,} of {layer['experts']:,}",
-            f"{layer['moved']:.1%}",
-            spread(layer["tokens_before"]),
-            spread(layer["tokens_after"]),
-        ]
-        for layer in routing["layers"]
-    ]
-    columns = ["layer", "experts kept", "moved", "tokens per kept expert, before", "after"]
     idle, experts = routing["experts_without_tokens"], routing["experts"]
     notes = [
         "Moved: the share of a layer's calibration tokens, counted once for every expert that they went to, whose "
@@ -251,7 +237,8 @@ def _routing(routing: Mapping[str, Any] | None) -> Section:
         "the text of the repair, where there was one.",
         f"{idle:,} of {experts:,} experts got no token of the calibration text.",
     ]
-    return Section("routing", "Routing", notes, [("Tokens and experts", Rows(columns, rows))])
+    rows = Rows([*ROUTING_COLUMNS], [[*row] for row in routing_rows(routing)])
+    return Section("routing", "Routing", notes, [("Tokens and experts", rows)])
 
 
 def _layers(indices: Sequence[int]) -> str:

@@ -206,6 +206,17 @@ def read_metrics(folder: str | Path) -> dict[str, Any]:
     return metrics
 
 
+def routing_in(folder: Path) -> dict[str, Any] | None:
+    """What the cut of a mixture of experts did to its routing, of a folder that prunus wrote; None if it does not say.
+
+    Raises:
+        CheckpointError: the file that would say it cannot be read.
+    """
+    path = folder / FOLDER / "metrics.json"
+    content = check_content(MetricsContent, read_json(path), str(path)) if path.is_file() else None
+    return content.routing.model_dump() if content and content.routing else None
+
+
 def check_updatable(folder: str | Path) -> None:
     """Refuse a folder whose card could not be updated, before any long work.
 

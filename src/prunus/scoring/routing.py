@@ -14,10 +14,12 @@ from prunus.selection.plan import Plan
 from prunus.statistics import Statistics
 
 __all__ = [
+    "ROUTING_COLUMNS",
     "active_parameters",
     "check_enough_reached",
     "idle_experts",
     "routing_of",
+    "routing_rows",
     "tokens_of_experts",
     "warn_of_idle_experts",
 ]
@@ -88,7 +90,7 @@ def check_enough_reached(routing: Mapping[str, Any] | None, plan: Plan) -> None:
         if reached < kept < len(counts):
             raise CalibrationError(
                 f"layer {layer_idx}: the calibration text reached {reached} of {len(counts)} experts, and {kept} are "
-                "to stay: which of the others, would be chance. Give more `samples`, or text of the kinds that the "
+                "to stay: chance would choose among the others. Give more `samples`, or text of the kinds that the "
                 "model is for"
             )
 
@@ -123,6 +125,35 @@ def routing_of(
             )
     idle = routing["experts_without_tokens"]
     return {"routing": {"experts": routing["experts"], "experts_without_tokens": idle, "layers": layers}}
+
+
+#: heads of the cells of `routing_rows`
+ROUTING_COLUMNS = ("layer", "experts kept", "moved", "tokens per kept expert, before", "after")
+
+
+def routing_rows(routing: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row per layer with experts, for people.
+
+    Args:
+        routing: the key `routing` of metrics.json, see `routing_of`.
+
+    Returns:
+        Cells under `ROUTING_COLUMNS`; tokens as least / median / most.
+    """
+
+    def spread(tokens: Sequence[int] | None) -> str:
+        return f"{tokens[0]:,} / {tokens[len(tokens) // 2]:,} / {tokens[-1]:,}" if tokens else ""
+
+    return [
+        (
+            str(layer["layer_idx"]),
+            f"{layer['kept']:,} of {layer['experts']:,}",
+            f"{layer['moved']:.1%}",
+            spread(layer["tokens_before"]),
+            spread(layer["tokens_after"]),
+        )
+        for layer in routing["layers"]
+    ]
 
 
 def active_parameters(geometry: Geometry, plan: Plan) -> dict[str, int]:

@@ -14,11 +14,11 @@ sequences of T tokens in batches of b.
 
 Two layers are held because the next is read while one computes. Of a mixture of experts it is one, with each expert
 read to where it belongs: P_l w in place of 2 P_l w + P_p w, and where a file of half precision is computed with in
-float32, 4 P_p − 2 P_l more. A mixture that is cut shares P_out with the result where they have one dtype, and experts
-that go are not read. Compensation adds a second model (resident) or its layer (streamed), the normal equations of the
-widest block and what solving them takes, 40 C² + 24 C H, and, unless they wait on disk (streamed), N T w (2 H + Q) for
-both models' residual streams and the inputs of o_proj. Each further cut that is repaired in the same go adds itself,
-N T w (H + Q), and 4 C² + 4 C H, twice that for text of several sources.
+float32, 4 P_p − 2 P_l more. A mixture that is cut shares P_out with the result, unless that is saved in fewer bits than
+its file has, and experts that go are not read. Compensation adds a second model (resident) or its layer (streamed), the
+normal equations of the widest block and what solving them takes, 40 C² + 24 C H, and, unless they wait on disk
+(streamed), N T w (2 H + Q) for both models' residual streams and the inputs of o_proj. Each further cut that is
+repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H, twice that for text of several sources.
 Text that the model writes takes P w (streamed: its layer at work) + 64 (2 t L K w + V (w + 24)): keys and values of 64
 documents of t = min(T, 384) + 64 tokens, and the chances of the next. A smaller model that is cut adds itself, at most
 P w (streamed: its layer at work). Perplexity needs the hidden states of as many tokens as go through the layers at
@@ -146,7 +146,7 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     if mixture:
         converted = max(0, 4 * widest - 2 * largest) if w == 4 else 0
         weights = (outside + largest) * w + converted
-        beside = outside * w if w == 4 else 0
+        beside = 0
 
     resident = geometry.total_parameters * w + 4 * sum(sizes) * gradients + len(sizes) * activations * backward + passes
     streamed = weights + 4 * largest * gradients + passes
@@ -215,7 +215,7 @@ def bytes_of_a_cut(model: Any, parameters: int, tokens: int, sources: int = 1) -
     if layers.stored:
         largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers.modules)
         mixture = geometry.family.mixture is not None
-        outside = 0 if mixture and w < 4 else sum(tensor.numel() for tensor in outside_layers(model).values())
+        outside = 0 if mixture else sum(tensor.numel() for tensor in outside_layers(model).values())
         parameters = outside + (1 if mixture else 2) * largest
     waiting = tokens * (hidden + query * geometry.head_dim) * w
     experts, width = max(widths.num_experts for widths in geometry.widths), expert_width(geometry)
