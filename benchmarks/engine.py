@@ -9,11 +9,12 @@ alone that a pass cannot do without, in the model's own shapes, and says which s
     python benchmarks/engine.py methods --samples 16 --seq-len 256 --dtypes float32,bfloat16 --repetitions 3
     python benchmarks/engine.py scaling --depths 4,8,16,32 --sequence-counts 4,8,16 --processes 1,2
     python benchmarks/engine.py limit --layers 24 --hidden-size 2048 --samples 8
+    python benchmarks/engine.py limit --shape llama-3-8b --compute float32 --limit 8GB --engines streamed
     python benchmarks/engine.py kill --repetitions 20
 
 `limit` makes a model of random weights on disk, then scores, prunes, repairs and saves it in a process that may not
 have as much memory as its weights take: RLIMIT_DATA, with which Linux refuses memory beyond a limit. As a control it
-lets the resident engine try the same.
+lets the resident engine try the same. `--dtype` is that on disk, `--compute` the one of the passes.
 
 `kill` prunes and repairs a small model of random weights in two rounds, once undisturbed, and then again and again with
 a SIGKILL at a random moment, after which the same command goes on. It counts the kills and the results that are the
@@ -56,8 +57,10 @@ from prunus.importance import METHODS, MethodOptions, get_method
 from prunus.importance.registry import statistics_for
 from prunus.machine.byte_sizes import parse_bytes, show_bytes
 from prunus.machine.metering import metered
+from prunus.machine.placement import DTYPES, dtype_name
 from prunus.machine.processes import is_first, joined
 from prunus.model.layers import outside_layers
+from prunus.model.saved_dtype import save_in_
 from prunus.sweep import ENGINES, sweep
 from prunus.sweep.estimate import Workload, estimate
 
@@ -65,6 +68,18 @@ from prunus.sweep.estimate import Workload, estimate
 BASELINES = ("forward", "forward+backward")
 #: products of a pass alone: by the weights; and gradients by the inputs; and by the weights (the head's is not needed)
 PRODUCTS = {"products": 1, "products, input gradients": 2, "products, all gradients": 3}
+#: sizes of published models
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    }
+}
 #: methods that take no pass have nothing to be measured
 MEASURED = [name for name, method in METHODS.items() if method.needs]
 
@@ -227,7 +242,8 @@ def measure_limit(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = make_model(Path(scratch) / "model", options.layers, options)
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        meta = empty_model(LlamaConfig.from_pretrained(folder), dtype_of(options))
+        compute = DTYPES[options.compute] if options.compute else dtype_of(options)
+        meta = empty_model(LlamaConfig.from_pretrained(folder), compute)
         work = Workload(
             get_method(options.method).needs,
             options.samples,
@@ -236,23 +252,25 @@ def measure_limit(options: argparse.Namespace) -> dict[str, Any]:
             repairs=True,
             cuts=True,
         )
-        needed = estimate(meta, dtype_of(options), work, torch.device("cpu"))
+        save_in_(meta, dtype_of(options))
+        needed = estimate(meta, compute, work, torch.device("cpu"), dtype_of(options))
         limit = parse_bytes(options.limit) if options.limit else needed.streamed
         if limit >= weights:
             print(f"the limit of {show_bytes(limit)} is not below the weights ({show_bytes(weights)}): deeper, please")
         rows = []
-        for engine in ("streamed", "resident"):
+        for engine in options.engines:
             out = Path(scratch) / f"{engine}-result"
             start = time.perf_counter()
+            words = (limit, folder, out, engine, dtype_name(compute), options.method)
+            sizes = (options.samples, options.seq_len, options.batch_size, options.threads)
             done = subprocess.run(
-                [sys.executable, "-c", LIMITED, str(limit), str(folder), str(out), engine, *map(str, (
-                    options.method, options.samples, options.seq_len, options.batch_size, options.threads))],
+                [sys.executable, "-c", LIMITED, *map(str, (*words, *sizes))],
                 capture_output=True,
                 text=True,
                 # Arrow reserves 1 GiB of addresses for its own allocator, and glibc some for every thread; all counts.
                 env={**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2"},
                 check=False,
-            )  # fmt: skip
+            )
             said = done.stderr.strip().splitlines()[-1][:200] if done.returncode else ""
             facts = json.loads(done.stdout) if done.returncode == 0 else {}
             complete = (out / "config.json").is_file()
@@ -275,7 +293,7 @@ def measure_limit(options: argparse.Namespace) -> dict[str, Any]:
 #: cannot start a thread fail in places that no message explains.
 LIMITED = """
 import json, resource, sys
-limit, folder, out, engine, method, samples, seq_len, batch_size, threads = sys.argv[1:]
+limit, folder, out, engine, dtype, method, samples, seq_len, batch_size, threads = sys.argv[1:]
 import psutil
 import torch
 import prunus
@@ -286,7 +304,7 @@ job = prunus.Job(
     folder, 0.2, recipe,
     prunus.CalibrationOptions(samples=int(samples), seq_len=int(seq_len)),
     prunus.EvaluationOptions(held_out=2),
-    prunus.ModelOptions(device="cpu", engine=engine, batch_size=int(batch_size)),
+    prunus.ModelOptions(device="cpu", dtype=dtype, engine=engine, batch_size=int(batch_size)),
 )
 metrics = prunus.prune_job(job, out, progress=False)
 keys = ("parameters_before", "parameters_after", "perplexity_before", "perplexity_after", "seconds_to_prune")
@@ -409,15 +427,17 @@ def in_a_process(job: dict[str, Any]) -> dict[str, float]:
 
 def make_model(folder: Path, layers: int, options: argparse.Namespace) -> Path:
     """A Llama of random weights on disk, in the sizes that the options say."""
+    sizes = SHAPES.get(getattr(options, "shape", None) or "") or {
+        "vocab_size": options.vocab_size,
+        "hidden_size": options.hidden_size,
+        "intermediate_size": options.intermediate_size or 4 * options.hidden_size,
+        "num_hidden_layers": 24,
+        "num_attention_heads": options.hidden_size // 64,
+        "num_key_value_heads": max(1, options.hidden_size // 256),
+        "tie_word_embeddings": True,
+    }
     config = LlamaConfig(
-        vocab_size=options.vocab_size,
-        hidden_size=options.hidden_size,
-        intermediate_size=options.intermediate_size or 4 * options.hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=options.hidden_size // 64,
-        num_key_value_heads=max(1, options.hidden_size // 256),
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        **{**sizes, "num_hidden_layers": layers or sizes["num_hidden_layers"]}, max_position_embeddings=4096
     )
     return save_random_llama(folder, config, dtype_of(options))
 
@@ -512,7 +532,10 @@ def parse() -> argparse.Namespace:
             sub.add_argument("--sequence-counts", type=numbers, default=[8, 16, 32])
             sub.add_argument("--processes", type=numbers, default=[1, 2])
         if command == "limit":
-            sub.add_argument("--layers", type=int, default=24)
+            sub.add_argument("--layers", type=int, help="24, or as many as the shape has")
+            sub.add_argument("--shape", choices=SHAPES, help="sizes of a published model, in place of the others")
+            sub.add_argument("--compute", choices=DTYPES, help="dtype of the passes; otherwise that on disk")
+            sub.add_argument("--engines", type=names, default=list(reversed(ENGINES)))
             sub.add_argument("--limit", help="e.g. 2GB; the estimate of the streamed engine otherwise")
         if command == "one":
             sub.add_argument("--job", required=True)

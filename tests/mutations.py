@@ -584,6 +584,49 @@ MUTATIONS = (
         ("test_page.py::test_all_groups_have_a_place_in_the_charts",),
         "the histogram keeps only scores above zero",
     ),
+    # models that are read layer by layer
+    Mutation(
+        "compact.py",
+        "None if bias is None else bias[part]",
+        "None",
+        ("test_compact.py::test_a_head_and_its_gradient",),
+        "the head's bias is forgotten",
+    ),
+    Mutation(
+        "compact.py",
+        "for part in _parts(columns, rows):",
+        "for part in [slice(0, 64)]:",
+        ("test_compact.py::test_a_head_and_its_gradient",),
+        "of the gradient by hidden states only the first piece is made",
+    ),
+    Mutation(
+        "compact.py",
+        "promote_types(values.dtype, dtype) == dtype",
+        "promote_types(values.dtype, dtype) != values.dtype",
+        ("test_compact.py::test_what_is_held_compactly",),
+        "bfloat16 stays where float16 is computed with",
+    ),
+    Mutation(
+        "layers.py",
+        "self._prepare(then)",
+        "self._prepare(layer_idx)",
+        ("test_opened.py::test_one_layer_is_read_and_of_it_one_tensor_at_a_time",),
+        "the system is told of the layer that is there already",
+    ),
+    Mutation(
+        "tensor_file.py",
+        "first = self._start + start + entry * each",
+        "first = start + entry * each",
+        ("test_weights.py::test_the_system_is_told_which_bytes_will_be_read",),
+        "the header is left out of the places of tensors",
+    ),
+    Mutation(
+        "estimate.py",
+        "weights = outside + largest * w + converted + ahead",
+        "weights = outside + largest * w + ahead",
+        ("test_estimate.py",),
+        "the tensor that is converted takes no memory",
+    ),
     # GGUF
     Mutation(
         "gguf_slice.py",

@@ -7,6 +7,7 @@ read tensor by tensor from disk. A plan that keeps everything passes every tenso
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from prunus.checkpoint.stored_blocks import attach_blocks_, blocks_of
 from prunus.model.dimensions import SPACE_AXIS
 from prunus.model.families import Block, Projection, Stack
 from prunus.model.geometry import Geometry
-from prunus.model.layers import Entries, Fetched, LayerState, StoredLayers, layers_of, outside_layers
+from prunus.model.layers import Entries, LayerState, Part, StoredLayers, layers_of, outside_layers
 from prunus.model.live import live_model
 from prunus.model.saved_dtype import rounded, save_in_, saved_dtype
 from prunus.model.whole import attach_whole_, whole_of
@@ -83,28 +84,27 @@ def apply_plan(model: Any, plan: Plan) -> Any:
 
 def _cut_reader(
     layers: StoredLayers, geometry: Geometry, plan: Plan, saved: torch.dtype
-) -> Callable[[int, Entries], Fetched]:
+) -> Callable[[int, Entries], Sequence[Part]]:
     """What fetches a layer of an opened model and then cuts it; experts that do not stay are not even read."""
 
-    def fetch(new_index: int, entries: Entries) -> Fetched:
+    def fetch(new_index: int, entries: Entries) -> Sequence[Part]:
         layer_idx = plan.surviving_layers[new_index]
         kept = plan.layers[layer_idx]
         cut_on_the_way = _kept_entries(geometry, layer_idx, kept)
         read: dict[str, Sequence[int]] = {**entries, **cut_on_the_way}
         for name in cut_on_the_way.keys() & entries.keys():
             read[name] = [cut_on_the_way[name][entry] for entry in entries[name]]
-        whole = layers.fetch(layer_idx, read)
 
-        def finish(state: LayerState) -> LayerState:
-            state, cut = whole.finish(state), {}
-            for name in list(state):
-                tensor = state.pop(name)
-                left = tensor if name in cut_on_the_way else _cut_layer_tensor(name, tensor, geometry, layer_idx, kept)
-                if left is not None:
-                    cut[name] = rounded(left, saved)
-            return cut
+        def cut(part: Part) -> Part:
+            def make(state: LayerState) -> Tensor | None:
+                tensor: Tensor | None = part.make(state)
+                if tensor is not None and part.name not in cut_on_the_way:
+                    tensor = _cut_layer_tensor(part.name, tensor, geometry, layer_idx, kept)
+                return None if tensor is None else rounded(tensor, saved)
 
-        return Fetched(whole.state, finish)
+            return replace(part, make=make)
+
+        return [cut(part) for part in layers.fetch(layer_idx, read)]
 
     return fetch
 

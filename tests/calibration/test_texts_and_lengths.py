@@ -378,11 +378,14 @@ def test_evaluation_and_a_second_model_are_in_the_estimate(monkeypatch):
     work = Workload(evaluation_tokens=300, evaluation_window=128)
     measured = 300 * 48 * 4 + 512 * 96 * 12 + 128 * each_token
     cpu = torch.device("cpu")
-    whole, held = (outside + 4 * layer) * 4, (outside + 2 * layer + 48 * 48) * 4
+    whole, held = (outside + 4 * layer) * 4, (outside + layer) * 4
     found = estimate(model, torch.float32, work, cpu)
     assert (found.resident, found.streamed) == (int((whole + measured) * 1.1), int((held + measured) * 1.1))
     cut = estimate(model, torch.float32, Workload(cuts=True), cpu)
-    assert (cut.resident, cut.streamed) == (int(2 * whole * 1.1), int(2 * held * 1.1))
+    assert (cut.resident, cut.streamed) == (int(2 * whole * 1.1), int((held + 48 * 48 * 4) * 1.1))
+    half = estimate(model, torch.float32, work, cpu, torch.float16)
+    converted = held - outside * 2 + 48 * 48 * 2 + 96 * 48 * 4
+    assert half.streamed == int((converted + measured) * 1.1)
 
 
 def test_eval_with_speed_counts_both_models(capsys, folder, text):

@@ -19,6 +19,7 @@ from torch import nn
 
 from prunus.calibration import calibration_from_tokens
 from prunus.checkpoint import load_model, open_model, save_checkpoint
+from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError
 from prunus.evaluation.evaluate import EvalOptions, evaluate
 from prunus.files.tensor_file import TensorFile
@@ -201,6 +202,21 @@ def test_a_model_left_alone_is_read_as_often_as_one_likes(model, tmp_path):
     shutil.copy(model / WEIGHTS, tmp_path / "read.safetensors")  # reading changes nothing
     out = save_checkpoint(opened, tokenizer, tmp_path / "out", card="", extras={})
     assert hashlib.sha256((out / WEIGHTS).read_bytes()).digest()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be told")
+@pytest.mark.parametrize("entries", [None, [0, 3]])
+def test_the_system_is_told_which_bytes_will_be_read(entries, model, monkeypatch):
+    told, name = [], "model.layers.1.mlp.up_proj.weight"
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *rest: told.append(rest))
+    monkeypatch.setattr("prunus.files.tensor_file.ADVISED_AT_ONCE", 1000)
+    StoredWeights(model).will_need(name, entries)
+    content = (model / WEIGHTS).read_bytes()
+    found = b"".join(content[start : start + length] for start, length, _ in told)
+    weight = load_file(model / WEIGHTS)[name]
+    assert found == (weight if entries is None else weight[entries]).numpy().tobytes()
+    assert {advice for *_, advice in told} == {os.POSIX_FADV_WILLNEED}
+    assert max(length for _, length, _ in told) <= 1000
 
 
 # --- where weight files may lie ---

@@ -19,6 +19,7 @@ import prunus
 from prunus.checkpoint import open_model, save_checkpoint
 from prunus.errors import OptionError
 from prunus.machine.byte_sizes import parse_bytes, show_bytes
+from prunus.model.saved_dtype import save_in_
 from prunus.sweep import estimate as module
 from prunus.sweep.estimate import (
     Estimate,
@@ -49,10 +50,15 @@ def test_the_formula_by_hand():
     products = 48 * 48 * 12
     found = estimate(model, torch.float32, Workload(frozenset({"gradients"}), 6, 10, 2), CPU)
     assert found.resident == int(((outside + 4 * layer) * 4 + 4 * 4 * layer + 5 * kept + head + products) * 1.1)
-    streamed = (outside + 2 * layer + 48 * 48) * 4 + 4 * layer + kept + head + products
+    streamed = (outside + layer) * 4 + 4 * layer + kept + head + products
     assert found.streamed == int((streamed + 2 * 20 * 48 * 4) * 1.1)
     in_memory = estimate(model, torch.float32, Workload(frozenset({"gradients"}), 6, 10, 2, inputs_on_disk=False), CPU)
     assert in_memory.streamed == int((streamed + 6 * 60 * 48 * 4) * 1.1)
+    # Stored in half precision: embeddings and head stay so, a tensor is converted at a time, and a piece of the head.
+    half = estimate(model, torch.float32, Workload(frozenset({"gradients"}), 6, 10, 2), CPU, torch.bfloat16)
+    converted = outside * 2 + (layer + 96 * 48) * 4 + 48 * 48 * 2
+    assert half.streamed == int((converted + 4 * layer + kept + head + products + 2 * 20 * 48 * 4) * 1.1)
+    assert half.resident == found.resident
 
 
 def test_repair_by_hand(tmp_path):
@@ -63,16 +69,24 @@ def test_repair_by_hand(tmp_path):
     kept = 2 * 10 * (4 * (12 * 48 + 4 * 48 + 4 * 24 + 6 * 20) + 24 * 48)
     work = Workload(frozenset(), 6, 10, 2, repairs=True)
     found = estimate(model, torch.float32, work, CPU)
-    solving, waiting = 40 * 20 * 20 + 24 * 20 * 48, 60 * 4 * (2 * 48 + 48)
+    solving, waiting = 8 * 20 * 20 + 14 * 20 * 48 + 48 * 20 * 48, 60 * 4 * (2 * 48 + 48)
     assert found.resident == int((2 * (outside + 4 * layer) * 4 + kept + solving + waiting) * 1.1)
-    held = 2 * (outside + 2 * layer + 48 * 48) * 4
+    held = (outside + 2 * layer) * 4
     assert found.streamed == int((held + kept + solving) * 1.1)
     in_memory = estimate(model, torch.float32, replace(work, inputs_on_disk=False), CPU)
     assert in_memory.streamed == int((held + kept + solving + waiting) * 1.1)
     one_more = 60 * 4 * (48 + 48) + 4 * 20 * (20 + 48)
     assert bytes_of_a_cut(model, 12345, 60) == int((12345 * 4 + one_more) * 1.1)
     opened = open_model(save(model, tmp_path / "model"))[0]
-    assert bytes_of_a_cut(opened, 12345, 60) == int(((outside + 2 * layer) * 4 + one_more) * 1.1)
+    assert bytes_of_a_cut(opened, 12345, 60) == int((layer * 4 + one_more) * 1.1)
+    # What is saved in less than the file's dtype cannot share embeddings and head.
+    for each in (model, opened):
+        save_in_(each, torch.bfloat16)
+    narrower = estimate(model, torch.float32, work, CPU)
+    assert narrower.streamed == int((held + outside * 2 + kept + solving) * 1.1)
+    assert bytes_of_a_cut(opened, 12345, 60) == int((layer * 4 + outside * 2 + one_more) * 1.1)
+    cuts = [estimate(model, torch.float32, Workload(cuts=cuts), CPU).streamed for cuts in (False, True)]
+    assert cuts == [int((outside + layer) * 4 * 1.1), int(((outside + layer + 48 * 48) * 4 + outside * 2) * 1.1)]
 
 
 def test_what_is_free(monkeypatch):
@@ -180,6 +194,7 @@ from pathlib import Path
 from prunus.calibration import Batch
 from prunus.checkpoint import open_model, save_checkpoint
 from prunus.machine.metering import metered
+from prunus.model.compact import kept
 from prunus.model.geometry import Geometry
 from prunus.selection.plan import Plan
 from prunus.statistics import RoutingStatistics
@@ -191,9 +206,9 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 model, tokenizer = open_model(folder, dtype=sys.argv[2])
 batches = [Batch(torch.randint(0, 250, (1, 128)), None) for _ in range(3)]
-weights = sum(p.numel() * p.itemsize for p in model.parameters() if not p.is_meta)
+weights = sum(kept(p).nbytes for p in model.parameters() if not p.is_meta)
 workload = Workload(frozenset({"routing"}), 3, 128, 1, cuts=True)
-needed = estimate(model, model.dtype, workload, torch.device("cpu"))
+needed = estimate(model, model.dtype, workload, torch.device("cpu"), torch.bfloat16)
 with metered() as cost:
     sweep(model, batches, [RoutingStatistics(True)], engine="streamed", work=folder / "work", progress=False)
     geometry = Geometry.of(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from prunus.calibration import Batch
 from prunus.checkpoint import load_model, open_model, save_checkpoint
 from prunus.checkpoint.open import read_layers_
 from prunus.errors import CheckpointError, NonFiniteError, OptionError
+from prunus.files.tensor_file import TensorFile
 from prunus.importance import METHODS, get_method, score_groups
 from prunus.importance.registry import MethodOptions, statistics_for
 from prunus.model.compact import Compact, kept
@@ -165,6 +167,36 @@ def test_a_wide_file_is_cut_to_a_narrow_one(tmp_path):
     dense.lm_head.weight.data[0, 0] = 1e6
     with pytest.raises(NonFiniteError, match="too large for float16"):
         apply_plan(dense, Plan.keep_all(Geometry.of(dense)))
+
+
+def test_one_layer_is_read_and_of_it_one_tensor_at_a_time(tmp_path, monkeypatch):
+    """Cut and in memory: what was read in half precision is gone when the next tensor is."""
+    model = make_model("llama", num_hidden_layers=3)
+    dense, _ = open_model(save(model.to(torch.bfloat16), tmp_path / "m"), dtype="float32")
+    kept_channels = [{"attention": range(2), "mlp": range(0, 20, 2)}] * 3
+    smaller = apply_plan(dense, plan_keeping(Geometry.of(dense), kept_channels))
+    read, alive, announced, read_into = [], [], [], TensorFile.read_into
+
+    def noting(self, name, out, entry=None):
+        assert all(earlier() is None for earlier in alive)
+        read_into(self, name, out, entry)
+        read.append(name)
+        alive.append(weakref.ref(out))
+
+    monkeypatch.setattr(TensorFile, "read_into", noting)
+    monkeypatch.setattr(TensorFile, "will_need", lambda self, name, entries=None: announced.append((name, entries)))
+    of_layer = {number: [n for n in model.state_dict() if f"layers.{number}." in n] for number in range(3)}
+    for opened in (dense, smaller):
+        with layers_of(opened).hold(0, then=1) as layer:
+            assert read == of_layer[0]
+            layers_of(opened)._reader.submit(int).result()  # the one thread is through with what it had to do
+            assert announced == [(name, None) for name in of_layer[1]]
+            assert layer.mlp.down_proj.weight.dtype == torch.float32
+        with layers_of(opened).hold(1, then=3):
+            layers_of(opened)._reader.submit(int).result()
+        assert read == of_layer[0] + of_layer[1]
+        assert len(announced) == len(of_layer[1]), "there is no layer 3"
+        read.clear(), alive.clear(), announced.clear()
 
 
 def test_layers_are_let_go_after_an_exception(tmp_path):

@@ -12,7 +12,7 @@ for MXFP4; Micikevicius et al. 2022, "FP8 Formats for Deep Learning" (arXiv 2209
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +291,11 @@ class DecodedWeights(StoredWeights):
     def layout(self, name: str) -> TensorLayout:
         """Dtype and shape of a tensor when it is decoded."""
         return TensorLayout(self.held_in, self.shape(name)) if name in self._parts else super().layout(name)
+
+    def will_need(self, name: str, entries: Sequence[int] | None = None) -> None:
+        """Tell the system that what a tensor is stored as will be read soon."""
+        for part in self.raw(name):
+            super().will_need(part, entries if self.sliceable(name, 0) else None)
 
     def read_into(self, name: str, out: Tensor, entry: int | None = None) -> None:
         """Read and decode one tensor, or one entry along its first dimension, to where it is wanted."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from prunus.model.families import family_of
 from prunus.model.layers import (
     ATTRIBUTE,
     Entries,
-    Fetched,
     LayerState,
+    Part,
     StoredLayers,
     layers_of,
     move_present_,
@@ -83,30 +84,33 @@ def open_model(
     conversion = Conversion(model, weights)
     stored_as = _names_in_folder(model, weights, conversion)
     warn_of_unused(folder, unused_tensors(model, weights))
-    prefix, checked = family_of(config).layers + ".", _Checked(model)
+    prefix, checked, places_of = family_of(config).layers + ".", _Checked(model), cache(conversion.places)
 
-    def fetch_layer(layer_idx: int, entries: Entries) -> Fetched:
+    def fetch_layer(layer_idx: int, entries: Entries) -> list[Part]:
         start = f"{prefix}{layer_idx}."
         names = [name.removeprefix(start) for name in stored_as if name.startswith(start)]
-        state, unmade = {}, set()
-        for name in names:
-            if places := conversion.places(start + name):
-                state[name] = _put_together(weights, places, entries.get(name))
-            else:
-                unmade.add(name)
-                state |= {part: weights.read(part) for part in stored_as[start + name]}
+        return [fetch_tensor(start, name, entries.get(name)) for name in names]
 
-        def made(name: str, state: LayerState) -> Tensor:
-            if name not in unmade:
-                return state.pop(name)
-            whole = conversion.make(start + name, {part: state.pop(part) for part in stored_as[start + name]})
-            return whole[list(entries[name])] if name in entries else whole
+    def fetch_tensor(start: str, inside: str, entries: Sequence[int] | None) -> Part:
+        name = start + inside
+        places = places_of(name)
 
-        def finish(state: LayerState) -> LayerState:
-            # Popped: what was read goes as soon as it is converted.
-            return {name: checked(start + name, made(name, state), whole=name not in entries) for name in names}
+        def read() -> LayerState:
+            if places:
+                return {inside: _put_together(weights, places, entries)}
+            return {part: weights.read(part) for part in stored_as[name]}
 
-        return Fetched(state, finish)
+        def make(state: LayerState) -> Tensor:
+            if places:
+                return checked(name, state.pop(inside), whole=entries is None)
+            whole = conversion.make(name, state)
+            return checked(name, whole if entries is None else whole[list(entries)], whole=entries is None)
+
+        def announce() -> None:
+            for part, wanted in _wanted(places or dict.fromkeys(stored_as[name]), entries):
+                weights.will_need(part, wanted)
+
+        return Part(inside, read, make, announce)
 
     outer = {}
     for name, empty in outside_layers(model).items():
@@ -148,13 +152,21 @@ def _put_together(weights: StoredWeights, places: Mapping[str, Place], entries: 
     return out
 
 
+def _wanted(places: Mapping[str, Place], entries: Sequence[int] | None) -> Iterator[tuple[str, Sequence[int] | None]]:
+    """The tensors of the files that `_put_together` reads, and the entries of each; None = all."""
+    for name, place in places.items():
+        if place is None:
+            yield name, entries
+        elif entries is None or place[0] in entries:
+            yield name, None
+
+
 def read_layers_(model: Any) -> Any:
     """Read all layers of an opened model into memory; it is an ordinary model from then on."""
     layers = layers_of(model)
     assert isinstance(layers, StoredLayers)
     for layer_idx, layer in enumerate(layers.modules):
-        state = layers.read(layer_idx)
-        layer.load_state_dict({name: tensor.to(layers.device) for name, tensor in state.items()}, assign=True)
+        layer.load_state_dict(layers.read(layer_idx), assign=True)
         del layer.forward  # that of the class shows again
     expand_(model)
     delattr(model, ATTRIBUTE)
@@ -211,7 +223,7 @@ class _Checked:
 
 def attach_layers_(
     model: Any,
-    fetch: Callable[[int, Entries], Fetched],
+    fetch: Callable[[int, Entries], Sequence[Part]],
     device: torch.device,
     scratch: Path | None,
     verify: Callable[[], None],

@@ -10,7 +10,7 @@ network file systems give a file that is opened again another one.)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -119,6 +119,10 @@ class StoredWeights(TensorReader, Collection[str]):
                 f"{self.path(name)} changed while the model was in use: {name!r} holds other values than when it was "
                 "first read. Leave the files of a model alone while it is worked on, and start again"
             )
+
+    def will_need(self, name: str, entries: Sequence[int] | None = None) -> None:
+        """Tell the system that a tensor, or entries along its first dimension, will be read soon."""
+        self._files[name].will_need(name, entries)
 
     def verify(self) -> None:
         """Read again what was read so far.

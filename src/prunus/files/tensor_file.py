@@ -12,7 +12,7 @@ import math
 import os
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,8 @@ DTYPES: dict[str, torch.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: one system call moves no more than 2 GiB
 MOVED_AT_ONCE = 2**30
+#: of a longer part, Linux reads no more than its readahead window, 128 KiB unless somebody has changed it
+ADVISED_AT_ONCE = 2**17
 #: as in the safetensors library; the header of a damaged file could claim to be as large as the file
 LARGEST_HEADER = 100_000_000
 
@@ -75,6 +77,14 @@ class TensorReader(ABC):
     @abstractmethod
     def read_into(self, name: str, out: Tensor, entry: int | None = None) -> None:
         """Read one tensor, or one entry along its first dimension, to where it is wanted."""
+
+    @abstractmethod
+    def will_need(self, name: str, entries: Sequence[int] | None = None) -> None:
+        """Tell the system that a tensor, or entries along its first dimension, will be read soon.
+
+        What is on its way to the system's cache while something else is done need not be waited for. On systems that
+        cannot be told, nothing happens.
+        """
 
     def read(self, name: str) -> Tensor:
         """Read one tensor into memory of its own, on the CPU.
@@ -177,6 +187,19 @@ class TensorFile(TensorReader):
         start = self.entries[name]["data_offsets"][0] + (entry or 0) * out.numel() * layout.dtype.itemsize
         with self._opened() as file:
             self._fill(file, name, start, out.view(-1).view(torch.uint8))
+
+    def will_need(self, name: str, entries: Sequence[int] | None = None) -> None:
+        """Tell the system that a tensor, or entries along its first dimension, will be read soon."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        start, end = self.entries[name]["data_offsets"]
+        each = (end - start) // self.layout(name).shape[0] if entries is not None else end - start
+        with self.path.open("rb", buffering=0) as file:
+            for entry in [0] if entries is None else entries:
+                first = self._start + start + entry * each
+                for place in range(first, first + each, ADVISED_AT_ONCE):
+                    length = min(ADVISED_AT_ONCE, first + each - place)
+                    os.posix_fadvise(file.fileno(), place, length, os.POSIX_FADV_WILLNEED)
 
     def read_in_pieces(self, name: str, elements: int) -> Iterator[Tensor]:
         """Read one tensor, flattened, as pieces of so many elements.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Compact", "compact", "expand_", "kept", "pieces"]
+__all__ = ["PIECE", "Compact", "compact", "expand_", "kept", "pieces"]
 
 #: numbers that are converted at a time: 64 MiB in float32
 PIECE = 2**24

@@ -3,7 +3,7 @@
 Whatever walks over the layers (sweep, scoring, repair, evaluation, saving) asks for them here:
 
     layers = layers_of(model)
-    with layers.hold(0, then=1) as layer:   # weights are there now; those of layer 1 are being read
+    with layers.hold(0, then=1) as layer:   # weights are there now; those of layer 1 will be wanted
         ...
 
 For a model in memory nothing more happens. For one that `open_model` opened, a layer has its weights only while it is
@@ -14,7 +14,7 @@ too, and reads every layer for every batch.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,31 +29,35 @@ from prunus.files.tensor_file import TensorFile, TensorLayout, write_tensors
 from prunus.model.families import family_of
 from prunus.model.modules import submodule
 
-__all__ = ["Entries", "Fetched", "LayerState", "Layers", "StoredLayers", "layers_of", "move_present_", "outside_layers"]
+__all__ = ["Entries", "LayerState", "Layers", "Part", "StoredLayers", "layers_of", "move_present_", "outside_layers"]
 
 #: a decoder layer's parameters and buffers by their names inside the layer
 LayerState = dict[str, Tensor]
 #: of some tensors of a layer, by name, the entries along their first dimension that are wanted; others are wanted whole
 Entries = Mapping[str, Sequence[int]]
 ALL: Entries = {}
+#: tensors of a layer, and what was read of each
+Sent = Iterable[tuple["Part", LayerState]]
 #: where a model keeps its `StoredLayers`
 ATTRIBUTE = "_prunus_layers"
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """A decoder layer on its way from disk.
-
-    Reading runs in a thread beside the computation, and must be no more than reading: PyTorch starts threads of its own
-    for an operation, and those of two threads keep each other from the cores. All else waits for `finish`.
+class Part:
+    """A tensor of a decoder layer on its way from disk.
 
     Attributes:
-        state: the tensors that were read.
-        finish: makes the layer's state of them, wherever they have been sent meanwhile; it may empty what it is given.
+        name: inside the layer.
+        read: reads what the files hold of it, to the CPU, in tensors of their own.
+        make: makes the tensor of that, wherever it has been sent meanwhile, and empties what it is given; None if the
+            layer has no such tensor after all.
+        announce: tells the system that it will be read soon.
     """
 
-    state: LayerState
-    finish: Callable[[LayerState], LayerState]
+    name: str
+    read: Callable[[], LayerState]
+    make: Callable[[LayerState], Tensor | None]
+    announce: Callable[[], None]
 
 
 class Layers:
@@ -78,7 +82,7 @@ class Layers:
 
         Args:
             layer_idx: which one.
-            then: the layer that will be asked for next, to be read meanwhile; one that does not exist is none.
+            then: the layer that will be asked for next; one that does not exist is none.
         """
         yield self.modules[layer_idx]
 
@@ -97,14 +101,16 @@ class Layers:
 class StoredLayers(Layers):
     """Decoder layers whose weights come from disk.
 
+    One layer at a time is in memory, and one tensor of it is read, converted and cut at a time. While it is at work,
+    the system is told to have what comes next in its cache. On CUDA the next layer is read and sent meanwhile.
+
     Args:
         modules: the list of decoder layers, without weights (on the meta device).
-        fetch: index of a layer, and the entries that are wanted → what is on disk of them, on the CPU, in tensors of
-            its own. Called from a thread.
+        fetch: index of a layer, and the entries that are wanted → its tensors on disk.
         device: where held layers go.
         scratch: folder in which changed layers are kept until the program ends; None for the system's temporary one.
         verify: raises CheckpointError if the files have other content than what was read of them.
-        ahead: read the layer that comes next while one is at work, which takes memory for two.
+        ahead: on CUDA, send the layer that comes next while one is at work, which takes memory for two.
     """
 
     stored = True
@@ -112,7 +118,7 @@ class StoredLayers(Layers):
     def __init__(
         self,
         modules: Any,
-        fetch: Callable[[int, Entries], Fetched],
+        fetch: Callable[[int, Entries], Sequence[Part]],
         device: torch.device,
         scratch: Path | None,
         verify: Callable[[], None],
@@ -126,7 +132,7 @@ class StoredLayers(Layers):
         self.device = device
         self._empty = [layer.state_dict() for layer in modules]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prunus-layers")
-        self._ahead: dict[int, Future[tuple[Fetched, LayerState, Any]]] = {}
+        self._ahead: dict[int, Future[tuple[Sent, Any]]] = {}
         self._held: set[int] = set()
         self._changed: dict[int, TensorFile] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -136,12 +142,12 @@ class StoredLayers(Layers):
             layer.forward = partial(self._forward, layer_idx)
 
     def read(self, layer_idx: int) -> LayerState:
-        """The state of a layer on the CPU, with the changes that were kept."""
-        fetched = self.fetch(layer_idx)
-        return fetched.finish(fetched.state)
+        """The state of a layer on its device, with the changes that were kept."""
+        sent = self._take(layer_idx)
+        return {part.name: made for part, state in sent if (made := part.make(state)) is not None}
 
-    def fetch(self, layer_idx: int, entries: Entries = ALL) -> Fetched:
-        """The first half of `read`, with nothing computed.
+    def fetch(self, layer_idx: int, entries: Entries = ALL) -> Sequence[Part]:
+        """The tensors of a layer on disk, with the changes that were kept.
 
         Args:
             layer_idx: which one.
@@ -150,16 +156,14 @@ class StoredLayers(Layers):
         file = self._changed.get(layer_idx)
         if file is None:
             return self._fetch_original(layer_idx, entries)
-        return Fetched({name: _read(file, name, entries.get(name)) for name in file.entries}, lambda state: state)
+        return [_part(file, name, entries.get(name)) for name in file.entries]
 
     @contextmanager
     def hold(self, layer_idx: int, then: int | None = None) -> Iterator[nn.Module]:
         """One layer with its weights; afterwards they are gone."""
-        fetched, state = self._take(layer_idx)
-        if self.ahead and then is not None and 0 <= then < len(self) and then != layer_idx:
-            self._ahead[then] = self._reader.submit(self._send, then)
-        state = fetched.finish(state)
-        del fetched
+        state = self.read(layer_idx)
+        if then is not None and 0 <= then < len(self) and then != layer_idx:
+            self._prepare(then)
         layer: nn.Module = self.modules[layer_idx]
         self._held.add(layer_idx)
         try:
@@ -202,29 +206,61 @@ class StoredLayers(Layers):
         with nullcontext() if layer_idx in self._held else self.hold(layer_idx, then=layer_idx + 1):
             return type(layer).forward(layer, *args, **kwargs)
 
-    def _take(self, layer_idx: int) -> tuple[Fetched, LayerState]:
+    def _prepare(self, layer_idx: int) -> None:
+        """Make a layer that will be asked for next come sooner.
+
+        This runs in a thread beside the computation, and must be no more than reading: PyTorch starts threads of its
+        own for an operation, and those of two threads keep each other from the cores.
+        """
+        if self._stream is None:
+            self._reader.submit(self._announce, layer_idx)
+        elif self.ahead:
+            self._ahead[layer_idx] = self._reader.submit(self._send, layer_idx)
+
+    def _announce(self, layer_idx: int) -> None:
+        for part in self.fetch(layer_idx):
+            part.announce()
+
+    def _take(self, layer_idx: int) -> Sent:
+        """The tensors of a layer as they arrive: on CUDA all at once, else when the one before has been made."""
+        if self._stream is None:
+            return ((part, _sent(part.read(), self.device)) for part in self.fetch(layer_idx))
         future = self._ahead.pop(layer_idx, None)
         while self._ahead:  # not wanted after all; its memory must be free before more is read
             self._ahead.popitem()[1].cancel()
         if future is None:
             future = self._reader.submit(self._send, layer_idx)
-        fetched, state, copied = future.result()
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(copied)
+        sent, copied = future.result()
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(copied)
+        for _, state in sent:
             for tensor in state.values():
                 tensor.record_stream(current)
-        return fetched, state
+        return sent
 
-    def _send(self, layer_idx: int) -> tuple[Fetched, LayerState, Any]:
-        """Fetch a layer and send it to its device; on CUDA, also the event of its arrival."""
-        fetched = self.fetch(layer_idx)
-        state = fetched.state
-        if self._stream is None:
-            return fetched, {name: state.pop(name).to(self.device) for name in list(state)}, None
+    def _send(self, layer_idx: int) -> tuple[Sent, Any]:
+        """Read a layer and send it to a CUDA device; also the event of its arrival."""
+        assert self._stream is not None
         with torch.cuda.stream(self._stream):
-            sent = {name: state.pop(name).pin_memory().to(self.device, non_blocking=True) for name in list(state)}
-            return fetched, sent, self._stream.record_event()
+            sent = [(part, _sent(part.read(), self.device, pinned=True)) for part in self.fetch(layer_idx)]
+            return sent, self._stream.record_event()
+
+
+def _sent(state: LayerState, device: torch.device, *, pinned: bool = False) -> LayerState:
+    """Tensors on a device, one after another; from pinned memory, without waiting for them to arrive."""
+    if pinned:
+        return {name: state.pop(name).pin_memory().to(device, non_blocking=True) for name in list(state)}
+    return {name: state.pop(name).to(device) for name in list(state)}
+
+
+def _part(file: TensorFile, name: str, entries: Sequence[int] | None) -> Part:
+    """A tensor of a layer that was kept."""
+    return Part(
+        name,
+        lambda: {name: _read(file, name, entries)},
+        lambda state: state.pop(name),
+        lambda: file.will_need(name, entries),
+    )
 
 
 def _read(file: TensorFile, name: str, entries: Sequence[int] | None) -> Tensor:

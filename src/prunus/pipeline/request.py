@@ -206,5 +206,5 @@ def _held(job: Job, config: Any, workload: Workload) -> tuple[Job, Workload, Any
     empty = empty_model(config, held_dtype(config, run.dtype, run.device))
     save_in_(empty, dtype_to_save(config.dtype, empty.dtype, job.output.save_dtype))
     output = replace(job.output, save_dtype=dtype_name(saved_dtype(empty)))
-    needed = estimate(empty, empty.dtype, workload, resolve_device(run.device))
+    needed = estimate(empty, empty.dtype, workload, resolve_device(run.device), config.dtype)
     return replace(job, run=run, output=output), workload, empty, holding_of(needed, run)

@@ -205,7 +205,10 @@ def settled(config: Any, options: ModelOptions, workload: Workload) -> ModelOpti
     if options.batch_size == "auto":
 
         def fits(size: int) -> bool:
-            needed = [estimate(empty, empty.dtype, replace(workload, batch_size=each), device) for each in (1, size)]
+            needed = [
+                estimate(empty, empty.dtype, replace(workload, batch_size=each), device, config.dtype)
+                for each in (1, size)
+            ]
             bounds = [parse_bytes(options.max_memory) if options.max_memory else None, available_memory(device)]
             bound = min((bound for bound in bounds if bound is not None), default=None)
             if bound is None:
@@ -238,7 +241,7 @@ def memory_needed(source: str, options: ModelOptions, workload: Workload) -> Est
     """
     config, device = config_of(source), resolve_device(options.device)
     held_in = held_dtype(config, options.dtype, device)
-    return estimate(empty_model(config, held_in), held_in, workload, device)
+    return estimate(empty_model(config, held_in), held_in, workload, device, config.dtype)
 
 
 def model_name(model: str) -> str:

@@ -1,24 +1,26 @@
 """How much memory a job will need, from shapes alone, and which engine that means.
 
-All in bytes. w is the size of a number of the model's dtype, P its parameters, P_out those outside the decoder layers,
-P_l those of the largest layer and P_p those of its largest projection; L layers of width H with Q query, K key/value
-and C channel columns (in layers with experts, those of the experts that a token goes to), a vocabulary of V; N
-sequences of T tokens in batches of b.
+All in bytes. w is the size of a number of the dtype that is computed with, s of the file's and s' the smaller of both,
+P the model's parameters, P_out those outside the decoder layers, P_l those of the largest layer and P_p those of its
+largest projection; L layers of width H with Q query, K key/value and C channel columns (in layers with experts, those
+of the experts that a token goes to), a vocabulary of V; N sequences of T tokens in batches of b.
 
     resident   process + P w + 4 (P − P_out)·[weight gradients] + L a·[backward pass] + a + head + products
-    streamed   process + P_out w + 2 P_l w + P_p w + 4 P_l·[weight gradients] + a + head + products
+    streamed   process + P_out s' + P_l w + P_p s·[s ≠ w] + 4 P_l·[weight gradients] + a + head + products
                + 2 b T H w with the layers' inputs on disk, (L + 2) N T H w with them in memory
     a          b T (w (12 H + 4 Q + 4 K + 6 C) + 24 H): what one layer keeps of one batch for its backward pass
     head       min(512, b T) V (2 w + 12): logits, their float32 copy, its softmax and its gradient
+               + min(2²⁴, V H) w·[streamed, s < w]: the piece of the head that is converted
     products   P_p (w + 8)·[weight gradients]: the gradient of one projection and its float32 copies
 
-Two layers are held because the next is read while one computes. Of a mixture of experts it is one, with each expert
-read to where it belongs: P_l w in place of 2 P_l w + P_p w, and where a file of half precision is computed with in
-float32, 4 P_p − 2 P_l more. A mixture that is cut shares P_out with the result, unless that is saved in fewer bits than
-its file has, and experts that go are not read. Compensation adds a second model (resident) or its layer (streamed), the
-normal equations of the widest block and what solving them takes, 40 C² + 24 C H, and, unless they wait on disk
-(streamed), N T w (2 H + Q) for both models' residual streams and the inputs of o_proj. Each further cut that is
-repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H, twice that for text of several sources.
+Streamed, one layer is held, and its tensors are read and converted one by one; on CUDA the next is on its way, P_l s
+more for each model that is no mixture of experts. A model that is cut shares P_out with the result, which has its own
+only where it is saved in a dtype that does not hold the file's numbers; to cut a tensor takes P_p w, of experts
+nothing: those that go are not read. Compensation adds a second model (resident) or its layer (streamed), the normal
+equations of the widest block and what solving them takes, the larger of 12 C² + 4 C H and 8 C² + 14 C H + 48 C min(H,
+1024), and, unless they wait on disk (streamed), N T w (2 H + Q) for both models' residual streams and the inputs of
+o_proj. Each further cut that is repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H, twice that for
+text of several sources.
 Text that the model writes takes P w (streamed: its layer at work) + 64 (2 t L K w + V (w + 24)): keys and values of 64
 documents of t = min(T, 384) + 64 tokens, and the chances of the next. A smaller model that is cut adds itself, at most
 P w (streamed: its layer at work). Perplexity needs the hidden states of as many tokens as go through the layers at
@@ -40,9 +42,11 @@ from prunus.calibration.self_text import AT_ONCE, LONGEST_PROMPT, MOST_NEW
 from prunus.errors import OptionError
 from prunus.machine.byte_sizes import show_bytes
 from prunus.machine.memory import available_bytes, resident_set
+from prunus.model.compact import PIECE, kept
 from prunus.model.geometry import Geometry
 from prunus.model.layers import layers_of, outside_layers
 from prunus.model.modules import submodule
+from prunus.model.saved_dtype import saved_dtype
 from prunus.sweep.blocks import TOKENS_AT_ONCE
 
 __all__ = [
@@ -63,6 +67,8 @@ SLACK = 1.1
 #: on the CPU: what libraries load and set up for the first products and the first backward pass, and for the first
 #: factorisation of a matrix
 FIRST_USE, FIRST_SOLUTION = 32 * 2**20, 64 * 2**20
+#: rows of a projection that are solved at a time, see `prunus.repair.least_squares`
+SOLVED_AT_ONCE = 1024
 #: a row of the table of groups, with the lists that a plan is chosen by
 GROUP_BYTES = 600
 
@@ -108,17 +114,21 @@ class Estimate:
         return self.resident if engine == "resident" else self.streamed
 
 
-def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.device) -> Estimate:
+def estimate(
+    model: Any, dtype: torch.dtype, workload: Workload, device: torch.device, stored: torch.dtype | None = None
+) -> Estimate:
     """Peak memory by the formulas above.
 
     Args:
         model: the causal language model, which may be on the meta device.
-        dtype: dtype that it will be held in.
+        dtype: dtype that it will be computed with.
         workload: what will be done with it.
         device: where it will run.
+        stored: dtype of its file; None = `dtype`.
     """
     geometry = Geometry.of(model)
     w = dtype.itemsize
+    stored = stored or dtype
     layers = submodule(model, geometry.family.layers)
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     projections = [parameter.numel() for layer in layers for parameter in layer.parameters() if parameter.ndim >= 2]
@@ -137,48 +147,60 @@ def estimate(model: Any, dtype: torch.dtype, workload: Workload, device: torch.d
     activations = tokens * each_token
     vocabulary = int(model.config.vocab_size)
     head = min(512, tokens) * vocabulary * (2 * w + 12) if backward else 0
+    piece = min(PIECE, vocabulary * hidden) * w if stored.itemsize < w else 0
     products = widest * (w + 8) if gradients else 0
     whole = workload.sequences * workload.seq_len * hidden * w
     passes = activations + head + products
+    outside = outside * min(stored.itemsize, w)
+    converted = 0 if stored.itemsize == w else widest * stored.itemsize
     mixture = geometry.family.mixture is not None
-    weights = (outside + 2 * largest + widest) * w
-    beside = weights  # what a smaller model takes that is cut
-    if mixture:
-        converted = max(0, 4 * widest - 2 * largest) if w == 4 else 0
-        weights = (outside + largest) * w + converted
-        beside = 0
+    ahead = largest * stored.itemsize * (device.type == "cuda" and not mixture)
+    weights = outside + largest * w + converted + ahead
+    own = _outside_of_a_cut(model, dtype, stored)
 
     resident = geometry.total_parameters * w + 4 * sum(sizes) * gradients + len(sizes) * activations * backward + passes
-    streamed = weights + 4 * largest * gradients + passes
+    streamed = weights + 4 * largest * gradients + passes + piece * backward
     streamed += 2 * tokens * hidden * w if workload.inputs_on_disk else (len(sizes) + 2) * whole
     if workload.repairs:
-        repair = activations + 40 * channels**2 + 24 * channels * hidden + 4 * experts * width * (width + hidden)
+        repair = activations + _solving(channels, hidden) + 4 * experts * width * (width + hidden)
         waiting = 2 * whole + whole * query // hidden
         resident = max(resident, 2 * geometry.total_parameters * w + repair + waiting)
-        streamed = max(
-            streamed,
-            weights + beside + mixture * largest * w + repair + waiting * (not workload.inputs_on_disk),
-        )
+        streamed = max(streamed, weights + largest * w + ahead + own + repair + waiting * (not workload.inputs_on_disk))
     if workload.writes_text:
         keys_and_values = (min(workload.seq_len, MOST_NEW) + LONGEST_PROMPT) * len(sizes) * 2 * key_value * w
         written = AT_ONCE * (keys_and_values + vocabulary * (w + 24))
         resident = max(resident, geometry.total_parameters * w + written)
-        streamed = max(streamed, weights + written)
+        streamed = max(streamed, weights + written + piece)
     copies = 1 + workload.cuts
     resident = max(resident, copies * geometry.total_parameters * w)
-    cut = weights + beside * workload.cuts
+    # Measured and saved one after the other, both models hold no layer at once: a tensor is there before it is cut.
+    cut = weights + (own + (0 if mixture else widest * w)) * workload.cuts
     streamed = max(streamed, cut)
     evaluation = min(workload.evaluation_tokens, TOKENS_AT_ONCE) * hidden * w + 512 * vocabulary * (w + 8)
     evaluation += (workload.evaluation_window or tokens) * each_token
     if workload.evaluation_tokens:
         resident = max(resident, copies * geometry.total_parameters * w + evaluation)
-        streamed = max(streamed, cut + evaluation)
+        streamed = max(streamed, cut + evaluation + piece)
     process = 0
     if device.type == "cpu":
         groups = sum(widths[axis] for widths in geometry.widths for axis in geometry.axes)
         process = resident_set() + FIRST_USE + FIRST_SOLUTION * workload.repairs
         process += GROUP_BYTES * groups if workload.needs else 0
     return Estimate(process + int(resident * SLACK), process + int(streamed * SLACK))
+
+
+def _outside_of_a_cut(model: Any, dtype: torch.dtype, stored: torch.dtype) -> int:
+    """Bytes of embeddings, head and final norm that a model which is cut does not share with the dense one."""
+    held, saved = stored if stored.itemsize < dtype.itemsize else dtype, saved_dtype(model)
+    if torch.promote_types(held, saved) == saved:
+        return 0
+    return sum(tensor.numel() for tensor in outside_layers(model).values()) * min(saved.itemsize, dtype.itemsize)
+
+
+def _solving(inputs: int, outputs: int) -> int:
+    """The normal equations of a projection while they become float64, or what solving them takes then."""
+    parts = min(outputs, SOLVED_AT_ONCE)
+    return max(12 * inputs**2 + 4 * inputs * outputs, 8 * inputs**2 + 14 * inputs * outputs + 48 * inputs * parts)
 
 
 def activation_bytes(hidden: int, query: int, key_value: int, channels: int, w: int) -> int:
@@ -212,15 +234,14 @@ def bytes_of_a_cut(model: Any, parameters: int, tokens: int, sources: int = 1) -
     w = model.dtype.itemsize
     hidden, channels = geometry.hidden_size, max(widths.intermediate_size for widths in geometry.widths)
     query = max(widths.num_key_value_heads for widths in geometry.widths) * geometry.num_key_value_groups
+    own = parameters * w
     if layers.stored:
         largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers.modules)
-        mixture = geometry.family.mixture is not None
-        outside = 0 if mixture else sum(tensor.numel() for tensor in outside_layers(model).values())
-        parameters = outside + (1 if mixture else 2) * largest
+        own = largest * w + _outside_of_a_cut(model, model.dtype, kept(model.get_input_embeddings().weight).dtype)
     waiting = tokens * (hidden + query * geometry.head_dim) * w
     experts, width = max(widths.num_experts for widths in geometry.widths), expert_width(geometry)
     equations = channels * (channels + hidden) + experts * width * (width + hidden)
-    return int((parameters * w + waiting + 4 * min(sources, 2) * equations) * SLACK)
+    return int((own + waiting + 4 * min(sources, 2) * equations) * SLACK)
 
 
 def choose_engine(

@@ -2,8 +2,8 @@
 
 One forward sweep keeps only what enters each layer. Then, from the last layer down, each layer runs again for every
 batch, this time with a graph, and backpropagates; its statistics are finished before the next layer's begin. At any
-time there are the weights of one layer (and the next, on its way), the gradients of one layer, and the activations of
-one layer for one batch; what enters the layers waits in a spool, in memory or on disk.
+time there are the weights of one layer (on CUDA also the next, on its way), the gradients of one layer, and the
+activations of one layer for one batch; what enters the layers waits in a spool, in memory or on disk.
 """
 
 from __future__ import annotations
