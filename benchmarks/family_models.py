@@ -40,6 +40,8 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 _GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 48}
 #: up to max_position_embeddings
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 64}
+#: what yarn takes for granted
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 #: experts add little beside tied embeddings, and weights of dense models would leave it at that
 _MIXTURE = {"tie_word_embeddings": False, "initializer_range": 0.12, "num_experts_per_tok": 2}
 #: of a mixture that has a field for the width of experts, and of one whose only width that is
@@ -101,7 +103,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mixtral": {**_ONLY, "sliding_window": None},
     "qwen2_moe": {**DERIVED, **_APART, "shared_expert_intermediate_size": SHARED_CHANNELS},
     "granitemoe": {**DERIVED, **_ONLY, **_GRANITE},
-    "gpt_oss": {**_ONLY, "sliding_window": 48, "rope_parameters": {**_YARN, "truncate": False}},
+    "gpt_oss": {**_ONLY, "sliding_window": 48, "rope_parameters": {**_YARN, **_BETAS, "truncate": False}},
     "glm4_moe": {
         **_APART,
         "num_experts": None,

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy_check import ask, compare, greedy, scores_of
-from family_models import HIDDEN, LAYERS, SEED, dense_model, experts_plan, ragged_plan, uniform_plan
+from family_models import GROUPS, HIDDEN, LAYERS, SEED, dense_model, experts_plan, ragged_plan, uniform_plan
 
 import prunus
 from prunus.checkpoint import load_model, save_checkpoint
@@ -38,6 +38,8 @@ from prunus.selection.plan import Plan
 #: what is run → family, how it is cut, and fields of its config beside those of family_models.py
 MODELS: dict[str, tuple[str, Callable[[Geometry], Plan], dict[str, Any]]] = {
     **{family: (family, experts_plan if FAMILIES[family].mixture else ragged_plan, {}) for family in CANDIDATES},
+    # As published; llama.cpp loads no other.
+    "olmoe": ("olmoe", experts_plan, {"num_key_value_heads": 2 * GROUPS}),
     # Its layers have kinds by their numbers.
     "smollm3": ("smollm3", partial(ragged_plan, keeps_layers=True), {}),
     "qwen3, head of its own": ("qwen3", ragged_plan, {"tie_word_embeddings": False}),

@@ -185,6 +185,8 @@ def logits_of(file: GgufFile, tokens: Tensor) -> Tensor:
         assert "output.weight" not in file.tensors
     if file.architecture in HEADS_SPAN_HIDDEN:
         assert heads[0] * file["attention.key_length"] == file["embedding_length"]
+    if file.architecture == "olmoe":
+        assert heads == heads_kv  # it gives the norm of the keys the size of the hidden states
     if file.architecture in ("gemma", "gemma2"):
         assert "output.weight" not in file.tensors
     if file.architecture in ("olmo2", "olmoe", "qwen2moe"):

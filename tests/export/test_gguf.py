@@ -182,7 +182,7 @@ def test_ragged_layers_are_filled_up_where_llama_cpp_wants_equal_ones(family, va
 #: what llama.cpp has built in where mixtures let a config choose
 MIXTURES = {
     "qwen3_moe": {"norm_topk_prob": True},
-    "olmoe": {},
+    "olmoe": {"num_key_value_heads": 6},
     "mixtral": {},
     "qwen2_moe": {},
     "granitemoe": {},
@@ -244,6 +244,7 @@ def test_routers_are_not_rounded(saved, tmp_path):
         ("qwen3_moe", {"norm_topk_prob": False}, {}, "divides the weights .*norm_topk_prob False"),
         ("qwen2_moe", {"norm_topk_prob": True}, {}, "does not divide the weights .*norm_topk_prob True"),
         ("olmoe", {"clip_qkv": 8.0}, {}, "clip_qkv 8"),
+        ("olmoe", {"num_key_value_heads": 3}, {}, "as many heads as queries, and in the model 2 query heads share one"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, {}, "layer 1 to have experts, and in the model it has none"),
         ("ernie4_5_moe", {"moe_layer_end_index": 1}, {}, "layer 2 to have experts, and in the model it has none"),
         ("gpt_oss", {}, {}, r"gpt-oss.*cannot be written as GGUF"),

@@ -81,6 +81,7 @@ class Architecture:
         fused: queries, keys and values are one tensor, and three in the model.
         head_norms: queries and keys have norms per head.
         heads_span_hidden: heads times head_dim has to be the hidden size.
+        equal_heads: there have to be as many key/value heads as query heads.
         untied: there may be an output head of its own.
         own_head: there has to be one.
         rope_factors: it divides rotary frequencies by a stored tensor, as Llama 3 needs.
@@ -105,6 +106,7 @@ class Architecture:
     fused: bool = False
     head_norms: bool = False
     heads_span_hidden: bool = False
+    equal_heads: bool = False
     untied: bool = True
     own_head: bool = False
     rope_factors: bool = False
@@ -204,7 +206,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             "qwen2moe", "QWEN2MOE", heads_span_hidden=True, own_head=True, biases=_INPUT_BIASES, renormalises=False
         ),
-        Architecture("olmoe", "OLMOE", heads_span_hidden=True, own_head=True, biases=_INPUT_BIASES, renormalises=False),
+        Architecture(
+            "olmoe",
+            "OLMOE",
+            heads_span_hidden=True,
+            equal_heads=True,
+            own_head=True,
+            biases=_INPUT_BIASES,
+            renormalises=False,
+        ),
         Architecture(
             "granitemoe",
             "GRANITE_MOE",
@@ -379,6 +389,11 @@ def _obstacles(
         yield (
             f"its heads span the hidden size, and no number of groups of {geometry.num_key_value_groups} heads of "
             f"{geometry.head_dim} spans {geometry.hidden_size}"
+        )
+    if architecture.equal_heads and geometry.num_key_value_groups > 1:
+        yield (
+            "it takes keys to have as many heads as queries, and in the model "
+            f"{geometry.num_key_value_groups} query heads share one"
         )
     if not architecture.untied and not config.tie_word_embeddings:
         yield "it has no output head of its own, and the model's is not tied to the embeddings"

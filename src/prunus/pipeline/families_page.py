@@ -31,6 +31,8 @@ _GGUF_NOTES = {
     "smollm3": "not with layers removed: every fourth layer of a file goes without positions",
     **dict.fromkeys(("gemma2", "gemma3_text"), "with layers removed a recent llama.cpp"),
 }
+#: family → why tokens differ in vLLM
+_VLLM_NOTES = {"ernie4_5_moe": "its router on CPUs leaves out the correction of the scores"}
 HEAD = """# Families
 
 The model types that prunus cuts, and where pruned models of each were run. This page is generated:
@@ -94,7 +96,9 @@ def where_they_run(results: Path = RESULTS) -> dict[str, dict[str, str]]:
         # The test suite, without a file of results.
         "transformers 5": {name: UNIFORM if name in _MIXTURES else ANY for name in FAMILIES},
         "transformers 4.57": _transformers_4(_read(results, "transformers4")),
-        "vLLM": {name: _shapes(facts) for name, facts in _read(results, "vllm-families").get("families", {}).items()},
+        "vLLM": {
+            name: _vllm(name, facts) for name, facts in _read(results, "vllm-families").get("families", {}).items()
+        },
         "llama.cpp": {name: _gguf(name, facts, llama_cpp) for name, facts in llama_cpp.items()},
         "MLX": {name: _shapes(facts) for name, facts in _read(results, "mlx-families").get("families", {}).items()},
     }
@@ -155,6 +159,10 @@ def _shapes(found: Mapping[str, Any]) -> str:
     loaded = any("tokens" in facts for facts in found.values())
     unpruned = "tokens" in found.get("whole", {}) and not _agrees(found["whole"])
     return agreeing or (f"other tokens{', unpruned too' if unpruned else ''}" if loaded else "does not load")
+
+
+def _vllm(family: str, found: Mapping[str, Any]) -> str:
+    return ": ".join(filter(None, (_shapes(found), _VLLM_NOTES.get(family))))
 
 
 def _gguf(family: str, facts: Mapping[str, Any], found: Mapping[str, Any]) -> str:
