@@ -79,6 +79,7 @@ class Constraints:
                 f"`axes` has {missing[0]}, of which {geometry.family.title} has no groups; it has "
                 f"{', '.join(geometry.axes)}"
             )
+        # Unequal layers were measured to gain too little for classes that no other program loads: benchmarks/LOG.md.
         if mixture and shape == "ragged":
             raise OptionError(
                 "`shape` ragged: no class loads a mixture of experts whose layers differ; choose uniform or depth"
