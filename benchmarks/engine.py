@@ -80,6 +80,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     }
 }
+#: sequences that `limit` measures perplexity on
+HELD_OUT = 2
 #: methods that take no pass have nothing to be measured
 MEASURED = [name for name, method in METHODS.items() if method.needs]
 
@@ -251,7 +253,10 @@ def measure_limit(options: argparse.Namespace) -> dict[str, Any]:
             options.batch_size,
             repairs=True,
             cuts=True,
+            evaluation_tokens=HELD_OUT * options.seq_len,
         )
+        text = Path(scratch) / "text.txt"
+        text.write_text(Path(argparse.__file__).read_text(encoding="utf-8"), encoding="utf-8")
         save_in_(meta, dtype_of(options))
         needed = estimate(meta, compute, work, torch.device("cpu"), dtype_of(options))
         limit = parse_bytes(options.limit) if options.limit else needed.streamed
@@ -261,8 +266,8 @@ def measure_limit(options: argparse.Namespace) -> dict[str, Any]:
         for engine in options.engines:
             out = Path(scratch) / f"{engine}-result"
             start = time.perf_counter()
-            words = (limit, folder, out, engine, dtype_name(compute), options.method)
-            sizes = (options.samples, options.seq_len, options.batch_size, options.threads)
+            words = (limit, folder, out, text, engine, dtype_name(compute), options.method)
+            sizes = (options.samples, options.seq_len, HELD_OUT, options.batch_size, options.threads)
             done = subprocess.run(
                 [sys.executable, "-c", LIMITED, *map(str, (*words, *sizes))],
                 capture_output=True,
@@ -293,7 +298,7 @@ def measure_limit(options: argparse.Namespace) -> dict[str, Any]:
 #: cannot start a thread fail in places that no message explains.
 LIMITED = """
 import json, resource, sys
-limit, folder, out, engine, dtype, method, samples, seq_len, batch_size, threads = sys.argv[1:]
+limit, folder, out, text, engine, dtype, method, samples, seq_len, held_out, batch_size, threads = sys.argv[1:]
 import psutil
 import torch
 import prunus
@@ -302,14 +307,15 @@ resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
 recipe = prunus.Recipe(1, prunus.ScoringOptions(method=method, attention_weight=1.0, noise=0.0))
 job = prunus.Job(
     folder, 0.2, recipe,
-    prunus.CalibrationOptions(samples=int(samples), seq_len=int(seq_len)),
-    prunus.EvaluationOptions(held_out=2),
+    prunus.CalibrationOptions((text,), samples=int(samples), seq_len=int(seq_len)),
+    prunus.EvaluationOptions(held_out=int(held_out)),
     prunus.ModelOptions(device="cpu", dtype=dtype, engine=engine, batch_size=int(batch_size)),
 )
 metrics = prunus.prune_job(job, out, progress=False)
 keys = ("parameters_before", "parameters_after", "perplexity_before", "perplexity_after", "seconds_to_prune")
 peak = {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-print(json.dumps({**{key: metrics[key] for key in keys}, **peak}))
+stages = {"seconds of " + stage["stage"]: stage["seconds"] for stage in metrics["stages"]}
+print(json.dumps({**{key: metrics[key] for key in keys}, **stages, **peak}))
 """
 
 

@@ -125,9 +125,9 @@ def counted(*per_layer) -> Statistics:
 
 
 def test_tokens_of_all_sources_add_up():
-    found = tokens_of_experts([counted([], [3, 0, 1, 0]), counted([], [2, 0, 0, 4])])
-    assert found["tokens_of_experts"] == [[], [5, 0, 1, 4]]
-    assert (found["experts"], found["experts_without_tokens"]) == (4, 1)
+    found = tokens_of_experts([counted([], [3, 0, 1, 0, 0]), counted([], [2, 0, 0, 4, 0])])
+    assert found["tokens_of_experts"] == [[], [5, 0, 1, 4, 0]]
+    assert (found["experts"], found["experts_without_tokens"]) == (5, 2)
     assert tokens_of_experts([counted([], [])]) == {}
 
 
