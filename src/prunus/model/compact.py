@@ -3,7 +3,8 @@
 Embeddings and head of a large vocabulary are as large as several decoder layers. A model that is stored in half
 precision and computed with in float32 would double them; a `Compact` matrix has the dtype that is computed with, and
 the bytes of the one that is stored. Rows that are looked up are converted, and the head's product takes the matrix
-piece by piece. Half precision converts to float32 exactly, so that all results are those of the converted matrix.
+piece by piece. Half precision converts to float32 exactly, and every number of a product is one sum as of the whole
+matrix: results are those of the converted matrix, to the last bit where BLAS adds up pieces of this shape in one order.
 """
 
 from __future__ import annotations
