@@ -85,7 +85,7 @@ def test_scored_planned_and_applied(folder, text, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--experts", "0.9"], "removing 0.9 of all experts means 5 of 6, but only 4 can go"),
+        (["--experts", "0.9"], "--experts 0.9 means removing 5 of 6 experts, but only 4 can go"),
         (["--experts", "0.9"], "each token goes to 2 experts"),
         (["--experts", "50"], "For 50 % write 0.5"),
         (["--experts", "0.5", "--ratio", "0.4"], "give one of them"),

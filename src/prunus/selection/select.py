@@ -157,7 +157,7 @@ def _check_enough(geometry: Geometry, ratio: float, constraints: ModelConstraint
         raise BudgetError(f"the model takes no {costs.quantity}, of which nothing can be saved; choose another target")
     if ratio * total > most:
         raise BudgetError(
-            f"removing {ratio:g} of all {costs.quantity} means {ratio * total:,.0f} of {total:,.0f}, but only "
+            f"`ratio` {ratio:g} means removing {ratio * total:,.0f} of {total:,.0f} {costs.quantity}, but only "
             f"{most:,.0f} can go under these constraints: the largest reachable ratio is "
             f"{math.floor(most / total * 1e4) / 1e4:g}. Ask for less, or relax layer range, min-keep, "
             f"axes or shape.{_why_experts_stay(geometry, constraints)}"
