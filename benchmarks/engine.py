@@ -266,7 +266,7 @@ def measure_limit(options: argparse.Namespace) -> dict[str, Any]:
         for engine in options.engines:
             out = Path(scratch) / f"{engine}-result"
             start = time.perf_counter()
-            words = (limit, folder, out, text, engine, dtype_name(compute), options.method)
+            words = (limit, folder, out, text, options.ratio, engine, dtype_name(compute), options.method)
             sizes = (options.samples, options.seq_len, HELD_OUT, options.batch_size, options.threads)
             done = subprocess.run(
                 [sys.executable, "-c", LIMITED, *map(str, (*words, *sizes))],
@@ -298,7 +298,7 @@ def measure_limit(options: argparse.Namespace) -> dict[str, Any]:
 #: cannot start a thread fail in places that no message explains.
 LIMITED = """
 import json, resource, sys
-limit, folder, out, text, engine, dtype, method, samples, seq_len, held_out, batch_size, threads = sys.argv[1:]
+limit, folder, out, text, ratio, engine, dtype, method, samples, seq_len, held_out, batch_size, threads = sys.argv[1:]
 import psutil
 import torch
 import prunus
@@ -306,7 +306,7 @@ torch.set_num_threads(int(threads))
 resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
 recipe = prunus.Recipe(1, prunus.ScoringOptions(method=method, attention_weight=1.0, noise=0.0))
 job = prunus.Job(
-    folder, 0.2, recipe,
+    folder, float(ratio), recipe,
     prunus.CalibrationOptions((text,), samples=int(samples), seq_len=int(seq_len)),
     prunus.EvaluationOptions(held_out=int(held_out)),
     prunus.ModelOptions(device="cpu", dtype=dtype, engine=engine, batch_size=int(batch_size)),
@@ -542,6 +542,7 @@ def parse() -> argparse.Namespace:
             sub.add_argument("--shape", choices=SHAPES, help="sizes of a published model, in place of the others")
             sub.add_argument("--compute", choices=DTYPES, help="dtype of the passes; otherwise that on disk")
             sub.add_argument("--engines", type=names, default=list(reversed(ENGINES)))
+            sub.add_argument("--ratio", type=float, default=0.2)
             sub.add_argument("--limit", help="e.g. 2GB; the estimate of the streamed engine otherwise")
         if command == "one":
             sub.add_argument("--job", required=True)
