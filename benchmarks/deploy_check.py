@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
@@ -114,8 +115,7 @@ def main() -> None:
         for key in args.cases:
             plan = CASES[key].plan(scored.table, scored.geometry)
             result["cases"].setdefault(key, {}).update(_check(args, CASES[key], plan, work / key))
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+            write_report(args.out, result)
     print(markdown(result))
 
 

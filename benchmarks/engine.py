@@ -44,6 +44,7 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+from rows import write_report
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -68,7 +69,7 @@ from prunus.sweep.estimate import Workload, estimate
 BASELINES = ("forward", "forward+backward")
 #: products of a pass alone: by the weights; and gradients by the inputs; and by the weights (the head's is not needed)
 PRODUCTS = {"products": 1, "products, input gradients": 2, "products, all gradients": 3}
-#: sizes of published models
+#: sizes of published models, by their config.json (meta-llama/Meta-Llama-3-8B)
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "vocab_size": 128256,
@@ -77,6 +78,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
         "tie_word_embeddings": False,
     }
 }
@@ -103,8 +106,7 @@ def main() -> None:
         **run(options),
     }
     if options.out:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(Path(options.out), report)
 
 
 # --- one job, in a process of its own ---
@@ -440,11 +442,10 @@ def make_model(folder: Path, layers: int, options: argparse.Namespace) -> Path:
         "num_hidden_layers": 24,
         "num_attention_heads": options.hidden_size // 64,
         "num_key_value_heads": max(1, options.hidden_size // 256),
+        "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     }
-    config = LlamaConfig(
-        **{**sizes, "num_hidden_layers": layers or sizes["num_hidden_layers"]}, max_position_embeddings=4096
-    )
+    config = LlamaConfig(**{**sizes, "num_hidden_layers": layers or sizes["num_hidden_layers"]})
     return save_random_llama(folder, config, dtype_of(options))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rows import options_and_words
+from rows import options_and_words, write_report
 
 SAVING = "saving"
 
@@ -45,8 +45,7 @@ def main() -> None:
     }
     show(report, memory)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(options.out, report)
 
 
 def parse() -> argparse.Namespace:

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import BASELINES, MEASURED, forward, forward_and_backward, save_random_llama
+from engine import BASELINES, MEASURED, SHAPES, forward, forward_and_backward, save_random_llama
+from rows import write_report
 from transformers import LlamaConfig
 
 import prunus
@@ -39,20 +40,8 @@ from prunus.importance.registry import statistics_for
 from prunus.machine.metering import metered
 from prunus.sweep import ENGINES, Engine, sweep
 
-#: of Llama 3 8B (config.json of meta-llama/Meta-Llama-3-8B)
-LLAMA_3_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-}
 TINY = {
-    **LLAMA_3_8B,
+    **SHAPES["llama-3-8b"],
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -93,15 +82,14 @@ def main() -> int:
     }
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        sizes = Sizes(PACKAGED_MODEL, LLAMA_3_8B, 8, 512, 128, 1.0)
+        sizes = Sizes(PACKAGED_MODEL, SHAPES["llama-3-8b"], 8, 512, 128, 1.0)
         if options.small:
             tiny = save_random_llama(Path(scratch) / "tiny", LlamaConfig(**TINY), torch.float32)
             sizes = Sizes(str(tiny), TINY, 2, 32, 4, 0.02)
         for name in options.parts:
             report[name] = PARTS[name](sizes, options.device, Path(scratch))
             report["seconds"] = round(time.perf_counter() - begun, 1)
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_report(options.out, report)
             print(f"\n**{name}**, {report['device']}\n\n{table(report[name])}\n", flush=True)
     print(f"{report['seconds']} s in all")
     return int(any(row.get("failed") for row in report.get("tests", [])))

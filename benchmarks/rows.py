@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 
-__all__ = ["add_run_options", "markdown_table", "options_and_words"]
+__all__ = ["add_run_options", "markdown_table", "options_and_words", "write_report"]
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,12 @@ def options_and_words(parser: argparse.ArgumentParser) -> argparse.Namespace:
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     return parser.parse_args(words[:cut], argparse.Namespace(words=words[cut + 1 :]))
+
+
+def write_report(out: Path, report: Mapping[str, object]) -> None:
+    """Write what was measured as JSON, in a folder that need not be there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def markdown_table(

@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rows import markdown_table, options_and_words
+from rows import markdown_table, options_and_words, write_report
 
 SUM, CPU = "all", "CPU seconds"
 
@@ -62,8 +62,7 @@ def main() -> None:
     print(table, end="")
     print(json.dumps({name: value for name, value in report.items() if name != "seconds"}, indent=1))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(options.out, report)
 
 
 def parse() -> argparse.Namespace:
