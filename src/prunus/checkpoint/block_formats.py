@@ -215,7 +215,7 @@ class DecodedWeights(StoredWeights):
     def _check(self, weight: str) -> None:
         """Raise unless a weight's blocks and scales belong together."""
         values, scales = self._parts[weight]
-        if scales not in self._files:
+        if scales not in self._places:
             raise CheckpointError(
                 f"{self.folder} holds {values!r} in {self.form.title} and lacks its scales, {scales!r}; fetch the "
                 "model again"

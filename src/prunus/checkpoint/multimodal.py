@@ -23,7 +23,6 @@ from transformers.utils import logging as transformers_logging
 
 from prunus.checkpoint.weights import StoredWeights
 from prunus.errors import CheckpointError, UnsupportedModelError
-from prunus.files.tensor_file import TensorLayout
 from prunus.model.families import PRUNED_PREFIX, Multimodal, family_of, multimodal_of
 from prunus.model.whole import Whole
 
@@ -192,16 +191,15 @@ class LanguageWeights(StoredWeights):
             )
         before, head = found[0].removesuffix(embedding), f"{family.head}.weight"
         decoder = family.layers.rpartition(".")[0]
-        self._stored: dict[str, str] = {}
+        self._check_depths(values, len(stored))
+        mine: dict[str, str] = {}
         for name in stored:
             if name.startswith(before):
-                self._stored[f"{decoder}.{name.removeprefix(before)}"] = name
+                mine[f"{decoder}.{name.removeprefix(before)}"] = name
             elif name == head or name.endswith(f".{head}"):
-                self._stored[head] = name
-        self._names = self._stored
-        self._check_depths(values, len(stored))
-        mine = set(self._stored.values())
-        self._around = sum(prod(super(LanguageWeights, self).shape(name)) for name in stored if name not in mine)
+                mine[head] = name
+        self._around = sum(prod(self.shape(name)) for name in set(stored).difference(mine.values()))
+        self._names = self._places = {name: self._places[stored] for name, stored in mine.items()}
 
     def _check_depths(self, values: Mapping[str, Any], tensors: int) -> None:
         # A tower of a billion layers would fill the memory even without weights.
@@ -224,33 +222,6 @@ class LanguageWeights(StoredWeights):
         assert kind is not None
         self.whole = Whole(kind, config, self.folder, self._around)
         return language_config(config)
-
-    def _in_file(self, name: str) -> str:
-        return self._stored.get(name, name)
-
-    def path(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return super().path(self._in_file(name))
-
-    def stored_dtype(self, name: str) -> str:
-        """Dtype of a tensor in the words of safetensors."""
-        return super().stored_dtype(self._in_file(name))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return super().shape(self._in_file(name))
-
-    def layout(self, name: str) -> TensorLayout:
-        """Dtype and shape of a tensor."""
-        return super().layout(self._in_file(name))
-
-    def read_into(self, name: str, out: Tensor, entry: int | None = None) -> None:
-        """Read one tensor, or one entry along its first dimension, to where it is wanted."""
-        super().read_into(self._in_file(name), out, entry)
-
-    def same_values(self, one: str, other: str) -> bool:
-        """Whether two tensors of one shape hold the same values."""
-        return super().same_values(self._in_file(one), self._in_file(other))
 
 
 def _family_type(kind: Multimodal, part: str) -> str:

@@ -47,7 +47,8 @@ class StoredWeights(TensorReader, Collection[str]):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._files: dict[str, TensorFile] = {}
+        #: of each stored tensor its file, and the name that it has there
+        self._places: dict[str, tuple[TensorFile, str]] = {}
         #: of what was read: a tensor, or one entry along its first dimension
         self._digests: dict[tuple[str, int | None], bytes] = {}
         for shard, expected in shards_of(folder).items():
@@ -57,14 +58,14 @@ class StoredWeights(TensorReader, Collection[str]):
                     f"{shard} does not hold {absent[0]!r} ({len(absent)} tensors), which {INDEX} places there; "
                     "fetch the model again"
                 )
-            if twice := sorted(self._files.keys() & file.entries.keys()):
+            if twice := sorted(self._places.keys() & file.entries.keys()):
                 raise CheckpointError(
-                    f"{twice[0]!r} is stored twice, in {self._files[twice[0]].path.name} and in {shard.name}: which of "
+                    f"{twice[0]!r} is stored twice, in {self.path(twice[0]).name} and in {shard.name}: which of "
                     "them counts is left to the reader. Fetch the model again"
                 )
-            self._files |= dict.fromkeys(file.entries, file)
-        #: what the tensors are called, which is as in the files unless a subclass says otherwise
-        self._names: Collection[str] = self._files
+            self._places |= {name: (file, name) for name in file.entries}
+        #: what the tensors are called that are made of the stored ones
+        self._names: Collection[str] = self._places
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -83,15 +84,17 @@ class StoredWeights(TensorReader, Collection[str]):
 
     def path(self, name: str) -> Path:
         """The file that holds a tensor."""
-        return self._files[name].path
+        return self._places[name][0].path
 
     def stored_dtype(self, name: str) -> str:
         """Dtype of a tensor in the words of safetensors, whether it can be read or not."""
-        return str(self._files[name].entries[name]["dtype"])
+        file, stored = self._places[name]
+        return str(file.entries[stored]["dtype"])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return tuple(self._files[name].entries[name]["shape"])
+        file, stored = self._places[name]
+        return tuple(file.entries[stored]["shape"])
 
     def layout(self, name: str) -> TensorLayout:
         """Dtype and shape of a tensor.
@@ -99,7 +102,8 @@ class StoredWeights(TensorReader, Collection[str]):
         Raises:
             CheckpointError: it has a dtype that is not read here.
         """
-        return self._files[name].layout(name)
+        file, stored = self._places[name]
+        return file.layout(stored)
 
     def read_into(self, name: str, out: Tensor, entry: int | None = None) -> None:
         """Read one tensor, or one entry along its first dimension, to where it is wanted.
@@ -112,7 +116,8 @@ class StoredWeights(TensorReader, Collection[str]):
         Raises:
             CheckpointError: its file changed since it was opened.
         """
-        self._files[name].read_into(name, out, entry)
+        file, stored = self._places[name]
+        file.read_into(stored, out, entry)
         digest = hashlib.sha256(out.view(-1).view(torch.uint8).numpy().data).digest()
         if self._digests.setdefault((name, entry), digest) != digest:
             raise CheckpointError(
@@ -122,7 +127,8 @@ class StoredWeights(TensorReader, Collection[str]):
 
     def will_need(self, name: str, entries: Sequence[int] | None = None) -> None:
         """Tell the system that a tensor, or entries along its first dimension, will be read soon."""
-        self._files[name].will_need(name, entries)
+        file, stored = self._places[name]
+        file.will_need(stored, entries)
 
     def verify(self) -> None:
         """Read again what was read so far.
@@ -131,7 +137,7 @@ class StoredWeights(TensorReader, Collection[str]):
             CheckpointError: a file changed since a tensor was first read.
         """
         for name, entry in list(self._digests):
-            layout = self._files[name].layout(name)
+            layout = StoredWeights.layout(self, name)
             shape = layout.shape if entry is None else layout.shape[1:]
             StoredWeights.read_into(self, name, torch.empty(shape, dtype=layout.dtype), entry)
 
@@ -142,7 +148,8 @@ class StoredWeights(TensorReader, Collection[str]):
             one: name of a tensor.
             other: name of another one.
         """
-        ones, others = (self._files[name].read_in_pieces(name, ELEMENTS_COMPARED_AT_ONCE) for name in (one, other))
+        places = (self._places[name] for name in (one, other))
+        ones, others = (file.read_in_pieces(stored, ELEMENTS_COMPARED_AT_ONCE) for file, stored in places)
         return all(torch.equal(a.double(), b.double()) for a, b in zip(ones, others, strict=True))
 
 

@@ -133,6 +133,7 @@ class StoredLayers(Layers):
         self._empty = [layer.state_dict() for layer in modules]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prunus-layers")
         self._ahead: dict[int, Future[tuple[Sent, Any]]] = {}
+        self._announced: Future[None] | None = None
         self._held: set[int] = set()
         self._changed: dict[int, TensorFile] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -213,7 +214,7 @@ class StoredLayers(Layers):
         own for an operation, and those of two threads keep each other from the cores.
         """
         if self._stream is None:
-            self._reader.submit(self._announce, layer_idx)
+            self._announced = self._reader.submit(self._announce, layer_idx)
         elif self.ahead:
             self._ahead[layer_idx] = self._reader.submit(self._send, layer_idx)
 
@@ -223,6 +224,8 @@ class StoredLayers(Layers):
 
     def _take(self, layer_idx: int) -> Sent:
         """The tensors of a layer as they arrive: on CUDA all at once, else when the one before has been made."""
+        if self._announced is not None:
+            self._announced.result()  # what went wrong there is said
         if self._stream is None:
             return ((part, _sent(part.read(), self.device)) for part in self.fetch(layer_idx))
         future = self._ahead.pop(layer_idx, None)
