@@ -29,7 +29,7 @@ from prunus.calibration import files as calibration_files
 from prunus.calibration.columns import TextColumn
 from prunus.calibration.embedded import embedded_documents
 from prunus.calibration.sources import mixed
-from prunus.errors import CalibrationError, OptionError
+from prunus.errors import CalibrationError, NonFiniteError, OptionError
 
 EOS, BOS = 256, 257
 
@@ -649,3 +649,14 @@ def test_a_python_without_its_manual(monkeypatch, tokenizer):
 def test_tokens_that_cannot_be_used(ids, mask, message):
     with pytest.raises(CalibrationError, match=message):
         calibration_from_tokens(ids, mask)
+
+
+@pytest.mark.parametrize("damaged", [float("nan"), float("inf")])
+def test_no_token_is_drawn_where_there_is_no_distribution(damaged):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.zeros(3, 5)
+    logits[:, 2] = float("-inf")  # as of entries that a model never gives
+    assert 2 not in torch.stack([sampled.draw_tokens(logits, generator) for _ in range(50)])
+    logits[1, 4] = damaged
+    with pytest.raises(NonFiniteError, match="logits are not finite"):
+        sampled.draw_tokens(logits, generator)

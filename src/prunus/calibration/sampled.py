@@ -86,10 +86,14 @@ def cache_argument(model: Any) -> str:
 
 
 def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A token from each row of logits, (rows, vocabulary) → (rows,), by inverting the distribution function."""
-    if not logits.isfinite().all():
-        raise NonFiniteError("the model's logits are not finite: check its weights for NaN")
+    """A token from each row of logits, (rows, vocabulary) → (rows,), by inverting the distribution function.
+
+    Raises:
+        NonFiniteError: logits are NaN or infinite, so that there is no distribution.
+    """
     below = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    if not below[:, -1].isfinite().all():
+        raise NonFiniteError("the model's logits are not finite: check its weights for NaN")
     threshold = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64) * below[:, -1:]
     # The first token that the distribution function exceeds the threshold at: never one of probability 0.
     return torch.searchsorted(below, threshold, right=True).clamp_(max=logits.shape[-1] - 1)[:, 0]
