@@ -13,8 +13,9 @@ written when it is measured, to rows.jsonl, and rows that are there are not made
 of what it did not share with rows before it.
 
 `--recipes default default,repair.noise=0 mine.yaml` compares recipes, `--calibrations c4 self c4:2+self` the texts they
-are calibrated on: names given by `--calibration`, or what `prunus prune --calibration` takes. What the model writes is
-kept in the folder.
+are calibrated on: names given by `--calibration`, or what `prunus prune --calibration` takes, of which `default` is the
+manual of Python alone, and `self+default` what is taken where no text is given. What the model writes is kept in the
+folder.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from prunus.pipeline.cutting import Passes, cut, first_scores
 from prunus.pipeline.inputs import draw_calibration
 from prunus.pipeline.job import Job
 from prunus.pipeline.job_file import job_text, read_job
+from prunus.pipeline.options import CalibrationOptions
 from prunus.pipeline.stages import stages_of
 from prunus.scoring.score import Score
 from prunus.sweep.engine import model_name
@@ -53,6 +55,8 @@ HELD_OUT = 5
 #: stands for the source code of Python's standard library
 STANDARD_LIBRARY = "python"
 DENSE, MEAN = "dense", "mean"
+#: what `prunus prune` takes without --calibration
+DEFAULT = "+".join(CalibrationOptions().source)
 
 
 def main() -> None:
@@ -63,7 +67,7 @@ def main() -> None:
     kinds = kinds_of_text(options, given, tokenizer)
     rows = Rows(options.out, {name: kind.provenance.sha256 for name, kind in kinds.items()}, model_name(options.model))
     dense = rows.have(DENSE, "", 0.0, 0, "") or rows.add(DENSE, "", 0.0, 0, "", measure(model, kinds))
-    for source, seed in itertools.product(options.calibrations or given or ["default"], options.seeds):
+    for source, seed in itertools.product(options.calibrations or given or [DEFAULT], options.seeds):
         shared: dict[str, Any] = {}
         for recipe in options.recipes:
             job = job_of(recipe, sources_of(source, given), seed, options)
