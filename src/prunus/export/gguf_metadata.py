@@ -86,7 +86,7 @@ def _add_rope(writer: Any, gguf: Any, architecture: Architecture, rope: Rope) ->
         ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
         ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
     ):
-        if setting in (rope.settings or {}):
+        if rope.settings and setting in rope.settings:
             add(rope.settings[setting])
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "ARCHITECTURES",
     "CANDIDATES",
     "GGUF_NAMES",
+    "UNWRITTEN",
     "ZERO_CHANNELS",
     "Architecture",
     "LayerKinds",
@@ -292,10 +293,14 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "ernie4_5_moe": ("ernie4_5-moe",),
 }
 
+#: family that is not written → why
+UNWRITTEN: dict[str, str] = {
+    "gpt_oss": "its GGUF files hold experts in MXFP4, which is not written; `prunus apply` cuts such a file itself",
+}
+
 #: family → architectures that a GGUF file of one of its models can have, whoever wrote it
 GGUF_NAMES: dict[str, tuple[str, ...]] = {
     **{family: tuple(ARCHITECTURES[key].name for key in keys) for family, keys in CANDIDATES.items()},
-    # Experts of published files are in MXFP4, which `export` does not write.
     "gpt_oss": ("gpt-oss",),
 }
 
@@ -312,6 +317,10 @@ def candidates(config: Any) -> tuple[Architecture, ...]:
         UnsupportedModelError: it is not known which have.
     """
     family = family_of(config)
+    if family.model_type in UNWRITTEN:
+        raise UnsupportedModelError(
+            f"{family.title} ({family.model_type!r}) cannot be written as GGUF: {UNWRITTEN[family.model_type]}"
+        )
     if family.model_type not in CANDIDATES:
         raise UnsupportedModelError(
             f"{family.title} ({family.model_type!r}) cannot be written as GGUF: it is not checked which of llama.cpp's "
@@ -443,11 +452,11 @@ def _obstacles(
     if excess := sorted(biases - architecture.biases):
         yield f"it has no bias for {', '.join(excess)}, and the model has"
     if architecture.window_layers is not None:
-        count, taken = len(geometry.widths), len(geometry.widths) == architecture.window_layers
-        if architecture.has_windows(config) != taken:
+        count, windows = len(geometry.widths), architecture.has_windows(config)
+        if windows != (count == architecture.window_layers):
             yield (
                 f"it has sliding windows in models of {architecture.window_layers} layers, and in no others; the model "
-                f"has {count} layers, and {'no ' if taken else ''}sliding windows"
+                f"has {count} layers, and {'' if windows else 'no '}sliding windows"
             )
     kinds = architecture.kinds
     if kinds is not None and kinds.key is None:
