@@ -295,7 +295,7 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
 
 #: family that is not written → why
 UNWRITTEN: dict[str, str] = {
-    "gpt_oss": "its GGUF files hold experts in MXFP4, which is not written; `prunus apply` cuts such a file itself",
+    "gpt_oss": "experts of its GGUF files are in MXFP4, and prunus cuts such files (`prunus apply`) and makes none",
 }
 
 #: family → architectures that a GGUF file of one of its models can have, whoever wrote it
