@@ -40,6 +40,13 @@ MODELS: dict[str, tuple[str, Callable[[Geometry], Plan], dict[str, Any]]] = {
     **{family: (family, experts_plan if FAMILIES[family].mixture else ragged_plan, {}) for family in CANDIDATES},
     # As published; llama.cpp loads no other.
     "olmoe": ("olmoe", experts_plan, {"num_key_value_heads": 2 * GROUPS}),
+    # As EXAONE 4 1.2B, and as 32B, which has windows: llama.cpp tells them apart by the number of layers.
+    "exaone4": ("exaone4", ragged_plan, {"sliding_window": None, "layer_types": ["full_attention"] * LAYERS}),
+    "exaone4, windows": (
+        "exaone4",
+        uniform_plan,
+        {"num_hidden_layers": 64, "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 16},
+    ),
     # Its layers have kinds by their numbers.
     "smollm3": ("smollm3", partial(ragged_plan, keeps_layers=True), {}),
     "qwen3, head of its own": ("qwen3", ragged_plan, {"tie_word_embeddings": False}),

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from family_cases import Case
+from family_models import FIELDS as MODEL_FIELDS
 from family_models import LAYERS, SEED, depth_plan, experts_plan, has_shape, ragged_plan, uniform_plan
 from vllm_families import markdown
 
@@ -40,7 +41,11 @@ SHAPES = {
 }
 
 #: as published; mlx-lm takes no other
-FIELDS: dict[str, dict[str, Any]] = {"glm4": {"tie_word_embeddings": False}}
+FIELDS: dict[str, dict[str, Any]] = {
+    "exaone4": {"rope_parameters": MODEL_FIELDS["llama"]["rope_parameters"]},
+    "glm4": {"tie_word_embeddings": False},
+    "hunyuan_v1_dense": {"rope_parameters": {**MODEL_FIELDS["hunyuan_v1_dense"]["rope_parameters"], "type": "dynamic"}},
+}
 
 
 def main() -> None:

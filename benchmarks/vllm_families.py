@@ -1,7 +1,7 @@
 """Does vLLM say what transformers says, for a pruned model of every family? Run by `make deploy-check`.
 
 Small models (family_models.py) are cut in several ways, saved, served by vLLM with the plugin, and continued greedily
-in both; vLLM then scores what transformers wrote.
+in both; vLLM then scores what transformers wrote. `--shapes whole` tells what is vLLM's own of a difference.
 
     python benchmarks/vllm_families.py --out benchmarks/results/vllm-families.json
 """
@@ -26,6 +26,7 @@ from family_cases import Case
 from family_models import LAYERS, SEED, depth_plan, experts_plan, has_shape, ragged_plan, uniform_plan
 
 from prunus.model.families import FAMILIES
+from prunus.selection.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Shape:
 
 EVEN = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 512, "tie_word_embeddings": False}
 SHAPES = {
+    "whole": Shape("whole", Plan.keep_all),
     "ragged": Shape("ragged", ragged_plan),
     "experts": Shape("`--experts`", experts_plan),
     "uniform": Shape("`uniform`", uniform_plan),
@@ -61,7 +63,8 @@ def main() -> None:
     """Run the families; the table goes to stdout, everything measured to a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    cuts = [name for name in SHAPES if name != "whole"]
+    parser.add_argument("--shapes", nargs="+", default=cuts, choices=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=200, help="generated per prompt; there are three")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

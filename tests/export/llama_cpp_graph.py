@@ -7,6 +7,7 @@ deploy-check` runs the real one.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 INTERLEAVED = ("llama", "deci", "granite", "smollm3", "ernie4_5", "glm4", "granitemoe", "ernie4_5-moe", "chatglm")
-HEADS_SPAN_HIDDEN = ("qwen2", "olmo2", "phi3", "qwen2moe", "olmoe", "chatglm")
+INTERLEAVED += ("mistral3",)
+HEADS_SPAN_HIDDEN = ("qwen2", "olmo2", "exaone4", "phi3", "qwen2moe", "olmoe", "chatglm")
+#: norms behind the blocks, and none in front of them
+NORMS_AFTER = ("olmo2", "exaone4")
 GEMMA = ("gemma", "gemma2", "gemma3")
 #: a sliding window in all layers but every so-manieth
-WINDOWS = {"gemma2": 2, "gemma3": 6}
+WINDOWS = {"gemma2": 2, "gemma3": 6, "olmo2": 4, "exaone4": 4}
 
 
 class GgufFile:
@@ -45,8 +49,14 @@ class GgufFile:
     def get(self, name: str, default: Any = None) -> Any:
         return self.fields.get(f"{self.architecture}.{name}", default)
 
+    @property
+    def has_windows(self) -> bool:
+        if self.architecture == "exaone4":
+            return self["block_count"] == 64
+        return self.architecture in WINDOWS and self.get("attention.sliding_window") is not None
+
     def has_window(self, layer: int) -> bool:
-        if self.architecture not in WINDOWS:
+        if not self.has_windows:
             return False
         period = WINDOWS[self.architecture]
         pattern = self.get("attention.sliding_window_pattern")
@@ -66,10 +76,23 @@ class GgufFile:
         return inputs * scale * self.tensors[f"{name}.weight"]
 
 
+def yarn_ramp(file: GgufFile, size: int, base: float) -> Tensor:
+    """How far each frequency is stretched, from 0 to 1."""
+    length = file["rope.scaling.original_context_length"]
+    first, last = (
+        size * math.log(length / (file[f"rope.scaling.yarn_beta_{end}"] * 2 * math.pi)) / (2 * math.log(base))
+        for end in ("fast", "slow")
+    )
+    low, high = max(0, math.floor(first)), min(size - 1, math.ceil(last))
+    return ((torch.arange(size // 2).double() - low) / max(0.001, high - low)).clamp(0, 1)
+
+
 def rotate(heads: Tensor, file: GgufFile, layer: int) -> Tensor:
     """Rotary embedding; `heads` has shape (tokens, heads, head_dim)."""
     size = file["rope.dimension_count"]
     if file.architecture == "smollm3" and (layer + 1) % 4 == 0:
+        return heads
+    if file.architecture == "exaone4" and file.has_windows and not file.has_window(layer):
         return heads
     if size < heads.shape[-1]:
         assert file.architecture in ("phi3", "glm4", "glm4moe", "chatglm")
@@ -80,11 +103,19 @@ def rotate(heads: Tensor, file: GgufFile, layer: int) -> Tensor:
     for name in ("rope_freqs.weight", "rope_factors_short.weight"):
         if name in file.tensors:
             frequencies = frequencies / file.tensors[name].double()
-    if file.get("rope.scaling.type") is not None and not file.has_window(layer):
-        assert file["rope.scaling.type"] == "linear"
-        frequencies = frequencies / file["rope.scaling.factor"]
+    scaling, factor = file.get("rope.scaling.type"), file.get("rope.scaling.attn_factor", 1.0)
+    if file.has_window(layer):
+        scaling, factor = None, 1.0
+    if scaling is not None:
+        stretched = frequencies / file["rope.scaling.factor"]
+        if scaling == "yarn":
+            kept = 1 - yarn_ramp(file, size, base)
+            frequencies = kept * frequencies + (1 - kept) * stretched
+            factor *= 1 + 0.1 * math.log(file["rope.scaling.factor"])
+        else:
+            assert scaling == "linear"
+            frequencies = stretched
     angles = torch.arange(len(heads)).double()[:, None, None] * frequencies
-    factor = file.get("rope.scaling.attn_factor", 1.0)
     cos, sin = factor * angles.cos().float(), factor * angles.sin().float()
     if file.architecture in INTERLEAVED:
         even, odd = heads[..., 0::2], heads[..., 1::2]
@@ -106,9 +137,13 @@ def attention(file: GgufFile, layer: int, inputs: Tensor, heads: int, heads_kv: 
     if file.architecture in ("olmo2", "olmoe"):  # over all heads at once
         query = file.norm(f"{block}.attn_q_norm", query.flatten(1)).reshape(query.shape)
         key = file.norm(f"{block}.attn_k_norm", key.flatten(1)).reshape(key.shape)
-    elif file.architecture in ("qwen3", "openelm", "gemma3", "qwen3moe", "glm4moe"):
+    elif file.architecture in ("qwen3", "openelm", "gemma3", "exaone4", "qwen3moe", "glm4moe"):
         query, key = file.norm(f"{block}.attn_q_norm", query), file.norm(f"{block}.attn_k_norm", key)
     query, key = rotate(query, file, layer), rotate(key, file, layer)
+    if scale := file.get("attention.temperature_scale"):
+        assert file.architecture == "mistral3"
+        before = torch.arange(len(query)) // file["rope.scaling.original_context_length"]
+        query = query * (1 + scale * (1 + before).log())[:, None, None]
     if file.architecture == "hunyuan-dense":  # behind the rotation
         query, key = file.norm(f"{block}.attn_q_norm", query), file.norm(f"{block}.attn_k_norm", key)
     key, value = (tensor.repeat_interleave(heads // heads_kv, dim=1) for tensor in (key, value))
@@ -201,7 +236,7 @@ def logits_of(file: GgufFile, tokens: Tensor) -> Tensor:
         block = f"blk.{layer}"
         after = hidden
         if query_heads:
-            inputs = hidden if file.architecture == "olmo2" else file.norm(f"{block}.attn_norm", hidden)
+            inputs = hidden if file.architecture in NORMS_AFTER else file.norm(f"{block}.attn_norm", hidden)
             outputs = attention(file, layer, inputs, query_heads, key_value_heads)
             if f"{block}.post_attention_norm.weight" in file.tensors and not after_attention:
                 outputs = file.norm(f"{block}.post_attention_norm", outputs)
@@ -209,7 +244,7 @@ def logits_of(file: GgufFile, tokens: Tensor) -> Tensor:
         if not width:
             continue  # and `after` is lost
         before = "post_attention_norm" if after_attention else "ffn_norm"
-        inputs = after if file.architecture == "olmo2" else file.norm(f"{block}.{before}", after)
+        inputs = after if file.architecture in NORMS_AFTER else file.norm(f"{block}.{before}", after)
         outputs = (experts if has_experts(file, layer) else mlp)(file, block, inputs)
         if f"{block}.post_ffw_norm.weight" in file.tensors:
             outputs = file.norm(f"{block}.post_ffw_norm", outputs)

@@ -9,7 +9,7 @@ import gguf
 import pytest
 import torch
 from llama_cpp_graph import GgufFile, logits_of
-from tiny_families import VARIANTS, logits, make_model, random_tokens
+from tiny_families import LLAMA3_ROPE, VARIANTS, YARN, logits, make_model, random_tokens
 from tiny_mixtures import EXPERTS, make_mixture
 from tiny_tokenizers import byte_level, sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunus
 from prunus.errors import CheckpointError, NonFiniteError, OptionError, UnsupportedModelError
 from prunus.export import export_gguf
-from prunus.export.llama_cpp import CANDIDATES
+from prunus.export.llama_cpp import CANDIDATES, UNWRITTEN
 from prunus.model.families import FAMILIES
 from prunus.model.geometry import Geometry
 from prunus.selection.plan import Plan
@@ -43,6 +43,8 @@ BUILT_IN = {
     "gemma2": {"query_pre_attn_scalar": 8},
     "gemma3_text": {"query_pre_attn_scalar": 12, "sliding_window_pattern": 6, "hidden_size": 48},
     "olmo2": {"attention_bias": False},
+    "olmo3": {"layer_types": [*["sliding_attention"] * 3, "full_attention", *["sliding_attention"] * 2]},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 6},
 }
 
 
@@ -119,6 +121,10 @@ def test_widths_of_the_layers_are_the_models_with_zeros_where_llama_cpp_needs_a_
         ("granite", "granite", {}),
         ("smollm3", "smollm3", {}),
         ("olmo2", "olmo2", {}),
+        ("olmo3", "olmo2", {}),
+        ("exaone4", "exaone4", {}),
+        ("exaone4", "exaone4", {"rope_parameters": LLAMA3_ROPE}),
+        ("ministral3", "mistral3", {}),
         ("phi3", "phi3", {}),
         ("seed_oss", "seed_oss", {"attention_out_bias": False, "mlp_bias": False}),
         # Biases that the stock architecture has no place for.
@@ -139,7 +145,7 @@ def test_equal_layers_go_out_as_the_stock_architecture(family, architecture, fie
     assert facts["architecture"] == architecture
     same_logits(model, tmp_path / "a.gguf")
     if architecture != "deci":
-        heads = {"olmo2": 6, "phi3": 6, "chatglm": 6}.get(architecture, 4)  # those span the hidden size
+        heads = {"olmo2": 6, "exaone4": 6, "phi3": 6, "chatglm": 6}.get(architecture, 4)  # those span the hidden size
         assert GgufFile(tmp_path / "a.gguf")["attention.head_count"] == heads  # one number, not one per layer
 
 
@@ -150,6 +156,9 @@ def test_equal_layers_go_out_as_the_stock_architecture(family, architecture, fie
         ("granite", None, 5),
         ("olmo2", None, 5),
         ("olmo2", "mha", 5),
+        ("olmo3", None, 5),
+        ("exaone4", None, 5),
+        ("ministral3", None, 5),
         ("phi3", None, 5),
         ("phi3", "mqa-longrope", 5),
         ("gemma2", None, 5),
@@ -174,7 +183,7 @@ def test_ragged_layers_are_filled_up_where_llama_cpp_wants_equal_ones(family, va
     assert "filled up with zeros" in caplog.text
     file = GgufFile(tmp_path / "a.gguf")
     extra = sum(t.numel() for name, t in file.tensors.items() if name.startswith("rope"))
-    if family == "olmo2" and model.config.tie_word_embeddings:
+    if family in ("olmo2", "olmo3") and model.config.tie_word_embeddings:
         extra += file.tensors["output.weight"].numel()
     assert facts["of_them_zeros"] == facts["parameters"] - model.num_parameters() - extra > 0
 
@@ -247,7 +256,7 @@ def test_routers_are_not_rounded(saved, tmp_path):
         ("olmoe", {"num_key_value_heads": 3}, {}, "as many heads as queries, and in the model 2 query heads share one"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, {}, "layer 1 to have experts, and in the model it has none"),
         ("ernie4_5_moe", {"moe_layer_end_index": 1}, {}, "layer 2 to have experts, and in the model it has none"),
-        ("gpt_oss", {}, {}, r"gpt-oss.*cannot be written as GGUF"),
+        ("gpt_oss", {}, {}, r"gpt-oss.*cannot be written as GGUF: .*MXFP4.*`prunus apply`"),
         ("mixtral", {}, {"mlp_multiple": 256}, "experts cannot be filled up"),
     ],
 )
@@ -268,6 +277,24 @@ def test_kinds_of_layers_are_written_where_a_removed_layer_shifts_them(saved, tm
     assert caplog.text.count("too old to read it") == 1
 
 
+def test_exaone_has_windows_in_models_of_64_layers(saved, tmp_path):
+    """As in EXAONE 4 32B: positions in layers with a window only, and one of them gone would be another model."""
+    windows = [*["sliding_attention"] * 3, "full_attention"] * 16
+    fields = {"num_hidden_layers": 64, "sliding_window": 6, "layer_types": windows}
+    model = model_of("exaone4", [RAGGED[layer % 3] for layer in range(64)], **fields)
+    export_gguf(str(saved(model)), tmp_path / "a.gguf", type="f32")
+    same_logits(model, tmp_path / "a.gguf")
+    for name, changes, message in (
+        ("short", {"num_hidden_layers": 63, "layer_types": windows[1:]}, "has 63 layers, and sliding windows"),
+        ("whole", {"sliding_window": None, "layer_types": ["full_attention"] * 64}, "has 64 layers, and no sliding"),
+    ):
+        model = model_of("exaone4", **{**fields, **changes})
+        with pytest.raises(
+            UnsupportedModelError, match=f"windows in models of 64 layers, and in no others; the model {message}"
+        ):
+            export_gguf(str(saved(model, name=name)), tmp_path / "b.gguf")
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_transformers_loads_a_stock_file_and_speaks_the_same(family, saved, tmp_path):
     # Of a Qwen3 file, transformers reads no head_dim and takes it to be 128.
@@ -282,6 +309,19 @@ def test_transformers_loads_a_stock_file_and_speaks_the_same(family, saved, tmp_
     "rope",
     [
         {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.5},
+        # As in Ministral 3, but for the numbers.
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "max_position_embeddings": 128,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+        },
         {
             "rope_type": "llama3",
             "factor": 8.0,
@@ -376,7 +416,7 @@ def test_a_family_that_nobody_has_checked_is_refused(saved, tmp_path, monkeypatc
 
 
 def test_architectures_are_of_families():
-    assert CANDIDATES.keys() <= FAMILIES.keys()
+    assert FAMILIES.keys() == CANDIDATES.keys() | UNWRITTEN.keys()
 
 
 def test_other_refusals(saved, tmp_path):
@@ -401,6 +441,22 @@ def test_other_refusals(saved, tmp_path):
         ),
         ("scale", model_of("gemma2", UNIFORM, query_pre_attn_scalar=16), r"root of 8, .*query_pre_attn_scalar 16"),
         ("partial", model_of("llama", UNIFORM, rope_parameters=HALF), "rotates whole heads, and the model 4 of 8"),
+        (
+            "scaled queries",
+            model_of("llama", UNIFORM, rope_parameters={**YARN, "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}),
+            "does not scale queries by their position",
+        ),
+        (
+            "bases",
+            model_of(
+                "olmo3",
+                rope_parameters={
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+                },
+            ),
+            "one base of rotary frequencies for all layers, and the model 10000, and .*window 1000",
+        ),
         ("head", model_of("gemma2", UNIFORM, tie_word_embeddings=False), "no output head of its own"),
     ):
         with pytest.raises(UnsupportedModelError, match=message):

@@ -75,22 +75,25 @@ def _add_rope(writer: Any, gguf: Any, architecture: Architecture, rope: Rope) ->
     writer.add_rope_freq_base(rope.base)
     if rope.window_base is not None:
         writer.add_float32(f"{architecture.name}.rope.freq_base_swa", rope.window_base)
-    if rope.long_factors is not None and rope.settings:
-        writer.add_rope_scaling_orig_ctx_len(int(rope.settings["original_max_position_embeddings"]))
-        writer.add_rope_scaling_attn_factors(rope.settings["attention_factor"])
-    if rope.scaling and rope.settings:
+    if rope.position_scale:
+        writer.add_float32(f"{architecture.name}.attention.temperature_scale", rope.position_scale)
+    if rope.scaling:
         writer.add_rope_scaling_type(getattr(gguf.RopeScalingType, rope.scaling.upper()))
-        writer.add_rope_scaling_factor(rope.settings["factor"])
-        if rope.scaling == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(int(rope.settings["original_max_position_embeddings"]))
-            writer.add_rope_scaling_yarn_beta_fast(rope.settings["beta_fast"])
-            writer.add_rope_scaling_yarn_beta_slow(rope.settings["beta_slow"])
+    for setting, add in (
+        ("factor", writer.add_rope_scaling_factor),
+        ("original_max_position_embeddings", lambda value: writer.add_rope_scaling_orig_ctx_len(int(value))),
+        ("attention_factor", writer.add_rope_scaling_attn_factors),
+        ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+        ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+    ):
+        if rope.settings and setting in rope.settings:
+            add(rope.settings[setting])
 
 
 def _add_kinds(writer: Any, config: Any, architecture: Architecture) -> None:
     """Say for every layer of which kind it is, where llama.cpp would take it to be of another."""
     kinds = architecture.kinds
-    if kinds is None or kinds.key is None:
+    if kinds is None or kinds.key is None or not architecture.has_windows(config):
         return
     found = kinds.of_model(config)
     if found != kinds.of_llama_cpp(len(found)):

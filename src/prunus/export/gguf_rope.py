@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,17 @@ _KNOWN = {
     "default": (),
     "dynamic": ("factor", "alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
     "linear": ("factor",),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "llama_4_scaling_beta",
+        "max_position_embeddings",  # repeated from the config, and not read
+    ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("factor", "long_factor", "short_factor", "original_max_position_embeddings", "attention_factor"),
 }
@@ -41,6 +52,8 @@ class Rope:
         dimensions: values of a head that are rotated, from the first on.
         scaling: `linear` or `yarn`, None for none.
         settings: of the scaling.
+        position_scale: queries are scaled by one plus so much times the logarithm of one plus how many
+            `settings["original_max_position_embeddings"]` lie before them; 0 for no such scale.
         factors: what llama.cpp divides each frequency by, float32 of shape (dimensions / 2,); None for nothing.
         short_factors: in their place in contexts up to `settings["original_max_position_embeddings"]`.
         long_factors: and in longer ones.
@@ -51,6 +64,7 @@ class Rope:
     dimensions: int
     scaling: str | None = None
     settings: dict[str, float] | None = None
+    position_scale: float = 0.0
     factors: Tensor | None = None
     short_factors: Tensor | None = None
     long_factors: Tensor | None = None
@@ -66,16 +80,16 @@ def rope_of(config: Any, head_dim: int) -> Rope:
     stored = config.rope_parameters
     if _GLOBAL not in stored:
         return _rope(stored, config, head_dim)
-    window = _rope(stored[_WINDOW], config, head_dim)
+    window = _rope(stored[_WINDOW], config, head_dim, _WINDOW)
     if window != Rope(window.base, head_dim):
         raise UnsupportedModelError(
             f"rotary embeddings {stored[_WINDOW]} of layers with a sliding window cannot be written as GGUF; only "
             "those of type default can"
         )
-    return replace(_rope(stored[_GLOBAL], config, head_dim), window_base=window.base)
+    return replace(_rope(stored[_GLOBAL], config, head_dim, _GLOBAL), window_base=window.base)
 
 
-def _rope(stored: Mapping[str, Any], config: Any, head_dim: int) -> Rope:
+def _rope(stored: Mapping[str, Any], config: Any, head_dim: int, layer_type: str | None = None) -> Rope:
     parameters = {name: value for name, value in stored.items() if value is not None}
     kind = parameters.get("rope_type", "default")
     stretched = bool(parameters.get("alpha")) and family_of(config).model_type in _STRETCHED
@@ -101,7 +115,7 @@ def _rope(stored: Mapping[str, Any], config: Any, head_dim: int) -> Rope:
         return Rope(base * parameters["alpha"] ** (dimensions / (dimensions - 2)), dimensions)
     if kind == "llama3":
         default = base ** -(torch.arange(0, dimensions, 2, dtype=torch.float32) / dimensions)
-        scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
         return Rope(base, dimensions, factors=default / scaled)
     if kind == "longrope":
         _, attention = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
@@ -109,8 +123,14 @@ def _rope(stored: Mapping[str, Any], config: Any, head_dim: int) -> Rope:
         settings = {"original_max_position_embeddings": float(original), "attention_factor": float(attention)}
         short, long = (torch.tensor(parameters[f"{name}_factor"], dtype=torch.float32) for name in ("short", "long"))
         return Rope(base, dimensions, settings=settings, short_factors=short, long_factors=long)
-    settings = {name: float(parameters[name]) for name in _KNOWN[kind] if name in parameters}
-    if kind == "yarn":
-        settings = {**_YARN_DEFAULTS, **settings}
-        settings.setdefault("original_max_position_embeddings", float(config.max_position_embeddings))
-    return Rope(base, dimensions, kind, settings)
+    factor = float(parameters["factor"])
+    if kind == "linear":
+        return Rope(base, dimensions, kind, {"factor": factor})
+    settings = {name: float(parameters.get(name, default)) for name, default in _YARN_DEFAULTS.items()}
+    original = parameters.get("original_max_position_embeddings", config.max_position_embeddings)
+    settings |= {"factor": factor, "original_max_position_embeddings": float(original)}
+    _, attention = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
+    own = 1.0 + 0.1 * math.log(max(factor, 1.0))  # llama.cpp's, which a factor in the file multiplies
+    if not math.isclose(attention, own, rel_tol=1e-6):
+        settings["attention_factor"] = attention / own
+    return Rope(base, dimensions, kind, settings, float(parameters.get("llama_4_scaling_beta", 0.0)))

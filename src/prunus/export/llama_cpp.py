@@ -25,6 +25,7 @@ __all__ = [
     "ARCHITECTURES",
     "CANDIDATES",
     "GGUF_NAMES",
+    "UNWRITTEN",
     "ZERO_CHANNELS",
     "Architecture",
     "LayerKinds",
@@ -88,6 +89,9 @@ class Architecture:
         long_factors: it divides them by one of two tensors, by the length of the context.
         partial_rotary: a part of each head may go without rotation.
         windows: layers may look back a number of tokens only.
+        window_layers: they do so in files of so many layers, and in no others; None where a field of the file says it.
+        window_base: layers with a window may have a base of rotary frequencies of their own.
+        position_scale: queries may be scaled by their position.
         kinds: what it derives from the numbers of layers.
         activation: built into its MLPs.
         fields: its own number fields → fields of the model's config that they are.
@@ -113,12 +117,19 @@ class Architecture:
     long_factors: bool = False
     partial_rotary: bool = False
     windows: bool = False
+    window_layers: int | None = None
+    window_base: bool = False
+    position_scale: bool = False
     kinds: LayerKinds | None = None
     activation: str = "silu"
     fields: Mapping[str, str] = field(default_factory=dict)
     scale_by_head: int | None = None
     biases: frozenset[str] = frozenset()
     renormalises: bool | None = None
+
+    def has_windows(self, config: Any) -> bool:
+        """Whether the layers of a model, or some of them, look back a number of tokens only."""
+        return self.windows and config.sliding_window is not None
 
 
 _INPUT_BIASES = frozenset({"ATTN_Q", "ATTN_K", "ATTN_V"})
@@ -129,11 +140,6 @@ _SCALES = {
     "attention.scale": "attention_multiplier",
     "logit_scale": "logits_scaling",
 }
-_GEMMA_2 = {
-    "attention.sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}
 #: which layers have experts
 DENSE_FIRST, EXPERT_STEP = "leading_dense_block_count", "interleave_moe_layer_step"
 _GLM_MOE = {
@@ -143,7 +149,9 @@ _GLM_MOE = {
     "expert_weights_norm": "norm_topk_prob",
 }
 _ERNIE_MOE = {DENSE_FIRST: "moe_layer_start_index", EXPERT_STEP: "moe_layer_interval"}
-_GEMMA_3 = {"attention.sliding_window": "sliding_window", "final_logit_softcapping": "final_logit_softcapping"}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_GEMMA_3 = {**_WINDOW, "final_logit_softcapping": "final_logit_softcapping"}
+_GEMMA_2 = {**_GEMMA_3, "attn_logit_softcapping": "attn_logit_softcapping"}
 
 
 def _window_but_each(period: int) -> LayerKinds:
@@ -162,6 +170,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("granite", "GRANITE", interleaved=True, rope_factors=True, fields=_SCALES, biases=_ALL_BIASES),
         Architecture("smollm3", "SMOLLM3", interleaved=True, kinds=_POSITIONS_BUT_EACH_4TH, biases=_INPUT_BIASES),
         Architecture("olmo2", "OLMO2", heads_span_hidden=True, own_head=True, biases=_INPUT_BIASES),
+        Architecture("mistral3", interleaved=True, rope_factors=True, position_scale=True),
+        Architecture(
+            "exaone4",
+            "EXAONE4",
+            head_norms=True,
+            heads_span_hidden=True,
+            rope_factors=True,
+            windows=True,
+            window_layers=64,
+            kinds=_window_but_each(4),
+            fields=_WINDOW,
+        ),
         Architecture("seed_oss", "SEED_OSS", biases=_INPUT_BIASES),
         Architecture("ernie4_5", interleaved=True, biases=_INPUT_BIASES),
         Architecture(
@@ -192,6 +212,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "GEMMA3",
             head_norms=True,
             windows=True,
+            window_base=True,
             kinds=_window_but_each(6),
             activation="gelu_pytorch_tanh",
             fields=_GEMMA_3,
@@ -237,6 +258,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     )
 }
+#: the architecture of OLMo 2, where a file says that there are windows
+ARCHITECTURES["olmo3"] = replace(ARCHITECTURES["olmo2"], windows=True, kinds=_window_but_each(4), fields=_WINDOW)
 #: the architecture of Llamas, where a file says that there are experts
 ARCHITECTURES["mixtral"] = replace(ARCHITECTURES["llama"], names="LLAMA", renormalises=True)
 
@@ -244,11 +267,14 @@ ARCHITECTURES["mixtral"] = replace(ARCHITECTURES["llama"], names="LLAMA", renorm
 CANDIDATES: dict[str, tuple[str, ...]] = {
     "llama": ("llama", "deci"),
     "mistral": ("llama", "deci"),
+    "ministral3": ("mistral3",),
     "qwen2": ("qwen2", "deci"),
     "qwen3": ("qwen3", "openelm"),
     "granite": ("granite",),
     "smollm3": ("smollm3",),
     "olmo2": ("olmo2",),
+    "olmo3": ("olmo3",),
+    "exaone4": ("exaone4",),
     "phi3": ("phi3",),
     "glm": ("chatglm",),
     "glm4": ("glm4",),
@@ -267,10 +293,14 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "ernie4_5_moe": ("ernie4_5-moe",),
 }
 
+#: family that is not written → why
+UNWRITTEN: dict[str, str] = {
+    "gpt_oss": "experts of its GGUF files are in MXFP4, and prunus cuts such files (`prunus apply`) and makes none",
+}
+
 #: family → architectures that a GGUF file of one of its models can have, whoever wrote it
 GGUF_NAMES: dict[str, tuple[str, ...]] = {
     **{family: tuple(ARCHITECTURES[key].name for key in keys) for family, keys in CANDIDATES.items()},
-    # Experts of published files are in MXFP4, which `export` does not write.
     "gpt_oss": ("gpt-oss",),
 }
 
@@ -287,6 +317,10 @@ def candidates(config: Any) -> tuple[Architecture, ...]:
         UnsupportedModelError: it is not known which have.
     """
     family = family_of(config)
+    if family.model_type in UNWRITTEN:
+        raise UnsupportedModelError(
+            f"{family.title} ({family.model_type!r}) cannot be written as GGUF: {UNWRITTEN[family.model_type]}"
+        )
     if family.model_type not in CANDIDATES:
         raise UnsupportedModelError(
             f"{family.title} ({family.model_type!r}) cannot be written as GGUF: it is not checked which of llama.cpp's "
@@ -403,6 +437,13 @@ def _obstacles(
         yield f"it has no tensor for the rotary frequencies of rope_type {config.rope_parameters['rope_type']!r}"
     if rope.long_factors is not None and not architecture.long_factors:
         yield "it has no tensors for two sets of rotary frequencies (rope_type 'longrope')"
+    if rope.position_scale and not architecture.position_scale:
+        yield "it does not scale queries by their position, and the model does (llama_4_scaling_beta)"
+    if rope.window_base not in (None, rope.base) and not architecture.window_base:
+        yield (
+            f"it has one base of rotary frequencies for all layers, and the model {rope.base:g}, and in layers with a "
+            f"sliding window {rope.window_base:g}"
+        )
     if rope.dimensions != geometry.head_dim and not architecture.partial_rotary:
         yield f"it rotates whole heads, and the model {rope.dimensions} of {geometry.head_dim} values of each"
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -410,6 +451,13 @@ def _obstacles(
         yield f"it has {architecture.activation!r} built into its MLPs, and the model has {activation!r}"
     if excess := sorted(biases - architecture.biases):
         yield f"it has no bias for {', '.join(excess)}, and the model has"
+    if architecture.window_layers is not None:
+        count, windows = len(geometry.widths), architecture.has_windows(config)
+        if windows != (count == architecture.window_layers):
+            yield (
+                f"it has sliding windows in models of {architecture.window_layers} layers, and in no others; the model "
+                f"has {count} layers, and {'' if windows else 'no '}sliding windows"
+            )
     kinds = architecture.kinds
     if kinds is not None and kinds.key is None:
         found, taken = kinds.of_model(config), kinds.of_llama_cpp(len(geometry.widths))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunus.export.llama_cpp import UNWRITTEN
 from prunus.model.families import AXES, FAMILIES, MULTIMODAL, UNFIT, Multimodal
 
 __all__ = ["RESULTS", "families_page", "families_table", "where_they_run"]
@@ -28,8 +29,10 @@ _PER_LAYER = {"deci": "", "openelm": " with tied embeddings, else padded"}
 #: family → what else its GGUF files ask for
 _GGUF_NOTES = {
     **dict.fromkeys(("phi3", "glm"), "heads always to the hidden size"),
+    "exaone4": "heads always to the hidden size; sliding windows in models of 64 layers only",
+    "olmoe": "as many key/value heads as query heads",
     "smollm3": "not with layers removed: every fourth layer of a file goes without positions",
-    **dict.fromkeys(("gemma2", "gemma3_text"), "with layers removed a recent llama.cpp"),
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo3"), "with layers removed a recent llama.cpp"),
 }
 #: family → why tokens differ in vLLM
 _VLLM_NOTES = {"ernie4_5_moe": "its router on CPUs leaves out the correction of the scores"}
@@ -99,7 +102,10 @@ def where_they_run(results: Path = RESULTS) -> dict[str, dict[str, str]]:
         "vLLM": {
             name: _vllm(name, facts) for name, facts in _read(results, "vllm-families").get("families", {}).items()
         },
-        "llama.cpp": {name: _gguf(name, facts, llama_cpp) for name, facts in llama_cpp.items()},
+        "llama.cpp": {
+            **{name: f"not written: {why}" for name, why in UNWRITTEN.items()},
+            **{name: _gguf(name, facts, llama_cpp) for name, facts in llama_cpp.items()},
+        },
         "MLX": {name: _shapes(facts) for name, facts in _read(results, "mlx-families").get("families", {}).items()},
     }
     return {program: {name: found.get(name, NOT_TRIED) for name in FAMILIES} for program, found in columns.items()}
@@ -169,9 +175,10 @@ def _gguf(family: str, facts: Mapping[str, Any], found: Mapping[str, Any]) -> st
     if not _agrees(facts):
         return "other tokens" if "tokens" in facts else NOT_TRIED
     if family in _MIXTURES:
-        return EXPERTS + (f", {UNIFORM}" if _agrees(found.get(f"{family}, uniform")) else "")
-    per_layer = facts["architecture"] in _PER_LAYER
-    form = ANY + _PER_LAYER[facts["architecture"]] if per_layer else PADDED
+        form = EXPERTS + (f", {UNIFORM}" if _agrees(found.get(f"{family}, uniform")) else "")
+    else:
+        per_layer = facts["architecture"] in _PER_LAYER
+        form = ANY + _PER_LAYER[facts["architecture"]] if per_layer else PADDED
     return "; ".join((form, *filter(None, (_GGUF_NOTES.get(family),))))
 
 
