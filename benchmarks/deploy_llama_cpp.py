@@ -30,8 +30,9 @@ def quantized(file: str, kind: str) -> str:
 job = json.loads(Path(sys.argv[1]).read_text())
 if job.get("quantize"):
     job["model"] = quantized(job["model"], job["quantize"])
-longest = max(map(len, job["prompts"])) + job["tokens"]
-model = Llama(job["model"], n_ctx=longest + 8, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False)
+longest = max(map(len, job["prompts"])) + max(job["tokens"], *map(len, job["continuations"]))
+how = {"n_ctx": longest + 8, "n_threads": job.get("threads"), "n_threads_batch": job.get("threads")}
+model = Llama(job["model"], **how, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False)
 answer: dict[str, Any] = {"prompts": [], "tokens": [], "log_probabilities": []}
 for text, prompt, continuation in zip(job["texts"], job["prompts"], job["continuations"], strict=True):
     answer["prompts"].append(model.tokenize(text.encode(), add_bos=False, special=True))

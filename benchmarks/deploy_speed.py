@@ -97,9 +97,11 @@ def make_models(model: str, work: Path, programs: list[str]) -> dict[str, dict[s
     return paths
 
 
-def measure(program: str, paths: dict[str, Path], args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every model in every round."""
-    here = [sys.executable, __file__, "--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens)]
+def measure(
+    program: str, paths: dict[str, Path], args: argparse.Namespace, python: str = sys.executable
+) -> dict[str, Any]:
+    """Speed of every model, and its ratio to that of `dense` in the same round; `python` has the program."""
+    here = [python, __file__, "--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     workers = {
         name: subprocess.Popen(
