@@ -17,7 +17,6 @@ environment, `--llama-python`.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -43,6 +42,8 @@ PRUNED_TYPES = (FULL, "Q8_0", "Q4_K_M")
 #: blocks of Q8_0, and of the types that llama.cpp takes where a row is no multiple of a K-quant's 256: rows that are no
 #: multiple of these either stay in F16
 BLOCK = 32
+#: of the types, in their order; colour-blind readers can tell them apart
+COLOURS = ["#1a1f24", "#0072b2", "#56b4e9", "#d55e00", "#cc79a7", "#009e73"]
 #: axis → its title, and whether less of it is better
 AXES = {
     "size": ("file, MB", True),
@@ -64,18 +65,22 @@ def main() -> None:
         "windows": len(windows),
         "seq_len": options.eval_seq_len,
         "pruned with": " ".join(Path(word).name for word in options.words),
-        "speed": f"{options.prompt_tokens} + {options.new_tokens} tokens, {options.threads} threads",
+        "speed": f"{options.prompt_tokens} + {options.new_tokens} tokens, {options.threads} threads"
+        + ", --no-repack" * options.no_repack,
     }
     report = json.loads(options.out.read_text()) if options.out.exists() else {**settings, "rows": []}
     if (found := {key: report[key] for key in settings}) != settings:
         raise SystemExit(f"{options.out} was measured with {found}, not with {settings}: name another file")
     if "perplexity in transformers" not in report:
         report["perplexity in transformers"] = prunus.perplexity_of_windows(model.float(), windows).perplexity
+        write_report(options.out, report)
     del model
     rows = {(row["model"], row["type"]): row for row in report["rows"]}
     untimed = {}
-    for name, kind in itertools.product([DENSE, *names(options)], DENSE_TYPES):
-        if (name != DENSE and kind not in PRUNED_TYPES) or "decode" in rows.get((name, kind), {}):
+    dense = [(DENSE, kind) for kind in DENSE_TYPES if kind in {FULL, *options.types}]
+    pruned = [(name, kind) for name in names(options) for kind in PRUNED_TYPES if kind in options.types]
+    for name, kind in dense + pruned:
+        if "decode" in rows.get((name, kind), {}):
             continue
         file = untimed[name, kind] = gguf_file(name, kind, options)
         if (name, kind) not in rows:
@@ -84,6 +89,8 @@ def main() -> None:
             rows[name, kind] = {**row, "perplexity": math.exp(statistics.fmean(losses))}
             report["rows"] = list(rows.values())
             write_report(options.out, report)
+    if not options.repeats:
+        return
     if untimed:
         files = {" ".join(key): file for key, file in untimed.items()}
         timed = {DENSE: gguf_file(DENSE, FULL, options), **files}
@@ -133,6 +140,7 @@ def losses_of(file: Path, kind: str, windows: list[list[int]], options: argparse
         "continuations": [window[1:] for window in windows],
         "tokens": 0,
         "threads": options.threads,
+        "no_repack": options.no_repack,
     }
     if kind != FULL:
         job |= {"model": str(file).removesuffix(f"-{kind}.gguf") + ".gguf", "quantize": kind}
@@ -199,7 +207,7 @@ def picture(rows: list[dict[str, Any]]) -> str:
         values.append(
             {key: row[key] for key in (*AXES, "perplexity", "type")}
             | {"treatment": more or (DENSE if is_dense else "pruned"), "share": share}
-            | {"label": row["type"] if is_dense else head.removesuffix(" removed")}
+            | {"label": "" if is_dense else head.removesuffix(" removed")}
         )
     types = [kind for kind in DENSE_TYPES if any(value["type"] == kind for value in values)]
     treatments = list(dict.fromkeys(value["treatment"] for value in values))
@@ -212,7 +220,8 @@ def picture(rows: list[dict[str, Any]]) -> str:
 
     def panel(axis: str) -> dict[str, Any]:
         x = {"field": axis, "type": "quantitative", "title": AXES[axis][0], "scale": {"zero": False, "padding": 12}}
-        colour = {"field": "type", "sort": types, "title": None, "scale": {"domain": types}}
+        scale = {"domain": types, "range": [COLOURS[DENSE_TYPES.index(kind)] for kind in types]}
+        colour = {"field": "type", "type": "nominal", "title": None, "scale": scale}
         place = {"x": x, "y": y, "color": colour}
         lines = {"filter": f"datum.treatment == '{DENSE}' || datum.treatment == 'pruned'"}
         return {
@@ -228,7 +237,7 @@ def picture(rows: list[dict[str, Any]]) -> str:
                     "mark": {"type": "point", "size": 55, "filled": True, "opacity": 1},
                     "encoding": {
                         **place,
-                        "shape": {"field": "treatment", "sort": treatments, "title": None},
+                        "shape": {"field": "treatment", "type": "nominal", "sort": treatments, "title": None},
                     },
                 },
                 {
@@ -240,7 +249,7 @@ def picture(rows: list[dict[str, Any]]) -> str:
 
     drawn = {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "config": {**CONFIG, "range": {"category": {"scheme": "category10"}}},
+        "config": CONFIG,
         "data": {"values": values},
         "hconcat": [panel(axis) for axis in AXES],
     }
@@ -266,10 +275,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval-seq-len", type=int, default=1024)
     parser.add_argument("--ratios", type=shares, default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--aligned", type=shares, default=[], help="ratios that are pruned with `--align gguf` as well")
+    parser.add_argument("--types", nargs="+", default=DENSE_TYPES, choices=DENSE_TYPES, help="only these, for now")
     parser.add_argument("--folder", type=named, action="append", default=[], metavar="NAME=DIR", help="another model")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="rounds of timing; 0 leaves it to a later call, when idle"
+    )
+    parser.add_argument("--no-repack", action="store_true", help="as llama.cpp's; its AMX kernels crash in 0.3.36")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
     parser.add_argument("--work", type=Path, default=Path("build/pareto"), help="folder for models and files")
