@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from deploy_speed import without_repacking
 from llama_cpp import Llama, llama_cpp
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+def log_probabilities(logits: np.ndarray, tokens: list[int]) -> list[float]:
+    """That of a token in each row; a table of all tokens in float64 would take longer than a small model."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    chosen = shifted[np.arange(len(tokens)), tokens].astype(np.float64)
+    return (chosen - np.log(np.exp(shifted).sum(-1, dtype=np.float64))).tolist()
 
 
 def quantized(file: str, kind: str) -> str:
@@ -30,8 +33,11 @@ def quantized(file: str, kind: str) -> str:
 job = json.loads(Path(sys.argv[1]).read_text())
 if job.get("quantize"):
     job["model"] = quantized(job["model"], job["quantize"])
-longest = max(map(len, job["prompts"])) + job["tokens"]
-model = Llama(job["model"], n_ctx=longest + 8, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False)
+if job.get("no_repack"):
+    without_repacking()
+longest = max(map(len, job["prompts"])) + max(job["tokens"], *map(len, job["continuations"]))
+how = {"n_ctx": longest + 8, "n_threads": job.get("threads"), "n_threads_batch": job.get("threads")}
+model = Llama(job["model"], **how, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False)
 answer: dict[str, Any] = {"prompts": [], "tokens": [], "log_probabilities": []}
 for text, prompt, continuation in zip(job["texts"], job["prompts"], job["continuations"], strict=True):
     answer["prompts"].append(model.tokenize(text.encode(), add_bos=False, special=True))
@@ -44,6 +50,6 @@ for text, prompt, continuation in zip(job["texts"], job["prompts"], job["continu
     answer["tokens"].append(found)
     model.reset()
     model.eval(prompt + continuation)
-    steps = log_softmax(model.scores[len(prompt) - 1 : len(prompt) + len(continuation) - 1])
-    answer["log_probabilities"].append(steps[np.arange(len(continuation)), continuation].tolist())
+    steps = model.scores[len(prompt) - 1 : len(prompt) + len(continuation) - 1]
+    answer["log_probabilities"].append(log_probabilities(steps, continuation))
 Path(sys.argv[2]).write_text(json.dumps(answer))

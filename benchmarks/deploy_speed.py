@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--no-repack", action="store_true", help="as llama.cpp's; its AMX kernels crash in 0.3.36")
     parser.add_argument("--work", type=Path, help="folder for models and files; without it a temporary one")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
     parser.add_argument("--worker", nargs=2, metavar=("PROGRAM", "PATH"), help=argparse.SUPPRESS)
@@ -97,9 +98,12 @@ def make_models(model: str, work: Path, programs: list[str]) -> dict[str, dict[s
     return paths
 
 
-def measure(program: str, paths: dict[str, Path], args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every model in every round."""
-    here = [sys.executable, __file__, "--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens)]
+def measure(
+    program: str, paths: dict[str, Path], args: argparse.Namespace, python: str = sys.executable
+) -> dict[str, Any]:
+    """Speed of every model, and its ratio to that of `dense` in the same round; `python` has the program."""
+    here = [python, __file__, "--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens)]
+    here += ["--no-repack"] * args.no_repack
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     workers = {
         name: subprocess.Popen(
@@ -189,6 +193,8 @@ def transformers_bfloat16(path: str, args: argparse.Namespace) -> Run:
 def llama_cpp_q8_0(path: str, args: argparse.Namespace) -> Run:
     from llama_cpp import Llama
 
+    if args.no_repack:
+        without_repacking()
     size = args.prompt_tokens + args.new_tokens + 8
     model = Llama(path, n_ctx=size, n_batch=size, n_threads=args.threads, n_threads_batch=args.threads, verbose=False)
 
@@ -202,6 +208,20 @@ def llama_cpp_q8_0(path: str, args: argparse.Namespace) -> Run:
         return between - start, time.perf_counter() - between
 
     return run
+
+
+def without_repacking() -> None:
+    """Keep llama.cpp from repacking weights, as its `--no-repack` does; llama-cpp-python has no option for that."""
+    from llama_cpp import llama_cpp
+
+    default = llama_cpp.llama_model_default_params
+
+    def params() -> Any:
+        found = default()
+        found.use_extra_bufts = False
+        return found
+
+    llama_cpp.llama_model_default_params = params
 
 
 def vllm_bfloat16(path: str, args: argparse.Namespace) -> Run:
