@@ -98,11 +98,14 @@ class Mxfp4(BlockFormat):
 
     def decode(self, values: Tensor, scales: Tensor, out: Tensor) -> None:
         """Look each byte's two numbers up, and scale them; exact in every dtype with as large an exponent."""
-        numbers = torch.tensor([*self.NUMBERS, *(-number for number in self.NUMBERS)])
+        # In that of the result, which is the time of memory: half of that in float32. float16 has too few powers of 2.
+        dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
+        numbers = torch.tensor([*self.NUMBERS, *(-number for number in self.NUMBERS)], dtype=dtype)
         pairs = torch.stack([numbers.repeat(16), numbers.repeat_interleave(16)], dim=1)
-        looked_up = pairs.index_select(0, values.flatten().int()).view(*scales.shape, 2 * self.BYTES)
-        scaled = torch.ldexp(looked_up, scales.int()[..., None] - self.BIAS)
-        out.copy_(scaled.flatten(1).T)
+        decoded = pairs.index_select(0, values.flatten().int()).view(*scales.shape, 2 * self.BYTES)
+        powers = torch.ldexp(torch.ones(scales.shape), scales.int() - self.BIAS)
+        decoded *= powers.to(dtype)[..., None]
+        out.copy_(decoded.flatten(1).T)
 
 
 class Fp8Blocks(BlockFormat):
