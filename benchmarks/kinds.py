@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import add_run_options, markdown_table
+from rows import add_run_options, markdown_table, named_place
 
 import prunus
 from prunus.calibration import Calibration, Reading, calibration_from_texts, calibration_from_tokens, load_calibration
@@ -215,13 +215,6 @@ class Rows:
         return {"recipe": recipe, "calibration": calibration, "ratio": ratio, "seed": seed, "settings": digest}
 
 
-def named(words: str) -> tuple[str, str]:
-    name, equals, path = words.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"write NAME=FILE, not {words!r}")
-    return name, path
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_options(parser)
@@ -229,7 +222,7 @@ def parse() -> argparse.Namespace:
         ("--calibration", "JSON lines; the last fifth is a kind of text of its own"),
         ("--kind", "a kind of text to measure on"),
     ):
-        parser.add_argument(flag, type=named, action="append", default=[], metavar="NAME=FILE", help=meaning)
+        parser.add_argument(flag, type=named_place, action="append", default=[], metavar="NAME=FILE", help=meaning)
     parser.add_argument("--calibrations", nargs="+", help="texts to calibrate on (default: those of --calibration)")
     parser.add_argument("--recipes", nargs="+", default=["default"], help="names or files, settings after commas")
     parser.add_argument("--windows", type=int, default=12, help="windows of each kind of text")

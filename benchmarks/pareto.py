@@ -29,7 +29,7 @@ from typing import Any
 from deploy_check import ask
 from deploy_speed import measure
 from gguf_quantised import prunus_command
-from rows import markdown_table, options_and_words, write_report
+from rows import markdown_table, named_place, options_and_words, write_report
 
 import prunus
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL
@@ -260,13 +260,6 @@ def shares(text: str) -> list[float]:
     return [float(part) for part in text.split(",") if part]
 
 
-def named(words: str) -> tuple[str, str]:
-    name, equals, path = words.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"write NAME=DIR, not {words!r}")
-    return name, path
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=PACKAGED_MODEL)
@@ -276,7 +269,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ratios", type=shares, default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--aligned", type=shares, default=[], help="ratios that are pruned with `--align gguf` as well")
     parser.add_argument("--types", nargs="+", default=DENSE_TYPES, choices=DENSE_TYPES, help="only these, for now")
-    parser.add_argument("--folder", type=named, action="append", default=[], metavar="NAME=DIR", help="another model")
+    parser.add_argument("--folder", type=named_place, action="append", default=[], metavar="NAME=DIR", help="a model")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument(

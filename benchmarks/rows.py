@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 
-__all__ = ["add_run_options", "markdown_table", "options_and_words", "write_report"]
+__all__ = ["add_run_options", "markdown_table", "named_place", "options_and_words", "write_report"]
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,14 @@ def options_and_words(parser: argparse.ArgumentParser) -> argparse.Namespace:
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     return parser.parse_args(words[:cut], argparse.Namespace(words=words[cut + 1 :]))
+
+
+def named_place(words: str) -> tuple[str, str]:
+    """A name, and a file or folder: the type of an option that is given as NAME=PATH."""
+    name, equals, path = words.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"write NAME=PATH, not {words!r}")
+    return name, path
 
 
 def write_report(out: Path, report: Mapping[str, object]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 from tiny_folder import TEXT
@@ -14,18 +12,10 @@ from tiny_folder import TEXT
 import prunus
 from prunus.pipeline.prune import prune
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def kinds(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("kinds", BENCHMARKS / "kinds.py")
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up by name.
-    monkeypatch.setitem(sys.modules, "kinds", module)
-    spec.loader.exec_module(module)
-    return module
+def kinds(benchmark):
+    return benchmark("kinds")
 
 
 def test_rows_and_table(kinds, folder, text, tmp_path, monkeypatch, capsys):

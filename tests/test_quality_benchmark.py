@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from tiny_folder import TEXT
 
 import prunus
 
-PROGRAM = Path(__file__).parents[1] / "benchmarks" / "quality.py"
 
-
-@pytest.fixture(scope="module")
-def quality():
-    sys.path.insert(0, str(PROGRAM.parent))
-    spec = importlib.util.spec_from_file_location("quality", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up by name.
-    sys.modules["quality"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["quality"]
-    sys.path.remove(str(PROGRAM.parent))
+@pytest.fixture
+def quality(benchmark):
+    return benchmark("quality")
 
 
 @pytest.mark.slow

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 from tiny_recovery import SHORT
@@ -15,20 +13,9 @@ import prunus
 from prunus.calibration.embedded import embedded_documents
 from prunus.cli import main
 
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "recovery.py"
 
-
-def load(name: str, monkeypatch):
-    monkeypatch.syspath_prepend(PROGRAM.parent)
-    spec = importlib.util.spec_from_file_location(name, PROGRAM.with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)  # where a dataclass looks for its annotations
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_curve_is_found_again_and_marked_where_it_goes_on(monkeypatch):
-    module = load("recovery_curve", monkeypatch)
+def test_a_curve_is_found_again_and_marked_where_it_goes_on(benchmark):
+    module = benchmark("recovery_curve")
 
     def closed(tokens):
         return 1 - (1 + tokens / 50_000) ** -0.3
@@ -43,8 +30,8 @@ def test_a_curve_is_found_again_and_marked_where_it_goes_on(monkeypatch):
     assert module.fit([(0, 0.0), (10, 0.2), (10, 0.3)]) is None
 
 
-def test_points_of_a_run(monkeypatch):
-    module = load("recovery_curve", monkeypatch)
+def test_points_of_a_run(benchmark):
+    module = benchmark("recovery_curve")
     facts = {
         "held_out_loss": {"before": 5.0, "dense": 3.0, "after": 4.0},
         "options": {"batch_size": 4},
@@ -59,8 +46,8 @@ def test_points_of_a_run(monkeypatch):
     ]
 
 
-def test_rows_and_the_share_of_the_gap(pruned, dense, tmp_path, monkeypatch, capsys):
-    module = load("recovery", monkeypatch)
+def test_rows_and_the_share_of_the_gap(benchmark, pruned, dense, tmp_path, monkeypatch, capsys):
+    module = benchmark("recovery")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(embedded_documents()[-8:]), encoding="utf-8")
     (tmp_path / "tasks").mkdir()
@@ -96,8 +83,8 @@ def test_rows_and_the_share_of_the_gap(pruned, dense, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.slow
-def test_several_lengths_and_training_between_cuts(pruned, dense, tmp_path, monkeypatch, capsys):
-    module = load("recovery", monkeypatch)
+def test_several_lengths_and_training_between_cuts(benchmark, pruned, dense, tmp_path, monkeypatch, capsys):
+    module = benchmark("recovery")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(embedded_documents()[-8:]), encoding="utf-8")
     words = ["--model", dense, "--pruned", pruned, "--ratio", "0.25", "--text", "default", "--eval-text", text]

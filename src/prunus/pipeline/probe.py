@@ -45,8 +45,9 @@ ALLOWANCE, REPEATS = 0.5, 2
 ALTOGETHER = 4.0
 #: units of the first, shortest run
 FIRST = 16
-#: tokens of which the head makes logits at a time
-AT_ONCE = 512
+#: tokens of which the head makes logits at a time, and the fewest of which a token takes about as long as of so many:
+#: its matrix is brought into another order once for all of them
+AT_ONCE, FEWEST = 512, 64
 #: columns and rows of the matrix that is solved, at most
 SOLVED = 512
 #: channels of a layer that groups are selected from
@@ -122,7 +123,7 @@ class Probe:
         def run(tokens: int) -> None:
             chunked_cross_entropy(self._hidden(1, tokens), head, self._ids(1, tokens))
 
-        return self._seconds("head forward", run)
+        return self._seconds("head forward", run, first=FEWEST)
 
     @property
     def head_backward(self) -> float:
@@ -132,7 +133,7 @@ class Probe:
         def run(tokens: int) -> None:
             losses_and_gradient(self._hidden(1, tokens), head, self._ids(1, tokens))
 
-        return self._seconds("head backward", run)
+        return self._seconds("head backward", run, first=FEWEST)
 
     def writing(self, rows: int, context: int, draws: bool) -> float:
         """Seconds of one token more for some texts side by side, behind so many others.
