@@ -54,6 +54,17 @@ def assert_nothing_held(model):
     assert all(p.is_meta for layer in layers_of(model).modules for p in layer.parameters())
 
 
+def test_what_goes_wrong_in_the_thread_that_reads_ahead_is_said(tmp_path, monkeypatch):
+    model, _ = open_model(save(make_model(*CASES[0], num_hidden_layers=3), tmp_path / "model"))
+
+    def fail(*_):
+        raise KeyError("a name that is not there")
+
+    monkeypatch.setattr(TensorFile, "will_need", fail)
+    with pytest.raises(KeyError, match="a name that is not there"):
+        logits(model, random_tokens())
+
+
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_statistics_are_those_of_the_model_in_memory(case, tmp_path):
     folder = save(make_model(*case, num_hidden_layers=3), tmp_path / "model")
