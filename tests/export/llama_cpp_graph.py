@@ -17,8 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-INTERLEAVED = ("llama", "deci", "granite", "smollm3", "ernie4_5", "glm4", "granitemoe", "ernie4_5-moe", "chatglm")
-INTERLEAVED += ("mistral3",)
+INTERLEAVED = (
+    "llama",
+    "deci",
+    "granite",
+    "smollm3",
+    "ernie4_5",
+    "glm4",
+    "granitemoe",
+    "ernie4_5-moe",
+    "chatglm",
+    "mistral3",
+)
 HEADS_SPAN_HIDDEN = ("qwen2", "olmo2", "exaone4", "phi3", "qwen2moe", "olmoe", "chatglm")
 #: norms behind the blocks, and none in front of them
 NORMS_AFTER = ("olmo2", "exaone4")

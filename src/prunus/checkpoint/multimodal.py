@@ -199,7 +199,7 @@ class LanguageWeights(StoredWeights):
             elif name == head or name.endswith(f".{head}"):
                 mine[head] = name
         self._around = sum(prod(self.shape(name)) for name in set(stored).difference(mine.values()))
-        self._names = self._places = {name: self._places[stored] for name, stored in mine.items()}
+        self._names = self._places = {name: self._places[in_file] for name, in_file in mine.items()}
 
     def _check_depths(self, values: Mapping[str, Any], tensors: int) -> None:
         # A tower of a billion layers would fill the memory even without weights.
