@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from prunus.errors import NonFiniteError
 from prunus.model.evaluation_mode import evaluation_mode
 
-__all__ = ["cache_argument", "continuations", "draw_tokens"]
+__all__ = ["cache_argument", "continuations", "draw_tokens", "token_cache"]
 
 
 @torch.no_grad()
@@ -51,8 +52,8 @@ def continuations(
     Raises:
         NonFiniteError: the model's logits are NaN or infinite.
     """
-    cache = {cache_argument(model): DynamicCache(config=model.config)}
     length = max(map(len, prompts)) + new_tokens
+    cache = {cache_argument(model): token_cache(model.config, length)}
     # Prompts are read token by token, so that none needs padding: where one has ended, the drawn token takes its place.
     tokens = torch.full((len(prompts), length), -1)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -63,7 +64,7 @@ def continuations(
         for place in range(1, length):
             read = tokens[:, place - 1 : place].to(model.device)
             output = model(input_ids=read, **cache, use_cache=True, logits_to_keep=1)
-            drawn = draw_tokens(output.logits[:, -1].float().cpu(), generator)
+            drawn = draw_tokens(output.logits[:, -1].cpu(), generator)
             given = tokens[:, place] >= 0
             ended |= ~given & torch.isin(drawn, stops)
             tokens[:, place] = torch.where(given, tokens[:, place], drawn)
@@ -72,6 +73,39 @@ def continuations(
             if bool(ended.all()):
                 break
     return [_text(row, len(prompt), stops) for row, prompt in zip(tokens, prompts, strict=True)]
+
+
+class _LayerCache(DynamicLayer):
+    """Keys and values of a layer in memory that is taken once: its base copies all of them for every token.
+
+    Args:
+        length: tokens that will be stored, at most.
+    """
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Add (sequences, heads, tokens, dimensions); all that is stored is returned, in the same shape."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._memory = [
+                new.new_empty(*new.shape[:2], self.length, new.shape[3]) for new in (key_states, value_states)
+            ]
+        before = self.get_seq_length()
+        after = before + key_states.shape[2]
+        for memory, new in zip(self._memory, (key_states, value_states), strict=True):
+            memory[:, :, before:after] = new
+        self.keys, self.values = (memory[:, :, :after] for memory in self._memory)
+        return self.keys, self.values
+
+
+def token_cache(config: Any, length: int) -> DynamicCache:
+    """A cache for at most so many tokens of a model with this config; layers with a window keep their own."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_LayerCache(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _text(row: Tensor, given: int, stops: Tensor) -> Tensor:
@@ -91,9 +125,13 @@ def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
     Raises:
         NonFiniteError: logits are NaN or infinite, so that there is no distribution.
     """
-    below = logits.softmax(dim=-1).double().cumsum(dim=-1)
-    if not below[:, -1].isfinite().all():
-        raise NonFiniteError("the model's logits are not finite: check its weights for NaN")
-    threshold = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64) * below[:, -1:]
-    # The first token that the distribution function exceeds the threshold at: never one of probability 0.
-    return torch.searchsorted(below, threshold, right=True).clamp_(max=logits.shape[-1] - 1)[:, 0]
+    thresholds = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+    drawn = []
+    # Row by row: one fits into the processor's cache, and all of them in float64 take three times as long.
+    for row, threshold in zip(logits, thresholds, strict=True):
+        below = row.float().softmax(dim=-1).double().cumsum(dim=-1)
+        if not below[-1].isfinite():
+            raise NonFiniteError("the model's logits are not finite: check its weights for NaN")
+        # The first token that the distribution function exceeds the threshold at: never one of probability 0.
+        drawn.append(torch.searchsorted(below, threshold * below[-1], right=True).clamp_(max=len(row) - 1))
+    return torch.cat(drawn)

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from prunus.calibration import Batch, calibration_from_tokens
-from prunus.calibration.sampled import cache_argument, draw_tokens
+from prunus.calibration.sampled import cache_argument, draw_tokens, token_cache
 from prunus.checkpoint import empty_model, pruned_config
 from prunus.checkpoint.random_weights import random_weights
 from prunus.model.evaluation_mode import evaluation_mode
@@ -48,6 +47,8 @@ FIRST = 16
 #: tokens of which the head makes logits at a time, and the fewest of which a token takes about as long as of so many:
 #: its matrix is brought into another order once for all of them
 AT_ONCE, FEWEST = 512, 64
+#: tokens that a text is continued by, in all runs of that measurement together, at most
+STEPS = 16
 #: columns and rows of the matrix that is solved, at most
 SOLVED = 512
 #: channels of a layer that groups are selected from
@@ -144,7 +145,7 @@ class Probe:
             draws: whether it is drawn at random; else it is the most likely one.
         """
         head, shape = head_function(self._model), self._geometry
-        cache = DynamicCache()
+        cache = token_cache(self._model.config, context + STEPS)
         for layer_idx, widths in enumerate(shape.widths):
             if widths["attention"]:
                 states = torch.zeros(
@@ -162,7 +163,7 @@ class Probe:
         @torch.no_grad()
         def choose(steps: int) -> None:
             for _ in range(steps):
-                logits = head(self._hidden(rows, 1))[:, -1].float().cpu()
+                logits = head(self._hidden(rows, 1))[:, -1].cpu()
                 if draws:
                     draw_tokens(logits, torch.Generator().manual_seed(0))
 
