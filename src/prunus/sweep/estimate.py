@@ -21,8 +21,8 @@ equations of the widest block and what solving them takes, the larger of 12 C² 
 1024), and, unless they wait on disk (streamed), N T w (2 H + Q) for both models' residual streams and the inputs of
 o_proj. Each further cut that is repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H, twice that for
 text of several sources.
-Text that the model writes takes P w (streamed: its layer at work) + 64 (2 t L K w + V (w + 24)): keys and values of 64
-documents of t = min(T, 384) + 64 tokens, and the chances of the next. A smaller model that is cut adds itself, at most
+Text that the model writes takes P w (streamed: its layer at work) + 64 (2 t L K w + 2 V w) + 24 V: keys and values of
+64 documents of t = min(T, 384) + 64 tokens, and the chances of the next. A smaller model that is cut adds itself, at most
 P w (streamed: its layer at work). Perplexity needs the hidden states of as many tokens as go through the layers at
 once, with `a` for the tokens of its own batch.
 
@@ -168,7 +168,7 @@ def estimate(
         streamed = max(streamed, weights + largest * w + ahead + own + repair + waiting * (not workload.inputs_on_disk))
     if workload.writes_text:
         keys_and_values = (min(workload.seq_len, MOST_NEW) + LONGEST_PROMPT) * len(sizes) * 2 * key_value * w
-        written = AT_ONCE * (keys_and_values + vocabulary * (w + 24))
+        written = AT_ONCE * (keys_and_values + 2 * vocabulary * w) + 24 * vocabulary
         resident = max(resident, geometry.total_parameters * w + written)
         streamed = max(streamed, weights + written + piece)
     copies = 1 + workload.cuts
