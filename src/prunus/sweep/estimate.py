@@ -22,8 +22,8 @@ equations of the widest block and what solving them takes, the larger of 12 C² 
 o_proj. Each further cut that is repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H, twice that for
 text of several sources.
 Text that the model writes takes P w (streamed: its layer at work) + 64 (2 t L K w + 2 V w) + 24 V: keys and values of
-64 documents of t = min(T, 384) + 64 tokens, and the chances of the next. A smaller model that is cut adds itself, at most
-P w (streamed: its layer at work). Perplexity needs the hidden states of as many tokens as go through the layers at
+64 documents of t = min(T, 384) + 64 tokens, and the chances of the next. A smaller model that is cut adds itself, at
+most P w (streamed: its layer at work). Perplexity needs the hidden states of as many tokens as go through the layers at
 once, with `a` for the tokens of its own batch.
 
 What the process has already (interpreter, libraries) is measured when the estimate is made, and what libraries take at
