@@ -66,7 +66,7 @@ def train(prepared: Prepared, checkpoints: Checkpoints, resume: bool, *, progres
 
 
 def choose_trained_(prepared: Prepared, model: Any) -> Any:
-    """Put adapters on a model, or freeze what is not trained; the model in the adapters' wrapper, None without any."""
+    """Put adapters on a model, or freeze what is not trained; the layers in the adapters' wrapper, None without any."""
     options = prepared.job.recovery
     if options.train == "lora":
         return add_adapters(model, options.lora_rank, options.alpha, prepared.job.text.seed)
