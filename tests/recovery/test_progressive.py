@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from forked import Forked
 from tiny_folder import fails, run_json
 
 import prunus
+from prunus.calibration.batches import hash_tokens
 from prunus.cli import main
 from prunus.errors import OptionError
 from prunus.pipeline.recipe import Recipe
@@ -58,6 +60,11 @@ def test_training_after_each_round(trained, dense, tmp_path, capsys):
     assert held_out.provenance.sha256 == last["held_out"]["sha256"]
     measured = perplexity_of_windows(model, held_out.input_ids, progress=False).nll
     assert measured == pytest.approx(last["held_out_loss"]["after"], rel=1e-6)
+    # What the result is measured on was not trained on, though both are of the same text.
+    of_calibration = prunus.load_calibration("default", tokenizer, samples=8 + 8, seq_len=32).split(8)[1].input_ids
+    rows = [row for row in drawn.split(8)[0].input_ids.tolist() if row not in of_calibration.tolist()]
+    assert len(rows) == 4608 // 32 - 8
+    assert last["text"]["sha256"] == hash_tokens(torch.tensor(rows))
     # It is worth it.
     plain = tmp_path / "plain"
     without = run_json(capsys, "prune", dense, "--out", plain, *CUT)

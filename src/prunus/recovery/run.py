@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from prunus.errors import OptionError
 from prunus.files.json_file import read_json
 from prunus.files.outputs import check_disk, check_output, claimed, place_of
@@ -68,6 +70,7 @@ def recover_job(
     overwrite: bool = False,
     command: str | None = None,
     beside: Path | None = None,
+    apart: Tensor | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train a pruned model as a job says, and save the result as a folder of the same kind.
@@ -82,6 +85,8 @@ def recover_job(
         overwrite: replace an earlier result, and earlier checkpoints.
         command: what the user typed, for the model card.
         beside: folder in which text that the dense model writes is kept, and found again; by default that of `out`.
+        apart: int64, (samples, seq_len): sequences that the result will be measured on; what has text in common with
+            them is neither trained on nor held out.
         progress: show progress bars on a terminal.
 
     Returns:
@@ -102,7 +107,7 @@ def recover_job(
             check_output(out, overwrite, job.model, *job.text.names)
             checkpoints.check(resume, overwrite)
             wait_for_all()  # before the first process changes what the others check
-            prepared = Prepared.of(job, beside or place_of(out).parent, progress=progress)
+            prepared = Prepared.of(job, beside or place_of(out).parent, apart=apart, progress=progress)
             if prepared.teacher is not None:
                 check_output(out, overwrite, prepared.teacher)
             check_disk(out, prepared.expected_bytes)
