@@ -113,6 +113,36 @@ def test_a_killed_run_ends_as_one_that_was_not(trained, dense, tmp_path, reached
     assert not (tmp_path / "out.work").exists()
 
 
+@pytest.mark.parametrize(
+    "reached",
+    [
+        pytest.param("round-1/trained.work/checkpoint-6/trainer_state.json", marks=pytest.mark.slow),
+        "round-1/trained/config.json",
+    ],
+)
+def test_other_text_after_a_kill_is_trained_on_from_the_first_round(dense, tmp_path, reached):
+    """A text file of the same name: nothing of a round that another text was trained on in is used again."""
+    text = tmp_path / "text.jsonl"
+
+    def write(word):
+        lines = (json.dumps({"text": f"{word} {n} has {n * n} letters, or so it says."}) for n in range(200))
+        text.write_text("\n".join(lines))
+
+    def words(out):
+        return ["prune", str(dense), "--out", str(tmp_path / out), *CUT, *TRAIN, "--set", f"recovery.text={text}"]
+
+    write("One")
+    process = Forked(lambda: main(words("out")))
+    process.wait_until((tmp_path / "out.work" / reached).is_file)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    write("Another")
+    assert main(words("out")) == main(words("expected")) == 0
+    own, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "expected"))
+    assert own == other
+
+
 def test_shares_of_the_budget():
     recovery = RecoveryRounds(minutes=30, tokens=9000, seq_len=10, training=RecoveryOptions(batch_size=3))
     for rounds, expected in ((1, [1.0]), (2, [1 / 3, 2 / 3]), (4, [1 / 9, 1 / 9, 1 / 9, 2 / 3])):

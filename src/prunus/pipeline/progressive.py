@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from prunus.checkpoint import load_model, locate, save_checkpoint, whole_around
 from prunus.errors import OptionError
 from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import whole_file
+from prunus.files.user_path import expanded
 from prunus.machine.processes import launched
 from prunus.model.digest import digest_model
 from prunus.model.loss import perplexity_of_loss
@@ -113,7 +115,7 @@ class TrainedRounds:
         cut, trained, checkpoints = folder / "cut", folder / "trained", Checkpoints(folder / "trained")
         job = self._job(step, cut)
         apart = None if self._measured is None else self._measured.input_ids
-        made_from = {"model": digest_model(model), "job": repr(job)}
+        made_from = {"model": digest_model(model), "job": repr(job), "files": _digests(job.text.names)}
         made_from["measured on"] = "nothing" if apart is None else hash_tokens(apart)
         if read_json_if_whole(folder / MADE_FROM) != made_from:
             self._begin(folder, trained, checkpoints, made_from)
@@ -160,3 +162,13 @@ class TrainedRounds:
             "## Recovery\n\nThe model was trained after each round of the cut. Perplexity on held-out sequences of the "
             "training text:\n\n" + "\n".join([head, *rows]) + "\n\n`prunus/recovery.json` has all options and losses."
         )
+
+
+def _digests(names: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of each source that is a file."""
+    digests = {}
+    for name in names:
+        if (path := expanded(name)).is_file():
+            with path.open("rb") as file:
+                digests[name] = file_digest(file, "sha256").hexdigest()
+    return digests
