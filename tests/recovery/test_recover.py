@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
 from prunus.cli import main
-from prunus.recovery.student import add_adapters, merge_adapters_
+from prunus.recovery.student import Student, add_adapters, merge_adapters_
 from prunus.results.result_folder import read_result
 from prunus.sweep.sequence_loss import perplexity_of_windows
 
@@ -218,6 +218,23 @@ def test_micro_batches_add_up_to_the_batch(recover, pruned, tmp_path):
         facts = recover(pruned, "--out", tmp_path / str(size), *words)
         losses.append([entry["loss"] for entry in facts["training_losses"]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_every_step_takes_a_whole_batch(recover, pruned, tmp_path, monkeypatch):
+    """Where passes over the text do not end with a step: what is left of one is left out, others each time."""
+    seen, real = [], Student.forward
+
+    def forward(self, input_ids, labels=None):
+        seen.extend(map(tuple, input_ids.tolist() if self.training else ()))
+        return real(self, input_ids, labels)
+
+    monkeypatch.setattr(Student, "forward", forward)
+    words = [*SHORT, "--samples", 11, "--max-steps", 6, "--set", "recovery.micro_batch=1"]
+    facts = recover(pruned, "--out", tmp_path / "out", *words)
+    assert facts["tokens"] == len(seen) * 32 == 6 * 4 * 32
+    passes = [set(seen[start : start + 8]) for start in (0, 8, 16)]
+    assert [len(each) for each in passes] == [8, 8, 8], "none twice in a pass"
+    assert len(set.union(*passes)) > 8
 
 
 def test_conversations(recover, pruned, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, RandomSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -243,11 +243,11 @@ class RecoveryTrainer(Trainer):
         self.pace = pace
         self.lr_scheduler: Any
         self.keeper = _Keeper(pace, interruption, progress)
-        self._student = student
+        self._student, self._sequences = student, _Sequences(train)
         super().__init__(
             student,
             arguments,
-            train_dataset=_Sequences(train),
+            train_dataset=self._sequences,
             eval_dataset=_Sequences(held_out),
             callbacks=[self.keeper],
         )
@@ -257,6 +257,11 @@ class RecoveryTrainer(Trainer):
             raise OptionError(
                 "with FSDP, recovery needs whole weights in its checkpoints: set fsdp_state_dict_type FULL_STATE_DICT"
             )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        # Trainer would end every pass over the text with a step of what is left, less than a batch.
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * number_of_processes()
+        return RandomSampler(self._sequences, num_samples=len(self._sequences) // batch * batch)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate: that of the pace."""
