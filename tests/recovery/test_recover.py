@@ -202,6 +202,22 @@ def test_hidden_states_bfloat16_and_gradient_checkpointing(recover, pruned, tmp_
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
 
 
+def test_losses_of_a_model_in_half_precision_are_all_measured_in_it(recover, pruned, dense, tmp_path):
+    """Trained in float32, and measured as the result is: of one that came out as it was, no gap is closed."""
+    for folder in (pruned, dense):
+        model, tokenizer = prunus.load_model(folder, dtype="bfloat16")
+        prunus.save_checkpoint(model, tokenizer, tmp_path / folder.name, card="", extras={})
+    words = [tmp_path / "pruned", "--teacher", tmp_path / "dense", "--out", tmp_path / "out", *SHORT, "--max-steps", 3]
+    for precision in ("auto", "float32"):
+        options = ["--set", f"recovery.precision={precision}", "--learning-rate", 2.0, "--overwrite"]
+        facts = recover(*words, *options)
+        assert "bfloat16 model" in facts["protocol"]
+        loss = facts["held_out_loss"]
+        assert held_out_loss(tmp_path / "pruned", facts, 3 * 4 + 16) == loss["before"] == loss["after"]
+        assert held_out_loss(tmp_path / "dense", facts, 3 * 4 + 16) == loss["dense"]
+        assert facts["gap_closed"] == 0
+
+
 def test_gradient_checkpointing_changes_memory_and_not_the_result(recover, pruned, tmp_path):
     steps = [*SHORT, "--max-steps", 4, "--set", "recovery.hidden_weight=0.5"]
     facts = [

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prunus.checkpoint import load_model
+from prunus.checkpoint import held_dtype, load_model, read_config
 from prunus.machine.processes import is_first, wait_for_all
 from prunus.model.digest import digest_model
 from prunus.recovery.checkpoints import Checkpoints
@@ -129,10 +129,16 @@ class _Losses:
 
 
 def _measured(prepared: Prepared, student: Any, teacher: Any, progress: bool) -> _Losses:
-    begun, ids = time.monotonic(), prepared.held_out.input_ids
-    before = perplexity_of_windows(student, ids, progress=progress).nll
-    seconds = time.monotonic() - begun
-    dense = None if teacher is None else perplexity_of_windows(teacher, ids, progress=progress).nll
+    # All losses that are compared are of models in the dtype that the result will have, whatever those that train it.
+    dtype, ids = held_dtype(read_config(prepared.folder), "auto", prepared.device), prepared.held_out.input_ids
+
+    def loss(model: Any, folder: Path) -> tuple[float, float]:
+        own = model if model.dtype == dtype else load_model(folder, dtype=dtype, device=prepared.device)[0]
+        begun = time.monotonic()
+        return perplexity_of_windows(own, ids, progress=progress).nll, time.monotonic() - begun
+
+    before, seconds = loss(student, prepared.folder)
+    dense = None if prepared.teacher is None else loss(teacher, prepared.teacher)[0]
     return _Losses(before, dense, seconds)
 
 
