@@ -277,7 +277,8 @@ def test_conversations(recover, pruned, tmp_path):
 def test_two_processes(recover, pruned, tmp_path):
     """As torchrun starts them, with gloo: the same batches in other hands."""
     options = [*SHORT, "--set", "recovery.micro_batch=2", "--set", "recovery.checkpoints=2"]
-    options += ["--max-steps", "6", "--learning-rate", "1e-3", "--json"]
+    # Held-out sequences that two cannot share.
+    options += ["--max-steps", "6", "--learning-rate", "1e-3", "--set", "text.held_out=15", "--json"]
 
     def work():
         AcceleratorState._reset_state(reset_partial_state=True)  # what this process has trained before
@@ -291,4 +292,5 @@ def test_two_processes(recover, pruned, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
     assert two["held_out_loss"]["after"] < two["held_out_loss"]["before"]
     assert [entry["step"] for entry in two["history"]] == [3, 6]
+    assert two["history"][-1]["held_out_loss"] == pytest.approx(two["held_out_loss"]["after"], rel=1e-5)
     assert two["held_out_loss"]["after"] == pytest.approx(one["held_out_loss"]["after"], abs=0.02)

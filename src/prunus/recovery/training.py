@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from contextlib import suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.checkpoint import held_dtype, load_model, read_config
-from prunus.machine.processes import is_first, wait_for_all
+from prunus.machine.processes import is_first, number_of_processes, wait_for_all
 from prunus.model.digest import digest_model
 from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.pace import Pace
@@ -161,6 +162,9 @@ def _fitted(
     limit = 60 * options.max_minutes if options.max_minutes else None
     pace = Pace(prepared.steps, limit, options.warmup, options.decay, options.checkpoints)
     pace.reserved = reserved
+    # Trainer leaves out what cannot be shared out evenly: so often that it can be.
+    held_out, processes = prepared.held_out.input_ids, number_of_processes()
+    held_out = held_out.repeat(processes // math.gcd(len(held_out), processes), 1)
     arguments = training_arguments(
         folder,
         options,
@@ -169,7 +173,7 @@ def _fitted(
         device=prepared.device,
         bfloat16=prepared.bfloat16,
         micro_batch=prepared.micro_batch,
-        held_out=len(prepared.held_out),
+        held_out=len(held_out),
     )
     with interruptible() as interruption:
         trainer = RecoveryTrainer(
@@ -177,7 +181,7 @@ def _fitted(
             arguments,
             pace,
             prepared.train_on.input_ids,
-            prepared.held_out.input_ids,
+            held_out,
             interruption,
             progress=progress and is_first(),
         )
