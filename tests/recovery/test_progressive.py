@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from prunus.pipeline.recovery_rounds import RecoveryRounds
 from prunus.pipeline.rounds import schedule
 from prunus.recovery.curve import curve
 from prunus.recovery.options import RecoveryOptions
+from prunus.recovery.trainer import RecoveryTrainer
 from prunus.report.contents import contents_of
 from prunus.sweep.sequence_loss import perplexity_of_windows
 
@@ -111,6 +113,24 @@ def test_a_killed_run_ends_as_one_that_was_not(trained, dense, tmp_path, reached
     own, other = (json.loads((folder / "prunus" / "recovery.json").read_text()) for folder in (out, trained))
     assert [each["history"] for each in own["rounds"]] == [each["history"] for each in other["rounds"]]
     assert not (tmp_path / "out.work").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(trained, dense, tmp_path, monkeypatch, caplog):
+    """By the same command, which has no --resume."""
+    words, real = ["prune", str(dense), "--out", str(tmp_path / "out"), *CUT, *TRAIN], RecoveryTrainer.training_step
+
+    def training_step(self, *args):
+        if self.state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecoveryTrainer, "training_step", training_step)
+        assert main(words) == 130
+    assert "checkpoint-4 is saved in" in caplog.text
+    assert "and the same command goes on from there" in caplog.text
+    assert main(words) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
