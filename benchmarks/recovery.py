@@ -42,7 +42,7 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     dense = str(locate(options.model))
-    pruned = Path(options.pruned or out / "pruned")
+    pruned = Path(options.pruned or out / f"pruned-{options.ratio:g}")
     seconds: dict[str, float] = {}
     if not (pruned / "config.json").is_file():
         seconds["prune"] = command("prune", options.model, "--out", pruned, *cutting(options))

@@ -76,9 +76,12 @@ def fit(points: Sequence[tuple[float, float]]) -> Fit | None:
 
 
 def points_of_run(facts: dict[str, Any]) -> list[dict[str, float]]:
-    """What a run logged: tokens, minutes of training, and the share of the held-out gap that was closed by then."""
+    """What a run logged: tokens, minutes of training, and the share of the held-out gap that was closed by then.
+
+    Nothing where there is no gap, or no dense model was needed to train.
+    """
     loss = facts["held_out_loss"]
-    gap = loss["before"] - loss["dense"]
+    gap = 0.0 if loss["dense"] is None else loss["before"] - loss["dense"]
     per_step = facts["options"]["batch_size"] * facts["text"]["seq_len"]
     pace = facts["seconds"] / 60 / max(facts["steps"], 1)
     return [

@@ -380,6 +380,20 @@ def test_split_parts_the_sequences():
     assert len({part.provenance.sha256 for part in (whole, rest, held_out)}) == 3
 
 
+@pytest.mark.parametrize(("lengths", "shared"), [((40, 50), 32), ((50, 40), 32), ((20, 60), 20)])
+def test_sequences_without_text_of_others(lengths, shared):
+    """Windows of one text that overlap by any number of tokens, and the same found by comparing runs one by one."""
+    text = torch.randint(0, 9, (3000,), generator=torch.Generator().manual_seed(0))
+    ids = text[:2000].view(-1, lengths[0])
+    others = torch.stack([text[start : start + lengths[1]] for start in (7, 500, 815, 1211, 2400)])
+    runs = {tuple(row[at : at + shared]) for row in others.tolist() for at in range(lengths[1] - shared + 1)}
+    left = [row for row in ids.tolist() if not any(tuple(row[at:][:shared]) in runs for at in range(len(row)))]
+    found = calibration_from_tokens(ids).without(others)
+    assert found.input_ids.tolist() == left
+    assert 0 < len(ids) - len(left) < 12
+    assert found.provenance.samples == len(left)
+
+
 @pytest.mark.parametrize("held_out", [0, 10, -1])
 def test_split_needs_two_parts(held_out):
     with pytest.raises(OptionError, match=f"`held_out` is {held_out}, of 10"):

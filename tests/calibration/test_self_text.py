@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from collections import Counter
 
 import pytest
@@ -95,6 +96,37 @@ def test_costs_are_those_of_each_sentence_alone(model, begin):
             chances = model(ids).logits[0, :-1].double().log_softmax(dim=-1)
         expected = -sum(float(row[token]) for row, token in zip(chances, ids[0, 1:].tolist(), strict=True))
         assert found[language] == pytest.approx(expected, rel=1e-4)
+
+
+def letter_tokenizer(letters, unknown=None) -> PreTrainedTokenizerFast:
+    """A token per character; others are left out, or all have one token."""
+    vocabulary = {letter: number for number, letter in enumerate([*letters, *([unknown] if unknown else [])])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unknown))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token=unknown)
+
+
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+def test_a_language_that_the_tokenizer_cannot_write_is_not_the_cheapest(model, unknown):
+    tokenizer = letter_tokenizer(string.printable + "äöüßÄÖÜ", unknown)
+    costs = language_costs(model, tokenizer)
+    assert list(costs) == ["en", "de"], "Chinese would cost the model nothing"
+    assert sum(language_shares(costs, words_of(tokenizer)).values()) == pytest.approx(1)
+    assert len(load_calibration("self", tokenizer, samples=2, seq_len=16, model=model, progress=False)) == 2
+
+
+def test_a_tokenizer_without_letters_is_named(model):
+    with pytest.raises(CalibrationError, match=r"no token for anything in .* in place of `self`"):
+        load_calibration("self", letter_tokenizer("0123"), samples=2, seq_len=16, model=model, progress=False)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[1].content.upper() }}", "{{ 'x' "])
+def test_a_chat_template_that_takes_no_question_alone(model, template, caplog):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    written = self_written(model, tokenizer, seq_len=4, progress=False)
+    assert {next(written).kind for _ in range(AT_ONCE)} == set(kinds_of(chat=False))
+    assert "does not take a question" in caplog.text
 
 
 # --- what follows them -----------------------------------------------------------------------------------------------

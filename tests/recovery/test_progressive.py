@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 from forked import Forked
 from tiny_folder import fails, run_json
 
 import prunus
+from prunus.calibration.batches import hash_tokens
 from prunus.cli import main
 from prunus.errors import OptionError
 from prunus.pipeline.recipe import Recipe
@@ -17,6 +20,7 @@ from prunus.pipeline.recovery_rounds import RecoveryRounds
 from prunus.pipeline.rounds import schedule
 from prunus.recovery.curve import curve
 from prunus.recovery.options import RecoveryOptions
+from prunus.recovery.trainer import RecoveryTrainer
 from prunus.report.contents import contents_of
 from prunus.sweep.sequence_loss import perplexity_of_windows
 
@@ -58,6 +62,11 @@ def test_training_after_each_round(trained, dense, tmp_path, capsys):
     assert held_out.provenance.sha256 == last["held_out"]["sha256"]
     measured = perplexity_of_windows(model, held_out.input_ids, progress=False).nll
     assert measured == pytest.approx(last["held_out_loss"]["after"], rel=1e-6)
+    # What the result is measured on was not trained on, though both are of the same text.
+    of_calibration = prunus.load_calibration("default", tokenizer, samples=8 + 8, seq_len=32).split(8)[1].input_ids
+    rows = [row for row in drawn.split(8)[0].input_ids.tolist() if row not in of_calibration.tolist()]
+    assert len(rows) == 4608 // 32 - 8
+    assert last["text"]["sha256"] == hash_tokens(torch.tensor(rows))
     # It is worth it.
     plain = tmp_path / "plain"
     without = run_json(capsys, "prune", dense, "--out", plain, *CUT)
@@ -104,6 +113,54 @@ def test_a_killed_run_ends_as_one_that_was_not(trained, dense, tmp_path, reached
     own, other = (json.loads((folder / "prunus" / "recovery.json").read_text()) for folder in (out, trained))
     assert [each["history"] for each in own["rounds"]] == [each["history"] for each in other["rounds"]]
     assert not (tmp_path / "out.work").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(trained, dense, tmp_path, monkeypatch, caplog):
+    """By the same command, which has no --resume."""
+    words, real = ["prune", str(dense), "--out", str(tmp_path / "out"), *CUT, *TRAIN], RecoveryTrainer.training_step
+
+    def training_step(self, *args):
+        if self.state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecoveryTrainer, "training_step", training_step)
+        assert main(words) == 130
+    assert "checkpoint-4 is saved in" in caplog.text
+    assert "and the same command goes on from there" in caplog.text
+    assert main(words) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "reached",
+    [
+        pytest.param("round-1/trained.work/checkpoint-6/trainer_state.json", marks=pytest.mark.slow),
+        "round-1/trained/config.json",
+    ],
+)
+def test_other_text_after_a_kill_is_trained_on_from_the_first_round(dense, tmp_path, reached):
+    """A text file of the same name: nothing of a round that another text was trained on in is used again."""
+    text = tmp_path / "text.jsonl"
+
+    def write(word):
+        lines = (json.dumps({"text": f"{word} {n} has {n * n} letters, or so it says."}) for n in range(200))
+        text.write_text("\n".join(lines))
+
+    def words(out):
+        return ["prune", str(dense), "--out", str(tmp_path / out), *CUT, *TRAIN, "--set", f"recovery.text={text}"]
+
+    write("One")
+    process = Forked(lambda: main(words("out")))
+    process.wait_until((tmp_path / "out.work" / reached).is_file)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    write("Another")
+    assert main(words("out")) == main(words("expected")) == 0
+    own, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "expected"))
+    assert own == other
 
 
 def test_shares_of_the_budget():

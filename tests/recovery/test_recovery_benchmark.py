@@ -44,6 +44,8 @@ def test_points_of_a_run(benchmark):
         {"tokens": 200, "minutes": 0.5, "gap_closed": pytest.approx(0.2)},
         {"tokens": 800, "minutes": 2.0, "gap_closed": pytest.approx(0.5)},
     ]
+    without_teacher = {**facts, "held_out_loss": {**facts["held_out_loss"], "dense": None}}
+    assert module.points_of_run(without_teacher) == []
 
 
 def test_rows_and_the_share_of_the_gap(benchmark, pruned, dense, tmp_path, monkeypatch, capsys):
@@ -80,6 +82,32 @@ def test_rows_and_the_share_of_the_gap(benchmark, pruned, dense, tmp_path, monke
     assert curve["logged"]["recovered"][-1]["gap_closed"] == pytest.approx(facts["gap_closed"], abs=0.02)
     assert [point["extrapolation"] for point in curve["at"]] == [False, True]
     assert f"{closed:.1%} of the gap" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_that_was_pruned_by_another_ratio_is_not_used_again(benchmark, tmp_path, monkeypatch):
+    module, asked = benchmark("recovery"), []
+
+    class Enough(Exception):
+        pass
+
+    def command(*words):
+        asked.append([str(word) for word in words])
+        if words[0] == "recover":
+            raise Enough
+        folder = words[words.index("--out") + 1]
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(module, "command", command)
+    monkeypatch.setattr(module, "locate", lambda name: name)
+    for ratio in ("0.2", "0.4", "0.2"):
+        words = ["--text", "default", "--eval-text", "default", "--ratio", ratio, "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["recovery.py", *words])
+        with pytest.raises(Enough):
+            module.main()
+    assert [words[words.index("--ratio") + 1] for words in asked if words[0] == "prune"] == ["0.2", "0.4"]
+    trained = [words[1] for words in asked if words[0] == "recover"]
+    assert trained[0] == trained[2] != trained[1]
 
 
 @pytest.mark.slow

@@ -121,6 +121,17 @@ def test_a_base_model_that_is_not_here(refused, recover, pruned, tmp_path):
     assert facts["teacher"] is None
 
 
+@pytest.mark.parametrize("name", ["dense", "smaller"])
+def test_a_pruned_folder_of_the_base_model_s_name_is_not_it(refused, recover, pruned, dense, tmp_path, name):
+    """The folder itself, or another cut of the same model beside it."""
+    for each in {"dense", name}:
+        shutil.copytree(pruned, tmp_path / "cut" / each)
+    options = ["--out", tmp_path / "out", *SHORT, "--max-steps", "2"]
+    assert "was cut from 'dense', which is neither beside it" in refused(tmp_path / "cut" / name, *options)
+    facts = recover(tmp_path / "cut" / name, *options, "--teacher", dense)
+    assert facts["held_out_loss"]["dense"] < facts["held_out_loss"]["before"]
+
+
 def test_conversations_that_are_none(refused, pruned, tmp_path):
     path = tmp_path / "chat.jsonl"
     words = [str(path) if word == "default" else word for word in SHORT]

@@ -17,6 +17,11 @@ from prunus.option_values import check_whole
 
 __all__ = ["Batch", "Calibration", "Provenance", "digest_batches", "hash_tokens"]
 
+#: a sequence is of the same text as another where they have a run of so many tokens in common
+SHARED = 32
+#: odd, and large enough that runs of a few tokens differ in all bits
+_FACTOR = 6364136223846793005
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -187,6 +192,16 @@ class Calibration:
         """The first `number` sequences, at least one; itself where it has no more."""
         return self if number >= len(self) else self.split(len(self) - number)[0]
 
+    def without(self, others: Tensor) -> Calibration:
+        """The sequences that have no run of `SHARED` tokens in common with any of some others.
+
+        Args:
+            others: int64, (samples, seq_len), both of them any; of shorter sequences, runs are as long as these.
+        """
+        length = min(SHARED, self.input_ids.shape[1], others.shape[1])
+        shared = torch.isin(_runs(self.input_ids, length), _runs(others, length)).any(dim=1)
+        return self._part(~shared, self.provenance.part)
+
     def _part(self, which: slice | Tensor, name: str) -> Calibration:
         ids = self.input_ids[which]
         mask = self.attention_mask[which] if self.attention_mask is not None else None
@@ -201,6 +216,15 @@ class Calibration:
         ]
         provenance = replace(provenance, sources=tuple(each))
         return replace(self, input_ids=ids, provenance=provenance, attention_mask=mask, sources=sources)
+
+
+def _runs(ids: Tensor, length: int) -> Tensor:
+    """A number for each run of `length` tokens, modulo 2^64: (samples, seq_len) → (samples, seq_len - length + 1)."""
+    number = ids.shape[1] - length + 1
+    runs = torch.zeros(len(ids), number, dtype=torch.int64)
+    for place in range(length):
+        runs = runs * _FACTOR + ids[:, place : place + number]
+    return runs
 
 
 def hash_tokens(input_ids: Tensor, attention_mask: Tensor | None = None) -> str:

@@ -6,6 +6,7 @@ knows a language badly needs many more, whatever its tokenizer makes of it.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,7 +68,7 @@ def language_shares(costs: Mapping[str, float], words: Words) -> dict[str, float
         Language → share, in the order of `SENTENCES`; they add up to 1.
     """
     known = {language: cost for language, cost in costs.items() if words.knows(SCRIPTS[language])} or dict(costs)
-    least = min(known.values())
+    least = min(known.values()) or 1.0
     shares = {language: 0.5 ** ((cost / least - 1) / HALF) for language, cost in known.items()}
     total = sum(shares.values())
     shares = {language: share for language, share in shares.items() if share / total >= SMALLEST}
@@ -79,6 +80,9 @@ def language_shares(costs: Mapping[str, float], words: Words) -> dict[str, float
 def language_costs(model: Any, tokenizer: Any, begin: int | None = None) -> dict[str, float]:
     """Nats that the sentences of each language cost a model.
 
+    Only of languages whose letters the tokenizer writes: where it leaves them out, or has one token for all, a sentence
+    costs next to nothing. English is there in any case.
+
     Args:
         model: a causal language model, in memory or opened.
         tokenizer: its tokenizer.
@@ -88,9 +92,12 @@ def language_costs(model: Any, tokenizer: Any, begin: int | None = None) -> dict
         OptionError: the tokenizer makes tokens that the model does not embed.
         NonFiniteError: a loss is NaN or infinite.
     """
-    encoded = [begin_with(begin, ids[None])[0] for ids in token_ids(tokenizer, list(SENTENCES.values()))]
-    encoded = [ids[: longest_context(model.config)] for ids in encoded]
-    length = max(map(len, encoded))
+    each = dict(zip(SENTENCES, token_ids(tokenizer, list(SENTENCES.values())), strict=True))
+    written = [name for name, ids in each.items() if _letters(tokenizer.decode(ids)) == _letters(SENTENCES[name])]
+    written = written or ["en"]
+    encoded = [begin_with(begin, each[name][None])[0][: longest_context(model.config)] for name in written]
+    if not (length := max(map(len, encoded))):
+        return dict.fromkeys(written, 0.0)
     ids = torch.zeros(len(encoded), length, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(encoded):
@@ -103,4 +110,8 @@ def language_costs(model: Any, tokenizer: Any, begin: int | None = None) -> dict
         losses = chunked_cross_entropy(hidden, head_function(model), next_token_labels(ids, mask).to(device))
     if not losses.isfinite().all():
         raise NonFiniteError("the model's loss is not finite: check its weights for NaN")
-    return dict(zip(SENTENCES, losses.tolist(), strict=True))
+    return dict(zip(written, losses.tolist(), strict=True))
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalpha, unicodedata.normalize("NFKC", text).casefold()))

@@ -115,7 +115,7 @@ class _Prompts:
     def __init__(self, model: Any, tokenizer: Any, begin: int | None):
         self.tokenizer, self.begin = tokenizer, begin
         self.stop = set(tokenizer.all_special_ids)
-        self.kinds = kinds_of(bool(getattr(tokenizer, "chat_template", None)))
+        self.kinds = kinds_of(chat=self._takes_questions())
         self.words: Words = words_of(tokenizer)
         self.shares = language_shares(language_costs(model, tokenizer, begin), self.words)
 
@@ -126,12 +126,30 @@ class _Prompts:
         language = list(self.shares)[int(torch.multinomial(chances, 1, generator=generator))]
         text = fill(kind, language, self.words, generator)
         if kind == "chat":
-            turn = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            text = self._question(text)
         (ids,) = token_ids(self.tokenizer, [text])
         # A template may put the token before every text itself.
         ids = ids[1:] if self.begin is not None and ids[:1].tolist() == [self.begin] else ids
+        if not len(ids) and self.begin is None:
+            raise CalibrationError(
+                f"the model's tokenizer has no token for anything in {text!r}, which the model was to continue; give "
+                "text to calibrate or train on in place of `self`"
+            )
         return kind, language, ids[-LONGEST_PROMPT:]
+
+    def _question(self, text: str) -> str:
+        turn = [{"role": "user", "content": text}]
+        return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+    def _takes_questions(self) -> bool:
+        if not getattr(self.tokenizer, "chat_template", None):
+            return False
+        try:
+            self._question("?")
+        except Exception as error:  # a template raises whatever its author liked
+            logger.warning("the model writes no answers: its chat template does not take a question alone: %s", error)
+            return False
+        return True
 
 
 def _write(model: Any, prompts: _Prompts, most_new: int, seed: int, batch: int, progress: bool) -> list[Document]:

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+from prunus.calibration import Calibration
+from prunus.calibration.batches import hash_tokens
 from prunus.calibration.loading import kind_of
 from prunus.calibration.sources import read_sources
 from prunus.checkpoint import load_model, locate, save_checkpoint, whole_around
 from prunus.errors import OptionError
 from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import whole_file
+from prunus.files.user_path import expanded
 from prunus.machine.processes import launched
 from prunus.model.digest import digest_model
 from prunus.model.loss import perplexity_of_loss
@@ -77,15 +81,24 @@ class TrainedRounds:
         recipe: its recipe.
         tokenizer: of the model.
         work: folder from which a killed run goes on.
+        measured: sequences that the result will be measured on, which are not trained on; None without any.
         progress: show progress bars on a terminal.
 
     Attributes:
         facts: of the rounds that are over, what `prunus recover` writes down about each.
     """
 
-    def __init__(self, request: Request, recipe: Recipe, tokenizer: Any, work: Path, progress: bool):
+    def __init__(
+        self,
+        request: Request,
+        recipe: Recipe,
+        tokenizer: Any,
+        work: Path,
+        measured: Calibration | None,
+        progress: bool,
+    ):
         self._request, self._recipe, self._tokenizer = request, recipe, tokenizer
-        self._work, self._progress = work, progress
+        self._work, self._measured, self._progress = work, measured, progress
         self.facts: list[Mapping[str, Any]] = []
 
     def __call__(self, model: Any, step: Round) -> Any:
@@ -101,13 +114,15 @@ class TrainedRounds:
         folder = self._work / of_round(step.number)
         cut, trained, checkpoints = folder / "cut", folder / "trained", Checkpoints(folder / "trained")
         job = self._job(step, cut)
-        made_from = {"model": digest_model(model), "job": repr(job)}
+        apart = None if self._measured is None else self._measured.input_ids
+        made_from = {"model": digest_model(model), "job": repr(job), "files": _digests(job.text.names)}
+        made_from["measured on"] = "nothing" if apart is None else hash_tokens(apart)
         if read_json_if_whole(folder / MADE_FROM) != made_from:
             self._begin(folder, trained, checkpoints, made_from)
         if not (trained / "config.json").is_file():
             save_checkpoint(model, self._tokenizer, cut, card=f"# {cut.name}\n", extras={}, overwrite=True)
             beside = self._request.beside  # where text for calibration is kept, too
-            recover_job(job, trained, resume=checkpoints.begun, beside=beside, progress=self._progress)
+            recover_job(job, trained, resume=None, beside=beside, apart=apart, progress=self._progress)
         self.facts.append({"parameters": model.num_parameters(), **read_json(trained / "prunus" / RECORD)})
         found = load_model(trained, dtype=model.dtype, device=model.device)[0]
         save_in_(found, saved_dtype(model))
@@ -146,3 +161,13 @@ class TrainedRounds:
             "## Recovery\n\nThe model was trained after each round of the cut. Perplexity on held-out sequences of the "
             "training text:\n\n" + "\n".join([head, *rows]) + "\n\n`prunus/recovery.json` has all options and losses."
         )
+
+
+def _digests(names: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of each source that is a file."""
+    digests = {}
+    for name in names:
+        if (path := expanded(name)).is_file():
+            with path.open("rb") as file:
+                digests[name] = file_digest(file, "sha256").hexdigest()
+    return digests

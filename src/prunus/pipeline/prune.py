@@ -178,7 +178,7 @@ def _made(
     work = folder.used_by(inputs.engine)
     if job.recipe.recovery:
         work = folder.path
-        trained = TrainedRounds(request, job.recipe, inputs.tokenizer, work, progress)
+        trained = TrainedRounds(request, job.recipe, inputs.tokenizer, work, inputs.held_out, progress)
     passes = Passes(job.run.sequences_per_pass, inputs.engine, work, stages)
     scored = first_scores(inputs.model, inputs.calibration, job.ratio, job.recipe, passes)
     result = cut(inputs.model, job.ratio, scored, job.recipe, passes, inputs.calibration, trained)

@@ -29,8 +29,8 @@ class RecoveryRounds:
         tokens: to train on, in all rounds together; with both limits, whichever comes first.
         before_last: share of the budget for the rounds before the last, in equal parts; the last one has the rest.
         text: sources to train on, as those of `calibration.source`; by default the same.
-        samples: train on at most so many sequences; by default as many as the text has, or 256 where the model writes
-            it.
+        samples: train on at most so many sequences; by default as many as `tokens` make, without that as many as the
+            text has, or 256 where the model writes it.
         seq_len: tokens per sequence; by default as many as for calibration.
         held_out: sequences that are not trained on and choose the best checkpoint of each round.
         training: how. Its own limits are not used.

@@ -67,13 +67,21 @@ class Prepared:
     micro_batch: int
 
     @classmethod
-    def of(cls, job: RecoveryJob, beside: Path | None = None, *, progress: bool = True) -> Prepared:
+    def of(
+        cls,
+        job: RecoveryJob,
+        beside: Path | None = None,
+        *,
+        apart: torch.Tensor | None = None,
+        progress: bool = True,
+    ) -> Prepared:
         """Check what can be checked without weights, and draw the text, or have the dense model write it.
 
         Args:
             job: what is asked for.
             beside: folder in which text that is written is kept, and found again; None: none is written, as for a
                 forecast.
+            apart: sequences that nothing of the text may have in common with, see `prunus.recovery.text`.
             progress: show a bar on a terminal while text is written.
 
         Raises:
@@ -92,7 +100,7 @@ class Prepared:
         teacher, writer = dense if job.recovery.needs_teacher else None, dense if job.text.written else None
         bfloat16 = _fast_in_bfloat16(device, config) if options.precision == "auto" else options.precision == "bfloat16"
         check_memory(job, folder, teacher, device, bfloat16=bfloat16, tokens=micro_batch * job.text.seq_len)
-        train_on, held_out = _sequences(job, config, tokenizer, writer, device, beside, progress)
+        train_on, held_out = _sequences(job, config, tokenizer, writer, device, beside, apart, progress)
         steps = options.max_steps
         if steps is None and options.max_minutes is None:
             steps = len(train_on) // options.batch_size
@@ -137,6 +145,7 @@ def _sequences(
     writer: Path | None,
     device: torch.device,
     beside: Path | None,
+    apart: torch.Tensor | None,
     progress: bool,
 ) -> tuple[Calibration, Calibration]:
     """Sequences to train on, and those that are held out, checked against the model."""
@@ -145,7 +154,7 @@ def _sequences(
     wanted_sequences(job.text, needed)  # before a model is read that would write them
     if writer is not None and beside is None:
         return unwritten_sequences(job.text, needed)
-    how: dict[str, Any] = {"keep": beside, "progress": progress}
+    how: dict[str, Any] = {"keep": beside, "apart": apart, "progress": progress}
     if writer is not None:
         how["writer"] = load_model(str(writer), device=device)[0]
     train_on, held_out = load_sequences(job.text, tokenizer, needed, options.batch_size, **how)

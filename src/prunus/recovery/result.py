@@ -27,7 +27,7 @@ from prunus.recovery.curve import curve
 from prunus.recovery.job import RECOVERY
 from prunus.recovery.options import Precision
 from prunus.recovery.prepared import Prepared
-from prunus.recovery.student import Student, merge_adapters
+from prunus.recovery.student import Student, merge_adapters_
 from prunus.recovery.training import choose_trained_
 from prunus.sweep.sequence_loss import PerplexityResult
 from prunus.version import __version__
@@ -50,9 +50,10 @@ def best_model(prepared: Prepared, checkpoints: Checkpoints, best_step: int) -> 
     adapted = choose_trained_(prepared, model)
     with readable(checkpoints.at(best_step)):
         Student(model, prepared.job.recovery).load_trained_state_(load_file(checkpoints.at(best_step)))
-    whole = (merge_adapters(adapted) if adapted is not None else model).eval()
-    round_weights_(whole)
-    return whole
+    if adapted is not None:
+        merge_adapters_(adapted)
+    round_weights_(model)
+    return model.eval()
 
 
 def facts_of(prepared: Prepared, trained: Mapping[str, Any], measured: PerplexityResult) -> dict[str, Any]:

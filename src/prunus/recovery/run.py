@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from prunus.errors import OptionError
 from prunus.files.json_file import read_json
 from prunus.files.outputs import check_disk, check_output, claimed, place_of
@@ -64,10 +66,11 @@ def recover_job(
     job: RecoveryJob,
     out: str | Path,
     *,
-    resume: bool = False,
+    resume: bool | None = False,
     overwrite: bool = False,
     command: str | None = None,
     beside: Path | None = None,
+    apart: Tensor | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train a pruned model as a job says, and save the result as a folder of the same kind.
@@ -78,10 +81,13 @@ def recover_job(
     Args:
         job: the model, its teacher, the text, how it is trained and where.
         out: folder for the result; complete or not there at all.
-        resume: go on from the last checkpoint of a run that was killed or interrupted, begun with the same job.
+        resume: go on from the last checkpoint of a run that was killed or interrupted, begun with the same job; None:
+            if there is one.
         overwrite: replace an earlier result, and earlier checkpoints.
         command: what the user typed, for the model card.
         beside: folder in which text that the dense model writes is kept, and found again; by default that of `out`.
+        apart: int64, (samples, seq_len): sequences that the result will be measured on; what has text in common with
+            them is neither trained on nor held out.
         progress: show progress bars on a terminal.
 
     Returns:
@@ -100,14 +106,16 @@ def recover_job(
             facts = read_json(claim.path / "prunus" / RECORD) if is_first() else {}
         else:
             check_output(out, overwrite, job.model, *job.text.names)
+            again = "the same command" if resume is None else "the same command with `resume`"
+            resume = checkpoints.begun if resume is None else resume
             checkpoints.check(resume, overwrite)
             wait_for_all()  # before the first process changes what the others check
-            prepared = Prepared.of(job, beside or place_of(out).parent, progress=progress)
+            prepared = Prepared.of(job, beside or place_of(out).parent, apart=apart, progress=progress)
             if prepared.teacher is not None:
                 check_output(out, overwrite, prepared.teacher)
             check_disk(out, prepared.expected_bytes)
             stages = Stages(("training", "saving"), prepared.device, progress)
-            with _told_how_to_go_on(checkpoints), stages.enter("training"):
+            with _told_how_to_go_on(checkpoints, again), stages.enter("training"):
                 trained = train(prepared, checkpoints, resume, progress=progress)
             facts = {}
             if is_first():
@@ -124,17 +132,13 @@ def recover_job(
 
 
 @contextmanager
-def _told_how_to_go_on(checkpoints: Checkpoints) -> Iterator[None]:
-    """Say, where a run is interrupted, what is kept of it."""
+def _told_how_to_go_on(checkpoints: Checkpoints, again: str) -> Iterator[None]:
+    """Say, where a run is interrupted, what is kept of it, and what command goes on from there."""
     try:
         yield
     except KeyboardInterrupt:
         if is_first() and (last := checkpoints.last()) is not None:
-            logger.warning(
-                "interrupted; %s is saved in %s, and the same command with `resume` goes on from there",
-                last.name,
-                last.parent,
-            )
+            logger.warning("interrupted; %s is saved in %s, and %s goes on from there", last.name, last.parent, again)
         raise
 
 

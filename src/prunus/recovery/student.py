@@ -26,7 +26,7 @@ __all__ = [
     "before_head",
     "freeze_embeddings_",
     "logits_at_once",
-    "merge_adapters",
+    "merge_adapters_",
 ]
 
 #: logits in memory at a time, by kind of device: on a CPU the pieces should stay in its caches
@@ -42,7 +42,8 @@ def logits_at_once(device: torch.device) -> int:
 def add_adapters(model: Any, rank: int, alpha: float, seed: int) -> Any:
     """Put a LoRA adapter on every projection of the decoder layers; everything else is frozen. In place.
 
-    Adapters are float32 whatever the model's dtype, and begin as no change at all.
+    Adapters are float32 whatever the model's dtype, and begin as no change at all. Experts, whose weights are one
+    tensor, have none.
 
     Args:
         model: a causal language model of a described family.
@@ -51,7 +52,7 @@ def add_adapters(model: Any, rank: int, alpha: float, seed: int) -> Any:
         seed: of their first weights.
 
     Returns:
-        The model inside peft's wrapper, for `merge_adapters`.
+        The decoder layers inside peft's wrapper, for `merge_adapters_`.
 
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", https://arxiv.org/abs/2106.09685
@@ -66,7 +67,10 @@ def add_adapters(model: Any, rank: int, alpha: float, seed: int) -> Any:
         # peft asks transformers for an attribute by the name it had before 5.24.
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
-        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+        model.requires_grad_(False)
+        # The layers alone: of a model whose type it knows as a mixture, peft would take experts for the projections.
+        layers = submodule(model, family_of(model.config).layers)
+        adapted = peft.get_peft_model(layers, config, autocast_adapter_dtype=True)
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             # In mixed precision autocast casts what needs it; casting inputs to float32 first would be for nothing.
@@ -81,16 +85,13 @@ def freeze_embeddings_(model: Any) -> None:
 
 
 @torch.no_grad()
-def merge_adapters(adapted: Any) -> Any:
-    """Add adapters to the weights that they belong to.
+def merge_adapters_(adapted: Any) -> None:
+    """Add adapters to the weights that they belong to, and leave nothing of peft in the model. In place.
 
     Each sum is made in float32 and rounded once, to the dtype of the weight; peft's own merging rounds more.
 
     Args:
         adapted: what `add_adapters` returned.
-
-    Returns:
-        The plain model, without anything of peft.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -99,7 +100,7 @@ def merge_adapters(adapted: Any) -> Any:
             weight = module.get_base_layer().weight
             (name,) = module.active_adapters
             weight.copy_(weight.float() + module.get_delta_weight(name).float())
-    return adapted.unload()
+    adapted.unload()
 
 
 @dataclass(frozen=True)

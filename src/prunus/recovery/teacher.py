@@ -12,7 +12,7 @@ from prunus.checkpoint.folder import check_folder
 from prunus.checkpoint.hub import HUB_FILES, hub_id
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
 from prunus.errors import CheckpointError, OptionError, PlanError
-from prunus.files.json_file import check_content, read_json
+from prunus.files.json_file import check_content, read_json, read_json_if_whole
 from prunus.results.lineage import COMPOSED_PLAN
 from prunus.results.result_content import MetricsContent
 from prunus.selection.plan import Plan
@@ -44,7 +44,9 @@ def find_teacher(pruned: Path) -> str:
     if name == PACKAGED_MODEL:
         return str(smollm2_135m())
     for place in (pruned.resolve().parent / Path(name).name, Path(name)):
-        if (place / "config.json").is_file():
+        # A pruned folder, this one or another, may have the name of the model that it was cut from.
+        cut_from = (read_json_if_whole(place / "prunus" / "metrics.json") or {}).get("base_model")
+        if (place / "config.json").is_file() and cut_from != name:
             return str(place)
     try:
         repository, revision = hub_id(name) or (name, None)

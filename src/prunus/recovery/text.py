@@ -50,6 +50,7 @@ def load_sequences(
     *,
     writer: Any = None,
     keep: Path | None = None,
+    apart: torch.Tensor | None = None,
     progress: bool = True,
 ) -> tuple[Calibration, Calibration]:
     """Draw sequences and part off the held-out ones.
@@ -61,6 +62,7 @@ def load_sequences(
         batch_size: sequences per step: fewer are too few.
         writer: the model that writes the text of the source `self`.
         keep: folder in which that text is kept, and found again.
+        apart: sequences that the result will be measured on: what has text in common with them is left out.
         progress: show a bar on a terminal while it is written.
 
     Returns:
@@ -81,10 +83,13 @@ def load_sequences(
         model=writer,
         progress=progress,
     )
+    if apart is not None:
+        drawn = drawn.without(apart)
     if len(drawn) < options.held_out + batch_size:
+        beside = "" if apart is None else " beside those that are measured on"
         raise CalibrationError(
-            f"the text {' + '.join(options.names)} holds {len(drawn)} sequences of {options.seq_len} tokens, and "
-            f"{options.held_out} held out with one step of {batch_size} need {options.held_out + batch_size}. Give "
+            f"the text {' + '.join(options.names)} holds {len(drawn)} sequences of {options.seq_len} tokens{beside}, "
+            f"and {options.held_out} held out with one step of {batch_size} need {options.held_out + batch_size}. Give "
             "more text, or smaller `seq_len`, `held_out` or `batch_size`"
         )
     return drawn.split(options.held_out)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, RandomSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -101,16 +101,16 @@ def training_arguments(
         device: cpu, cuda or mps.
         bfloat16: dtype of forward and backward passes; else float32.
         micro_batch: sequences per forward pass.
-        held_out: number of held-out sequences.
+        held_out: number of held-out sequences, a multiple of that of processes.
     """
-    on_cpu = device.type == "cpu"
+    on_cpu, processes = device.type == "cpu", number_of_processes()
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps or ENDLESS,
         per_device_train_batch_size=micro_batch,
-        # Trainer takes a mean over batches: all of them have to be of one size.
-        per_device_eval_batch_size=max(n for n in range(1, micro_batch + 1) if held_out % n == 0),
-        gradient_accumulation_steps=options.batch_size // (micro_batch * number_of_processes()),
+        # Trainer takes a mean over batches: all have to be of one size, and each process to have as many.
+        per_device_eval_batch_size=max(n for n in range(1, micro_batch + 1) if held_out // processes % n == 0),
+        gradient_accumulation_steps=options.batch_size // (micro_batch * processes),
         learning_rate=options.learning_rate or 0.0,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
@@ -118,7 +118,7 @@ def training_arguments(
         seed=seed,
         bf16=bfloat16,
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and number_of_processes() > 1 else None,
+        ddp_backend="gloo" if on_cpu and processes > 1 else None,
         ddp_find_unused_parameters=False,
         dataloader_drop_last=True,
         dataloader_pin_memory=not on_cpu,
@@ -140,7 +140,7 @@ def training_arguments(
         log_level_replica="error",
         disable_tqdm=True,
     )
-    if number_of_processes() == 1 and arguments.n_gpu > 1:
+    if processes == 1 and arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one device; more of them are for torchrun
     return arguments
 
@@ -243,11 +243,11 @@ class RecoveryTrainer(Trainer):
         self.pace = pace
         self.lr_scheduler: Any
         self.keeper = _Keeper(pace, interruption, progress)
-        self._student = student
+        self._student, self._sequences = student, _Sequences(train)
         super().__init__(
             student,
             arguments,
-            train_dataset=_Sequences(train),
+            train_dataset=self._sequences,
             eval_dataset=_Sequences(held_out),
             callbacks=[self.keeper],
         )
@@ -257,6 +257,11 @@ class RecoveryTrainer(Trainer):
             raise OptionError(
                 "with FSDP, recovery needs whole weights in its checkpoints: set fsdp_state_dict_type FULL_STATE_DICT"
             )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        # Trainer would end every pass over the text with a step of what is left, less than a batch.
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * number_of_processes()
+        return RandomSampler(self._sequences, num_samples=len(self._sequences) // batch * batch)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate: that of the pace."""

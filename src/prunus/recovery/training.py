@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from contextlib import suppress
@@ -10,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prunus.checkpoint import load_model
-from prunus.machine.processes import is_first, wait_for_all
+from prunus.checkpoint import held_dtype, load_model, read_config
+from prunus.machine.processes import is_first, number_of_processes, wait_for_all
 from prunus.model.digest import digest_model
 from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.pace import Pace
@@ -66,7 +67,7 @@ def train(prepared: Prepared, checkpoints: Checkpoints, resume: bool, *, progres
 
 
 def choose_trained_(prepared: Prepared, model: Any) -> Any:
-    """Put adapters on a model, or freeze what is not trained; the model in the adapters' wrapper, None without any."""
+    """Put adapters on a model, or freeze what is not trained; the layers in the adapters' wrapper, None without any."""
     options = prepared.job.recovery
     if options.train == "lora":
         return add_adapters(model, options.lora_rank, options.alpha, prepared.job.text.seed)
@@ -129,10 +130,16 @@ class _Losses:
 
 
 def _measured(prepared: Prepared, student: Any, teacher: Any, progress: bool) -> _Losses:
-    begun, ids = time.monotonic(), prepared.held_out.input_ids
-    before = perplexity_of_windows(student, ids, progress=progress).nll
-    seconds = time.monotonic() - begun
-    dense = None if teacher is None else perplexity_of_windows(teacher, ids, progress=progress).nll
+    # All losses that are compared are of models in the dtype that the result will have, whatever those that train it.
+    dtype, ids = held_dtype(read_config(prepared.folder), "auto", prepared.device), prepared.held_out.input_ids
+
+    def loss(model: Any, folder: Path) -> tuple[float, float]:
+        own = model if model.dtype == dtype else load_model(folder, dtype=dtype, device=prepared.device)[0]
+        begun = time.monotonic()
+        return perplexity_of_windows(own, ids, progress=progress).nll, time.monotonic() - begun
+
+    before, seconds = loss(student, prepared.folder)
+    dense = None if prepared.teacher is None else loss(teacher, prepared.teacher)[0]
     return _Losses(before, dense, seconds)
 
 
@@ -155,6 +162,9 @@ def _fitted(
     limit = 60 * options.max_minutes if options.max_minutes else None
     pace = Pace(prepared.steps, limit, options.warmup, options.decay, options.checkpoints)
     pace.reserved = reserved
+    # Trainer leaves out what cannot be shared out evenly: so often that it can be.
+    held_out, processes = prepared.held_out.input_ids, number_of_processes()
+    held_out = held_out.repeat(processes // math.gcd(len(held_out), processes), 1)
     arguments = training_arguments(
         folder,
         options,
@@ -163,7 +173,7 @@ def _fitted(
         device=prepared.device,
         bfloat16=prepared.bfloat16,
         micro_batch=prepared.micro_batch,
-        held_out=len(prepared.held_out),
+        held_out=len(held_out),
     )
     with interruptible() as interruption:
         trainer = RecoveryTrainer(
@@ -171,7 +181,7 @@ def _fitted(
             arguments,
             pace,
             prepared.train_on.input_ids,
-            prepared.held_out.input_ids,
+            held_out,
             interruption,
             progress=progress and is_first(),
         )
