@@ -34,7 +34,7 @@ from prunus.selection.targets import TargetOptions
 from prunus.sweep.engine import ModelOptions
 
 share = st.floats(0, 0.99)
-names = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)
+names = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)
 METHODS = ("taylor", "taylor_2nd", "gate_fisher", "wanda", "magnitude", "random")
 recipes = st.builds(
     Recipe,
