@@ -85,7 +85,7 @@ def main() -> int:
         sizes = Sizes(PACKAGED_MODEL, SHAPES["llama-3-8b"], 8, 512, 128, 1.0)
         if options.small:
             tiny = save_random_llama(Path(scratch) / "tiny", LlamaConfig(**TINY), torch.float32)
-            sizes = Sizes(str(tiny), TINY, 2, 32, 4, 0.02)
+            sizes = Sizes(str(tiny), TINY, 2, 32, 4, 0.01)
         for name in options.parts:
             report[name] = PARTS[name](sizes, options.device, Path(scratch))
             report["seconds"] = round(time.perf_counter() - begun, 1)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from prunus.machine import compute_dtype
 from prunus.model.geometry import Geometry
+from prunus.pipeline import probe
 
 # tqdm's lock is shared with processes that a test forks: one that is killed while it holds the lock would stop all
 # others for good. A lock of threads is each process' own, and a forked one begins with a free one.
@@ -60,6 +61,22 @@ def half_precision_is_fast() -> Iterator[None]:
     """Models compute in the dtype of their checkpoint on every machine; tests of the other case say so."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compute_dtype, "_measured", lambda *_: 1.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forecasts_are_rough() -> Iterator[None]:
+    """Every command begins by measuring the machine; of what it finds, tests ask only that it is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "ALLOWANCE", 0.005)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Tests kill processes, but the power stays on: `fsync` looks at its descriptor and does not wait for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
         yield
 
 

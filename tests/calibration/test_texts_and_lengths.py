@@ -401,7 +401,7 @@ def test_eval_with_speed_counts_both_models(capsys, folder, text):
 def test_figures_on_little_text_come_with_a_warning(capsys, folder, text, tmp_path, caplog):
     short = tmp_path / "seven.txt"
     short.write_text("seven t")
-    words = ["--calibration", text, "--samples", "1", "--seq-len", "6", *PLAIN]
+    words = ["--calibration", text, "--samples", "1", "--seq-len", "6", *PLAIN, "--set", "output.report=false"]
     with caplog.at_level(logging.WARNING):
         run(capsys, "prune", folder, "--out", tmp_path / "out", *words, "--eval-text", short)
     assert "importance is measured on 6 tokens only" in caplog.text
@@ -502,7 +502,7 @@ def test_commands_calibrate_on_conversations(capsys, folder, tmp_path, command):
     path = tmp_path / "chat.jsonl"
     path.write_text("\n".join(map(json.dumps, rows("sharegpt"))), encoding="utf-8")
     more = {
-        "prune": [*PLAIN, "--method", "wanda"],
+        "prune": [*PLAIN, "--method", "wanda", "--set", "output.report=false"],
         "score": [*PLAIN, "--method", "wanda"],
         "compare": ["--recipes", "original", "--methods", "wanda", "--ratios", "0.2"],
     }[command]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -39,6 +40,18 @@ def prompt(padding: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return input_ids, mask
 
 
+@cache
+def whole(family: str, **fields: Any) -> Any:
+    """The dense model, shared: leave it as it is."""
+    return dense_model(family, **fields)
+
+
+@cache
+def expected_of(family: str, kept: tuple[Kept, ...], beams: int, **fields: Any) -> torch.Tensor:
+    """What the model says without cache and without the cut groups, for all modes of so many beams."""
+    return generate(zeroed(whole(family, **fields), kept), use_cache=False, num_beams=beams)
+
+
 def generate(model: Any, **kwargs: Any) -> torch.Tensor:
     input_ids, mask = prompt()
     return model.generate(input_ids, attention_mask=mask, **{**GREEDY, **kwargs})
@@ -47,11 +60,9 @@ def generate(model: Any, **kwargs: Any) -> torch.Tensor:
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("kept", [RAGGED, FIRST_TWO_ABSENT], ids=["ragged", "no attention in the first two"])
 def test_cached_generation(family, mode, kept):
-    model = dense_model(family)
-    beams = {name: value for name, value in mode.items() if name == "num_beams"}
-    expected = generate(zeroed(model, kept), use_cache=False, **beams)
-    assert torch.equal(generate(cut(model, kept), use_cache=True, **mode), expected)
-    assert not torch.equal(generate(model, use_cache=False, **beams), expected)
+    expected = expected_of(family, kept, mode.get("num_beams", 1))
+    assert torch.equal(generate(cut(whole(family), kept), use_cache=True, **mode), expected)
+    assert not torch.equal(expected_of(family, (WHOLE,) * 4, mode.get("num_beams", 1)), expected)
 
 
 def test_without_any_attention(family):
@@ -73,14 +84,13 @@ def test_sampling_is_the_same_for_a_seed(family):
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("kept", SLIDING_CASES.values(), ids=SLIDING_CASES)
 def test_mixed_layer_types(family, mode, kept):
-    model = dense_model(family, **SLIDING)
+    model = whole(family, **SLIDING)
     assert model.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
     ragged = cut(model, kept)
     survivors = [i for i, keep in enumerate(kept) if keep.heads or keep.channels]
     assert ragged.config.layer_types == [model.config.layer_types[i] for i in survivors]
     assert ragged.config.max_window_layers == sum(i < 2 for i in survivors)
-    beams = {name: value for name, value in mode.items() if name == "num_beams"}
-    expected = generate(zeroed(model, kept), use_cache=False, **beams)
+    expected = expected_of(family, kept, mode.get("num_beams", 1), **SLIDING)
     assert torch.equal(generate(ragged, use_cache=True, **mode), expected)
 
 

@@ -184,7 +184,7 @@ def test_cut_again_and_kept_whole(stored, tmp_path):
 @pytest.mark.parametrize("method", ["reap", "gate_fisher"])
 def test_scored_as_the_decoded_model(method, stored, text, tmp_path, capsys):
     sized = ["--calibration", text, "--samples", "6", "--seq-len", "24", "--method", method]
-    more = ["--set", "evaluation.held_out=2", "--set", "run.dtype=float32"]
+    more = ["--set", "evaluation.held_out=2", "--set", "run.dtype=float32", "--set", "output.report=false"]
     for name, folder in (("small", stored), ("dense", stored.with_name(f"{stored.name}-dense"))):
         words = ["prune", folder, "--out", tmp_path / name, "--experts", "0.5", *sized, *more, "--set", "repair=null"]
         run(capsys, *words)

@@ -88,8 +88,7 @@ def test_repair_changes_weights_but_not_the_plan(capsys, tmp_path, folder, text)
         "24",
         "--seq-len",
         "24",
-        "--set",
-        "evaluation.held_out=0",
+        *UNMEASURED,
     ]
     run(capsys, "prune", folder, "--out", tmp_path / "plain", *options, *PLAIN)
     run(capsys, "prune", folder, "--out", tmp_path / "repaired", *options, *PLAIN, "--set", "repair.damping=0.1")

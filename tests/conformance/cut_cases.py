@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from tiny_families import random_tokens, shared_model
@@ -29,6 +29,11 @@ METHODS = {name: method for name, method in ALL_METHODS.items() if set(AXES) <= 
 CUTS: dict[str, tuple[Axis, ...]] = {"attention": ("attention",), "mlp": ("mlp",), "both": AXES}
 
 
+@cache
+def geometry_of(model_type: str, variant: str) -> Geometry:
+    return Geometry.of(shared_model(model_type, variant))
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A small model of a family. The model, and all that is made from it, is shared: leave it as it is."""
@@ -50,7 +55,7 @@ class Tiny:
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry.of(self.model)
+        return geometry_of(self.model_type, self.variant)
 
     @property
     def input_ids(self) -> Tensor:

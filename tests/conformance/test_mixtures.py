@@ -6,6 +6,7 @@ Families come from the registry; a new one needs a tiny model and its rule of ro
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -243,13 +244,20 @@ def slow_taylor(model, batches) -> dict[int, torch.Tensor]:
     return found
 
 
+@cache
+def slow(model) -> dict[str, dict[int, torch.Tensor]]:
+    """What each method should find, for both engines."""
+    batches = padded_batches()
+    gates, weights = slow_gates(model, batches), slow_taylor(model, batches)
+    return {**slow_importances(model, batches), "gate_fisher": gates, "taylor": weights}
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_importances(mixture, engine):
     batches = padded_batches()
     methods = [METHODS[name] for name in ("reap", "frequency", "gate_fisher", "taylor")]
     statistics = sweep(mixture, batches, statistics_for(methods, MethodOptions()), engine=engine, progress=False)
-    expected = slow_importances(mixture, batches)
-    expected |= {"gate_fisher": slow_gates(mixture, batches), "taylor": slow_taylor(mixture, batches)}
+    expected = slow(mixture)
     for method in methods:
         found = score_groups(mixture, method, statistics)
         for layer_idx, values in expected[method.name].items():

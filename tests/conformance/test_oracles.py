@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -29,9 +29,10 @@ from prunus.importance import MethodOptions, score_groups
 from prunus.importance.registry import statistics_for
 from prunus.model.families import AXES, FAMILIES
 from prunus.model.geometry import Geometry
+from prunus.statistics import Statistics
 from prunus.statistics.activations import ACTIVATION_STATISTICS
 from prunus.surgery import apply_plan
-from prunus.sweep import ENGINES, sweep
+from prunus.sweep import ENGINES, Engine, sweep
 
 CLOSE = {"rtol": 2e-4, "atol": 1e-9}
 #: methods that look at nothing of the model but its shape
@@ -40,12 +41,13 @@ LENGTHS = (12, 5, 9, 2)
 DEFAULT_OPTIONS = MethodOptions()
 
 
-def sequences(lengths=LENGTHS) -> list[Tensor]:
+@cache
+def sequences(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, ...]:
     """Token sequences of unequal length."""
-    return [random_tokens(1, length, seed=20 + i)[0] for i, length in enumerate(lengths)]
+    return tuple(random_tokens(1, length, seed=20 + i)[0] for i, length in enumerate(lengths))
 
 
-def padded(rows: list[Tensor], side: str, batch_size: int) -> list[Batch]:
+def padded(rows: Sequence[Tensor], side: str, batch_size: int) -> list[Batch]:
     """The sequences in batches, filled up with random tokens that must not count."""
     width = max(map(len, rows))
     ids = random_tokens(len(rows), width, seed=30)
@@ -56,11 +58,30 @@ def padded(rows: list[Tensor], side: str, batch_size: int) -> list[Batch]:
     return [Batch(i, m) for i, m in zip(ids.split(batch_size), mask.split(batch_size), strict=True)]
 
 
-def measure(model, method: str, batches: list[Batch], options: MethodOptions | None = None, engine="resident"):
-    """What the package says."""
-    options = options or MethodOptions()
+def measure(model, method: str, batches: list[Batch], options: MethodOptions = DEFAULT_OPTIONS, engine="resident"):
+    """What the package says, from a sweep for this method alone."""
     wanted = statistics_for([METHODS[method]], options)
     statistics = sweep(model, batches, wanted, engine=engine, progress=False) if wanted else None
+    return score_groups(model, METHODS[method], statistics, options)
+
+
+@cache
+def statistics_of_all(model, side: str, batch_size: int, options: MethodOptions, engine: Engine) -> Statistics:
+    """What all methods need of `sequences()`, from one sweep that their tests share."""
+    wanted = statistics_for(list(METHODS.values()), options)
+    return sweep(model, padded(sequences(), side, batch_size), wanted, engine=engine, progress=False)
+
+
+def measure_with_all(
+    model,
+    method: str,
+    side: str,
+    batch_size: int,
+    options: MethodOptions = DEFAULT_OPTIONS,
+    engine: Engine = "resident",
+):
+    """What the package says, from a sweep for all methods; `test_unpadded` has those for one."""
+    statistics = statistics_of_all(model, side, batch_size, options, engine)
     return score_groups(model, METHODS[method], statistics, options)
 
 
@@ -69,20 +90,21 @@ def measure(model, method: str, batches: list[Batch], options: MethodOptions | N
 
 def sequence_gradients(model, row: Tensor, scale: str) -> dict[str, Tensor]:
     """Gradient of the loss of one sequence by every parameter, by autograd."""
-    model = copy.deepcopy(model).requires_grad_(True)
+    parameters = dict(model.named_parameters())
     log_probabilities = torch.log_softmax(model(row[None]).logits[0].float(), dim=-1)
     losses = [-log_probabilities[t, row[t + 1]] for t in range(len(row) - 1)]
     loss = sum(losses) / len(losses) if scale == "mean" else sum(losses)
-    loss.backward()
-    return {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+    gradients = torch.autograd.grad(loss, [*parameters.values()])
+    return {name: gradient.double() for name, gradient in zip(parameters, gradients, strict=True)}
 
 
-def all_gradients(model, rows: list[Tensor], options: MethodOptions) -> list[dict[str, Tensor]]:
-    return [sequence_gradients(model, row, "mean" if options.hessian == "mean_loss" else "sum") for row in rows]
+@lru_cache(maxsize=8)
+def all_gradients(model, rows: tuple[Tensor, ...], hessian: str) -> list[dict[str, Tensor]]:
+    return [sequence_gradients(model, row, "mean" if hessian == "mean_loss" else "sum") for row in rows]
 
 
 def taylor(model, rows, options) -> dict[str, Tensor]:
-    gradients = all_gradients(model, rows, options)
+    gradients = all_gradients(model, rows, options.hessian)
     return {
         name: (parameter.double() * sum(g[name] for g in gradients) / len(rows)).abs()
         for name, parameter in model.named_parameters()
@@ -90,7 +112,7 @@ def taylor(model, rows, options) -> dict[str, Tensor]:
 
 
 def taylor_2nd(model, rows, options) -> dict[str, Tensor]:
-    gradients = all_gradients(model, rows, options)
+    gradients = all_gradients(model, rows, options.hessian)
     result = {}
     for name, parameter in model.named_parameters():
         theta = parameter.double()
@@ -100,7 +122,8 @@ def taylor_2nd(model, rows, options) -> dict[str, Tensor]:
     return result
 
 
-def recorded_inputs(model, rows) -> dict[str, Tensor]:
+@lru_cache(maxsize=8)
+def recorded_inputs(model, rows: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """What entered each linear module, over all tokens of all sequences: (tokens, in_features)."""
     inputs: dict[str, list[Tensor]] = {}
     handles = [
@@ -221,17 +244,19 @@ ORACLES: dict[str, Callable[..., Mapping[str, Tensor]]] = {
 GROUP_ORACLES: dict[str, Callable[..., list[dict[str, Tensor]]]] = {"gate_fisher": gate_fisher}
 
 
-def expected(model, method: str, rows: list[Tensor], options: MethodOptions | None = None) -> list[dict[str, Tensor]]:
+def expected(
+    model, method: str, rows: tuple[Tensor, ...], options: MethodOptions = DEFAULT_OPTIONS
+) -> list[dict[str, Tensor]]:
     """The oracle's weights summed over each group, one group at a time."""
     if method in GROUP_ORACLES:
-        return GROUP_ORACLES[method](model, rows, options or MethodOptions())
+        return GROUP_ORACLES[method](model, rows, options)
     if method not in ORACLES:
         pytest.fail(
             f"method {method!r} has no oracle: write its formula, for a weight, into ORACLES (or, for a group, into "
             "GROUP_ORACLES) in tests/conformance/test_oracles.py; or add it to BLIND, if it looks at nothing"
         )
     prefix = FAMILIES[model.config.model_type.removeprefix("prunus_")].layers
-    values = ORACLES[method](model, rows, options or MethodOptions())
+    values = ORACLES[method](model, rows, options)
     result = []
     for layer_idx, layer in enumerate(model.get_submodule(prefix)):
         by_axis = {}
@@ -290,14 +315,14 @@ def test_unpadded(tiny, seeing):
 @pytest.mark.parametrize(("side", "batch_size"), [("left", 1), ("right", 3), ("left", 4)])
 def test_padded(tiny, seeing, side, batch_size):
     """Padding never counts, and every sequence weighs the same whatever its length and its batch."""
-    actual = measure(tiny.model, seeing, padded(sequences(), side, batch_size))
+    actual = measure_with_all(tiny.model, seeing, side, batch_size)
     assert_equal_importance(actual, oracle(tiny.case, seeing))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_layer_by_layer(tiny, seeing, side):
     """The streamed engine, too."""
-    actual = measure(tiny.model, seeing, padded(sequences(), side, 3), engine="streamed")
+    actual = measure_with_all(tiny.model, seeing, side, 3, engine="streamed")
     assert_equal_importance(actual, oracle(tiny.case, seeing))
 
 
@@ -307,7 +332,7 @@ def test_layer_by_layer(tiny, seeing, side):
 def test_summed_losses(case, method, batch_size):
     """`hessian` empirical_fisher: the loss of a sequence is the sum over its tokens."""
     options = MethodOptions(hessian="empirical_fisher")
-    actual = measure(shared_model(*case), method, padded(sequences(), "right", batch_size), options)
+    actual = measure_with_all(shared_model(*case), method, "right", batch_size, options)
     assert_equal_importance(actual, oracle(case, method, options=options))
     mean = oracle(case, method)
     assert not torch.allclose(actual[0]["mlp"], mean[0]["mlp"], rtol=0.1), "the scale must matter"
@@ -326,11 +351,11 @@ def test_methods_are_told_apart(case):
     """The oracles would not notice if all methods computed the same: here is that they do not."""
     model, rows = shared_model(*case), sequences()
     last_batch = expected(model, "taylor", rows[-1:])
-    together = expected(model, "taylor", [torch.cat(rows)])
+    together = expected(model, "taylor", (torch.cat(rows),))
     found = {method: expected(model, method, rows) for method in [*ORACLES, *GROUP_ORACLES]}
     for other in (last_batch, together, *(found[method] for method in found if method != "taylor")):
         assert not torch.allclose(found["taylor"][0]["mlp"], other[0]["mlp"], rtol=1e-2)
-    wrong = expected(model, "taylor_2nd", [torch.cat(rows)] * 2)
+    wrong = expected(model, "taylor_2nd", (torch.cat(rows),) * 2)
     assert not torch.allclose(found["taylor_2nd"][0]["attention"], wrong[0]["attention"], rtol=1e-2)
 
 
@@ -352,7 +377,8 @@ def test_shape_and_range(tiny, method):
     assert any(len(by_axis["mlp"].unique()) > 10 for by_axis in importance), "groups are told apart"
 
 
-def permuted(model, axis: str, layer_idx: int, order: list[int]):
+@cache
+def permuted(model, axis: str, layer_idx: int, order: tuple[int, ...]):
     """The same function with the groups of one layer in another order."""
     other = copy.deepcopy(model)
     prefix = FAMILIES[model.config.model_type].layers
@@ -378,21 +404,26 @@ def test_permuting_groups_permutes_importance(case, seeing, axis):
     order = torch.randperm(groups, generator=torch.Generator().manual_seed(3)).tolist()
     if order == sorted(order):
         order.reverse()
-    other = permuted(tiny.model, axis, 1, order)
+    other = permuted(tiny.model, axis, 1, tuple(order))
     torch.testing.assert_close(other(tiny.input_ids).logits, tiny.model(tiny.input_ids).logits, rtol=1e-4, atol=1e-4)
-    batches = padded(sequences(), "right", 2)
-    before, after = measure(tiny.model, seeing, batches), measure(other, seeing, batches)
+    before, after = (measure_with_all(model, seeing, "right", 2) for model in (tiny.model, other))
     wanted = [dict(by_axis) for by_axis in before]
     wanted[1][axis] = before[1][axis][order]
     assert_equal_importance(after, wanted)
 
 
-def test_of_a_pruned_model(tiny, seeing):
-    """Importances of ragged models, with absent blocks: a second cut needs them."""
+@cache
+def ragged_of(tiny: Tiny):
+    """A plan that takes blocks away, and the model after it."""
     groups = tiny.geometry.widths[0]
     kept = [{"attention": [], "mlp": [0, 3, 4]}, {"attention": range(groups["attention"])[:1], "mlp": []}]
     plan = plan_keeping(tiny.geometry, kept)
-    ragged = apply_plan(tiny.model, plan)
+    return plan, apply_plan(tiny.model, plan)
+
+
+def test_of_a_pruned_model(tiny, seeing):
+    """Importances of ragged models, with absent blocks: a second cut needs them."""
+    plan, ragged = ragged_of(tiny)
     rows = sequences()
     wanted = expected(ragged, seeing, rows)
     for engine in ENGINES:
@@ -404,24 +435,32 @@ def test_of_a_pruned_model(tiny, seeing):
         assert_equal_importance(actual, wanted)
 
 
+@cache
+def in_bfloat16(model_type: str, variant: str):
+    return make_model(model_type, variant).to(torch.bfloat16)
+
+
 @pytest.mark.parametrize("case", ONE_UNLIKE, ids=case_id)
 def test_in_bfloat16(case, seeing):
     """Half the precision gives about the same importances, accumulated in more."""
-    model = make_model(*case)
-    batches = padded(sequences(), "right", 2)
-    wanted = measure(model, seeing, batches)
-    actual = measure(model.to(torch.bfloat16), seeing, batches)
+    wanted = measure_with_all(shared_model(*case), seeing, "right", 2)
+    actual = measure_with_all(in_bfloat16(*case), seeing, "right", 2)
     assert_equal_importance(actual, wanted, rtol=0.2, atol=0.05 * float(wanted[0]["mlp"].max()))
 
 
-def test_a_dead_group_is_worth_nothing(tiny, seeing):
-    """A channel whose weights are all zero cannot matter to any method that looks."""
+@cache
+def with_a_dead_group(tiny: Tiny):
     model = copy.deepcopy(tiny.model)
     layer = model.get_submodule(tiny.family.layers)[1]
     with torch.no_grad():
         for name, index in weights_of_group(layer, "mlp", 4, model.config):
             layer.get_parameter(name)[index] = 0
-    importance = measure(model, seeing, padded(sequences(), "right", 4))[1]["mlp"]
+    return model
+
+
+def test_a_dead_group_is_worth_nothing(tiny, seeing):
+    """A channel whose weights are all zero cannot matter to any method that looks."""
+    importance = measure_with_all(with_a_dead_group(tiny), seeing, "right", 4)[1]["mlp"]
     assert float(importance[4]) == 0
     assert int((importance == 0).sum()) == 1
 

@@ -97,7 +97,7 @@ def test_sources_of_the_command_line(capsys, folder, text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("abcdefgh" * 400)
     words = [*("--out", tmp_path / "small", "--ratio", "0.2", "--recipe", "original", "--samples", "6")]
-    words += ["--seq-len", "24", "--set", "evaluation.held_out=6"]
+    words += ["--seq-len", "24", "--set", "evaluation.held_out=6", "--set", "output.report=false"]
     found = run_json(capsys, "prune", folder, *words, "--calibration", f"{text}:2", "--calibration", other)
     assert [(one["source"], one["samples"]) for one in found["calibration"]["sources"]] == [
         (text.name, 4),

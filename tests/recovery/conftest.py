@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ def dense(tmp_path_factory) -> Path:
     learn = ["--train", "full", *ALONE, "--learning-rate", "1e-2", "--max-steps", "150"]
     learn += ["--set", "recovery.checkpoints=1"]
     assert main(["recover", str(place / "random"), "--out", str(place / "dense"), *SHORT, *learn]) == 0
+    gc.freeze()  # training loads further libraries, and looks for garbage after each run
     return place / "dense"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -23,16 +24,22 @@ from prunus.recovery.student import Student, add_adapters, merge_adapters_
 from prunus.results.result_folder import read_result
 from prunus.sweep.sequence_loss import perplexity_of_windows
 
-FAST = ["--learning-rate", "5e-3", "--max-steps", "40", "--set", "recovery.checkpoints=4"]
+FAST = ["--learning-rate", "5e-3", "--max-steps", "24", "--set", "recovery.checkpoints=4"]
 
 
-def held_out_loss(folder, facts, samples):
-    """The held-out loss of a saved folder, on sequences drawn again."""
+@cache
+def measured(folder, samples):
+    """The held-out loss of a saved folder, on sequences drawn again, and their hash."""
     model, tokenizer = prunus.load_model(folder)
     drawn = prunus.load_calibration("default", tokenizer, samples=samples, seq_len=32)
     held_out = drawn.split(16)[1]
-    assert held_out.provenance.sha256 == facts["held_out"]["sha256"]
-    return perplexity_of_windows(model, held_out.input_ids, progress=False).nll
+    return perplexity_of_windows(model, held_out.input_ids, progress=False).nll, held_out.provenance.sha256
+
+
+def held_out_loss(folder, facts, samples):
+    loss, sha256 = measured(folder, samples)
+    assert sha256 == facts["held_out"]["sha256"]
+    return loss
 
 
 @pytest.mark.parametrize("train", ["layers", "lora", "full"])
@@ -43,11 +50,11 @@ def test_distillation_wins_back_what_pruning_lost(recover, pruned, dense, tmp_pa
     assert loss["after"] < loss["before"] - 0.4 * (loss["before"] - loss["dense"])
     assert facts["gap_closed"] == pytest.approx((loss["before"] - loss["after"]) / (loss["before"] - loss["dense"]))
     # What the record says is what the folders do.
-    assert held_out_loss(tmp_path / "out", facts, 40 * 4 + 16) == pytest.approx(loss["after"], rel=1e-6)
-    assert held_out_loss(pruned, facts, 40 * 4 + 16) == pytest.approx(loss["before"], rel=1e-6)
-    assert held_out_loss(dense, facts, 40 * 4 + 16) == pytest.approx(loss["dense"], rel=1e-6)
+    assert held_out_loss(tmp_path / "out", facts, 24 * 4 + 16) == pytest.approx(loss["after"], rel=1e-6)
+    assert held_out_loss(pruned, facts, 24 * 4 + 16) == pytest.approx(loss["before"], rel=1e-6)
+    assert held_out_loss(dense, facts, 24 * 4 + 16) == pytest.approx(loss["dense"], rel=1e-6)
     assert loss["after"] == pytest.approx(min(entry["held_out_loss"] for entry in facts["history"]), rel=1e-5)
-    assert [entry["step"] for entry in facts["history"]] == [10, 20, 30, 40]
+    assert [entry["step"] for entry in facts["history"]] == [6, 12, 18, 24]
     assert facts["teacher"] == "dense", "found beside the pruned folder"
     before, after = (load_file(folder / "model.safetensors") for folder in (pruned, tmp_path / "out"))
     still = {name for name in before if torch.equal(before[name], after[name])}
@@ -57,7 +64,7 @@ def test_distillation_wins_back_what_pruning_lost(recover, pruned, dense, tmp_pa
 
 def test_the_result_is_a_folder_of_the_same_kind(recover, pruned, tmp_path):
     out = tmp_path / "out"
-    facts = recover(pruned, "--out", out, *SHORT, *FAST)
+    facts = recover(pruned, "--out", out, *SHORT, *FAST, "--max-steps", 8)
     assert not (tmp_path / "out.work").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     before = {path.relative_to(pruned).as_posix() for path in pruned.rglob("*") if path.is_file()}
@@ -154,11 +161,11 @@ def test_merging_into_half_precision_rounds_once():
 def test_the_best_checkpoint_is_kept_and_not_the_last(recover, pruned, tmp_path):
     """Many steps on few sequences: they are learned by heart, and the held-out loss turns around."""
     learn = [*ALONE, "--train", "full", "--set", "recovery.decay=constant", "--learning-rate", "3e-3"]
-    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *learn, "--samples", 16, "--max-steps", 60)
+    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *learn, "--samples", 16, "--max-steps", 20)
     losses = {entry["step"]: entry["held_out_loss"] for entry in facts["history"]}
     best = min(losses, key=losses.get)
-    assert best < 60
-    assert losses[60] > losses[best] + 0.01
+    assert best < 20
+    assert losses[20] > losses[best] + 0.01
     assert facts["best_step"] == best > 0
     assert held_out_loss(tmp_path / "out", facts, 16 + 16) == pytest.approx(losses[best], rel=1e-5)
     assert facts["held_out_loss"]["dense"] is None, "no teacher was needed"
@@ -182,8 +189,8 @@ def test_an_absurd_learning_rate_stops_with_the_step(refused, pruned, tmp_path):
 
 
 def test_the_clock_ends_a_run(recover, pruned, tmp_path):
-    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, "--max-minutes", 0.05, "--set", "recovery.checkpoints=2")
-    assert 0 < facts["seconds"] <= 3.0
+    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, "--max-minutes", 0.03, "--set", "recovery.checkpoints=2")
+    assert 0 < facts["seconds"] <= 1.8
     assert facts["history"][-1]["step"] == facts["steps"] > 1
 
 
@@ -196,7 +203,7 @@ def test_one_pass_over_the_text_without_limits(recover, pruned, tmp_path):
 def test_hidden_states_bfloat16_and_gradient_checkpointing(recover, pruned, tmp_path):
     changed = ("hidden_weight=0.5", "precision=bfloat16", "gradient_checkpointing=true")
     options = [word for setting in changed for word in ("--set", f"recovery.{setting}")]
-    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *FAST, *options)
+    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *FAST, "--max-steps", 8, *options)
     assert facts["held_out_loss"]["after"] < facts["held_out_loss"]["before"]
     assert facts["options"]["precision"] == "bfloat16"
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
@@ -219,7 +226,7 @@ def test_losses_of_a_model_in_half_precision_are_all_measured_in_it(recover, pru
 
 
 def test_gradient_checkpointing_changes_memory_and_not_the_result(recover, pruned, tmp_path):
-    steps = [*SHORT, "--max-steps", 4, "--set", "recovery.hidden_weight=0.5"]
+    steps = [*SHORT, "--max-steps", 3, "--set", "recovery.hidden_weight=0.5"]
     facts = [
         recover(pruned, "--out", tmp_path / name, *steps, *options)
         for name, options in (("plain", []), ("checkpointed", ["--set", "recovery.gradient_checkpointing=true"]))
@@ -230,7 +237,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(recover, prune
 def test_micro_batches_add_up_to_the_batch(recover, pruned, tmp_path):
     losses = []
     for size in (1, 4):
-        words = [*SHORT, "--set", f"recovery.micro_batch={size}", "--max-steps", 5, "--learning-rate", 1e-3]
+        words = [*SHORT, "--set", f"recovery.micro_batch={size}", "--max-steps", 3, "--learning-rate", 1e-3]
         facts = recover(pruned, "--out", tmp_path / str(size), *words)
         losses.append([entry["loss"] for entry in facts["training_losses"]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -20,7 +20,7 @@ from prunus.recovery import PlaceOptions, RecoveryJob, RecoveryOptions, TextOpti
 from prunus.recovery.job import RECOVERY, WorkOptions
 from prunus.recovery.memory import training_bytes
 
-names = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)
+names = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)
 #: without a weight behind it
 sources = names.filter(lambda name: ":" not in name)
 jobs = st.builds(

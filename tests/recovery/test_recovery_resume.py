@@ -16,8 +16,8 @@ from prunus.cli import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
 
-#: more than one pass over the 60 sequences, so that the second one's order counts too
-RUN = [*SHORT, "--samples", "60", "--max-steps", "30", "--set", "recovery.checkpoints=6", "--learning-rate", "3e-3"]
+#: more than one pass over the 36 sequences, so that the second one's order counts too
+RUN = [*SHORT, "--samples", "36", "--max-steps", "18", "--set", "recovery.checkpoints=6", "--learning-rate", "3e-3"]
 #: and a loss that draws random numbers in every step
 RUN += ["--set", "recovery.vocabulary=150"]
 
@@ -34,13 +34,16 @@ class Killed(BaseException):
     """Not an error that anything handles."""
 
 
-def without_result(recover, pruned, out):
-    """A run that is killed when only its result is left to be written."""
+@pytest.fixture(scope="module")
+def without_result(pruned, tmp_path_factory):
+    """What a run leaves that is killed when only its result is left to be written."""
+    out = tmp_path_factory.mktemp("killed") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prunus.recovery.result.save_checkpoint", killed)
         with pytest.raises(Killed):
-            recover(pruned, "--out", out, *RUN)
+            main(["recover", str(pruned), "--out", str(out), *last_wins(RUN)])
     assert not out.exists()
+    return out.with_name("out.work")
 
 
 def killed(*args, **kwargs):
@@ -64,14 +67,14 @@ def assert_same(out, expected):
 
 def test_killed_twice(recover, pruned, expected, tmp_path):
     out = tmp_path / "out"
-    for number, after in enumerate((5, 20)):
+    for number, after in enumerate((3, 12)):
         process = started(pruned, out, after, *(["--resume"] if number else []))
         process.kill()
         assert process.wait().status == -signal.SIGKILL
         assert not out.exists()
     # A checkpoint that was being written when the power went is none.
-    broken = out.with_name("out.work") / "checkpoint-29"
-    shutil.copytree(out.with_name("out.work") / "checkpoint-20", broken)
+    broken = out.with_name("out.work") / "checkpoint-17"
+    shutil.copytree(out.with_name("out.work") / "checkpoint-12", broken)
     (broken / "trainer_state.json").write_text('{"global_step": 5')
     recover(pruned, "--out", out, *RUN, "--resume")
     assert_same(out, expected)
@@ -79,7 +82,7 @@ def test_killed_twice(recover, pruned, expected, tmp_path):
 
 def test_interrupted_by_ctrl_c(recover, pruned, expected, tmp_path):
     out = tmp_path / "out"
-    process = started(pruned, out, 5)
+    process = started(pruned, out, 3)
     process.kill(signal.SIGINT)
     ended = process.wait()
     errors = ended.err
@@ -87,15 +90,17 @@ def test_interrupted_by_ctrl_c(recover, pruned, expected, tmp_path):
     assert "--resume" in errors
     assert "Traceback" not in errors
     (name,) = re.findall(r"checkpoint-\d+", errors)
-    assert int(name.partition("-")[2]) >= 5
+    assert int(name.partition("-")[2]) >= 3
     assert (out.with_name("out.work") / name / "trainer_state.json").is_file()
     recover(pruned, "--out", out, *RUN, "--resume")
     assert_same(out, expected)
 
 
-def test_killed_when_only_the_result_was_left_to_write(recover, pruned, expected, tmp_path, monkeypatch):
+def test_killed_when_only_the_result_was_left_to_write(
+    recover, pruned, expected, without_result, tmp_path, monkeypatch
+):
     out = tmp_path / "out"
-    without_result(recover, pruned, out)
+    shutil.copytree(without_result, tmp_path / "out.work")
     monkeypatch.setattr("prunus.recovery.trainer.RecoveryTrainer.train", killed)
     recover(pruned, "--out", out, *RUN, "--resume")
     assert_same(out, expected)
@@ -114,10 +119,10 @@ def test_killed_after_the_last_checkpoint(recover, pruned, tmp_path, monkeypatch
     assert_same(tmp_path / "out", tmp_path / "expected")
 
 
-def test_what_does_not_go_together_is_refused(refused, recover, pruned, tmp_path):
+def test_what_does_not_go_together_is_refused(refused, recover, pruned, without_result, tmp_path):
     out = tmp_path / "out"
     assert "holds no checkpoints of one" in refused(pruned, "--out", out, *RUN, "--resume")
-    without_result(recover, pruned, out)
+    shutil.copytree(without_result, tmp_path / "out.work")
     assert "go on with --resume, or begin anew with --overwrite" in refused(pruned, "--out", out, *RUN)
     other = [word if word != "3e-3" else "1e-3" for word in RUN]
     message = refused(pruned, "--out", out, *other, "--resume")

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from plain import PLAIN
+from plain import PLAIN, UNMEASURED
 from safetensors.torch import load_file
 from tiny_folder import SIZES, fails, run, save_tiny_folder
 
@@ -49,7 +49,7 @@ def test_prune_with_weights_on_disk_saves_what_it_saves_with_them_in_memory(caps
             "--rounds",
             rounds,
         ),
-        *("--calibration", text, *SIZES, "--set", "evaluation.held_out=2"),
+        *("--calibration", text, *SIZES, "--set", "evaluation.held_out=2", "--set", "output.report=false"),
     )
     assert [path.name for path in tmp_path.iterdir()] == ["small"], "the work folder is gone"
     model, tokenizer = prunus.load_model(folder)
@@ -84,7 +84,7 @@ def test_other_commands_under_a_limit(capsys, tmp_path, deep, text, command, mon
         "apply": ["apply", deep, tmp_path / "small" / "prunus" / "plan.json"],
     }[command]
     if command == "apply":
-        run(capsys, "prune", deep, "--out", tmp_path / "small", "--ratio", 0.2, *PLAIN, *sizes)
+        run(capsys, "prune", deep, "--out", tmp_path / "small", "--ratio", 0.2, *PLAIN, *sizes, *UNMEASURED)
     found = {}
     # "tight" is what the streamed engine says it needs.
     refused = fails(capsys, *words, *(["--out", tmp_path / "no"] if command != "eval" else []), "--max-memory", "1KB")

@@ -133,7 +133,7 @@ def causal_language_model(model: Any) -> Any:
             break
     name = type(model).__name__
     # Around the model, as PEFT's classes, or inside it.
-    if any(hasattr(part, "get_base_layer") for part in (model.modules() if isinstance(model, nn.Module) else ())):
+    if any(hasattr(type(part), "get_base_layer") for part in (model.modules() if isinstance(model, nn.Module) else ())):
         raise UnsupportedModelError(
             f"the model, a {name}, has adapters that are not merged, which would be lost. Give "
             "model.merge_and_unload() of PEFT"
@@ -164,7 +164,7 @@ def causal_language_model(model: Any) -> Any:
                 f"{path or 'the model'} was compiled in place, which prunus cannot take off; load the model again, and "
                 "compile the result"
             )
-        holds = next(part.parameters(recurse=False), None) is not None
+        holds = any(parameter is not None for parameter in part._parameters.values())
         if holds and not any(path == place or path.startswith(place + ".") for place in described):
             raise UnsupportedModelError(
                 f"the model holds {path or 'parameters'!r}, which the family {family.model_type!r} does not describe, "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -201,7 +202,7 @@ class Probe:
 
         return self._seconds("solution", run, 1, first=1) * operations(inputs, outputs) / operations(size, size)
 
-    @property
+    @cached_property
     def selection(self) -> float:
         """Seconds per group to rank it, and to decide whether it goes."""
         widths = self._geometry.widths
