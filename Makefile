@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Tests run as two processes; one thread each keeps them from fighting over the cores.
 # Seven thousand tests and the libraries fill memory with small objects: large pages (Linux with glibc; ignored elsewhere)
-# halve the time on virtual machines, where looking up a page is slow.
+# save a quarter of the time on virtual machines, where looking up a page is slow. Commands that tests start read compiled files.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONMALLOC=malloc \
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONDONTWRITEBYTECODE=
 .DEFAULT_GOAL := help
 .PHONY: help install test slow-test mutations fuzz lint format demo picture bench quality recover-bench gpu-check deploy-check \
 	mlx-check quantised-check kills transformers4-check release-check clean
