@@ -15,7 +15,7 @@ import os
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -122,7 +122,7 @@ class Sheet(Generic[T]):
     # --- classes ---
 
     def _keys_of(self, cls: type, prefix: str, default: Any) -> Iterator[Key]:
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         meanings = {param.arg_name: param.description or "" for param in parse_docstring(cls.__doc__ or "").params}
         for each in fields(cls):
             if each.name == RECORD:
@@ -153,7 +153,7 @@ class Sheet(Generic[T]):
 
     def _built(self, cls: type, values: Mapping[str, Any], prefix: str, record: Mapping[str, Any] = {}) -> Any:
         """An object of a class from the values of its keys, and of what is no setting."""
-        hints, arguments = typing.get_type_hints(cls), dict(record)
+        hints, arguments = _hints(cls), dict(record)
         for each in fields(cls):
             path = prefix + each.name
             if each.name == RECORD:
@@ -178,7 +178,7 @@ class Sheet(Generic[T]):
         return set(self._optional_below(type(self.default), ""))
 
     def _optional_below(self, cls: type, prefix: str) -> Iterator[str]:
-        for name, hint in typing.get_type_hints(cls).items():
+        for name, hint in _hints(cls).items():
             path, inner = prefix + name, _dataclass_of(hint)
             if inner is None or path in self.forms:
                 continue
@@ -267,6 +267,12 @@ class Sheet(Generic[T]):
         ]
         hint = f"; did you mean {close[0]}?" if close else ";"
         return f"unknown key {path!r}{hint} `{self.listing}` lists all keys"
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a class's fields; working them out takes longer than all else that is done with them."""
+    return typing.get_type_hints(cls)
 
 
 def _dataclass_of(annotation: Any) -> type | None:
