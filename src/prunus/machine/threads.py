@@ -15,13 +15,14 @@ __all__ = ["cpu_quota", "share_cores"]
 
 #: where control groups show, and the file that says which ones this process is in
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-#: waiting threads sleep: the standard's way of saying it, and Intel's (milliseconds)
-SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+#: waiting threads sleep: the standard's way of saying it, Intel's (milliseconds), and GNU's, which spin so often first:
+#: some microseconds, within which the next operation of a small model mostly comes (benchmarks/RESULTS.md)
+SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "5000"}
 
 
 def share_cores() -> None:
     """Set up the threads of this process, and of those it starts. Call it before torch is imported."""
-    if not any(name in os.environ for name in (*SLEEPING, "GOMP_SPINCOUNT")):
+    if not any(name in os.environ for name in SLEEPING):
         os.environ.update(SLEEPING)
     quota, cores = cpu_quota(), _cores()
     if quota is not None and quota < cores:
