@@ -65,14 +65,7 @@ def uniform_plan(model) -> Plan:
     )
 
 
-@pytest.mark.parametrize(
-    ("case", "axes"),
-    # One axis alone goes in turn over the variants: a file knows nothing of the other.
-    [(case, axes) for i, case in enumerate(CASES) for axes in ("both", ("attention", "mlp")[i % 2])],
-    ids=lambda value: value if isinstance(value, str) else case_id(value),
-)
-def test_with_the_package(case, axes, tokenizer, tmp_path):
-    tiny = Tiny(*case)
+def test_with_the_package(tiny, axes, tokenizer, tmp_path):
     pruned = tiny.pruned(axes)
     save_checkpoint(pruned, tokenizer, tmp_path / "out", card="", extras={})
     expected = logits(pruned, tiny.input_ids)

@@ -164,7 +164,7 @@ def causal_language_model(model: Any) -> Any:
                 f"{path or 'the model'} was compiled in place, which prunus cannot take off; load the model again, and "
                 "compile the result"
             )
-        holds = any(parameter is not None for parameter in part._parameters.values())
+        holds = next(part.parameters(recurse=False), None) is not None
         if holds and not any(path == place or path.startswith(place + ".") for place in described):
             raise UnsupportedModelError(
                 f"the model holds {path or 'parameters'!r}, which the family {family.model_type!r} does not describe, "

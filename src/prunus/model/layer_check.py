@@ -24,7 +24,7 @@ def check_layer(dimensions: Dimensions, layer_idx: int, layer: nn.Module) -> Non
     untouched = tuple(path for block in blocks for path in (*block.untouched, *block.norms))
     stacks = {stack.path for block in blocks for stack in block.stacks}
     for path, module in layer.named_modules():
-        own = {f"{path}.{name}".lstrip(".") for name, parameter in module._parameters.items() if parameter is not None}
+        own = {f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
         if own - stacks and path not in described and path not in untouched:
             raise UnsupportedModelError(
                 f"layer {layer_idx} holds {path!r} ({type(module).__name__}), which the family "
