@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from prunus.calibration.decoding_attention import decoding_attention
 from prunus.errors import NonFiniteError
 from prunus.model.evaluation_mode import evaluation_mode
 
@@ -60,7 +61,7 @@ def continuations(
         row[: len(prompt)] = prompt
     stops = torch.tensor(sorted(stop), dtype=torch.int64)
     ended = torch.zeros(len(prompts), dtype=torch.bool)
-    with evaluation_mode(model):
+    with evaluation_mode(model), decoding_attention(model):
         for place in range(1, length):
             read = tokens[:, place - 1 : place].to(model.device)
             output = model(input_ids=read, **cache, use_cache=True, logits_to_keep=1)

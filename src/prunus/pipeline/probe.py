@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prunus.calibration import Batch, calibration_from_tokens
+from prunus.calibration.decoding_attention import decoding_attention
 from prunus.calibration.sampled import cache_argument, draw_tokens, token_cache
 from prunus.checkpoint import empty_model, pruned_config
 from prunus.checkpoint.random_weights import random_weights
@@ -143,7 +145,7 @@ class Probe:
         Args:
             rows: texts.
             context: tokens before the new one.
-            draws: whether it is drawn at random; else it is the most likely one.
+            draws: whether it is drawn at random, as text for calibration is; else it is the most likely one.
         """
         head, shape = head_function(self._model), self._geometry
         cache = token_cache(self._model.config, context + STEPS)
@@ -168,8 +170,8 @@ class Probe:
                 if draws:
                     draw_tokens(logits, torch.Generator().manual_seed(0))
 
-        with evaluation_mode(self._model):
-            below = self._seconds(("layers", rows, context), layers, 2, first=1) * self.scale
+        with evaluation_mode(self._model), decoding_attention(self._model) if draws else nullcontext():
+            below = self._seconds(("layers", rows, context, draws), layers, 2, first=1) * self.scale
             return below + self._seconds(("choose", rows, draws), choose, 2, first=1)
 
     def sums(self, inputs: int, outputs: int, seq_len: int) -> float:
