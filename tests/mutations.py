@@ -43,6 +43,28 @@ class Mutation:
 
 NUMBERS, STATISTICS, NOISE = "test_scales_of_numbers.py", "test_statistics.py", "test_noise.py"
 MUTATIONS = (
+    # text that the model writes
+    Mutation(
+        "decoding_attention.py",
+        'scale=options.get("scaling")',
+        "scale=None",
+        ("test_decoding_attention.py",),
+        "scores of new tokens without the family's own scale",
+    ),
+    Mutation(
+        "decoding_attention.py",
+        "grouped = query.reshape(batch, groups, heads // groups, size)",
+        "grouped = query.reshape(batch, heads // groups, groups, size).transpose(1, 2)",
+        ("test_decoding_attention.py",),
+        "a new token's query heads see the keys of other groups",
+    ),
+    Mutation(
+        "decoding_attention.py",
+        "attn_mask=attention_mask",
+        "attn_mask=None",
+        ("test_decoding_attention.py",),
+        "a new token sees what is hidden",
+    ),
     # experts
     Mutation(
         "routing.py",
