@@ -69,3 +69,12 @@ def test_a_failure_leaves_the_model_as_it_was():
     with pytest.raises(KeyError), decoding_attention(model):
         raise KeyError
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_torch_s_attention_cannot_do_is_refused_as_transformers_does():
+    model, ids = make_model("llama", "gqa"), random_tokens(2, 12)
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+    attention.forward = lambda *arguments, **options: forward(*arguments, **options, softcap=30.0)
+    with pytest.raises(ValueError, match="softcap"), decoding_attention(model):
+        model(input_ids=ids[:, :1])

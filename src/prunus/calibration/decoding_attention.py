@@ -44,7 +44,8 @@ def _attend(
     batch, heads, tokens, size = query.shape
     groups = key.shape[1]
     by_head = attention_mask is not None and attention_mask.shape[1] > 1
-    if tokens > 1 or by_head or options.get("dropout") or options.get("position_bias") is not None:
+    unusual = options.get("dropout") or any(options.get(name) is not None for name in ("position_bias", "softcap"))
+    if tokens > 1 or by_head or unusual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     grouped = query.reshape(batch, groups, heads // groups, size)
     # A new token sees all that is stored, but for what the mask hides: nothing is causal in it.
