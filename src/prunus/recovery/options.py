@@ -14,7 +14,7 @@ from prunus.option_values import check_seed, check_whole
 __all__ = ["Decay", "Precision", "RecoveryOptions", "TextOptions", "Trained"]
 
 Trained = Literal["layers", "lora", "full"]
-Decay = Literal["cosine", "linear", "constant"]
+Decay = Literal["linear", "cosine", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
 
 #: peak learning rate of adapters
@@ -116,7 +116,7 @@ class RecoveryOptions:
         vocabulary: so many entries of the vocabulary, drawn anew for every forward pass, stand for all of it in the
             loss; null = all of it. Held-out losses are of all.
         warmup: share of the run in which the learning rate rises.
-        decay: how it falls afterwards: to 0 along a cosine or a line, or not at all.
+        decay: how it falls afterwards: to 0 along a line or a cosine, or not at all.
         weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to this norm.
         checkpoints: how many times in the run the held-out loss is measured and a checkpoint is written.
@@ -139,7 +139,7 @@ class RecoveryOptions:
     temperature: float = 1.0
     vocabulary: int | None = 8192
     warmup: float = 0.05
-    decay: Decay = "cosine"
+    decay: Decay = "linear"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     checkpoints: int = 10
