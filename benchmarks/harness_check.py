@@ -24,13 +24,21 @@ from typing import Any
 from prunus.checkpoint import load_model
 from prunus.evaluation.zero_shot import Task, answers, load_tasks
 
-#: the harness' own definitions of these tasks, but for where the items come from; arc_easy's file has the choices as a
-#: list and the right one by number
+#: choices as the data sets have them, or as a list with the right one by number
+LISTED = {
+    "doc_to_target": "{{gold if answerKey is not defined or answerKey is none else "
+    "choices.label.index(answerKey.strip())}}",
+    "doc_to_choice": "{{choices if choices is not mapping else choices.text}}",
+}
+#: the harness' own definitions of these tasks, but for where the items come from
 PROMPTS: dict[str, dict[str, Any]] = {
-    "arc_easy": {
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_target": "{{gold}}",
-        "doc_to_choice": "{{choices}}",
+    "arc_challenge": {"doc_to_text": "Question: {{question}}\nAnswer:", **LISTED},
+    "arc_easy": {"doc_to_text": "Question: {{question}}\nAnswer:", **LISTED},
+    "openbookqa": {"doc_to_text": "{{question_stem}}", **LISTED},
+    "social_iqa": {
+        "doc_to_text": "Q: {{context}} {{question}}\nA:",
+        "doc_to_target": "{{label | int - 1}}",
+        "doc_to_choice": "{{[answerA, answerB, answerC]}}",
     },
     "piqa": {
         "doc_to_text": "Question: {{goal}}\nAnswer:",
@@ -43,8 +51,8 @@ PROMPTS: dict[str, dict[str, Any]] = {
         "doc_to_choice": "{{[sentence[:sentence.index('_')] + option1, sentence[:sentence.index('_')] + option2]}}",
     },
 }
-#: the harness defines acc_norm for no winogrande
-METRICS = {"arc_easy": ("acc", "acc_norm"), "piqa": ("acc", "acc_norm"), "winogrande": ("acc",)}
+#: the harness defines no acc_norm for two of them
+METRICS = {name: ("acc",) if name in ("social_iqa", "winogrande") else ("acc", "acc_norm") for name in PROMPTS}
 
 
 def write_task(folder: Path, name: str, items: Path) -> str:
@@ -116,7 +124,7 @@ def compare(task: Task, ours: list[tuple[bool, bool]], theirs: list[dict[str, An
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a model folder")
-    parser.add_argument("--tasks", type=Path, required=True, help="folder of arc_easy*, piqa*, winogrande*.jsonl")
+    parser.add_argument("--tasks", type=Path, required=True, help="folder of task files for `prunus eval`")
     parser.add_argument("--items", type=int, default=50, help="first so many items of each task")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", default="float32", help="of the model, for both")

@@ -456,6 +456,8 @@ KINDS: dict[str, Kind] = {
     "text": Kind("text.txt", [*PRUNE, "{}/text.txt"], damage_bytes, pruned),
     "arc_easy": Kind("tasks/arc_easy.jsonl", [*ASK, "{}/tasks/arc_easy.jsonl"], damage_lines, is_json),
     "piqa": Kind("tasks/piqa.jsonl", [*ASK, "{}/tasks/piqa.jsonl"], damage_lines, is_json),
+    "openbookqa": Kind("tasks/openbookqa.jsonl", [*ASK, "{}/tasks/openbookqa.jsonl"], damage_lines, is_json),
+    "social_iqa": Kind("tasks/social_iqa.jsonl", [*ASK, "{}/tasks/social_iqa.jsonl"], damage_lines, is_json),
     "winogrande": Kind("tasks/winogrande.jsonl", [*ASK, "{}/tasks/winogrande.jsonl"], damage_lines, is_json),
     "recovery inputs": Kind("finished/recovery-inputs.json", FINISHED, holds=recovered, weight=0.5),
     "recovery trained": Kind("finished/recovery-trained.json", FINISHED, holds=recovered),
@@ -526,6 +528,19 @@ def build(place: Path) -> Path:
     tasks.mkdir()
     records = {
         "arc_easy": {"question": "What is wet?", "choices": ["water", "sand", "air"], "gold": 0},
+        "openbookqa": {
+            "question_stem": "Ice is",
+            "choices": {"text": ["cold", "hot"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
+        "social_iqa": {
+            "context": "It was cold.",
+            "question": "What now?",
+            "answerA": "a coat",
+            "answerB": "a swim",
+            "answerC": "sand",
+            "label": "1",
+        },
         "piqa": {"goal": "cut bread", "sol1": "use a knife", "sol2": "use a spoon", "label": 0},
         "winogrande": {
             "sentence": "The cup did not fit as _ was big.",

@@ -17,6 +17,44 @@ RECORDS = {
         {"id": "b", "question": "Why?", "choices": ["because of the sun", "no", "yes"], "gold": 2},
         {"id": "c", "question": "Where does it occur?", "choices": ["here", "over there"], "gold": 1},
     ],
+    "arc_challenge": [
+        {
+            "question": "Which is a metal?",
+            "choices": {"text": ["iron", "old wood", "salt"], "label": ["A", "B", "C"]},
+            "answerKey": "C",
+        },
+        {"question": "How many?", "choices": {"text": ["one", "a few"], "label": ["1", "2"]}, "answerKey": "1"},
+    ],
+    "openbookqa": [
+        {
+            "question_stem": "The sun is",
+            "choices": {"text": ["a star", "a lamp"], "label": ["A", "B"]},
+            "answerKey": "A ",
+        },
+        {
+            "question_stem": "Ice melts when it is",
+            "choices": {"text": ["warm", "in the dark"], "label": ["A", "B"]},
+            "answerKey": "B",
+        },
+    ],
+    "social_iqa": [
+        {
+            "context": "Kai lent Lee a coat.",
+            "question": "Why?",
+            "answerA": "it was cold",
+            "answerB": "to annoy",
+            "answerC": "no",
+            "label": "1",
+        },
+        {
+            "context": "Jo ran.",
+            "question": "What next?",
+            "answerA": "rest",
+            "answerB": "sing a song",
+            "answerC": "fly",
+            "label": "3",
+        },
+    ],
     "piqa": [
         {"goal": "open a jar", "sol1": "turn the lid", "sol2": "sing to the jar quietly", "label": 0},
         {"goal": "ice", "sol1": "freeze water", "sol2": "boil it", "label": 1},
@@ -64,8 +102,13 @@ def write(tmp_path, name, records=None):
 
 def prompts(name, record):
     """Context and continuation of every choice, by the task's description."""
-    if name == "arc_easy":
-        return [(f"Question: {record['question']}\nAnswer:", f" {choice}") for choice in record["choices"]]
+    if name in ("arc_easy", "arc_challenge", "openbookqa"):
+        listed = record["choices"]
+        context = record["question_stem"] if name == "openbookqa" else f"Question: {record['question']}\nAnswer:"
+        return [(context, f" {choice}") for choice in (listed if isinstance(listed, list) else listed["text"])]
+    if name == "social_iqa":
+        context = f"Q: {record['context']} {record['question']}\nA:"
+        return [(context, f" {record[key]}") for key in ("answerA", "answerB", "answerC")]
     if name == "piqa":
         return [(f"Question: {record['goal']}\nAnswer:", f" {record[key]}") for key in ("sol1", "sol2")]
     head, tail = record["sentence"].split("_")
@@ -73,9 +116,11 @@ def prompts(name, record):
 
 
 def gold(name, record):
-    return {"arc_easy": lambda: record["gold"], "piqa": lambda: record["label"]}.get(
-        name, lambda: int(record["answer"]) - 1
-    )()
+    if "answerKey" in record:
+        return "ABC".find(record["answerKey"].strip()) if record["answerKey"] != "1" else 0
+    if "answer" in record:
+        return int(record["answer"]) - 1
+    return record["gold"] if "gold" in record else int(record["label"]) - (name == "social_iqa")
 
 
 @torch.no_grad()
@@ -170,7 +215,7 @@ def test_tasks_of_a_folder(tmp_path):
         load_tasks([tmp_path, tmp_path / "winogrande_test.jsonl"])
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(OptionError, match=r"empty holds no task: its \.jsonl files are named after one of arc_easy"):
+    with pytest.raises(OptionError, match=r"empty holds no task: its \.jsonl files are named after one of arc_ch"):
         load_tasks([empty])
 
 
@@ -182,7 +227,7 @@ def test_limit(model, tmp_path):
 
 
 def test_files_that_are_no_tasks(tmp_path):
-    with pytest.raises(OptionError, match=r"other\.jsonl names no task that is known; name it after one of arc_easy"):
+    with pytest.raises(OptionError, match=r"other\.jsonl names no task that is known; name it after one of arc_ch"):
         load_task(tmp_path / "other.jsonl")
     with pytest.raises(OptionError, match="cannot read the task file"):
         load_task(tmp_path / "piqa.jsonl")
@@ -200,6 +245,13 @@ def test_files_that_are_no_tasks(tmp_path):
         ("arc_easy", {"question": "?", "choices": "abc", "gold": 0}),
         ("arc_easy", {"question": "?", "choices": ["a", "b"], "gold": 1.5}),
         ("arc_easy", {"question": "?", "choices": ["a", 2], "gold": 0}),
+        ("arc_challenge", {"question": "?", "choices": ["a", "b"]}),
+        ("arc_challenge", {"question": "?", "choices": ["a", "b"], "answerKey": "A"}),
+        ("arc_challenge", {"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"}),
+        ("arc_challenge", {"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "gold": 1}),
+        ("arc_easy", {"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B", "C"]}, "answerKey": "C"}),
+        ("openbookqa", {"question": "?", "choices": ["a", "b"], "gold": 0}),
+        ("social_iqa", {"context": "x", "question": "?", "answerA": "a", "answerB": "b", "answerC": "c", "label": 0}),
         ("piqa", {"goal": "?", "sol1": "a", "sol2": "b", "label": True}),
         ("piqa", {"goal": "?", "sol1": "a", "sol2": "b", "label": "٣"}),
         ("piqa", {"goal": "?", "sol1": "a", "label": 0}),

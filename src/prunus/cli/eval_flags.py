@@ -62,7 +62,7 @@ class _Measure:
         seq_len: tokens per window of a text; windows do not overlap. By default 2048, or as many as the model has
             positions for if those are fewer.
         windows: only the first so many windows of each text.
-        tasks: zero-shot tasks: JSON-lines files named after arc_easy, piqa or winogrande, or folders of them.
+        tasks: zero-shot tasks: JSON-lines files named after a task, as in arc_easy_test.jsonl, or folders of them.
         items: only the first so many items of each task, also of the harness' tasks.
         harness: tasks by lm-evaluation-harness itself; needs the package lm-eval.
         generate: continue a few prompts greedily.

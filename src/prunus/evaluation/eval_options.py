@@ -23,7 +23,7 @@ class EvalOptions:
         windows: only the first so many windows of each text.
         begin_token: where the tokenizer puts a token before every text, as for Llama 3 and Gemma, begin each window
             with it. GPTQ and the tools after it do not.
-        tasks: zero-shot tasks: JSON-lines files named after arc_easy, piqa or winogrande, or folders of them.
+        tasks: zero-shot tasks: JSON-lines files named after a task, as in arc_easy_test.jsonl, or folders of them.
         items: only the first so many items of each task, also of the harness' tasks.
         harness: tasks by lm-evaluation-harness itself; needs the package lm-eval.
         harness_path: folders of task files (YAML) for the harness, besides its own.

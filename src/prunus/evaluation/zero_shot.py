@@ -5,8 +5,11 @@ question. `accuracy` compares summed log-likelihoods, `accuracy_norm` those divi
 choice. Nothing is shown before the question. The tokenizer adds the special tokens that it always adds (Llama's `<s>`,
 for one), unless the text starts with one. A text longer than the model's context loses tokens at its start.
 
-    arc_easy    "Question: {question}\nAnswer:" + " {choice}"
+    arc_easy, arc_challenge
+                "Question: {question}\nAnswer:" + " {choice}"
+    openbookqa  "{question_stem}" + " {choice}"
     piqa        "Question: {goal}\nAnswer:" + " {solution}"
+    social_iqa  "Q: {context} {question}\nA:" + " {answer}"
     winogrande  the sentence up to the gap with either option + the rest of the sentence, which is what is scored;
                 its length is the same for both, so the two accuracies agree
 
@@ -14,7 +17,7 @@ Log-softmax is float32. The harness takes it in the model's dtype unless it is t
 log-likelihoods in bfloat16 has 8 bits, and choices tie. In float32 both give the same answer to every item, see
 benchmarks/harness_check.py.
 
-Source: Gao et al., "A framework for few-shot language model evaluation" (tasks arc_easy, piqa and winogrande).
+Source: Gao et al., "A framework for few-shot language model evaluation" (the tasks of these names).
 """
 
 from __future__ import annotations
@@ -122,8 +125,7 @@ def _whole(value: Any) -> Any:
     return value
 
 
-def _question(question: str, choices: Sequence[str], gold: int) -> Item:
-    context = f"Question: {question}\nAnswer:"
+def _asked(context: str, choices: Sequence[str], gold: int) -> Item:
     return Item(tuple((context, f" {choice}") for choice in choices), tuple(len(choice) for choice in choices), gold)
 
 
@@ -132,13 +134,40 @@ _Number = Annotated[int, Field(strict=False, ge=0, lt=2**31), BeforeValidator(_w
 _Text = Annotated[str, Field(min_length=1)]
 
 
-class _ArcEasy(FileContent):
+class _Lettered(FileContent):
+    text: Annotated[list[_Text], Field(min_length=2)]
+    label: list[str]
+
+
+class _Choices(FileContent):
+    """Choices as a list, the right one by its number; or as data sets of the Hub have them, by its letter."""
+
+    choices: Annotated[list[_Text], Field(min_length=2)] | _Lettered
+    gold: _Number | None = None
+    answerKey: str | None = None
+
+    def answered(self, context: str) -> Item:
+        if isinstance(self.choices, list):
+            if self.gold is None:
+                raise ValueError("gold: Field required beside a list of choices")
+            return _asked(context, self.choices, self.gold)
+        if self.answerKey is None or (key := self.answerKey.strip()) not in self.choices.label:
+            raise ValueError(f"answerKey is {self.answerKey!r}, which is no label of a choice")
+        return _asked(context, self.choices.text, self.choices.label.index(key))
+
+
+class _Arc(_Choices):
     question: str
-    choices: Annotated[list[_Text], Field(min_length=2)]
-    gold: _Number
 
     def item(self) -> Item:
-        return _question(self.question, self.choices, self.gold)
+        return self.answered(f"Question: {self.question}\nAnswer:")
+
+
+class _OpenBookQa(_Choices):
+    question_stem: str
+
+    def item(self) -> Item:
+        return self.answered(self.question_stem)
 
 
 class _Piqa(FileContent):
@@ -148,7 +177,20 @@ class _Piqa(FileContent):
     label: _Number
 
     def item(self) -> Item:
-        return _question(self.goal, [self.sol1, self.sol2], self.label)
+        return _asked(f"Question: {self.goal}\nAnswer:", [self.sol1, self.sol2], self.label)
+
+
+class _SocialIqa(FileContent):
+    context: str
+    question: str
+    answerA: _Text
+    answerB: _Text
+    answerC: _Text
+    label: _Number
+
+    def item(self) -> Item:
+        context = f"Q: {self.context} {self.question}\nA:"
+        return _asked(context, [self.answerA, self.answerB, self.answerC], self.label - 1)
 
 
 class _Winogrande(FileContent):
@@ -167,9 +209,12 @@ class _Winogrande(FileContent):
 
 
 #: what a line of a task's file holds, and how it becomes an item
-TASKS: dict[str, type[_ArcEasy | _Piqa | _Winogrande]] = {
-    "arc_easy": _ArcEasy,
+TASKS: dict[str, type[_Arc | _OpenBookQa | _Piqa | _SocialIqa | _Winogrande]] = {
+    "arc_challenge": _Arc,
+    "arc_easy": _Arc,
+    "openbookqa": _OpenBookQa,
     "piqa": _Piqa,
+    "social_iqa": _SocialIqa,
     "winogrande": _Winogrande,
 }
 
@@ -178,8 +223,10 @@ def load_task(path: str | Path, name: str | None = None) -> Task:
     """Read a task from JSON lines.
 
     Args:
-        path: the file; fields as the data sets have them (ARC: question, choices, gold; PIQA: goal, sol1, sol2, label;
-            WinoGrande: sentence, option1, option2, answer).
+        path: the file; fields as the data sets have them on the Hub (ARC: question, choices, answerKey; OpenBookQA:
+            question_stem, choices, answerKey; PIQA: goal, sol1, sol2, label; Social IQa: context, question, answerA,
+            answerB, answerC, label; WinoGrande: sentence, option1, option2, answer). `choices` may also be a list of
+            texts, with `gold`, the right one's number from 0, in place of answerKey.
         name: one of `TASKS`; None = the one that the file is named after.
 
     Raises:

@@ -71,6 +71,7 @@ class MeasuredFacts:
         protocol: windows, dtype, number of items.
         before: of the base model; None if it was not measured.
         after: of this model.
+        dataset_config: which part of the data set, where the Hub's has several.
     """
 
     dataset: str
@@ -80,6 +81,7 @@ class MeasuredFacts:
     protocol: str
     before: float | None
     after: float
+    dataset_config: str | None = None
 
     def show(self, value: float | None) -> str:
         """One of the two for a reader: perplexities with two decimals, accuracies in percent."""
@@ -239,6 +241,7 @@ def _results(measured: Sequence[MeasuredFacts]) -> list[EvalResult]:
                         task_name="Text Generation",
                         dataset_type=facts.dataset_id,
                         dataset_name=facts.dataset,
+                        dataset_config=facts.dataset_config,
                         metric_type=facts.metric,
                         metric_name=name,
                         metric_value=value,
@@ -249,7 +252,7 @@ def _results(measured: Sequence[MeasuredFacts]) -> list[EvalResult]:
 
 
 def _is_same_figure(old: EvalResult, new: EvalResult) -> bool:
-    figures = ((each.dataset_type, each.metric_type, each.metric_name) for each in (old, new))
+    figures = ((each.dataset_type, each.dataset_config, each.metric_type, each.metric_name) for each in (old, new))
     first, second = (printable_values(figure) for figure in figures)  # as a card holds them
     return first == second
 

@@ -57,8 +57,15 @@ __all__ = [
 ]
 
 FOLDER, CARD = "prunus", "README.md"
-#: the Hub's ids of the data sets that the zero-shot tasks are made from
-TASK_DATASETS = {"arc_easy": "allenai/ai2_arc", "piqa": "ybisk/piqa", "winogrande": "allenai/winogrande"}
+#: the Hub's ids of the data sets that the zero-shot tasks are made from, and the part where a set has several
+TASK_DATASETS = {
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge"),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy"),
+    "openbookqa": ("allenai/openbookqa", None),
+    "piqa": ("ybisk/piqa", None),
+    "social_iqa": ("allenai/social_i_qa", None),
+    "winogrande": ("allenai/winogrande", None),
+}
 #: lists of an evaluation, and the field that tells their entries apart
 EVALUATION_LISTS = {"perplexities": "text", "zero_shot": "task", "harness": "task", "samples": "prompt"}
 
@@ -306,12 +313,13 @@ def measured_facts(metrics: Mapping[str, Any], evaluation: Mapping[str, Any]) ->
         )
     for entry in evaluation.get("zero_shot", ()):
         task, other = entry["task"], entry_of("zero_shot", entry)
-        dataset = TASK_DATASETS.get(task, task)
+        dataset, part = TASK_DATASETS.get(task, (task, None))
         protocol = f"zero-shot, {entry['items']} items, by the rules of lm-evaluation-harness"
         # WinoGrande's choices are compared by one text, so its two accuracies are one.
         for metric, name in {"acc": "accuracy", "acc_norm": "accuracy_norm"}.items():
             if (task, metric) != ("winogrande", "acc_norm"):
-                figures.append(MeasuredFacts(task, dataset, "accuracy", metric, protocol, other.get(name), entry[name]))
+                values = other.get(name), entry[name]
+                figures.append(MeasuredFacts(task, dataset, "accuracy", metric, protocol, *values, part))
     for entry in evaluation.get("harness", ()):
         task, other = entry["task"], entry_of("harness", entry).get("metrics", {})
         shots = "" if entry["few_shot"] is None else f", {entry['few_shot']}-shot"
@@ -319,7 +327,7 @@ def measured_facts(metrics: Mapping[str, Any], evaluation: Mapping[str, Any]) ->
         for name, value in entry["metrics"].items():
             metric = "accuracy" if name.split(" ")[0] in ("acc", "acc_norm") else name
             figures.append(MeasuredFacts(task, task, metric, name, protocol, other.get(name), value))
-    return list({(figure.dataset_id, figure.metric_name): figure for figure in figures}.values())
+    return list({(figure.dataset_id, figure.dataset_config, figure.metric_name): figure for figure in figures}.values())
 
 
 def speed_notes(speed: Mapping[str, Any] | None) -> list[str]:
