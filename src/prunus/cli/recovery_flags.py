@@ -74,8 +74,8 @@ class _Training:
             whichever comes first.
         train: layers = all weights but the embeddings, the default; lora = adapters of low rank on every projection,
             merged at the end; full = all weights.
-        learning_rate: its peak; by default 1e-3 for lora, and for weights 0.35 divided by the hidden size.
-        batch_size: sequences per optimizer step, over all processes; 4 by default.
+        learning_rate: its peak; by default 1e-3 for lora, and for weights by the model's width and the tokens per step.
+        batch_size: sequences per optimizer step, over all processes; by default 1 on a CPU, 4 elsewhere.
     """
 
     max_steps: int | None = None

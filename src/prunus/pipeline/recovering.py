@@ -87,7 +87,7 @@ def _stages(prepared: Prepared, student: Any) -> dict[str, float]:
     held_out = len(prepared.held_out) * job.text.seq_len
     limits = [60 * options.max_minutes] if options.max_minutes else []
     if prepared.steps is not None:
-        steps = prepared.steps * options.batch_size * job.text.seq_len * step
+        steps = prepared.steps * prepared.batch_size * job.text.seq_len * step
         limits.append(steps + options.checkpoints * held_out * measuring)
     return {
         LOADING: SMALL_FILES + bytes_read / READING,

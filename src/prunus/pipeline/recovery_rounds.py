@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from prunus.calibration.loading import check_counts
+from prunus.checkpoint import resolve_device
 from prunus.errors import OptionError
 from prunus.option_values import check_whole
 from prunus.pipeline.options import CalibrationOptions
@@ -105,11 +106,11 @@ class RecoveryRounds:
         )
         if text.written and text.samples is None and self.tokens is None:
             text = replace(text, samples=WRITTEN_SAMPLES)
-        steps = None
+        steps, batch = None, options.sequences_per_step(resolve_device(run.device).type)
         if self.tokens is not None:
-            steps = max(1, round(share * self.tokens / (options.batch_size * seq_len)))
+            steps = max(1, round(share * self.tokens / (batch * seq_len)))
         if text.samples is None and self.tokens is not None:
             # As many in every round, or other sequences would be held out.
-            text = replace(text, samples=max(options.batch_size, math.ceil(self.tokens / seq_len)))
+            text = replace(text, samples=max(batch, math.ceil(self.tokens / seq_len)))
         limits = replace(options, max_steps=steps, max_minutes=self.minutes and self.minutes * share)
         return RecoveryJob(model, dense, text, limits, PlaceOptions(run.device, run.max_memory))

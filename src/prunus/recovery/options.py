@@ -19,11 +19,16 @@ Precision = Literal["auto", "bfloat16", "float32"]
 
 #: peak learning rate of adapters
 ADAPTER_RATE = 1e-3
-#: peak learning rate of weights, times the width of the residual stream: 6e-4 for SmolLM2-135M, where it was measured
-#: (benchmarks/RESULTS.md), and 9e-5 at a width of 4096, about the 1e-4 of Minitron for 8B (arXiv 2407.14679)
+#: peak learning rate of weights in steps of `TOKENS_OF_RATE`, times the width of the residual stream: 6e-4 for
+#: SmolLM2-135M, where it was measured (benchmarks/LOG.md), and 9e-5 at a width of 4096, about the 1e-4 of Minitron for
+#: 8B (arXiv 2407.14679). It grows with the root of the tokens per step, as the noise of their gradient falls.
 WEIGHT_RATE_BY_WIDTH = 0.35
+TOKENS_OF_RATE = 2048
 #: and at most
 LARGEST_WEIGHT_RATE = 1e-3
+#: sequences per step: the fewer, the more a token gains (benchmarks/LOG.md), and where many at once are faster, more
+BATCHES = {"cpu": 1}
+BATCHES_ELSEWHERE = 4
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,10 @@ class RecoveryOptions:
             end; full = all weights.
         lora_rank: rank of the adapters.
         lora_alpha: factor on them, times the rank; by default twice the rank.
-        learning_rate: its peak; by default 1e-3 for lora, and for weights 0.35 divided by the hidden size, at most
-            1e-3.
-        batch_size: sequences per optimizer step, over all processes.
+        learning_rate: its peak; by default 1e-3 for lora, and for weights 0.35 divided by the hidden size in steps of
+            2,048 tokens, in others times the root of tokens / 2,048, at most 1e-3.
+        batch_size: sequences per optimizer step, over all processes; by default 1 on a CPU, 4 elsewhere, and at least
+            one per process.
         micro_batch: sequences per forward pass; by default at most 2 on a CPU, at most 8 elsewhere. Fewer
             take less memory.
         kl_weight: share of the distillation loss: KL divergence of the model's next-token distribution from that of
@@ -131,7 +137,7 @@ class RecoveryOptions:
     lora_rank: int = 32
     lora_alpha: float | None = None
     learning_rate: float | None = None
-    batch_size: int = 4
+    batch_size: int | None = None
     micro_batch: int | None = None
     kl_weight: float = 1.0
     ce_weight: float = 0.0
@@ -164,7 +170,7 @@ class RecoveryOptions:
             raise OptionError(f"`warmup` is {self.warmup}; it is a share of the run, from 0 to below 1")
         if self.train != "lora" and self.lora_alpha is not None:
             raise OptionError(f"`lora_alpha` goes with `train` lora, and `train` is {self.train}; leave it out")
-        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+        if self.micro_batch is not None and self.batch_size is not None and self.batch_size % self.micro_batch:
             raise OptionError(f"`micro_batch` is {self.micro_batch}; it must divide `batch_size`, {self.batch_size}")
 
     @property
@@ -172,11 +178,20 @@ class RecoveryOptions:
         """Whether the loss asks for the dense model."""
         return bool(self.kl_weight or self.hidden_weight)
 
-    def peak_rate(self, hidden_size: int) -> float:
-        """The learning rate at its peak, for a model of this width."""
+    def sequences_per_step(self, device: str, processes: int = 1) -> int:
+        """The batch size, by default that for a kind of device and so many processes."""
+        if self.batch_size is not None:
+            return self.batch_size
+        wanted, each = BATCHES.get(device, BATCHES_ELSEWHERE), processes * (self.micro_batch or 1)
+        return math.ceil(wanted / each) * each
+
+    def peak_rate(self, hidden_size: int, tokens: int) -> float:
+        """The learning rate at its peak, for a model of this width and so many tokens per step."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return ADAPTER_RATE if self.train == "lora" else min(LARGEST_WEIGHT_RATE, WEIGHT_RATE_BY_WIDTH / hidden_size)
+        if self.train == "lora":
+            return ADAPTER_RATE
+        return min(LARGEST_WEIGHT_RATE, WEIGHT_RATE_BY_WIDTH / hidden_size * math.sqrt(tokens / TOKENS_OF_RATE))
 
     @property
     def alpha(self) -> float:

@@ -39,7 +39,7 @@ class Prepared:
     """A recovery job with everything that it leaves open decided.
 
     Attributes:
-        job: what was asked for, with a learning rate.
+        job: what was asked for, with a learning rate and a batch size.
         folder: of the pruned model.
         tokenizer: its tokenizer.
         teacher: folder of the dense model; None where the loss needs none.
@@ -87,25 +87,32 @@ class Prepared:
         Raises:
             PrunusError: whatever is wrong with options, models or text.
         """
-        options = job.recovery
         device = _place(job.run.device)
-        micro_batch = _micro_batch(options, device)
+        batch = job.recovery.sequences_per_step(device.type, number_of_processes())
+        options = replace(job.recovery, batch_size=batch)
+        micro_batch = _micro_batch(options, batch, device)
         folder = locate(job.model)
         config, tokenizer = read_small_files(folder)
         check_seq_len(config, job.text.seq_len)
-        rate = options.peak_rate(config.get_text_config().hidden_size)
+        rate = options.peak_rate(config.get_text_config().hidden_size, batch * job.text.seq_len)
         job = replace(job, recovery=replace(options, learning_rate=rate))
         card_without_figures(folder)  # or the result of the training could not be described
         dense, layers = _teacher(job, folder, config, tokenizer)
         teacher, writer = dense if job.recovery.needs_teacher else None, dense if job.text.written else None
         bfloat16 = _fast_in_bfloat16(device, config) if options.precision == "auto" else options.precision == "bfloat16"
         check_memory(job, folder, teacher, device, bfloat16=bfloat16, tokens=micro_batch * job.text.seq_len)
-        train_on, held_out = _sequences(job, config, tokenizer, writer, device, beside, apart, progress)
+        train_on, held_out = _sequences(job, batch, config, tokenizer, writer, device, beside, apart, progress)
         steps = options.max_steps
         if steps is None and options.max_minutes is None:
-            steps = len(train_on) // options.batch_size
+            steps = len(train_on) // batch
         models = folder, tokenizer, teacher, writer, layers
         return cls(job, *models, train_on, held_out, steps, device, bfloat16, micro_batch)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per step, over all processes."""
+        assert self.job.recovery.batch_size is not None
+        return self.job.recovery.batch_size
 
     @property
     def expected_bytes(self) -> int:
@@ -140,6 +147,7 @@ def _teacher(job: RecoveryJob, folder: Path, config: Any, tokenizer: Any) -> tup
 
 def _sequences(
     job: RecoveryJob,
+    batch_size: int,
     config: Any,
     tokenizer: Any,
     writer: Path | None,
@@ -150,14 +158,14 @@ def _sequences(
 ) -> tuple[Calibration, Calibration]:
     """Sequences to train on, and those that are held out, checked against the model."""
     options = job.recovery
-    needed = options.max_steps * options.batch_size if options.max_steps else None
+    needed = options.max_steps * batch_size if options.max_steps else None
     wanted_sequences(job.text, needed)  # before a model is read that would write them
     if writer is not None and beside is None:
         return unwritten_sequences(job.text, needed)
     how: dict[str, Any] = {"keep": beside, "apart": apart, "progress": progress}
     if writer is not None:
         how["writer"] = load_model(str(writer), device=device)[0]
-    train_on, held_out = load_sequences(job.text, tokenizer, needed, options.batch_size, **how)
+    train_on, held_out = load_sequences(job.text, tokenizer, needed, batch_size, **how)
     for part in (train_on, held_out):
         check_token_ids(config, part.input_ids)
     if len(train_on) == MOST_SAMPLES and job.text.samples is None and is_first():
@@ -176,11 +184,11 @@ def _place(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if place.type == "cuda" else place
 
 
-def _micro_batch(options: RecoveryOptions, device: torch.device) -> int:
+def _micro_batch(options: RecoveryOptions, batch_size: int, device: torch.device) -> int:
     processes = number_of_processes()
-    own, left = divmod(options.batch_size, processes)
+    own, left = divmod(batch_size, processes)
     if left:
-        raise OptionError(f"`batch_size` is {options.batch_size}; it must be a multiple of the {processes} processes")
+        raise OptionError(f"`batch_size` is {batch_size}; it must be a multiple of the {processes} processes")
     if options.micro_batch is not None:
         if own % options.micro_batch:
             raise OptionError(

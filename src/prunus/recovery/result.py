@@ -85,7 +85,7 @@ def facts_of(prepared: Prepared, trained: Mapping[str, Any], measured: Perplexit
         "trained_parameters": trained["trained_parameters"],
         "steps": trained["steps"],
         "best_step": trained["best_step"],
-        "tokens": trained["steps"] * options.batch_size * job.text.seq_len,
+        "tokens": trained["steps"] * prepared.batch_size * job.text.seq_len,
         "seconds": round(trained["seconds"], 1),
         "held_out_loss": {"before": before, "after": after, "dense": dense},
         "protocol": measured.protocol,

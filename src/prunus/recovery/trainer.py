@@ -88,6 +88,7 @@ def training_arguments(
     seed: int,
     device: torch.device,
     bfloat16: bool,
+    batch_size: int,
     micro_batch: int,
     held_out: int,
 ) -> TrainingArguments:
@@ -100,6 +101,7 @@ def training_arguments(
         seed: of the order of sequences.
         device: cpu, cuda or mps.
         bfloat16: dtype of forward and backward passes; else float32.
+        batch_size: sequences per step, over all processes.
         micro_batch: sequences per forward pass.
         held_out: number of held-out sequences, a multiple of that of processes.
     """
@@ -110,7 +112,7 @@ def training_arguments(
         per_device_train_batch_size=micro_batch,
         # Trainer takes a mean over batches: all have to be of one size, and each process to have as many.
         per_device_eval_batch_size=max(n for n in range(1, micro_batch + 1) if held_out // processes % n == 0),
-        gradient_accumulation_steps=options.batch_size // (micro_batch * processes),
+        gradient_accumulation_steps=batch_size // (micro_batch * processes),
         learning_rate=options.learning_rate or 0.0,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,

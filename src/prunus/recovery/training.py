@@ -172,6 +172,7 @@ def _fitted(
         seed=prepared.job.text.order,
         device=prepared.device,
         bfloat16=prepared.bfloat16,
+        batch_size=prepared.batch_size,
         micro_batch=prepared.micro_batch,
         held_out=len(held_out),
     )
