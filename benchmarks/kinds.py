@@ -62,7 +62,7 @@ DEFAULT = "+".join(CalibrationOptions().source)
 def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
-    given = {name: split_documents(path, options.out, name) for name, path in options.calibration.items()}
+    given = {name: split_documents(place, options.out, name) for name, place in options.calibration.items()}
     model, tokenizer = prunus.load_model(options.model, device="auto")
     kinds = kinds_of_text(options, given, tokenizer)
     rows = Rows(options.out, {name: kind.provenance.sha256 for name, kind in kinds.items()}, model_name(options.model))
@@ -70,7 +70,7 @@ def main() -> None:
     for source, seed in itertools.product(options.calibrations or given or [DEFAULT], options.seeds):
         shared: dict[str, Any] = {}
         for recipe in options.recipes:
-            job = job_of(recipe, sources_of(source, given), seed, options)
+            job = job_of(recipe, source, given, seed, options)
             # The path of a file that was parted here would differ with the folder; `kinds` tells its content.
             named_alike = replace(job, ratio=0.0, calibration=replace(job.calibration, source=(source,)))
             digest = hashlib.sha256(job_text(named_alike).encode()).hexdigest()[:16]
@@ -92,18 +92,23 @@ def main() -> None:
     print(table, end="")
 
 
-def sources_of(words: str, given: Mapping[str, str]) -> tuple[str, ...]:
-    """The sources of `c4:2+self`, with the file in the place of a name that was given."""
+def sources_of(words: str, given: Mapping[str, Text]) -> tuple[tuple[str, ...], str | None]:
+    """The sources of `c4:2+self`, with the file in the place of a name that was given, and the files' chat column."""
     names = [word.partition(":") for word in words.split("+")]
-    return tuple(given.get(name, name) + colon + rest for name, colon, rest in names)
+    columns = {given[name].column for name, _, _ in names if name in given}
+    if len(columns) > 1:
+        raise SystemExit(f"{words}: files with and without conversations cannot be mixed; they are read by one column")
+    sources = tuple((given[name].path if name in given else name) + colon + rest for name, colon, rest in names)
+    return sources, next(iter(columns), None)
 
 
-def job_of(recipe: str, source: tuple[str, ...], seed: int, options: argparse.Namespace) -> Job:
+def job_of(recipe: str, words: str, given: Mapping[str, Text], seed: int, options: argparse.Namespace) -> Job:
     """The job of a row: a recipe with its settings, `default,repair.noise=0`, on a calibration text."""
     name, *settings = recipe.split(",")
-    given = {"calibration.source": source, "calibration.seed": seed}
-    given |= {"calibration.samples": options.samples, "calibration.seq_len": options.seq_len}
-    return read_job(name, settings, {"model": options.model, **given})
+    source, column = sources_of(words, given)
+    said: dict[str, Any] = {"calibration.source": source, "calibration.seed": seed, "calibration.chat_column": column}
+    said |= {"calibration.samples": options.samples, "calibration.seq_len": options.seq_len}
+    return read_job(name, settings, {"model": options.model, **said})
 
 
 def prepare(
@@ -128,20 +133,21 @@ def measure(model: Any, kinds: Mapping[str, Calibration], dense: Mapping[str, fl
     return {"perplexity": found, "relative": relative, MEAN: mean}
 
 
-def kinds_of_text(options: argparse.Namespace, given: Mapping[str, str], tokenizer: Any) -> dict[str, Calibration]:
+def kinds_of_text(options: argparse.Namespace, given: Mapping[str, Text], tokenizer: Any) -> dict[str, Calibration]:
     """The windows of every kind of text."""
     sizes: dict[str, Any] = {"samples": options.windows, "seq_len": options.eval_seq_len}
-    files = {**{name: held_out_file(path) for name, path in given.items()}, **options.kind}
+    files = {name: replace(text, path=held_out_file(text.path)) for name, text in given.items()}
+    files |= {name: Text.named(place) for name, place in options.kind.items()}
     kinds = {}
-    for name, place in files.items():
-        path, _, column = place.partition(":")
+    for name, text in files.items():
+        path = text.path
         if path == STANDARD_LIBRARY:
             kinds[name] = calibration_from_texts(standard_library(), tokenizer, **sizes, source=path)
         elif Path(path).suffix == ".txt":
             windows = cut_text(tokenizer, read_text(path), seq_len=options.eval_seq_len, max_windows=options.windows)
             kinds[name] = calibration_from_tokens(windows.ids, source=Path(path).name)
         else:
-            kinds[name] = load_calibration(path, tokenizer, **sizes, reading=Reading(chat_column=column or None))
+            kinds[name] = load_calibration(path, tokenizer, **sizes, reading=Reading(chat_column=text.column))
     return kinds
 
 
@@ -152,14 +158,29 @@ def standard_library() -> list[str]:
     return [file.read_text(encoding="utf-8") for file in files]
 
 
-def split_documents(file: str, folder: Path, name: str) -> str:
-    """Part a JSON lines file into what recipes are calibrated on, whose path is returned, and the last fifth."""
-    lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+@dataclass(frozen=True)
+class Text:
+    """A file, and the column of it that holds conversations; None where it holds text."""
+
+    path: str
+    column: str | None = None
+
+    @classmethod
+    def named(cls, place: str) -> Text:
+        """That of `FILE` or `FILE:COLUMN`."""
+        path, _, column = place.partition(":")
+        return cls(path, column or None)
+
+
+def split_documents(place: str, folder: Path, name: str) -> Text:
+    """Part a JSON lines file into what recipes are calibrated on, which is returned, and the last fifth."""
+    text = Text.named(place)
+    lines = [line for line in Path(text.path).read_text(encoding="utf-8").splitlines() if line.strip()]
     cut_at = len(lines) - len(lines) // HELD_OUT
     path = folder / f"{name}-calibration.jsonl"
     path.write_text("\n".join(lines[:cut_at]) + "\n", encoding="utf-8")
     Path(held_out_file(str(path))).write_text("\n".join(lines[cut_at:]) + "\n", encoding="utf-8")
-    return str(path)
+    return replace(text, path=str(path))
 
 
 def held_out_file(path: str) -> str:
@@ -222,7 +243,8 @@ def parse() -> argparse.Namespace:
         ("--calibration", "JSON lines; the last fifth is a kind of text of its own"),
         ("--kind", "a kind of text to measure on"),
     ):
-        parser.add_argument(flag, type=named_place, action="append", default=[], metavar="NAME=FILE", help=meaning)
+        metavar = "NAME=FILE[:COLUMN]"
+        parser.add_argument(flag, type=named_place, action="append", default=[], metavar=metavar, help=meaning)
     parser.add_argument("--calibrations", nargs="+", help="texts to calibrate on (default: those of --calibration)")
     parser.add_argument("--recipes", nargs="+", default=["default"], help="names or files, settings after commas")
     parser.add_argument("--windows", type=int, default=12, help="windows of each kind of text")
