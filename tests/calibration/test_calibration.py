@@ -514,6 +514,30 @@ def test_ptb_sentences_are_one_running_text(monkeypatch, tokenizer):
     assert re.search(r"sentence \d{4} sentence \d{4}", text_of(tokenizer, calibration.input_ids[0]))
 
 
+def test_a_mixture_is_its_parts(monkeypatch, tokenizer):
+    row = {"text": "abc", "content": "def", "prompt": "ghi", "messages": [{"role": "user", "content": "no template"}]}
+    _, calls = fake_datasets(monkeypatch, [row] * 100)
+    calibration = load_calibration(["mixture:3", "default:2"], tokenizer, samples=25, seq_len=16)
+    sets = ["allenai/c4", "wikimedia/wikipedia", "codeparrot/codeparrot-clean-valid", "HuggingFaceH4/ultrachat_200k"]
+    assert [positional[0] for positional, _ in calls] == sets
+    parts = [(part["source"], part["samples"]) for part in calibration.provenance.to_dict()["sources"]]
+    assert parts[:4] == [("c4", 6), ("wikipedia", 3), ("code", 3), ("dialogue", 3)]
+    assert parts[4][1] == 10
+    texts = [text_of(tokenizer, each.input_ids.flatten()) for each in calibration.each_source()]
+    for word, text in zip(("abc", "abc", "def", "ghi"), texts, strict=False):
+        assert word in text
+
+
+def test_dialogue_takes_whole_conversations_where_there_is_a_chat_template(monkeypatch):
+    from test_texts_and_lengths import chat_tokenizer
+
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+    fake_datasets(monkeypatch, [{"prompt": "Hello", "messages": turns}] * 100)
+    tokenizer = chat_tokenizer()
+    calibration = load_calibration("dialogue", tokenizer, samples=4, seq_len=64)
+    assert "Good day" in tokenizer.decode(calibration.input_ids.flatten())
+
+
 def test_any_data_set_by_its_id(monkeypatch, tokenizer):
     _, calls = fake_datasets(monkeypatch, [{"body": "abc"}] * 100)
     reading = Reading(text_column="body")

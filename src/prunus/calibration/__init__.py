@@ -7,7 +7,8 @@ Sources, as `load_calibration` (and `--calibration`) takes them:
     FILE.txt, FILE.md        one document
     FILE.jsonl, FILE.json    one document per line
     FILE.parquet             one document per row
-    c4, wikitext2, ptb       from the Hugging Face hub (needs the package datasets and the network)
+    c4, wikipedia, code, …   from the Hugging Face hub (needs the package datasets and the network)
+    mixture                  of four of these
     OWNER/NAME[:CONFIG[:SPLIT]]   any other text data set of the hub
 """
 

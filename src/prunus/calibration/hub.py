@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from prunus.calibration.columns import Column, TextColumn, no_column
+from prunus.calibration.columns import ChatColumn, Column, TextColumn, no_column
 from prunus.errors import CalibrationError
 from prunus.installing import install_command
 
@@ -29,6 +29,7 @@ class HubText:
         column: the column with the text, or with conversations.
         joiner: what the rows are joined by when all of them are one running text; None when a row is a document.
         revision: branch to read; None for the main one.
+        chat: column with conversations, which is read instead where the tokenizer has a chat template.
     """
 
     path: str
@@ -37,6 +38,7 @@ class HubText:
     column: Column
     joiner: str | None = None
     revision: str | None = None
+    chat: str | None = None
 
 
 HUB_NAMES: Mapping[str, HubText] = {
@@ -52,13 +54,20 @@ HUB_NAMES: Mapping[str, HubText] = {
         joiner=" ",
         revision="refs/convert/parquet",
     ),
+    "wikipedia": HubText("wikimedia/wikipedia", "20231101.en", "train", TextColumn("text")),
+    # files of Python
+    "code": HubText("codeparrot/codeparrot-clean-valid", None, "train", TextColumn("content")),
+    # without a chat template what the users of the conversations began with
+    "dialogue": HubText("HuggingFaceH4/ultrachat_200k", None, "train_sft", TextColumn("prompt"), chat="messages"),
 }
 
 
-def hub_text(source: str, column: Column) -> HubText:
+def hub_text(source: str, column: Column, tokenizer: Any) -> HubText:
     """The data set that a name stands for: a short name, whose column is known, or `owner/name[:config[:split]]`."""
     if source in HUB_NAMES:
-        return HUB_NAMES[source]
+        text = HUB_NAMES[source]
+        has_template = text.chat is not None and bool(getattr(tokenizer, "chat_template", None))
+        return replace(text, column=ChatColumn(text.chat, tokenizer)) if has_template else text
     path, config, split, *_ = [*source.split(":"), "", ""]
     return HubText(path, config or None, split or "train", column)
 

@@ -19,7 +19,7 @@ from prunus.calibration.hub import HUB_NAMES
 from prunus.calibration.packing import Packed, pack_documents, pack_windows
 from prunus.calibration.prompts import VERSION
 from prunus.calibration.reading import READERS, Reading, Wanted, shuffled
-from prunus.calibration.sources import mixed, read_sources, sequences_of
+from prunus.calibration.sources import MIXTURES, mixed, read_sources, sequences_of
 from prunus.errors import CalibrationError, OptionError
 from prunus.files.user_path import expanded
 from prunus.option_values import check_seed, check_whole
@@ -69,8 +69,8 @@ def load_calibration(
 
     Args:
         source: None or `default` for the text that ships with Python; `self` for text the model writes; a `.txt`,
-            `.md`, `.jsonl`, `.json` or `.parquet` file; `c4`, `wikitext2`, `ptb` or `owner/name[:config[:split]]` for a
-            data set of the hub. Several of them, `["FILE:2", "self"]`, share the sequences by weight, see
+            `.md`, `.jsonl`, `.json` or `.parquet` file; one of `HUB_NAMES` or `owner/name[:config[:split]]` for a data
+            set of the hub; `mixture` for four of these. Several of them, `["FILE:2", "self"]`, share the sequences by weight, see
             `prunus.calibration.sources`.
         tokenizer: of the model that will be calibrated.
         samples: number of sequences.
@@ -289,7 +289,7 @@ def kind_of(source: str | None) -> str:
     if path.suffix.lower() in TEXT_KINDS:
         raise CalibrationError(f"the calibration file {source!r} does not exist. Check the path.")
     if not _HUB_NAME.fullmatch(source):
-        names = [DEFAULT_SOURCE, SELF_SOURCE, *HUB_NAMES]
+        names = [DEFAULT_SOURCE, SELF_SOURCE, *MIXTURES, *HUB_NAMES]
         close = difflib.get_close_matches(source, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise CalibrationError(

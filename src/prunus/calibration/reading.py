@@ -126,7 +126,7 @@ def _from_parquet(wanted: Wanted) -> Packed:
 
 
 def _from_hub(wanted: Wanted) -> Packed:
-    text = hub_text(wanted.source, wanted.column)
+    text = hub_text(wanted.source, wanted.column, wanted.tokenizer)
     documents = hub_documents(text, seed=wanted.seed)
     # Lines of one running text, joined.
     return wanted.windows([(documents, None)]) if text.joiner is not None else wanted.documents(documents)

@@ -1,6 +1,7 @@
 """Calibration text of several kinds: sources with shares of the sequences.
 
     c4.jsonl:2   self   notes.txt        half of the sequences of the first, a quarter of each of the others
+    mixture                              several kinds of text from the Hub, see `MIXTURES`
 
 Sequences of all sources are mixed evenly, so that any first or last part has about the shares of the whole. Each keeps
 its source: importances and repair are made so that no source decides by the size of its gradients or activations (see
@@ -23,8 +24,10 @@ from prunus.option_values import check_utf8
 from prunus.settings import Form
 from prunus.settings.key import shown
 
-__all__ = ["SOURCES", "Source", "mixed", "read_sources", "sequences_of"]
+__all__ = ["MIXTURES", "SOURCES", "Source", "mixed", "read_sources", "sequences_of"]
 
+#: names that stand for several sources; of these four a megabyte or two is read for 128 sequences of 512 tokens
+MIXTURES = {"mixture": {"c4": 2.0, "wikipedia": 1.0, "code": 1.0, "dialogue": 1.0}}
 _WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
 
 
@@ -44,6 +47,8 @@ class Source:
 def read_sources(words: str | Sequence[str]) -> list[Source]:
     """What a user wrote for the sources of a calibration: names, each perhaps with `:WEIGHT` behind it.
 
+    A mixture comes as its parts, which share its weight.
+
     Raises:
         OptionError: there is none, one has the weight 0, or one is there twice.
     """
@@ -54,9 +59,11 @@ def read_sources(words: str | Sequence[str]) -> list[Source]:
     for each in words:
         check_utf8("the calibration source", each)
         match = _WEIGHT.fullmatch(each)
-        sources.append(Source(match[1], float(match[2])) if match else Source(each))
-        if not sources[-1].weight:
+        named = Source(match[1], float(match[2])) if match else Source(each)
+        if not named.weight:
             raise OptionError(f"the calibration source {each!r} has the weight 0; leave it out")
+        parts = MIXTURES.get(named.name, {named.name: 1.0})
+        sources += [Source(name, named.weight * part / sum(parts.values())) for name, part in parts.items()]
     names = [source.name for source in sources]
     if twice := [name for name in names if names.count(name) > 1]:
         raise OptionError(f"the calibration source {twice[0]!r} is there twice; write {twice[0]}:2 for twice the share")

@@ -88,9 +88,9 @@ class _Calibration:
     """The text that importance is measured on.
 
     Attributes:
-        calibration: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for
-            the text that ships with Python; `self` for text that the model writes. Repeat it for several, which share
-            the sequences equally, or by weight: `--calibration FILE:2 --calibration self`.
+        calibration: a .txt, .jsonl or .parquet file; `mixture` of several kinds, c4 or another data set of the
+            Hub; `default` for the text that ships with Python; `self` for text that the model writes. Repeat it for
+            several, which share the sequences equally, or by weight: `--calibration FILE:2 --calibration self`.
         samples: number of sequences.
         seq_len: tokens per sequence.
         seed: decides which sequences are drawn, and everything else that is random.

@@ -48,9 +48,10 @@ class _Text:
     """The text to train on.
 
     Attributes:
-        text: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for the
-            text that ships with Python; `self` for text that the dense model writes. Repeat it for several, which share
-            the sequences equally, or by weight: `--text FILE:2 --text self`. Required, unless a recipe names one.
+        text: a .txt, .jsonl or .parquet file; `mixture` of several kinds, c4 or another data set of the Hub; `default`
+            for the text that ships with Python; `self` for text that the dense model writes. Repeat it for several,
+            which share the sequences equally, or by weight: `--text FILE:2 --text self`. Required, unless a recipe
+            names one.
         samples: train on at most so many sequences; by default as many as the steps need, or as the text has.
         seq_len: tokens per sequence; 512 by default.
         seed: decides which sequences are drawn, their order, and how adapters begin.

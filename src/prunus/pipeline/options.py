@@ -23,9 +23,9 @@ class CalibrationOptions:
     """The text that importance is measured on.
 
     Attributes:
-        source: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for
-            the text that ships with Python; `self` for text that the model writes. Several of them share the sequences,
-            equally or by weight: `[FILE:2, self]`.
+        source: a .txt, .jsonl or .parquet file; `mixture` of several kinds, c4 or another data set of the Hub;
+            `default` for the text that ships with Python; `self` for text that the model writes. Several of them share
+            the sequences, equally or by weight: `[FILE:2, self]`.
         samples: number of sequences.
         seq_len: tokens per sequence; by default 512, or as many as the model has positions for if those are fewer.
         seed: decides which sequences are drawn.

@@ -36,9 +36,9 @@ class TextOptions:
     """The text to train on.
 
     Attributes:
-        source: a .txt, .jsonl or .parquet file; c4, wikitext2, ptb or another data set of the Hub; `default` for the
-            text that ships with Python; `self` for text that the dense model writes. Several of them share the
-            sequences, equally or by weight: `[FILE:2, self]`.
+        source: a .txt, .jsonl or .parquet file; `mixture` of several kinds, c4 or another data set of the Hub;
+            `default` for the text that ships with Python; `self` for text that the dense model writes. Several of them
+            share the sequences, equally or by weight: `[FILE:2, self]`.
         samples: train on at most so many sequences; by default as many as the steps need, or as the text has. `self`
             needs it, or `recovery.max_steps`: it has no end.
         seq_len: tokens per sequence.
