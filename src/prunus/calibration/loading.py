@@ -70,8 +70,8 @@ def load_calibration(
     Args:
         source: None or `default` for the text that ships with Python; `self` for text the model writes; a `.txt`,
             `.md`, `.jsonl`, `.json` or `.parquet` file; one of `HUB_NAMES` or `owner/name[:config[:split]]` for a data
-            set of the hub; `mixture` for four of these. Several of them, `["FILE:2", "self"]`, share the sequences by weight, see
-            `prunus.calibration.sources`.
+            set of the hub; `mixture` for four of these. Several of them, `["FILE:2", "self"]`, share the sequences by
+            weight, see `prunus.calibration.sources`.
         tokenizer: of the model that will be calibrated.
         samples: number of sequences.
         seq_len: tokens in each.
