@@ -66,8 +66,9 @@ def hub_text(source: str, column: Column, tokenizer: Any) -> HubText:
     """The data set that a name stands for: a short name, whose column is known, or `owner/name[:config[:split]]`."""
     if source in HUB_NAMES:
         text = HUB_NAMES[source]
-        has_template = text.chat is not None and bool(getattr(tokenizer, "chat_template", None))
-        return replace(text, column=ChatColumn(text.chat, tokenizer)) if has_template else text
+        if text.chat is None or not getattr(tokenizer, "chat_template", None):
+            return text
+        return replace(text, column=ChatColumn(text.chat, tokenizer))
     path, config, split, *_ = [*source.split(":"), "", ""]
     return HubText(path, config or None, split or "train", column)
 
