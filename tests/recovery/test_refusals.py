@@ -21,7 +21,7 @@ from prunus.cli import main
         (["--learning-rate", "nan"], "--learning-rate is .nan; it must be a number"),
         (["--set", "recovery.temperature=0"], "temperature is 0.0"),
         (["--set", "recovery.kl_weight=-0.5"], "--set recovery.kl_weight is -0.5"),
-        (["--set", "recovery.kl_weight=0"], "nothing to learn from"),
+        (["--set", "recovery.kl_weight=0", "--set", "recovery.ce_weight=0"], "nothing to learn from"),
         (["--set", "recovery.warmup=1"], "--set recovery.warmup is 1.0"),
         (["--train", "full", "--set", "recovery.lora_alpha=3"], "--set recovery.lora_alpha goes with --train lora"),
         (["--set", "recovery.micro_batch=3"], "--set recovery.micro_batch is 3; it must divide --batch-size, 4"),

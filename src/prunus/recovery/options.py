@@ -139,8 +139,8 @@ class RecoveryOptions:
     learning_rate: float | None = None
     batch_size: int | None = None
     micro_batch: int | None = None
-    kl_weight: float = 1.0
-    ce_weight: float = 0.0
+    kl_weight: float = 0.5
+    ce_weight: float = 0.5
     hidden_weight: float = 0.0
     temperature: float = 1.0
     vocabulary: int | None = 8192
