@@ -27,6 +27,8 @@ from prunus.sweep.sequence_loss import perplexity_of_windows
 CUT = ["--ratio", "0.3", "--rounds", "2", "--calibration", "default", "--samples", "8", "--seq-len", "32"]
 CUT += ["--set", "evaluation.held_out=8", "--set", "output.report=false"]
 TRAINING = {"batch_size": 4, "micro_batch": 4, "learning_rate": 5e-3, "checkpoints": 2, "train": "full"}
+#: the text is what the dense model was trained on, and tells it nothing more
+TRAINING |= {"kl_weight": 1.0, "ce_weight": 0.0}
 #: 36 steps in all, 12 of them after the first round
 TRAIN = ["tokens=4608", "seq_len=32", "held_out=8", *(f"training.{name}={value}" for name, value in TRAINING.items())]
 TRAIN = [word for setting in TRAIN for word in ("--set", f"recovery.{setting}")]
