@@ -189,7 +189,7 @@ def parse() -> argparse.Namespace:
         "--progressive", action="store_true", help="also cut and train in two rounds, in as many minutes"
     )
     parser.add_argument("--tokens", type=float, nargs="+", default=[1e6, 1e8], help="that the fit is shown at")
-    parser.add_argument("--tasks", help="folder of zero-shot files: arc_easy*.jsonl, piqa*.jsonl, winogrande*.jsonl")
+    parser.add_argument("--tasks", help="folder of zero-shot files, as `prunus eval` takes")
     parser.add_argument("--items", type=int, default=500, help="zero-shot items of each task")
     parser.add_argument("--name", default="recovery", help="of the JSON file")
     parser.add_argument("--out", required=True, help="folder for the models and the JSON file")
