@@ -105,7 +105,8 @@ def test_a_student_trains_the_rows_that_were_drawn(text):
     _, pruned = cut(model)
     ids = random_tokens().remainder(ENTRIES)
     sampler = VocabularySampler(text, ENTRIES, 30)
-    student = Student(pruned.train(), RecoveryOptions(train="full", kl_weight=1.0, ce_weight=0.0), Teacher(model, ()), sampler)
+    options = RecoveryOptions(train="full", kl_weight=1.0, ce_weight=0.0)
+    student = Student(pruned.train(), options, Teacher(model, ()), sampler)
     torch.manual_seed(4)
     student(ids)["loss"].backward()
     embedding = pruned.get_input_embeddings().weight
