@@ -26,7 +26,7 @@ from prunus.settings.key import shown
 
 __all__ = ["MIXTURES", "SOURCES", "Source", "mixed", "read_sources", "sequences_of"]
 
-#: names that stand for several sources; of these four a megabyte or two is read for 128 sequences of 512 tokens
+#: names that stand for several sources, with their shares
 MIXTURES = {"mixture": {"c4": 2.0, "wikipedia": 1.0, "code": 1.0, "dialogue": 1.0}}
 _WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
 

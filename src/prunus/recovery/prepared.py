@@ -21,7 +21,6 @@ from prunus.model.tokens import check_seq_len, check_token_ids
 from prunus.recovery.card import card_without_figures
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.memory import check_memory
-from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.teacher import check_vocabulary, find_teacher, layers_behind
 from prunus.recovery.text import MOST_SAMPLES, load_sequences, unwritten_sequences, wanted_sequences
 
@@ -90,7 +89,7 @@ class Prepared:
         device = _place(job.run.device)
         batch = job.recovery.sequences_per_step(device.type, number_of_processes())
         options = replace(job.recovery, batch_size=batch)
-        micro_batch = _micro_batch(options, batch, device)
+        micro_batch = _micro_batch(options.micro_batch, batch, device)
         folder = locate(job.model)
         config, tokenizer = read_small_files(folder)
         check_seq_len(config, job.text.seq_len)
@@ -184,17 +183,15 @@ def _place(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if place.type == "cuda" else place
 
 
-def _micro_batch(options: RecoveryOptions, batch_size: int, device: torch.device) -> int:
+def _micro_batch(asked: int | None, batch_size: int, device: torch.device) -> int:
     processes = number_of_processes()
     own, left = divmod(batch_size, processes)
     if left:
         raise OptionError(f"`batch_size` is {batch_size}; it must be a multiple of the {processes} processes")
-    if options.micro_batch is not None:
-        if own % options.micro_batch:
-            raise OptionError(
-                f"`micro_batch` is {options.micro_batch}; it must divide the {own} sequences per step of each process"
-            )
-        return options.micro_batch
+    if asked is not None:
+        if own % asked:
+            raise OptionError(f"`micro_batch` is {asked}; it must divide the {own} sequences per step of each process")
+        return asked
     most = MICRO_BATCHES.get(device.type, MICRO_BATCHES_ELSEWHERE)
     return max(size for size in range(1, own + 1) if own % size == 0 and size <= most)
 
