@@ -15,7 +15,7 @@ of what it did not share with rows before it.
 `--recipes default default,repair.noise=0 mine.yaml` compares recipes, `--calibrations c4 self c4:2+self` the texts they
 are calibrated on: names given by `--calibration`, or what `prunus prune --calibration` takes, of which `default` is the
 manual of Python alone, and `self+default` what is taken where no text is given. What the model writes is kept in the
-folder.
+folder. `--recover 600` also trains each pruned model for so many steps on the text that it was calibrated on.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import json
 import math
 import random
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -40,12 +41,13 @@ import prunus
 from prunus.calibration import Calibration, Reading, calibration_from_texts, calibration_from_tokens, load_calibration
 from prunus.evaluation.perplexity import cut_text, read_text
 from prunus.machine.stages import Stages
-from prunus.pipeline.cutting import Passes, cut, first_scores
+from prunus.pipeline.cutting import Passes, PruneResult, cut, first_scores
 from prunus.pipeline.inputs import draw_calibration
 from prunus.pipeline.job import Job
 from prunus.pipeline.job_file import job_text, read_job
 from prunus.pipeline.options import CalibrationOptions
 from prunus.pipeline.stages import stages_of
+from prunus.recovery import RecoveryOptions, TextOptions, recover_checkpoint
 from prunus.scoring.score import Score
 from prunus.sweep.engine import model_name
 from prunus.sweep.sequence_loss import perplexity_of_windows
@@ -87,6 +89,11 @@ def main() -> None:
                 rows.add(
                     recipe, source, ratio, seed, digest, found, seconds=round(seconds, 1), plan=result.plan.fingerprint
                 )
+                if options.recover is not None:
+                    trained, seconds = recovered(result, tokenizer, job, options)
+                    name = f"{recipe}, {options.recover} steps of recovery"
+                    found = measure(trained, kinds, dense["perplexity"])
+                    rows.add(name, source, ratio, seed, digest, found, seconds=round(seconds, 1))
     table = rows.table(list(kinds))
     (options.out / "table.md").write_text(table, encoding="utf-8")
     print(table, end="")
@@ -121,6 +128,18 @@ def prepare(
     if (score := f"score {job.recipe.scoring}") not in shared:
         shared[score] = first_scores(model, shared[text], max(job.ratio, 0.1), job.recipe, passes)
     return shared[text], shared[score]
+
+
+def recovered(result: PruneResult, tokenizer: Any, job: Job, options: argparse.Namespace) -> tuple[Any, float]:
+    """A pruned model after training on its calibration text, as `prunus recover` does it, and the seconds of that."""
+    chosen = job.calibration
+    text = TextOptions(chosen.source, seq_len=chosen.seq_len, seed=chosen.seed, chat_column=chosen.chat_column)
+    how = RecoveryOptions(max_steps=options.recover)
+    with tempfile.TemporaryDirectory(dir=options.out) as work:
+        pruned, trained = (str(Path(work) / name) for name in ("pruned", "trained"))
+        prunus.save_checkpoint(result.model, tokenizer, pruned, card="", extras={"plan.json": result.plan.to_json()})
+        facts = recover_checkpoint(pruned, trained, text, how, teacher=options.model, progress=False)
+        return prunus.load_model(trained, device="auto")[0], facts["seconds"]
 
 
 def measure(model: Any, kinds: Mapping[str, Calibration], dense: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -247,6 +266,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(flag, type=named_place, action="append", default=[], metavar=metavar, help=meaning)
     parser.add_argument("--calibrations", nargs="+", help="texts to calibrate on (default: those of --calibration)")
     parser.add_argument("--recipes", nargs="+", default=["default"], help="names or files, settings after commas")
+    parser.add_argument("--recover", type=int, metavar="STEPS", help="train each model so long on its calibration text")
     parser.add_argument("--windows", type=int, default=12, help="windows of each kind of text")
     parser.add_argument("--eval-seq-len", type=int, default=1024)
     options = parser.parse_args()
