@@ -11,6 +11,7 @@ from tiny_folder import TEXT
 
 import prunus
 from prunus.pipeline.prune import prune
+from prunus.recovery import RecoveryOptions, TextOptions, recover_checkpoint
 
 
 @pytest.fixture
@@ -64,3 +65,40 @@ def test_rows_and_table(kinds, folder, text, tmp_path, monkeypatch, capsys):
     assert again[: len(rows)] == rows
     assert [row["recipe"] for row in again[len(rows) :]] == ["fast,repair.noise=0"] * 2
     assert again[-1]["perplexity"] != row["perplexity"]
+
+
+def test_a_model_is_trained_on_what_it_was_calibrated_on(kinds, folder, tmp_path, monkeypatch):
+    """The row beside the pruned model's is that of `prunus recover` on the calibration part."""
+    pytest.importorskip("peft")
+    documents = [{"text": f"{number}: {TEXT[150 * number : 150 * number + 150]}"} for number in range(80)]
+    (tmp_path / "web.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    out = tmp_path / "out"
+    words = [
+        *("--model", folder, "--calibration", f"web={tmp_path / 'web.jsonl'}", "--samples", "8", "--seq-len", "24"),
+        *("--eval-seq-len", "32", "--windows", "3", "--batch-size", "1", "--ratios", "0.4", "--seeds", "1"),
+        *("--recipes", "fast", "--recover", "5", "--out", out),
+    ]
+    monkeypatch.setattr(sys, "argv", ["kinds.py", *map(str, words)])
+    kinds.main()
+    _, pruned, trained = (json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines())
+    assert (pruned["recipe"], trained["recipe"]) == ("fast", "fast, 5 steps of recovery")
+
+    text = str(out / "web-calibration.jsonl")
+    prunus.prune_checkpoint(
+        str(folder),
+        tmp_path / "pruned",
+        ratio=0.4,
+        recipe=prunus.Recipe.fast(),
+        calibration=prunus.CalibrationOptions(source=(text,), samples=8, seq_len=24, seed=1),
+        evaluation=prunus.EvaluationOptions(held_out=0),
+    )
+    assert prunus.Plan.load(tmp_path / "pruned" / "prunus" / "plan.json").fingerprint == pruned["plan"]
+    texts, options = TextOptions(text, seq_len=24, seed=1), RecoveryOptions(max_steps=5)
+    recover_checkpoint(
+        str(tmp_path / "pruned"), tmp_path / "trained", texts, options, teacher=str(folder), progress=False
+    )
+    model, tokenizer = prunus.load_model(tmp_path / "trained")
+    windows = prunus.load_calibration(str(out / "web-held-out.jsonl"), tokenizer, samples=3, seq_len=32)
+    measured = prunus.perplexity_of_windows(model, windows.input_ids, progress=False).perplexity
+    assert trained["perplexity"]["web"] == pytest.approx(measured, rel=1e-4)
+    assert measured != pytest.approx(pruned["perplexity"]["web"], rel=1e-3)

@@ -39,7 +39,7 @@ def recover(
 ) -> None:
     """Train a pruned model a little, so that it wins back part of what it lost; needs the packages peft and accelerate.
 
-    By default it learns the dense model's next-token distribution (distillation), with all weights but the embeddings.
+    By default all weights but the embeddings learn the text and the dense model's predictions on it, half and half.
     The result is a folder of the same kind, with the weights that had the lowest loss on held-out text. It runs on
     one device, or on many under `torchrun` or `accelerate launch` with `-m prunus recover …`.
 
