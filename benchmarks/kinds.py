@@ -133,7 +133,7 @@ def prepare(
 def recovered(result: PruneResult, tokenizer: Any, job: Job, options: argparse.Namespace) -> tuple[Any, float]:
     """A pruned model after training on its calibration text, as `prunus recover` does it, and the seconds of that."""
     chosen = job.calibration
-    text = TextOptions(chosen.source, seq_len=chosen.seq_len, seed=chosen.seed, chat_column=chosen.chat_column)
+    text = TextOptions(chosen.source, seq_len=options.seq_len, seed=chosen.seed, chat_column=chosen.chat_column)
     how = RecoveryOptions(max_steps=options.recover)
     with tempfile.TemporaryDirectory(dir=options.out) as work:
         pruned, trained = (str(Path(work) / name) for name in ("pruned", "trained"))
