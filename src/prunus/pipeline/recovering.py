@@ -48,10 +48,10 @@ def forecast_recover(job: RecoveryJob, out: str | Path, *, resume: bool = False,
     if prepared.teacher is not None:
         check_output(out, overwrite, prepared.teacher)
     check_disk(out, prepared.expected_bytes)
-    dtype = torch.bfloat16 if prepared.bfloat16 else torch.float32
+    dtype = torch.bfloat16 if prepared.step.bfloat16 else torch.float32
     student = empty_model(read_config(prepared.folder), dtype)
     geometry = Geometry.of(student)
-    tokens = prepared.micro_batch * job.text.seq_len
+    tokens = prepared.step.micro_batch * job.text.seq_len
     return Forecast(
         family=geometry.family.title,
         parameters=geometry.total_parameters,
@@ -61,7 +61,7 @@ def forecast_recover(job: RecoveryJob, out: str | Path, *, resume: bool = False,
         device=str(prepared.device),
         dtype=str(dtype).removeprefix("torch."),
         memory_bytes=training_bytes(
-            job, prepared.folder, prepared.teacher, prepared.device, bfloat16=prepared.bfloat16, tokens=tokens
+            job, prepared.folder, prepared.teacher, prepared.device, bfloat16=prepared.step.bfloat16, tokens=tokens
         ),
         free_bytes=available_memory(prepared.device),
         disk_bytes=prepared.expected_bytes,
@@ -72,7 +72,7 @@ def forecast_recover(job: RecoveryJob, out: str | Path, *, resume: bool = False,
 def _stages(prepared: Prepared, student: Any) -> dict[str, float]:
     """Seconds of each stage."""
     job, options = prepared.job, prepared.job.recovery
-    own = Probe(student, prepared.device, prepared.micro_batch)
+    own = Probe(student, prepared.device, prepared.step.micro_batch)
     teacher = None
     if prepared.teacher is not None:
         teacher = empty_model(read_config(prepared.teacher), student.dtype)
@@ -81,13 +81,13 @@ def _stages(prepared: Prepared, student: Any) -> dict[str, float]:
     step += own.forward(job.text.seq_len) * options.gradient_checkpointing
     bytes_read, once = model_bytes(student), measuring
     if teacher is not None:
-        dense = Probe(teacher, prepared.device, prepared.micro_batch)
+        dense = Probe(teacher, prepared.device, prepared.step.micro_batch)
         each = dense.forward(job.text.seq_len) + dense.head_forward
         step, once, bytes_read = step + each, once + each, bytes_read + model_bytes(teacher)
     held_out = len(prepared.held_out) * job.text.seq_len
     limits = [60 * options.max_minutes] if options.max_minutes else []
     if prepared.steps is not None:
-        steps = prepared.steps * prepared.batch_size * job.text.seq_len * step
+        steps = prepared.steps * prepared.step.batch_size * job.text.seq_len * step
         limits.append(steps + options.checkpoints * held_out * measuring)
     return {
         LOADING: SMALL_FILES + bytes_read / READING,
@@ -103,6 +103,6 @@ def _writing(prepared: Prepared, dtype: torch.dtype) -> dict[str, float]:
     text = prepared.job.text
     if prepared.writer is None:
         return {}
-    probe = Probe(empty_model(read_config(prepared.writer), dtype), prepared.device, prepared.micro_batch)
+    probe = Probe(empty_model(read_config(prepared.writer), dtype), prepared.device, prepared.step.micro_batch)
     tokens = text.written * (len(prepared.train_on) + len(prepared.held_out)) * text.seq_len
     return {WRITING: seconds_to_write(probe, tokens, text.seq_len)}

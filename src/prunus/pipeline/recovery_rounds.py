@@ -13,6 +13,7 @@ from prunus.pipeline.options import CalibrationOptions
 from prunus.pipeline.rounds import Round
 from prunus.recovery.job import PlaceOptions, RecoveryJob
 from prunus.recovery.options import RecoveryOptions, TextOptions
+from prunus.recovery.step import sequences_per_step
 from prunus.sweep.engine import ModelOptions
 
 __all__ = ["RecoveryRounds"]
@@ -106,7 +107,7 @@ class RecoveryRounds:
         )
         if text.written and text.samples is None and self.tokens is None:
             text = replace(text, samples=WRITTEN_SAMPLES)
-        steps, batch = None, options.sequences_per_step(resolve_device(run.device).type)
+        steps, batch = None, sequences_per_step(options, resolve_device(run.device).type)
         if self.tokens is not None:
             steps = max(1, round(share * self.tokens / (batch * seq_len)))
         if text.samples is None and self.tokens is not None:

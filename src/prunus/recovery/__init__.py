@@ -15,6 +15,7 @@ Data flow, one file each:
     checkpoints          what a killed run goes on from
     teacher              which dense model, and whether it fits
     memory               what training takes
+    step                 how many sequences a step has, its learning rate and dtype, where that is left open
     prepared             all checks before weights are read
     training             load, measure, train, and the best step
     result               the model of that step, its card and its record

@@ -17,19 +17,6 @@ Trained = Literal["layers", "lora", "full"]
 Decay = Literal["linear", "cosine", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
 
-#: peak learning rate of adapters
-ADAPTER_RATE = 1e-3
-#: peak learning rate of weights in steps of `TOKENS_OF_RATE`, times the width of the residual stream: 6e-4 for
-#: SmolLM2-135M, where it was measured (benchmarks/LOG.md), and 9e-5 at a width of 4096, about the 1e-4 of Minitron for
-#: 8B (arXiv 2407.14679). It grows with the root of the tokens per step, as the noise of their gradient falls.
-WEIGHT_RATE_BY_WIDTH = 0.35
-TOKENS_OF_RATE = 2048
-#: and at most
-LARGEST_WEIGHT_RATE = 1e-3
-#: sequences per step: the fewer, the more a token gains (benchmarks/LOG.md), and where many at once are faster, more
-BATCHES = {"cpu": 1}
-BATCHES_ELSEWHERE = 4
-
 
 @dataclass(frozen=True)
 class TextOptions:
@@ -177,21 +164,6 @@ class RecoveryOptions:
     def needs_teacher(self) -> bool:
         """Whether the loss asks for the dense model."""
         return bool(self.kl_weight or self.hidden_weight)
-
-    def sequences_per_step(self, device: str, processes: int = 1) -> int:
-        """The batch size, by default that for a kind of device and so many processes."""
-        if self.batch_size is not None:
-            return self.batch_size
-        wanted, each = BATCHES.get(device, BATCHES_ELSEWHERE), processes * (self.micro_batch or 1)
-        return math.ceil(wanted / each) * each
-
-    def peak_rate(self, hidden_size: int, tokens: int) -> float:
-        """The learning rate at its peak, for a model of this width and so many tokens per step."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        if self.train == "lora":
-            return ADAPTER_RATE
-        return min(LARGEST_WEIGHT_RATE, WEIGHT_RATE_BY_WIDTH / hidden_size * math.sqrt(tokens / TOKENS_OF_RATE))
 
     @property
     def alpha(self) -> float:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunus.calibration import Calibration
-from prunus.checkpoint import fast_dtype, load_model, locate, resolve_device
+from prunus.checkpoint import load_model, locate, resolve_device
 from prunus.checkpoint.folder import read_small_files
 from prunus.errors import OptionError
 from prunus.installing import install_command
-from prunus.machine.compute_dtype import HALF
-from prunus.machine.processes import agreed, is_first, number_of_processes
+from prunus.machine.processes import is_first
 from prunus.model.tokens import check_seq_len, check_token_ids
 from prunus.recovery.card import card_without_figures
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.memory import check_memory
+from prunus.recovery.step import Step
 from prunus.recovery.teacher import check_vocabulary, find_teacher, layers_behind
 from prunus.recovery.text import MOST_SAMPLES, load_sequences, unwritten_sequences, wanted_sequences
 
@@ -28,17 +28,13 @@ __all__ = ["Prepared", "require_packages"]
 
 logger = logging.getLogger(__name__)
 
-#: sequences per forward pass, at most, by kind of device
-MICRO_BATCHES = {"cpu": 2}
-MICRO_BATCHES_ELSEWHERE = 8
-
 
 @dataclass(frozen=True)
 class Prepared:
     """A recovery job with everything that it leaves open decided.
 
     Attributes:
-        job: what was asked for, with a learning rate and a batch size.
+        job: what was asked for.
         folder: of the pruned model.
         tokenizer: its tokenizer.
         teacher: folder of the dense model; None where the loss needs none.
@@ -48,8 +44,7 @@ class Prepared:
         held_out: sequences to measure on.
         steps: optimizer steps; None where only the clock ends the run.
         device: where.
-        bfloat16: dtype of forward and backward passes; else float32.
-        micro_batch: sequences per forward pass.
+        step: how large a step is.
     """
 
     job: RecoveryJob
@@ -62,8 +57,7 @@ class Prepared:
     held_out: Calibration
     steps: int | None
     device: torch.device
-    bfloat16: bool
-    micro_batch: int
+    step: Step
 
     @classmethod
     def of(
@@ -86,32 +80,24 @@ class Prepared:
         Raises:
             PrunusError: whatever is wrong with options, models or text.
         """
-        device = _place(job.run.device)
-        batch = job.recovery.sequences_per_step(device.type, number_of_processes())
-        options = replace(job.recovery, batch_size=batch)
-        micro_batch = _micro_batch(options.micro_batch, batch, device)
+        device, options = _place(job.run.device), job.recovery
         folder = locate(job.model)
         config, tokenizer = read_small_files(folder)
         check_seq_len(config, job.text.seq_len)
-        rate = options.peak_rate(config.get_text_config().hidden_size, batch * job.text.seq_len)
-        job = replace(job, recovery=replace(options, learning_rate=rate))
+        step = Step.of(options, job.text.seq_len, config, device)
         card_without_figures(folder)  # or the result of the training could not be described
         dense, layers = _teacher(job, folder, config, tokenizer)
-        teacher, writer = dense if job.recovery.needs_teacher else None, dense if job.text.written else None
-        bfloat16 = _fast_in_bfloat16(device, config) if options.precision == "auto" else options.precision == "bfloat16"
-        check_memory(job, folder, teacher, device, bfloat16=bfloat16, tokens=micro_batch * job.text.seq_len)
-        train_on, held_out = _sequences(job, batch, config, tokenizer, writer, device, beside, apart, progress)
+        teacher, writer = dense if options.needs_teacher else None, dense if job.text.written else None
+        tokens = step.micro_batch * job.text.seq_len
+        check_memory(job, folder, teacher, device, bfloat16=step.bfloat16, tokens=tokens)
+        train_on, held_out = _sequences(
+            job, step.batch_size, config, tokenizer, writer, device, beside, apart, progress
+        )
         steps = options.max_steps
         if steps is None and options.max_minutes is None:
-            steps = len(train_on) // batch
+            steps = len(train_on) // step.batch_size
         models = folder, tokenizer, teacher, writer, layers
-        return cls(job, *models, train_on, held_out, steps, device, bfloat16, micro_batch)
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences per step, over all processes."""
-        assert self.job.recovery.batch_size is not None
-        return self.job.recovery.batch_size
+        return cls(job, *models, train_on, held_out, steps, device, step)
 
     @property
     def expected_bytes(self) -> int:
@@ -181,23 +167,3 @@ def _place(device: str) -> torch.device:
         )
     # Of several processes each has been given its own.
     return torch.device("cuda", torch.cuda.current_device()) if place.type == "cuda" else place
-
-
-def _micro_batch(asked: int | None, batch_size: int, device: torch.device) -> int:
-    processes = number_of_processes()
-    own, left = divmod(batch_size, processes)
-    if left:
-        raise OptionError(f"`batch_size` is {batch_size}; it must be a multiple of the {processes} processes")
-    if asked is not None:
-        if own % asked:
-            raise OptionError(f"`micro_batch` is {asked}; it must divide the {own} sequences per step of each process")
-        return asked
-    most = MICRO_BATCHES.get(device.type, MICRO_BATCHES_ELSEWHERE)
-    return max(size for size in range(1, own + 1) if own % size == 0 and size <= most)
-
-
-def _fast_in_bfloat16(device: torch.device, config: Any) -> bool:
-    """Whether to train in bfloat16; many processes agree."""
-    if config.dtype not in HALF:
-        return False
-    return not agreed(fast_dtype(config, torch.bfloat16, device) != torch.bfloat16)

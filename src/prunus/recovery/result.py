@@ -25,7 +25,6 @@ from prunus.recovery.card import card_with_recovery
 from prunus.recovery.checkpoints import Checkpoints, readable
 from prunus.recovery.curve import curve
 from prunus.recovery.job import RECOVERY
-from prunus.recovery.options import Precision
 from prunus.recovery.prepared import Prepared
 from prunus.recovery.student import Student, merge_adapters_
 from prunus.recovery.training import choose_trained_
@@ -75,8 +74,7 @@ def facts_of(prepared: Prepared, trained: Mapping[str, Any], measured: Perplexit
         "options": {
             **asdict(options),
             "lora_alpha": options.alpha if options.train == "lora" else None,
-            "micro_batch": prepared.micro_batch,
-            "precision": "bfloat16" if prepared.bfloat16 else "float32",
+            **prepared.step.settings,
         },
         "text": prepared.train_on.provenance.to_dict(),
         "held_out": prepared.held_out.provenance.to_dict(),
@@ -85,7 +83,7 @@ def facts_of(prepared: Prepared, trained: Mapping[str, Any], measured: Perplexit
         "trained_parameters": trained["trained_parameters"],
         "steps": trained["steps"],
         "best_step": trained["best_step"],
-        "tokens": trained["steps"] * prepared.batch_size * job.text.seq_len,
+        "tokens": trained["steps"] * prepared.step.batch_size * job.text.seq_len,
         "seconds": round(trained["seconds"], 1),
         "held_out_loss": {"before": before, "after": after, "dense": dense},
         "protocol": measured.protocol,
@@ -118,8 +116,7 @@ def save_recovered(model: Any, prepared: Prepared, facts: Mapping[str, Any], out
 
 def _recipe(prepared: Prepared) -> str:
     """The job as a file, with what depends on the machine as it was decided."""
-    precision: Precision = "bfloat16" if prepared.bfloat16 else "float32"
-    decided = replace(prepared.job.recovery, micro_batch=prepared.micro_batch, precision=precision)
+    decided = replace(prepared.job.recovery, **prepared.step.settings)
     made_by = {
         "prunus": __version__,
         "torch": str(torch.__version__),

@@ -23,6 +23,7 @@ from prunus.machine.processes import add_up_, number_of_processes
 from prunus.recovery.checkpoints import WEIGHTS_FILE, readable
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.pace import Pace
+from prunus.recovery.step import Step
 from prunus.recovery.student import Student
 
 __all__ = ["AlreadyOver", "Interruption", "RecoveryTrainer", "interruptible", "training_arguments"]
@@ -83,13 +84,11 @@ def interruptible() -> Iterator[Interruption]:
 def training_arguments(
     folder: Path,
     options: RecoveryOptions,
+    step: Step,
     *,
     steps: int | None,
     seed: int,
     device: torch.device,
-    bfloat16: bool,
-    batch_size: int,
-    micro_batch: int,
     held_out: int,
 ) -> TrainingArguments:
     """What Trainer needs to know.
@@ -97,28 +96,26 @@ def training_arguments(
     Args:
         folder: for checkpoints.
         options: of the run.
+        step: how large a step is.
         steps: of the run; None where only the clock ends it.
         seed: of the order of sequences.
         device: cpu, cuda or mps.
-        bfloat16: dtype of forward and backward passes; else float32.
-        batch_size: sequences per step, over all processes.
-        micro_batch: sequences per forward pass.
         held_out: number of held-out sequences, a multiple of that of processes.
     """
     on_cpu, processes = device.type == "cpu", number_of_processes()
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps or ENDLESS,
-        per_device_train_batch_size=micro_batch,
+        per_device_train_batch_size=step.micro_batch,
         # Trainer takes a mean over batches: all have to be of one size, and each process to have as many.
-        per_device_eval_batch_size=max(n for n in range(1, micro_batch + 1) if held_out // processes % n == 0),
-        gradient_accumulation_steps=batch_size // (micro_batch * processes),
-        learning_rate=options.learning_rate or 0.0,
+        per_device_eval_batch_size=max(n for n in range(1, step.micro_batch + 1) if held_out // processes % n == 0),
+        gradient_accumulation_steps=step.batch_size // (step.micro_batch * processes),
+        learning_rate=step.learning_rate,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         adam_beta2=0.95,
         seed=seed,
-        bf16=bfloat16,
+        bf16=step.bfloat16,
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and processes > 1 else None,
         ddp_find_unused_parameters=False,

@@ -87,7 +87,7 @@ def _vocabulary(prepared: Prepared, model: Any) -> VocabularySampler | None:
 def _load_student(prepared: Prepared) -> Any:
     # FSDP wants one dtype in everything that it shards together.
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    whole = prepared.job.recovery.train != "lora" or sharded or not prepared.bfloat16
+    whole = prepared.job.recovery.train != "lora" or sharded or not prepared.step.bfloat16
     model, _ = load_model(prepared.folder, dtype="float32" if whole else "bfloat16", device=prepared.device)
     return model
 
@@ -95,14 +95,15 @@ def _load_student(prepared: Prepared) -> Any:
 def _load_teacher(prepared: Prepared) -> Any:
     if prepared.teacher is None:
         return None
-    dtype = "bfloat16" if prepared.bfloat16 else "float32"
+    dtype = "bfloat16" if prepared.step.bfloat16 else "float32"
     model, _ = load_model(prepared.teacher, dtype=dtype, device=prepared.device)
     return model.requires_grad_(False)
 
 
 def _inputs(prepared: Prepared, student: Any, teacher: Any) -> dict[str, Any]:
     """What the result depends on."""
-    named = {name: value for name, value in asdict(prepared.job.recovery).items() if name != "micro_batch"}
+    decided = {"batch_size": prepared.step.batch_size, "learning_rate": prepared.step.learning_rate}
+    named = {name: value for name, value in asdict(prepared.job.recovery).items() if name != "micro_batch"} | decided
     return {
         "model": digest_model(student),
         "teacher": digest_model(teacher) if teacher is not None else None,
@@ -168,12 +169,10 @@ def _fitted(
     arguments = training_arguments(
         folder,
         options,
+        prepared.step,
         steps=prepared.steps,
         seed=prepared.job.text.order,
         device=prepared.device,
-        bfloat16=prepared.bfloat16,
-        batch_size=prepared.batch_size,
-        micro_batch=prepared.micro_batch,
         held_out=len(held_out),
     )
     with interruptible() as interruption:

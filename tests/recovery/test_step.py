@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prunus.recovery import RecoveryOptions
+from prunus.recovery.step import peak_rate, sequences_per_step
 
 
 @pytest.mark.parametrize(
@@ -23,15 +24,15 @@ from prunus.recovery import RecoveryOptions
 )
 def test_sequences_per_step(given, device, processes, expected):
     """As many as are said; else those of the device, in whole passes of every process."""
-    assert RecoveryOptions(**given).sequences_per_step(device, processes) == expected
+    assert sequences_per_step(RecoveryOptions(**given), device, processes) == expected
 
 
 def test_the_rate_falls_with_the_width_and_rises_with_the_root_of_the_tokens():
     options = RecoveryOptions()
-    assert options.peak_rate(576, 2048) == pytest.approx(0.35 / 576)
-    assert options.peak_rate(576, 512) == pytest.approx(0.35 / 576 / 2)
-    assert options.peak_rate(4096, 8192) == pytest.approx(0.35 / 4096 * 2)
-    assert options.peak_rate(64, 2048) == 1e-3
-    assert RecoveryOptions(train="full").peak_rate(576, 512) == options.peak_rate(576, 512)
-    assert RecoveryOptions(train="lora").peak_rate(576, 512) == 1e-3
-    assert RecoveryOptions(learning_rate=5e-5).peak_rate(576, 512) == 5e-5
+    assert peak_rate(options, 576, 2048) == pytest.approx(0.35 / 576)
+    assert peak_rate(options, 576, 512) == pytest.approx(0.35 / 576 / 2)
+    assert peak_rate(options, 4096, 8192) == pytest.approx(0.35 / 4096 * 2)
+    assert peak_rate(options, 64, 2048) == 1e-3
+    assert peak_rate(RecoveryOptions(train="full"), 576, 512) == peak_rate(options, 576, 512)
+    assert peak_rate(RecoveryOptions(train="lora"), 576, 512) == 1e-3
+    assert peak_rate(RecoveryOptions(learning_rate=5e-5), 576, 512) == 5e-5
