@@ -150,6 +150,17 @@ def test_a_help_lists_at_most_18_options(name):
     assert 1 < len(options) <= 18, sorted(options)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_that_a_help_does_not_list_are_named_in_it(capsys, name):
+    """All but other spellings of those that it lists."""
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    hidden = [argument for argument in app[name].assemble_argument_collection() if not argument.show]
+    names = {argument.name for argument in hidden if argument.name.startswith("--")}
+    missing = {name for name in names if not re.search(rf"{name}\b", shown)}
+    assert missing == ({"--text", "--max-windows", "--samples"} if name == "eval" else set())
+
+
 def test_flags_are_known_by_the_names_of_python():
     flags = flags_of(app, ["prune", "m"])
     assert {"seq_len": "--seq-len", "model": "MODEL", "samples": "--samples"}.items() <= flags.items()

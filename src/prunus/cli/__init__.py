@@ -9,6 +9,7 @@ from functools import cache
 
 from cyclopts import App, CycloptsError, Parameter
 
+from prunus.cli.job_flags import SPELLING
 from prunus.cli.terminal import quiet_transformers, run_command, show_error
 from prunus.cli.usage import flags_of, shown_default, usage_message
 from prunus.cli.values import WrongUsage, check_values
@@ -39,8 +40,7 @@ COMMANDS = {
     "apply": ("apply:apply", "Cut a model by a plan and save the result; nothing is measured."),
     "recover": (
         "recover:recover",
-        "Train a pruned model a little, so that it wins back part of what it lost; needs the packages peft and "
-        "accelerate.",
+        "Train a pruned model to recover part of the lost quality; needs the packages peft and accelerate.",
     ),
     "export": ("export:export", "Write a pruned model in a form that other programs load."),
     "report": ("report:report", "Write one self-contained HTML page about a result of `prune`, `apply` or `compare`."),
@@ -63,7 +63,7 @@ COMMANDS = {
     "recipe": ("recipe:recipe", "List every setting with its meaning and default, or write a recipe out."),
     "eval": (
         "evaluate:evaluate",
-        "Measure a model, pruned or not: perplexity, zero-shot accuracy, speed and memory, and what it writes.",
+        "Measure a model, pruned or not: perplexity, zero-shot accuracy, speed and memory, and sample text.",
     ),
 }
 
@@ -115,11 +115,20 @@ def check_command(words: Sequence[str]) -> None:
     if not words or words[0] in (*app.help_flags, *app.version_flags):
         return
     if words[0] in COMMANDS:
-        app[words[0]].help = None  # by itself it explains itself in full, by its docstring
+        command = app[words[0]]
+        command.help = None  # by itself it explains itself in full, by its docstring
+        command.help_epilogue = more_options(command)
         return
     close = get_close_matches(words[0], COMMANDS, n=1)
     hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(COMMANDS)}."
     raise CycloptsError(msg=f"prunus has no command {words[0]!r}. {hint}")
+
+
+def more_options(command: App) -> str:
+    """The options that a command's help does not list, but for other spellings of those that it does."""
+    hidden = [argument for argument in command.assemble_argument_collection() if not argument.show]
+    names = [each.name for each in hidden if each.name.startswith("--") and each.parameter.help != SPELLING.help]
+    return f"Not listed, but taken: {', '.join(names)}." if names else ""
 
 
 def check_processes(words: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ def apply(
     Args:
         model: folder, Hub id, `smollm2-135m`, or a GGUF file of the model that the plan is for.
         plan: plan.json, from `prunus plan` or from the folder prunus/ of a pruned model.
-        out: folder for the result, or file if `model` is one; it appears when it is complete.
+        out: folder for the result, or file if MODEL is a GGUF file; it appears when it is complete.
         text_only: of a multimodal model, save the language model by itself.
         overwrite: replace an earlier result.
         json: print the metrics as JSON.

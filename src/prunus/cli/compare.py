@@ -46,7 +46,7 @@ def compare(
         out: folder for comparison.csv, comparison.json, the plans and report.html.
         ratios: shares of all parameters to remove, e.g. `0.1,0.2,0.4`.
         recipes: names or YAML files, e.g. `default,original,mine.yaml`.
-        methods: take each recipe by each of these importance methods, e.g. `taylor,wanda`; methods of one kind share
+        methods: run each recipe with each of these importance methods, e.g. `taylor,wanda`; methods of one kind share
             their pass over the sequences.
         seeds: draw the calibration sequences with each of these seeds, e.g. `0,1`.
         set: a setting for all recipes, e.g. `--set scoring.normalize=layer_sum`; `prunus recipe` lists the keys.

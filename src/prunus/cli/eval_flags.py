@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from prunus.cli.flags import split_commas
-from prunus.cli.job_flags import UNLISTED
+from prunus.cli.job_flags import SPELLING
 
 __all__ = ["KEYS", "FileFlags", "MeasureFlags"]
 
@@ -61,9 +61,9 @@ class _Measure:
             for, perplexity is measured on the text that ships with Python.
         seq_len: tokens per window of a text; windows do not overlap. By default 2048, or as many as the model has
             positions for if those are fewer.
-        windows: only the first so many windows of each text.
+        windows: at most this many windows of each text.
         tasks: zero-shot tasks: JSON-lines files named after a task, as in arc_easy_test.jsonl, or folders of them.
-        items: only the first so many items of each task, also of the harness' tasks.
+        items: at most this many items of each task, also of the harness's tasks.
         harness: tasks by lm-evaluation-harness itself; needs the package lm-eval.
         generate: continue a few prompts greedily.
         prompt: prompts to continue instead.
@@ -84,9 +84,9 @@ class _Measure:
     prompt: Annotated[tuple[str, ...], _SEVERAL] = ()
     speed: Annotated[bool | None, _SWITCH] = None
     batch_size: int | None = None
-    text: Annotated[tuple[str, ...], _SEVERAL, UNLISTED] = ()
-    max_windows: Annotated[int | None, UNLISTED] = None
-    samples: Annotated[bool | None, _SWITCH, UNLISTED] = None
+    text: Annotated[tuple[str, ...], _SEVERAL, SPELLING] = ()
+    max_windows: Annotated[int | None, SPELLING] = None
+    samples: Annotated[bool | None, _SWITCH, SPELLING] = None
 
 
 FileFlags = Annotated[_File, Parameter(name="*", group=Group("Recipe", sort_key=1))]

@@ -27,12 +27,12 @@ def evaluate(
     update_card: Flag = False,
     json: Flag = False,
 ) -> None:
-    """Measure a model, pruned or not: perplexity, zero-shot accuracy, speed and memory, and what it writes.
+    """Measure a model, pruned or not: perplexity, zero-shot accuracy, speed and memory, and sample text.
 
     Args:
         model: folder, Hub id or `smollm2-135m`.
         compare: another model, such as the dense one, to measure by the same rules beside it.
-        update_card: keep the figures in the pruned folder, its model card and its report.
+        update_card: write the figures to the pruned folder, its model card and its report.
         json: print the result as JSON.
     """
     from prunus.cli.printing import typed_command

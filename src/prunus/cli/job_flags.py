@@ -8,10 +8,22 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-__all__ = ["KEYS", "UNLISTED", "CalibrationFlags", "DeviceFlags", "EvaluationFlags", "FitFlags", "RecipeFlags", "given"]
+__all__ = [
+    "KEYS",
+    "SPELLING",
+    "UNLISTED",
+    "CalibrationFlags",
+    "DeviceFlags",
+    "EvaluationFlags",
+    "FitFlags",
+    "RecipeFlags",
+    "given",
+]
 
 #: taken, and not listed by --help: a recipe key and `owner/name@revision` say the same
 UNLISTED = Parameter(show=False)
+#: another spelling of an option that is listed
+SPELLING = Parameter(show=False, help="another spelling")
 #: option → the key that it sets
 KEYS = {
     "method": "scoring.method",

@@ -23,7 +23,7 @@ def profile(
 ) -> None:
     """Measure on this machine how long a model's blocks take by their width, for `--target latency`.
 
-    Blocks of all widths stand in one model with random weights, and run as in `prunus bench`; give it the prompt
+    One model with random weights contains blocks of all widths, and runs as in `prunus bench`; give it the prompt
     length, batch size, device and dtype that will be used.
 
     Args:

@@ -47,10 +47,10 @@ def prune(
 ) -> None:
     """Prune a model and save the smaller one: score, select, cut, repair and measure in one go.
 
-    The default recipe is the best that was measured, see benchmarks/RESULTS.md. `prunus recipe` lists every setting.
+    The default recipe was chosen by measurement (benchmarks/RESULTS.md). `prunus recipe` lists every setting.
 
     Args:
-        model: folder, Hub id or `smollm2-135m`; a recipe file of an earlier result knows its own.
+        model: folder, Hub id or `smollm2-135m`; optional with the --recipe of an earlier result.
         out: folder for the result; it appears when it is complete.
         ratio: share of all parameters to remove, or of what --target says, from 0 to below 1; 0.25 by default. Of a
             multimodal model, a share of its language model's parameters.

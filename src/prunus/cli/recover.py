@@ -37,17 +37,17 @@ def recover(
     dry_run: Flag = False,
     json: Flag = False,
 ) -> None:
-    """Train a pruned model a little, so that it wins back part of what it lost; needs the packages peft and accelerate.
+    """Train a pruned model to recover part of the lost quality; needs the packages peft and accelerate.
 
     By default all weights but the embeddings learn the text and the dense model's predictions on it, half and half.
     The result is a folder of the same kind, with the weights that had the lowest loss on held-out text. It runs on
     one device, or on many under `torchrun` or `accelerate launch` with `-m prunus recover …`.
 
     Args:
-        model: folder of a pruned model; a recipe file of an earlier result knows its own.
+        model: folder of a pruned model; optional with the --recipe of an earlier result.
         out: folder for the result; it appears when it is complete.
-        teacher: the dense model, folder or Hub id; by default the one that MODEL was cut from, if it is here.
-        resume: go on from the last checkpoint of a run that was killed or interrupted; give the same options.
+        teacher: the dense model, folder or Hub id; by default the one that MODEL was cut from, if it can be found.
+        resume: resume from the last checkpoint of a run that was killed or interrupted; give the same options.
         overwrite: replace an earlier result in the folder, and earlier checkpoints.
         dry_run: say what memory, disk and time it would take; nothing is written.
         json: print what was done and measured as JSON.

@@ -52,7 +52,7 @@ class _Text:
             for the text that ships with Python; `self` for text that the dense model writes. Repeat it for several,
             which share the sequences equally, or by weight: `--text FILE:2 --text self`. Required, unless a recipe
             names one.
-        samples: train on at most so many sequences; by default as many as the steps need, or as the text has.
+        samples: train on at most this many sequences; by default as many as the steps need, or as the text has.
         seq_len: tokens per sequence; 512 by default.
         seed: decides which sequences are drawn, their order, and how adapters begin.
         chat_column: column that holds conversations in place of text.
@@ -71,11 +71,12 @@ class _Training:
 
     Attributes:
         max_steps: optimizer steps.
-        max_minutes: stop after so many minutes of training. With neither limit, one pass over the text; with both,
+        max_minutes: stop after this many minutes of training. With neither limit, one pass over the text; with both,
             whichever comes first.
         train: layers = all weights but the embeddings, the default; lora = adapters of low rank on every projection,
             merged at the end; full = all weights.
-        learning_rate: its peak; by default 1e-3 for lora, and for weights by the model's width and the tokens per step.
+        learning_rate: peak learning rate; by default 1e-3 for lora, and for weights by the model's width and the tokens
+            per step.
         batch_size: sequences per optimizer step, over all processes; by default 1 on a CPU, 4 elsewhere.
     """
 

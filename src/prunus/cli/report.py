@@ -16,7 +16,7 @@ def report(folder: Path, /, *, out: Path | None = None, overwrite: Flag = False,
         folder: what prunus wrote.
         out: the file to write; by default report.html in the folder.
         overwrite: replace an earlier report.
-        json: print where it is as JSON.
+        json: print its path as JSON.
     """
     from prunus.cli.printing import print_json
     from prunus.cli.terminal import say

@@ -20,11 +20,11 @@ class EvalOptions:
             measured on the text that ships with Python.
         seq_len: tokens per window of a text; windows do not overlap. By default 2048, or as many as the model has
             positions for if those are fewer.
-        windows: only the first so many windows of each text.
+        windows: at most this many windows of each text.
         begin_token: where the tokenizer puts a token before every text, as for Llama 3 and Gemma, begin each window
             with it. GPTQ and the tools after it do not.
         tasks: zero-shot tasks: JSON-lines files named after a task, as in arc_easy_test.jsonl, or folders of them.
-        items: only the first so many items of each task, also of the harness' tasks.
+        items: at most this many items of each task, also of the harness's tasks.
         harness: tasks by lm-evaluation-harness itself; needs the package lm-eval.
         harness_path: folders of task files (YAML) for the harness, besides its own.
         generate: continue a few prompts greedily.

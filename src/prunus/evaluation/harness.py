@@ -29,7 +29,7 @@ class HarnessResult:
     """How a model did on a task of the harness.
 
     Attributes:
-        task: the harness' name of it.
+        task: the harness's name of it.
         items: that were run.
         few_shot: examples before each item; None where the harness does not say.
         metrics: by name, such as acc and acc_norm; with the name of the filter where it has one.
@@ -54,7 +54,7 @@ def check_harness(tasks: Sequence[str], include: Sequence[Path] = ()) -> None:
 
     Args:
         tasks: names of tasks, groups or tags.
-        include: folders of task files, besides the harness' own.
+        include: folders of task files, besides the harness's own.
 
     Raises:
         OptionError: lm-evaluation-harness is not installed, a folder is missing, or a task is unknown.
@@ -89,7 +89,7 @@ def run_harness(
         model: a transformers causal language model.
         tokenizer: its tokenizer.
         tasks: names of tasks, groups or tags.
-        include: folders of task files (YAML), besides the harness' own.
+        include: folders of task files (YAML), besides the harness's own.
         limit: only the first so many items of each task.
         batch_size: sequences per forward pass.
 
@@ -114,7 +114,7 @@ def run_harness(
                 task_manager=_manager(tuple(tasks), tuple(include)),
             )
     except (PrunusError, MemoryError, torch.OutOfMemoryError):
-        raise  # not the harness' own
+        raise  # not the harness's own
     except Exception as error:  # its tasks, metrics and data sets raise whatever they like
         raise OptionError(
             f"lm-evaluation-harness could not run {', '.join(tasks)} ({type(error).__name__}: {error}). Without a "

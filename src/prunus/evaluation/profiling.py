@@ -106,9 +106,9 @@ def profile(
     share = (time.thread_time() - used) / (time.perf_counter() - wall)
     if device.type == "cpu" and share < BUSY:
         logger.warning(
-            "other programs kept this one waiting for %.0f %% of the time, and that falls on long blocks more than on "
-            "short ones: measure again when the machine is idle",
-            100 * (1 - share),
+            "this process got only %.0f %% of the processor, so that long blocks are overestimated: measure again when "
+            "the machine is idle",
+            100 * share,
         )
     return LatencyProfile(
         model=Path(model).name if expanded(model).is_dir() else model,

@@ -19,7 +19,7 @@ class SpeedOptions:
         batch_size: prompts at a time.
         repeats: rounds that count; each runs every model once.
         warm_up: rounds before them that do not count.
-        seed: of the prompts.
+        seed: seed of the prompts.
         memory: also measure peak memory, for which each model is loaded once more in a process of its own.
     """
 

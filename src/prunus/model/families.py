@@ -563,7 +563,7 @@ FAMILIES: dict[str, Family] = {
             "Qwen1.5-MoE, Qwen2 mixtures",
             (_attention(), _gated_mlp()),
             mixture=_QWEN2_MOE,
-            notes=f"{_EXPERTS}; a shared one",
+            notes=f"{_EXPERTS}; keeps the shared expert",
         ),
         Family(
             "granitemoe",
@@ -579,7 +579,7 @@ FAMILIES: dict[str, Family] = {
             "GLM-4.5, 4.6",
             (_attention(untouched=_QUERY_KEY_NORMS), _gated_mlp()),
             mixture=_GLM4_MOE,
-            notes=f"{_EXPERTS}; shared ones; first layers without",
+            notes=f"{_EXPERTS}; keeps shared experts; the first layers have none",
         ),
         Family(
             "ernie4_5_moe",
@@ -587,7 +587,7 @@ FAMILIES: dict[str, Family] = {
             (_attention(), _gated_mlp()),
             rotates_pairs=True,
             mixture=_ERNIE_MOE,
-            notes=f"{_EXPERTS}; shared ones; first layers without",
+            notes=f"{_EXPERTS}; keeps shared experts; the first layers have none",
         ),
     )
 }

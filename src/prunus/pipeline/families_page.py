@@ -30,7 +30,7 @@ _PER_LAYER = {"deci": "", "openelm": " with tied embeddings, else padded"}
 _GGUF_NOTES = {
     **dict.fromkeys(("phi3", "glm"), "heads always to the hidden size"),
     "exaone4": "heads always to the hidden size; sliding windows in models of 64 layers only",
-    "olmoe": "as many key/value heads as query heads",
+    "olmoe": "needs as many key/value heads as query heads",
     "smollm3": "not with layers removed: every fourth layer of a file goes without positions",
     **dict.fromkeys(("gemma2", "gemma3_text", "olmo3"), "with layers removed a recent llama.cpp"),
 }
@@ -46,8 +46,8 @@ The model types that prunus cuts, and where pruned models of each were run. This
 INSIDE = """
 ## Multimodal models
 
-Of these the language model is scored on text, cut, repaired and written back; vision tower and processor files stay as
-they are. The ratio is a share of the language model's parameters; results give both counts. They load with
+Only the language model is scored, cut, repaired and saved anew; vision tower and processor files stay as they
+are. The ratio is a share of the language model's parameters; results give both counts. They load with
 `AutoModelForImageTextToText`. `--text-only` (`output.text_only`) saves the language model by itself, as a model of the
 family.
 
@@ -56,11 +56,11 @@ family.
 WHERE = """
 ## Where they run
 
-"any shape" includes layers of different widths, absent blocks and removed layers (`--shape ragged`, the default).
-"padded" files are written by `prunus export --to gguf`, with every layer filled with zeros to the widest; `--shape
-uniform` avoids that. Values of `--shape` were run as the stock class; one that is not named was not tried, did not
-load, or gave other tokens than transformers. "dense" is a ragged model filled up by `prunus export --to dense`. "× 2"
-was run with tensor parallel 2. Mixtures have equal layers: "experts" have lost experts alone, those of `uniform`
+"any shape" includes layers of different widths, absent blocks and removed layers (`--shape ragged`). "padded" files are
+written by `prunus export --to gguf`, with every layer filled with zeros to the widest; `--shape uniform` avoids that.
+`uniform` and `depth` run as the stock class with that `--shape`; a shape that is not named was not tried, did not load,
+or gave other tokens than transformers. "dense" is a ragged model filled up by `prunus export --to dense`. "× 2" was run
+with tensor parallel 2. Mixtures have equal layers: "experts" have lost experts alone, those of `uniform`
 attention groups too.
 
 """

@@ -29,7 +29,7 @@ class OutputOptions:
         save_dtype: float32, bfloat16 or float16, to save the result in; auto is the checkpoint's own, or the dtype that
             the run computes in if that has fewer bytes.
         work: folder from which an interrupted run resumes when the same command is given again; by default OUT.work,
-            with the streamed engine only. Removed at the end.
+            with the streamed engine or `recovery` only. Removed at the end.
         text_only: of a multimodal model, save the language model by itself.
     """
 

@@ -96,12 +96,12 @@ class EvaluationOptions:
             held out.
         seq_len: tokens per window of the text; by default 2048, or as many as the model has positions for if those
             are fewer.
-        windows: only the first so many windows of the text.
+        windows: at most this many windows of the text.
         begin_token: where the tokenizer puts a token before every text, begin each window with it. GPTQ and the
             tools after it do not.
         held_out: number of held-out calibration sequences, where no text is given; 0 = measure nothing.
         tasks: files or folders of zero-shot tasks, measured by `prunus compare`.
-        items: only the first so many items of each task.
+        items: at most this many items of each task.
     """
 
     text: str | None = None

@@ -21,7 +21,7 @@ __all__ = ["Recipe"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is pruned. `Recipe()` is the default recipe, the best that was measured (benchmarks/RESULTS.md).
+    """How a model is pruned. `Recipe()` is the default recipe, chosen by measurement (benchmarks/RESULTS.md).
 
     Attributes:
         rounds: number of prune–repair steps of equal size, with re-scoring in between; shape uniform always takes one

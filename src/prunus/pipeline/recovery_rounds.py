@@ -27,11 +27,11 @@ class RecoveryRounds:
     """Training after each round of a cut, within one budget; see `prunus recover` for a model that is cut already.
 
     Attributes:
-        minutes: of training, in all rounds together; with neither limit nothing is trained.
-        tokens: to train on, in all rounds together; with both limits, whichever comes first.
+        minutes: minutes of training, in all rounds together; with neither limit nothing is trained.
+        tokens: tokens to train on, in all rounds together; with both limits, whichever comes first.
         before_last: share of the budget for the rounds before the last, in equal parts; the last one has the rest.
         text: sources to train on, as those of `calibration.source`; by default the same.
-        samples: train on at most so many sequences; by default as many as `tokens` make, without that as many as the
+        samples: train on at most this many sequences; by default as many as `tokens` make, without that as many as the
             text has, or 256 where the model writes it.
         seq_len: tokens per sequence; by default as many as for calibration.
         held_out: sequences that are not trained on and choose the best checkpoint of each round.

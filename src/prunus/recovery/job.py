@@ -58,7 +58,7 @@ class RecoveryJob:
 
     Attributes:
         model: folder of a pruned model; any model of a described family will do.
-        teacher: the dense model, folder or Hub id; by default the one that the folder names, if it is here.
+        teacher: the dense model, folder or Hub id; by default the one that the folder names, if it can be found.
         text: what it is trained on.
         recovery: how.
         run: where.

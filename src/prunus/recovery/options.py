@@ -26,7 +26,7 @@ class TextOptions:
         source: a .txt, .jsonl or .parquet file; `mixture` of several kinds, c4 or another data set of the Hub;
             `default` for the text that ships with Python; `self` for text that the dense model writes. Several of them
             share the sequences, equally or by weight: `[FILE:2, self]`.
-        samples: train on at most so many sequences; by default as many as the steps need, or as the text has. `self`
+        samples: train on at most this many sequences; by default as many as the steps need, or as the text has. `self`
             needs it, or `recovery.max_steps`: it has no end.
         seq_len: tokens per sequence.
         held_out: sequences that are not trained on and choose the best checkpoint.
@@ -88,14 +88,14 @@ class RecoveryOptions:
 
     Attributes:
         max_steps: optimizer steps.
-        max_minutes: stop after so many minutes of training; the learning rate follows the clock. With neither limit,
+        max_minutes: stop after this many minutes of training; the learning rate follows the clock. With neither limit,
             one pass over the text; with both, whichever comes first.
         train: layers = all weights but the embeddings; lora = adapters of low rank on every projection, merged at the
             end; full = all weights.
         lora_rank: rank of the adapters.
-        lora_alpha: factor on them, times the rank; by default twice the rank.
-        learning_rate: its peak; by default 1e-3 for lora, and for weights 0.35 divided by the hidden size in steps of
-            2,048 tokens, in others times the root of tokens / 2,048, at most 1e-3.
+        lora_alpha: LoRA's alpha: adapters are scaled by alpha / rank; by default twice the rank.
+        learning_rate: peak learning rate; by default 1e-3 for lora, and for weights 0.35 divided by the hidden size in
+            steps of 2,048 tokens, in others times the root of tokens / 2,048, at most 1e-3.
         batch_size: sequences per optimizer step, over all processes; by default 1 on a CPU, 4 elsewhere, and at least
             one per process.
         micro_batch: sequences per forward pass; by default at most 2 on a CPU, at most 8 elsewhere. Fewer
@@ -105,12 +105,12 @@ class RecoveryOptions:
         ce_weight: share of the next-token loss on the text itself.
         hidden_weight: share of the loss on hidden states: relative squared distance from the dense model's, after every
             layer that is left.
-        temperature: of both distributions in the distillation loss.
-        vocabulary: so many entries of the vocabulary, drawn anew for every forward pass, stand for all of it in the
+        temperature: temperature of both distributions in the distillation loss.
+        vocabulary: this many entries of the vocabulary, drawn anew for every forward pass, stand for all of it in the
             loss; null = all of it. Held-out losses are of all.
         warmup: share of the run in which the learning rate rises.
-        decay: how it falls afterwards: to 0 along a line or a cosine, or not at all.
-        weight_decay: of AdamW.
+        decay: how the learning rate falls after the warm-up: to 0 along a line or a cosine, or not at all.
+        weight_decay: weight decay of AdamW.
         max_grad_norm: gradients are scaled down to this norm.
         checkpoints: how many times in the run the held-out loss is measured and a checkpoint is written.
         gradient_checkpointing: compute activations again in the backward pass: less memory, a third more time.

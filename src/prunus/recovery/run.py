@@ -47,7 +47,7 @@ def recover_checkpoint(
         out: folder for the result; complete or not there at all.
         text: what to train on.
         options: how.
-        teacher: the dense model, folder or Hub id; None = the base model that the folder names, if it is here.
+        teacher: the dense model, folder or Hub id; None = the base model that the folder names, if it can be found.
         overwrite: replace an earlier result, and earlier checkpoints.
         progress: show progress bars on a terminal.
 

@@ -68,7 +68,8 @@ class RepairOptions:
 
     Attributes:
         damping: ridge towards the old weights, as a share of the mean diagonal of XᵀX.
-        residual: α, how far a block also takes back the error that earlier blocks left in the residual stream, 0 to 1.
+        residual: α, how much of the error of earlier blocks in the residual stream each block's target corrects, 0 to
+            1.
         noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair
             holds for other text as well.
         experts: how the experts that stay take over from those that went: least_squares solves the last projection of

@@ -81,8 +81,8 @@ class ScoringOptions(MethodOptions):
         hessian: estimate of the Hessian's diagonal in taylor_2nd (and gate_fisher): mean_loss, empirical_fisher or
             sampled_fisher.
         activation: the statistic of activations that wanda multiplies weights with.
-        random_seed: of noise, sampled labels and the random control; null = the seed that the calibration sequences
-            were drawn with.
+        random_seed: seed of noise, sampled labels and the random control; null = the seed that the calibration
+            sequences were drawn with.
     """
 
     method: str = "gate_fisher"

@@ -37,7 +37,7 @@ class Constraints:
         shape: ragged cuts wherever the score is lowest; uniform leaves all layers equally wide, depth removes whole
             layers (of one axis: whole blocks): stock classes load both. auto is ragged, of a mixture uniform.
         at_least: where a shape or an alignment does not give the ratio exactly, remove more rather than less; otherwise
-            the nearest.
+            where that is more than 2 points more, the nearest share.
     """
 
     axes: tuple[Axis, ...] | None = None

@@ -38,9 +38,9 @@ class FitOptions:
     """A size that the result has to fit into; it takes the place of the ratio.
 
     Attributes:
-        size: of the weights, e.g. 300MB in the dtype that they are saved in, or 90MB:Q4_K_M as llama.cpp quantises
-            them.
-        memory: of the weights and the KV cache together, e.g. 6GB or 6GB:Q4_K_M.
+        size: bytes of the weights, e.g. 300MB in the dtype that they are saved in, or 90MB:Q4_K_M as llama.cpp
+            quantises them.
+        memory: bytes of the weights and the KV cache together, e.g. 6GB or 6GB:Q4_K_M.
         context: tokens of each sequence in the KV cache, for `fit.memory`.
         batch: sequences in the KV cache, for `fit.memory`.
     """
