@@ -143,7 +143,7 @@ def _removal_line(removal: Removal) -> str:
     share = removal.removed / removal.most if removal.most else 0.0
     return (
         f"removes {removal.ratio:.1%}: {removal.removed:,.0f} of {removal.before:,.0f} {removal.quantity}, "
-        f"{share:.0%} of what can go; about {counts or 'no groups'}"
+        f"{share:.0%} of what can go: {f'{counts}, for example; the scores decide' if counts else 'no groups'}"
     )
 
 
