@@ -47,7 +47,7 @@ from prunus.pipeline.job import Job
 from prunus.pipeline.job_file import job_text, read_job
 from prunus.pipeline.options import CalibrationOptions
 from prunus.pipeline.stages import stages_of
-from prunus.recovery import RecoveryOptions, TextOptions, recover_checkpoint
+from prunus.recovery import RecoveryJob, RecoveryOptions, TextOptions, recover_job
 from prunus.scoring.score import Score
 from prunus.sweep.engine import model_name
 from prunus.sweep.sequence_loss import perplexity_of_windows
@@ -77,7 +77,10 @@ def main() -> None:
             named_alike = replace(job, ratio=0.0, calibration=replace(job.calibration, source=(source,)))
             digest = hashlib.sha256(job_text(named_alike).encode()).hexdigest()[:16]
             for ratio in options.ratios:
-                if rows.have(recipe, source, ratio, seed, digest):
+                after = f"{recipe}, {options.recover} steps of recovery"
+                names = [recipe, after] if options.recover else [recipe]
+                missing = [name for name in names if not rows.have(name, source, ratio, seed, digest)]
+                if not missing:
                     continue
                 stages = Stages(stages_of(job.recipe, ratio), progress=False)
                 passes = Passes(options.batch_size, stages=stages)
@@ -85,15 +88,14 @@ def main() -> None:
                 calibration, scored = prepare(model, tokenizer, job, passes, shared, options.out)
                 result = cut(model, ratio, scored, job.recipe, passes, calibration)
                 seconds = time.perf_counter() - start
-                found = measure(result.model, kinds, dense["perplexity"])
-                rows.add(
-                    recipe, source, ratio, seed, digest, found, seconds=round(seconds, 1), plan=result.plan.fingerprint
-                )
-                if options.recover is not None:
+                more: dict[str, Any] = {"seconds": round(seconds, 1), "plan": result.plan.fingerprint}
+                if recipe in missing:
+                    found = measure(result.model, kinds, dense["perplexity"])
+                    rows.add(recipe, source, ratio, seed, digest, found, **more)
+                if after in missing:
                     trained, seconds = recovered(result, tokenizer, job, options)
-                    name = f"{recipe}, {options.recover} steps of recovery"
                     found = measure(trained, kinds, dense["perplexity"])
-                    rows.add(name, source, ratio, seed, digest, found, seconds=round(seconds, 1))
+                    rows.add(after, source, ratio, seed, digest, found, **{**more, "seconds": round(seconds, 1)})
     table = rows.table(list(kinds))
     (options.out / "table.md").write_text(table, encoding="utf-8")
     print(table, end="")
@@ -134,11 +136,11 @@ def recovered(result: PruneResult, tokenizer: Any, job: Job, options: argparse.N
     """A pruned model after training on its calibration text, as `prunus recover` does it, and the seconds of that."""
     chosen = job.calibration
     text = TextOptions(chosen.source, seq_len=options.seq_len, seed=chosen.seed, chat_column=chosen.chat_column)
-    how = RecoveryOptions(max_steps=options.recover)
     with tempfile.TemporaryDirectory(dir=options.out) as work:
         pruned, trained = (str(Path(work) / name) for name in ("pruned", "trained"))
         prunus.save_checkpoint(result.model, tokenizer, pruned, card="", extras={"plan.json": result.plan.to_json()})
-        facts = recover_checkpoint(pruned, trained, text, how, teacher=options.model, progress=False)
+        training = RecoveryJob(pruned, options.model, text, RecoveryOptions(max_steps=options.recover))
+        facts = recover_job(training, trained, beside=options.out, progress=False)
         return prunus.load_model(trained, device="auto")[0], facts["seconds"]
 
 
@@ -270,6 +272,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=12, help="windows of each kind of text")
     parser.add_argument("--eval-seq-len", type=int, default=1024)
     options = parser.parse_args()
+    if options.recover is not None:
+        RecoveryOptions(max_steps=options.recover)  # or the error would come after hours
     options.ratios = options.ratios or [0.2, 0.4]
     options.calibration, options.kind = dict(options.calibration), dict(options.kind)
     return options

@@ -34,7 +34,7 @@ import prunus
 from prunus.checkpoint import locate
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL
 from prunus.evaluation.perplexity import perplexity, read_text
-from prunus.evaluation.zero_shot import load_task, zero_shot
+from prunus.evaluation.zero_shot import load_tasks, zero_shot
 
 
 def main() -> None:
@@ -134,8 +134,7 @@ def measured(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     found = perplexity(model, tokenizer, text, seq_len=options.eval_seq_len, max_windows=options.windows)
     row: dict[str, Any] = {"parameters": model.num_parameters(), "perplexity": found.perplexity}
     row["protocol"] = found.protocol
-    tasks = [load_task(path) for path in sorted(Path(options.tasks).glob("*.jsonl"))] if options.tasks else []
-    row["zero_shot"] = [zero_shot(model, tokenizer, task, limit=options.items).to_dict() for task in tasks]
+    row["zero_shot"] = [zero_shot(model, tokenizer, task, limit=options.items).to_dict() for task in options.tasks]
     return row
 
 
@@ -194,7 +193,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--name", default="recovery", help="of the JSON file")
     parser.add_argument("--out", required=True, help="folder for the models and the JSON file")
     parser.add_argument("more", nargs="*", help="after --: further options of `prunus recover`")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.tasks = load_tasks([options.tasks] if options.tasks else [])  # before training
+    return options
 
 
 if __name__ == "__main__":

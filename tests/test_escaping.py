@@ -185,3 +185,10 @@ def test_options_are_named_as_they_were_typed():
     assert in_flags("`seq_len` is 1; `model` and `datasets` and seq_len", flags) == (
         "--seq-len is 1; MODEL and `datasets` and seq_len"
     )
+
+
+def test_a_value_beside_an_option_is_as_it_would_be_typed():
+    flags = {"shape": "--shape", "axes": "--set selection.axes"}
+    assert in_flags("`shape=uniform`, `axes=[mlp]` or `repair=null`; `shape = uniform`", flags) == (
+        "--shape uniform, --set selection.axes=[mlp] or `repair=null`; `shape = uniform`"
+    )

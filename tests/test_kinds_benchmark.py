@@ -10,6 +10,7 @@ import pytest
 from tiny_folder import TEXT
 
 import prunus
+from prunus.errors import OptionError
 from prunus.pipeline.prune import prune
 from prunus.recovery import RecoveryOptions, TextOptions, recover_checkpoint
 
@@ -102,3 +103,12 @@ def test_a_model_is_trained_on_what_it_was_calibrated_on(kinds, folder, tmp_path
     measured = prunus.perplexity_of_windows(model, windows.input_ids, progress=False).perplexity
     assert trained["perplexity"]["web"] == pytest.approx(measured, rel=1e-4)
     assert measured != pytest.approx(pruned["perplexity"]["web"], rel=1e-3)
+
+    # A row that is missing beside one that is there is made.
+    monkeypatch.setattr(sys, "argv", ["kinds.py", *map(str, words), "--recover", "2"])
+    kinds.main()
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert [row["recipe"] for row in rows[2:]] == ["fast, 5 steps of recovery", "fast, 2 steps of recovery"]
+    monkeypatch.setattr(sys, "argv", ["kinds.py", *map(str, words), "--recover", "0"])
+    with pytest.raises(OptionError, match="`max_steps` is 0"):
+        kinds.main()

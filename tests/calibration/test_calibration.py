@@ -528,7 +528,7 @@ def test_a_mixture_is_its_parts(monkeypatch, tokenizer):
         assert word in text
 
 
-def test_dialogue_takes_whole_conversations_where_there_is_a_chat_template(monkeypatch):
+def test_dialogue_takes_whole_conversations_where_there_is_a_chat_template(monkeypatch, tmp_path):
     from test_texts_and_lengths import chat_tokenizer
 
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
@@ -536,6 +536,18 @@ def test_dialogue_takes_whole_conversations_where_there_is_a_chat_template(monke
     tokenizer = chat_tokenizer()
     calibration = load_calibration("dialogue", tokenizer, samples=4, seq_len=64)
     assert "Good day" in tokenizer.decode(calibration.input_ids.flatten())
+    assert calibration.provenance.kind == "chat"
+
+    # A column that is named is that of a file; those of the short names are known.
+    reading = Reading(chat_column="other")
+    with pytest.raises(
+        CalibrationError, match=r"`chat_column` is 'other', and the columns of c4 and dialogue are known"
+    ):
+        load_calibration(["c4", "dialogue"], tokenizer, samples=4, seq_len=16, reading=reading)
+    (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"other": turns})] * 100))
+    fake_datasets(monkeypatch, [{"text": "abc"}] * 100)
+    both = load_calibration([str(tmp_path / "chat.jsonl"), "c4"], tokenizer, samples=4, seq_len=16, reading=reading)
+    assert [source.kind for source in both.provenance.sources] == ["chat", "hub"]
 
 
 def test_any_data_set_by_its_id(monkeypatch, tokenizer):
@@ -564,7 +576,7 @@ def test_no_network(monkeypatch, tokenizer):
         raise ConnectionError("cannot reach the hub")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(CalibrationError, match=r"allenai/c4:en:train.*cannot reach the hub.*`calibration` default"):
+    with pytest.raises(CalibrationError, match=r"allenai/c4:en:train.*cannot reach the hub.*the source `default`"):
         load_calibration("c4", tokenizer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -265,6 +266,25 @@ def test_lines_that_are_no_items(tmp_path, name, record):
     path = write(tmp_path, name, [RECORDS[name][0], record])
     with pytest.raises(OptionError, match=rf"line 2: not an item of {name}"):
         load_task(path)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"text": ["a"], "label": ["A"]}, "choices.text is an array of 1; List should have at least 2 items"),
+        ({"text": ["a", ""], "label": ["A", "B"]}, 'choices.text.1 is ""; '),
+        ({"text": ["a", "b"], "label": [1, 2]}, "choices.label.0 is 1; it must be text"),
+        ({"text": ["a", "b"]}, "choices.label is missing"),
+        ({"text": ["a", "b", "c"], "label": ["A", "B"]}, "choices: 3 texts need as many labels, each another"),
+        ({"text": ["a", "b"], "label": ["A", "A"]}, "choices: 2 texts need as many labels, each another"),
+        (["a"], "choices is an array of 1; List should have at least 2 items"),
+        ("ab", 'choices is "ab"; it must be an array'),
+    ],
+)
+def test_what_is_wrong_with_choices(tmp_path, choices, message):
+    record = {"question": "?", "choices": choices, "answerKey": "A", "gold": 0}
+    with pytest.raises(OptionError, match=re.escape(f"line 1: not an item of arc_easy: {message}")):
+        load_task(write(tmp_path, "arc_easy", [record]))
 
 
 def test_nan(tmp_path):

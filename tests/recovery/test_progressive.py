@@ -59,16 +59,16 @@ def test_training_after_each_round(trained, dense, tmp_path, capsys):
     assert [point["round"] for point in points] == [1, 1, 1, 2, 2, 2]
     assert points[-1]["held_out_loss"] == last["history"][-1]["held_out_loss"]
     # The loss that is written down is that of the folder, on sequences drawn again.
-    drawn = prunus.load_calibration("default", tokenizer, samples=4608 // 32 + 8, seq_len=32)
-    held_out = drawn.split(8)[1]
+    how = {"samples": 2**14 + 8, "seq_len": 32, "reading": prunus.Reading(fewer=True)}
+    fitted, held_out = prunus.load_calibration("default", tokenizer, **how).split(8)
     assert held_out.provenance.sha256 == last["held_out"]["sha256"]
     measured = perplexity_of_windows(model, held_out.input_ids, progress=False).nll
     assert measured == pytest.approx(last["held_out_loss"]["after"], rel=1e-6)
     # What the result is measured on was not trained on, though both are of the same text.
     of_calibration = prunus.load_calibration("default", tokenizer, samples=8 + 8, seq_len=32).split(8)[1].input_ids
-    rows = [row for row in drawn.split(8)[0].input_ids.tolist() if row not in of_calibration.tolist()]
-    assert len(rows) == 4608 // 32 - 8
-    assert last["text"]["sha256"] == hash_tokens(torch.tensor(rows))
+    rows = [row for row in fitted.input_ids.tolist() if row not in of_calibration.tolist()]
+    assert len(rows) == len(fitted) - 8
+    assert last["text"]["sha256"] == hash_tokens(torch.tensor(rows[: 4608 // 32]))
     # It is worth it.
     plain = tmp_path / "plain"
     without = run_json(capsys, "prune", dense, "--out", plain, *CUT)

@@ -28,16 +28,16 @@ FAST = ["--learning-rate", "5e-3", "--max-steps", "24", "--set", "recovery.check
 
 
 @cache
-def measured(folder, samples):
-    """The held-out loss of a saved folder, on sequences drawn again, and their hash."""
+def measured(folder):
+    """The loss of a saved folder on the last sequences of the text, and their hash."""
     model, tokenizer = prunus.load_model(folder)
-    drawn = prunus.load_calibration("default", tokenizer, samples=samples, seq_len=32)
-    held_out = drawn.split(16)[1]
+    how = {"samples": 2**14 + 16, "seq_len": 32, "reading": prunus.Reading(fewer=True)}
+    held_out = prunus.load_calibration("default", tokenizer, **how).split(16)[1]
     return perplexity_of_windows(model, held_out.input_ids, progress=False).nll, held_out.provenance.sha256
 
 
-def held_out_loss(folder, facts, samples):
-    loss, sha256 = measured(folder, samples)
+def held_out_loss(folder, facts):
+    loss, sha256 = measured(folder)
     assert sha256 == facts["held_out"]["sha256"]
     return loss
 
@@ -50,9 +50,9 @@ def test_distillation_wins_back_what_pruning_lost(recover, pruned, dense, tmp_pa
     assert loss["after"] < loss["before"] - 0.4 * (loss["before"] - loss["dense"])
     assert facts["gap_closed"] == pytest.approx((loss["before"] - loss["after"]) / (loss["before"] - loss["dense"]))
     # What the record says is what the folders do.
-    assert held_out_loss(tmp_path / "out", facts, 24 * 4 + 16) == pytest.approx(loss["after"], rel=1e-6)
-    assert held_out_loss(pruned, facts, 24 * 4 + 16) == pytest.approx(loss["before"], rel=1e-6)
-    assert held_out_loss(dense, facts, 24 * 4 + 16) == pytest.approx(loss["dense"], rel=1e-6)
+    assert held_out_loss(tmp_path / "out", facts) == pytest.approx(loss["after"], rel=1e-6)
+    assert held_out_loss(pruned, facts) == pytest.approx(loss["before"], rel=1e-6)
+    assert held_out_loss(dense, facts) == pytest.approx(loss["dense"], rel=1e-6)
     assert loss["after"] == pytest.approx(min(entry["held_out_loss"] for entry in facts["history"]), rel=1e-5)
     assert [entry["step"] for entry in facts["history"]] == [6, 12, 18, 24]
     assert facts["teacher"] == "dense", "found beside the pruned folder"
@@ -102,6 +102,11 @@ def test_the_result_is_a_folder_of_the_same_kind(recover, pruned, tmp_path):
     # Recovering once more keeps what was done before.
     again = recover(out, "--out", tmp_path / "again", *SHORT, "--max-steps", 2, "--teacher", pruned.with_name("dense"))
     assert again["earlier"]["history"] == facts["history"]
+    # What is held out of the text does not depend on the number of steps, or it might have been trained on before.
+    assert again["held_out"] == facts["held_out"]
+    assert again["held_out_loss"]["before"] == pytest.approx(facts["held_out_loss"]["after"], rel=1e-6)
+    metrics = json.loads((tmp_path / "again" / "prunus" / "metrics.json").read_text())
+    assert metrics["before_recovery"]["perplexity_after"] == old["perplexity_after"], "of the model before any training"
 
 
 def test_adapters_merged_and_saved_compute_what_they_computed_before(tmp_path):
@@ -167,7 +172,7 @@ def test_the_best_checkpoint_is_kept_and_not_the_last(recover, pruned, tmp_path)
     assert best < 20
     assert losses[20] > losses[best] + 0.01
     assert facts["best_step"] == best > 0
-    assert held_out_loss(tmp_path / "out", facts, 16 + 16) == pytest.approx(losses[best], rel=1e-5)
+    assert held_out_loss(tmp_path / "out", facts) == pytest.approx(losses[best], rel=1e-5)
     assert facts["held_out_loss"]["dense"] is None, "no teacher was needed"
 
 
@@ -220,8 +225,8 @@ def test_losses_of_a_model_in_half_precision_are_all_measured_in_it(recover, pru
         facts = recover(*words, *options)
         assert "bfloat16 model" in facts["protocol"]
         loss = facts["held_out_loss"]
-        assert held_out_loss(tmp_path / "pruned", facts, 3 * 4 + 16) == loss["before"] == loss["after"]
-        assert held_out_loss(tmp_path / "dense", facts, 3 * 4 + 16) == loss["dense"]
+        assert held_out_loss(tmp_path / "pruned", facts) == loss["before"] == loss["after"]
+        assert held_out_loss(tmp_path / "dense", facts) == loss["dense"]
         assert facts["gap_closed"] == 0
 
 

@@ -11,7 +11,8 @@ from pyarrow import parquet
 from tiny_folder import run_json
 from tiny_recovery import chat_tokenizer
 
-from prunus import calibration_from_texts, load_calibration, load_model
+from prunus import Reading, calibration_from_texts, load_calibration, load_model
+from prunus.calibration.sources import mixed
 from prunus.errors import CalibrationError, OptionError
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.options import TextOptions
@@ -41,8 +42,58 @@ def test_what_is_held_out_is_not_trained_on(tmp_path):
     assert torch.equal(torch.cat([train.input_ids, held_out.input_ids]), whole.input_ids)
     assert len(held_out) == 5
     assert train.provenance.part == "fitted"
-    few, _ = load_sequences(TextOptions(str(path), seq_len=16, held_out=5), chat_tokenizer(), 8, 4)
-    assert len(few) == 8, "no more than the steps need"
+    few, same = load_sequences(TextOptions(str(path), seq_len=16, held_out=5), chat_tokenizer(), 8, 4)
+    assert torch.equal(few.input_ids, train.input_ids[:8]), "no more than the steps need"
+    assert torch.equal(same.input_ids, held_out.input_ids), "whatever the steps"
+    options = TextOptions(str(path), seq_len=16, held_out=5, samples=11)
+    some, same = load_sequences(options, chat_tokenizer(), None, 4)
+    assert torch.equal(some.input_ids, train.input_ids[:11])
+    assert same.provenance == held_out.provenance
+
+
+def test_sources_keep_their_shares_and_short_ones_are_gone_through_again(tmp_path, caplog):
+    long, short = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
+    long.write_text("\n".join(json.dumps({"text": text}) for text in MANY))
+    short.write_text("\n".join(json.dumps({"text": text.upper()}) for text in MANY[:8]))
+    alone = {}
+    for path in (long, short):
+        options = TextOptions(str(path), seq_len=16, held_out=2)
+        alone[path.stem] = [part.input_ids for part in load_sequences(options, chat_tokenizer(), None, 1)]
+    length, few = len(alone["long"][0]), len(alone["short"][0])
+    assert length > 3 * few
+
+    # With no limit, one pass over the longer one, which has three quarters.
+    options = TextOptions((f"{long}:3", str(short)), seq_len=16, held_out=8)
+    train, held_out = load_sequences(options, chat_tokenizer(), None, 4)
+    parts = [part.input_ids for part in train.each_source()]
+    held = [part.input_ids for part in held_out.each_source()]
+    assert [len(part) for part in held] == [6, 2]
+    assert torch.equal(torch.cat([parts[0], held[0]]), torch.cat(alone["long"]))
+    number = round(len(parts[0]) / 3)
+    assert len(parts[1]) in (number - 1, number)
+    again = alone["short"][0].repeat(number, 1)[: len(parts[1])]
+    assert torch.equal(parts[1], again)
+    assert torch.equal(held[1], alone["short"][1])
+    (message,) = caplog.messages
+    assert message == (
+        f"{short} has {few} sequences to train on, and its share of the text is {len(again)}: it is gone through "
+        f"{len(again) / few:.1f} times"
+    )
+    source = train.provenance.sources[1]
+    assert (source.samples, source.part) == (len(again), "fitted")
+
+    # A number of steps holds, too.
+    train, held_out = load_sequences(options, chat_tokenizer(), 40, 4)
+    assert [len(part) for part in train.each_source()] == [30, 10]
+    assert torch.equal(held_out.each_source()[0].input_ids, held[0])
+
+    with pytest.raises(OptionError, match="`held_out` is 1; of 2 sources"):
+        load_sequences(TextOptions((str(long), str(short)), seq_len=16, held_out=1), chat_tokenizer(), 8, 4)
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": MANY[0]}))
+    with pytest.raises(CalibrationError, match=r"one.jsonl holds 2 sequences of 16 tokens, and 3 are needed"):
+        load_sequences(
+            TextOptions((str(long), str(tmp_path / "one.jsonl")), seq_len=16, held_out=4), chat_tokenizer(), 8, 4
+        )
 
 
 def test_conversations_from_parquet_are_those_from_json_lines(tmp_path):
@@ -70,12 +121,14 @@ def test_text_of_the_dense_model_beside_a_given_one(pruned, dense, tmp_path, rec
     words = [pruned, "--teacher", dense, *texts, "--max-steps", "2", "--batch-size", "4", "--seed", "3"]
     facts = recover(*words, "--out", tmp_path / "out")
     model, tokenizer = load_model(dense)
-    names = [f"{tmp_path / 'notes.txt'}:3", "self"]
-    expected = load_calibration(names, tokenizer, samples=12, seq_len=16, seed=3, model=model, progress=False)
-    train, held_out = expected.split(4)
+    how = {"tokenizer": tokenizer, "seq_len": 16, "seed": 3}
+    # The last sequences of the file are held out, and of what is written the one behind those that are trained on.
+    notes = load_calibration(str(tmp_path / "notes.txt"), **how, samples=999, reading=Reading(fewer=True)).split(3)
+    own = load_calibration("self", **how, samples=3, model=model, progress=False).split(1)
+    train, held_out = mixed([notes[0].first(6), own[0]]), mixed([notes[1], own[1]])
     assert facts["text"]["sha256"] == train.provenance.sha256
     assert facts["held_out"]["sha256"] == held_out.provenance.sha256
-    assert [source["samples"] for source in expected.provenance.to_dict()["sources"]] == [9, 3]
+    assert [source["samples"] for source in facts["text"]["sources"]] == [6, 2]
     (kept,) = tmp_path.glob("self-text-*.jsonl")
     written = kept.read_bytes()
     # Found again by another run, which goes on with the same tokens.
@@ -87,7 +140,7 @@ def test_text_of_the_dense_model_beside_a_given_one(pruned, dense, tmp_path, rec
     # The pruned model would write other text.
     other, _ = load_model(pruned)
     by_other = load_calibration("self", tokenizer, samples=3, seq_len=16, seed=3, model=other, progress=False)
-    assert by_other.provenance.sha256 != expected.each_source()[1].provenance.sha256
+    assert not torch.equal(by_other.input_ids, torch.cat([part.input_ids for part in own]))
 
 
 def test_text_without_an_end_needs_a_number(pruned, dense, tmp_path, refused, capsys):

@@ -52,6 +52,25 @@ def test_neither_model_is_replaced_by_the_result(refused, pruned, dense):
         assert (folder / "model.safetensors").is_file()
 
 
+def test_nor_is_the_model_that_only_writes_the_text(refused, pruned, dense, tmp_path):
+    """Without distillation the dense model is still read."""
+    for folder in (pruned, dense):
+        shutil.copytree(folder, tmp_path / folder.name)
+    kept = (tmp_path / "dense" / "model.safetensors").read_bytes()
+    words = [tmp_path / "pruned", *SHORT, "--text", "self", *ALONE, "--max-steps", "1", "--overwrite"]
+    for more in ([], ["--dry-run"]):
+        assert "is the folder of the model" in refused(*words, "--out", tmp_path / "dense", *more)
+    assert (tmp_path / "dense" / "model.safetensors").read_bytes() == kept
+
+
+def test_how_to_train_without_a_dense_model_can_be_typed(refused, recover, pruned, tmp_path):
+    shutil.copytree(pruned, tmp_path / "alone")
+    words = [tmp_path / "alone", "--out", tmp_path / "out", *SHORT, "--max-steps", "1"]
+    advice = "train without one: --set recovery.kl_weight=0"
+    assert advice in refused(*words)
+    recover(*words, *advice.partition(": ")[2].split())
+
+
 def test_checkpoints_of_somebody_else_are_left_alone(refused, pruned, tmp_path):
     (tmp_path / "runs" / "checkpoint-500").mkdir(parents=True)
     words = [pruned, "--out", tmp_path / "out", *SHORT, "--set", f"output.work={tmp_path / 'runs'}", "--overwrite"]
@@ -64,8 +83,10 @@ def test_a_text_that_is_too_short_says_how_long_it_is(refused, pruned, tmp_path)
     path.write_text("word " * 100)
     words = [str(path) if word == "default" else word for word in SHORT]
     message = refused(pruned, "--out", tmp_path / "out", *words)
-    assert "holds 15 sequences of 32 tokens" in message
-    assert "need 20" in message
+    assert "holds 15 sequences of 32 tokens, and 20 are needed, of which 16 are held out" in message
+    path.write_text("word")
+    message = refused(pruned, "--out", tmp_path / "out", *words)
+    assert "holds 4 tokens, and 1 sample of 32 need 32" in message
 
 
 @pytest.mark.parametrize("card", [b"---\nlicense: [\n---\n# x\n", b"# caf\xe9\n"])

@@ -192,6 +192,12 @@ class Calibration:
         """The first `number` sequences, at least one; itself where it has no more."""
         return self if number >= len(self) else self.split(len(self) - number)[0]
 
+    def cycled(self, number: int) -> Calibration:
+        """So many sequences, from the first: where it has no more, from the first again."""
+        if number == len(self):
+            return self
+        return self._part(torch.arange(number) % len(self), self.provenance.part)
+
     def without(self, others: Tensor) -> Calibration:
         """The sequences that have no run of `SHARED` tokens in common with any of some others.
 

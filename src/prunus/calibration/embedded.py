@@ -43,7 +43,7 @@ def embedded_documents() -> list[str]:
     except ImportError as error:
         raise CalibrationError(
             "the default calibration text is the manual in Python's standard library (pydoc_data.topics), which this "
-            "Python was packaged without. Give a calibration text, or use `calibration` self."
+            "Python was packaged without. Give a calibration text, or take the source `self`."
         ) from error
 
     return [_without_layout(topics.topics[name]) for name in sorted(topics.topics)]

@@ -86,7 +86,7 @@ def hub_documents(text: HubText, *, seed: int) -> Iterator[str]:
     except ImportError as error:
         raise CalibrationError(
             f"the data set {text.path!r} needs the package datasets, which is not installed. Run: "
-            f"{install_command('datasets')} — or use `calibration` default, which needs nothing."
+            f"{install_command('datasets')} — or take the source `default`, which needs nothing."
         ) from error
     try:
         rows: Any = datasets.load_dataset(
@@ -125,5 +125,5 @@ def _unreachable(text: HubText, error: Exception) -> CalibrationError:
     what = ":".join(filter(None, (text.path, text.config, text.split)))
     return CalibrationError(
         f"cannot read the data set {what} from the hub: {type(error).__name__}: {error}. Check its name and the "
-        "network, or calibrate on a file or on `calibration` default, which need no network."
+        "network, or take a file or the source `default`, which need no network."
     )

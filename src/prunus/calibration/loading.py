@@ -12,10 +12,10 @@ from torch import Tensor
 
 from prunus.calibration.batches import Calibration, Provenance, hash_tokens
 from prunus.calibration.begin_token import begin_token_of
-from prunus.calibration.columns import column_of
+from prunus.calibration.columns import ChatColumn, column_of
 from prunus.calibration.embedded import embedded_name
 from prunus.calibration.files import TEXT_KINDS
-from prunus.calibration.hub import HUB_NAMES
+from prunus.calibration.hub import HUB_NAMES, hub_text
 from prunus.calibration.packing import Packed, pack_documents, pack_windows
 from prunus.calibration.prompts import VERSION
 from prunus.calibration.reading import READERS, Reading, Wanted, shuffled
@@ -88,6 +88,11 @@ def load_calibration(
     check_counts(samples, seq_len)
     check_seed("seed", seed)
     sources = read_sources(DEFAULT_SOURCE if source is None else source)
+    if reading is not None and reading.chat_column is not None and all(one.name in HUB_NAMES for one in sources):
+        raise CalibrationError(
+            f"`chat_column` is {reading.chat_column!r}, and the columns of {' and '.join(one.name for one in sources)} "
+            "are known: leave it out, or name the data set itself as owner/name"
+        )
     how: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "reading": reading or Reading(), "model": model}
     each = zip(sources, sequences_of(sources, samples), strict=True)
     return mixed([_loaded(one.name, tokenizer, number, **how, progress=progress) for one, number in each])
@@ -108,6 +113,8 @@ def _loaded(
     kind = kind_of(source)
     name = embedded_name() if kind == "embedded" else str(source)
     column = column_of(reading.text_column, reading.chat_column, tokenizer)
+    if kind == "hub":
+        column = hub_text(name, column, tokenizer).column
     if reading.chat_column is not None and kind not in RECORD_KINDS:
         raise CalibrationError(
             f"conversations come from .jsonl, .json, .parquet or a data set of the hub, and {name} is neither; leave "
@@ -124,7 +131,7 @@ def _loaded(
         raise CalibrationError(f"cannot read the calibration text {name}: {error.strerror or error}") from error
     own_text = f"written by the model, prompts {VERSION}"
     shown = {"model": own_text, **dict.fromkeys(TEXT_KINDS.values(), path.name)}.get(kind, name)
-    return _calibration(packed, shown, kind if reading.chat_column is None else "chat", seed, begin_token=begin)
+    return _calibration(packed, shown, "chat" if isinstance(column, ChatColumn) else kind, seed, begin_token=begin)
 
 
 def calibration_from_texts(

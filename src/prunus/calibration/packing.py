@@ -116,7 +116,7 @@ def pack_tokens(
             break
     else:
         if not (fewer and found >= length):
-            raise too_short(name, found, samples, seq_len)
+            raise too_short(name, found, 1 if fewer else samples, seq_len)
         samples = found // length
     cut = torch.cat(tokens)[: samples * length].view(samples, length)
     return Packed(begin_with(begin, cut), used)
@@ -169,7 +169,7 @@ def pack_windows(
                 break
     if fewer and taken:
         return Packed(begin_with(begin, torch.stack(taken)), 1)
-    raise too_short(name, found, samples, seq_len)
+    raise too_short(name, found, 1 if fewer else samples, seq_len)
 
 
 def too_short(name: str, tokens: int, samples: int, seq_len: int) -> TextTooShortError:
@@ -179,8 +179,8 @@ def too_short(name: str, tokens: int, samples: int, seq_len: int) -> TextTooShor
     if tokens < 2:
         advice = "check that this is the right file"
     return TextTooShortError(
-        f"the calibration text {name} is too short: it holds {tokens:,} tokens, and {samples} samples of {seq_len} "
-        f"need {samples * seq_len:,}. Give more text, or {advice}."
+        f"the calibration text {name} is too short: it holds {tokens:,} tokens, and {samples} "
+        f"sample{'s' * (samples != 1)} of {seq_len} need {samples * seq_len:,}. Give more text, or {advice}."
     )
 
 

@@ -66,8 +66,16 @@ def read_sources(words: str | Sequence[str]) -> list[Source]:
         sources += [Source(name, named.weight * part / sum(parts.values())) for name, part in parts.items()]
     names = [source.name for source in sources]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise OptionError(f"the calibration source {twice[0]!r} is there twice; write {twice[0]}:2 for twice the share")
+        within = [name for name, parts in MIXTURES.items() if twice[0] in parts and name in {*map(_name, words)}]
+        again = f"as a part of {within[0]!r}; give one of them" if within else f"write {twice[0]}:2 for twice the share"
+        raise OptionError(f"the calibration source {twice[0]!r} is there twice{',' if within else ';'} {again}")
     return sources
+
+
+def _name(words: str) -> str:
+    """A source without its weight."""
+    match = _WEIGHT.fullmatch(words)
+    return match[1] if match else words
 
 
 def sequences_of(sources: Sequence[Source], samples: int) -> list[int]:
@@ -111,6 +119,7 @@ def mixed(parts: Sequence[Calibration]) -> Calibration:
         tokens=ids.numel(),
         documents=None if None in documents else sum(number or 0 for number in documents),
         sha256=hash_tokens(ids),
+        part=each[0].part,
         sources=tuple(each),
     )
     return replace(parts[0], input_ids=ids, provenance=provenance, sources=torch.tensor(sources)[order])

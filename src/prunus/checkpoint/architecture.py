@@ -211,7 +211,7 @@ def _mixture_config(
         raise UnsupportedModelError(
             f"no class of transformers loads a {model_type} model whose layers keep "
             f"{'; '.join(dict.fromkeys(map(str, widths)))}: all of a kind must keep as many, and shared experts whole "
-            "ones. Plan with `shape` uniform"
+            "ones. Plan with `shape=uniform`"
         )
     pruned._attn_implementation = config._attn_implementation
     return pruned

@@ -52,7 +52,7 @@ def load_model(
     if isinstance(weights, DecodedWeights):
         raise UnsupportedModelError(
             f"the weights in {folder} are stored in {weights.form.title}: prunus decodes them layer by layer and saves "
-            "what is left as it was stored, so that they are never in memory as a whole. Use `engine` streamed "
+            "what is left as it was stored, so that they are never in memory as a whole. Use `engine=streamed` "
             "(open_model), or the bf16 checkpoint"
         )
     if weights.whole is not None:

@@ -199,7 +199,7 @@ def _names_in_folder(model: Any, weights: StoredWeights, conversion: Conversion)
     if missing := [part for part in wanted if part not in weights]:
         raise CheckpointError(
             f"{weights.folder} lacks {len(missing)} tensors of its model, first {missing[0]!r}. If it loads in "
-            "transformers, its tensors have other names there: use `engine` resident, or save it again with "
+            "transformers, its tensors have other names there: use `engine=resident`, or save it again with "
             "save_pretrained"
         )
     return names

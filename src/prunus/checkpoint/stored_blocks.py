@@ -87,7 +87,7 @@ class StoredBlocks:
             if lost := next((a for a in geometry.axes if a != "expert" and len(layer[a]) < widths[a]), None):
                 raise UnsupportedModelError(
                     f"the plan removes {lost} groups of layer {layer_idx}, and weights that are stored in {self.title} "
-                    "can only lose whole experts: a block is not cut. Plan with `axes` expert, or prune the bf16 "
+                    "can only lose whole experts: a block is not cut. Plan with `axes=[expert]`, or prune the bf16 "
                     "checkpoint"
                 )
         pairs = zip(self.kept, plan.layers, strict=True)

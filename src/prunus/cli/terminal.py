@@ -59,7 +59,7 @@ def run_command(work: Callable[[], object], flags: Flags = dict) -> int:
             raise
         reason = str(error).splitlines()[0]
         message = (
-            f"the device ran out of memory ({reason}). Use a smaller `batch_size` or `seq_len`, `dtype` bfloat16, the "
+            f"the device ran out of memory ({reason}). Use a smaller `batch_size` or `seq_len`, `dtype=bfloat16`, the "
             "streamed engine, or the CPU."
         )
         show_error(in_flags(message, flags()))

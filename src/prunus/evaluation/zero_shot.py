@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from prunus.errors import NonFiniteError, OptionError
-from prunus.files.json_file import FileContent, check_content, parse_json
+from prunus.files.json_file import FileContent, check_content, parse_json, shortened
 from prunus.files.user_path import expanded
 from prunus.machine.bars import Bar
 from prunus.model.evaluation_mode import evaluation_mode
@@ -138,11 +138,24 @@ class _Lettered(FileContent):
     text: Annotated[list[_Text], Field(min_length=2)]
     label: list[str]
 
+    @model_validator(mode="after")
+    def _one_label_each(self) -> _Lettered:
+        if len(self.label) != len(self.text) or len(set(self.label)) < len(self.label):
+            raise ValueError(f"{len(self.text)} texts need as many labels, each another; these are {self.label}")
+        return self
+
+
+def _form(choices: Any) -> str:
+    return "by letter" if isinstance(choices, dict) else "by number"
+
 
 class _Choices(FileContent):
     """Choices as a list, the right one by its number; or as data sets of the Hub have them, by its letter."""
 
-    choices: Annotated[list[_Text], Field(min_length=2)] | _Lettered
+    choices: Annotated[
+        Annotated[list[_Text], Field(min_length=2), Tag("by number")] | Annotated[_Lettered, Tag("by letter")],
+        Discriminator(_form),
+    ]
     gold: _Number | None = None
     answerKey: str | None = None
 
@@ -353,7 +366,7 @@ def encode_task(config: Any, tokenizer: Any, task: Task, *, limit: int | None = 
             if not 0 < scored <= min(longest, len(ids) - 1):
                 raise OptionError(
                     f"{task.name}, item {number}: {scored} of the {len(ids)} tokens of its text belong to the choice "
-                    f"{continuation.strip()!r}; at least one must, and one not, within a context of {longest}"
+                    f"{shortened(continuation.strip())}; at least one must, and one not, within a context of {longest}"
                 )
             # The last token is predicted, and not read.
             pairs.append((ids[-(longest + 1) :], scored))

@@ -244,7 +244,7 @@ class _Cut:
             if len(self.experts[layer]) != first:
                 raise PlanError(
                     f"layer {holders[0]} keeps {first} experts and layer {layer} {len(self.experts[layer])}; a GGUF "
-                    "file has one number for all layers: make the plan with `shape` uniform"
+                    "file has one number for all layers: make the plan with `shape=uniform`"
                 )
         if first < max(used, 2):
             raise PlanError(

@@ -64,7 +64,7 @@ def write_tensors(writer: Any, gguf: Any, described: GgufModel, progress: bool) 
         values = entry.tensor.to(device="cpu", dtype=torch.float32).contiguous().numpy()
         if kind.name == "F16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
             raise NonFiniteError(
-                f"{entry.name} holds {np.abs(values).max():g}, beyond the largest number of f16; use `type` bf16"
+                f"{entry.name} holds {np.abs(values).max():g}, beyond the largest number of f16; use `type=bf16`"
             )
         writer.write_tensor_data(gguf.quants.quantize(values, kind))
     return {"tensors": count, "parameters": parameters}

@@ -325,7 +325,7 @@ def candidates(config: Any) -> tuple[Architecture, ...]:
         raise UnsupportedModelError(
             f"{family.title} ({family.model_type!r}) cannot be written as GGUF: it is not checked which of llama.cpp's "
             f"architectures computes it; checked are {', '.join(CANDIDATES)}. llama.cpp's own convert_hf_to_gguf.py "
-            "may take its folder where all layers are equal (`shape` uniform)"
+            "may take its folder where all layers are equal (`shape=uniform`)"
         )
     return tuple(ARCHITECTURES[name] for name in CANDIDATES[family.model_type])
 

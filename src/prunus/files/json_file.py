@@ -26,6 +26,7 @@ __all__ = [
     "parse_json",
     "read_json",
     "read_json_if_whole",
+    "shortened",
 ]
 
 #: far more than the plan of the largest model takes; nothing larger is read into memory
@@ -167,7 +168,7 @@ def check_content(kind: type[Content], values: Any, where: str, error: type[Prun
 def _first_fault(problem: ValidationError) -> str:
     faults = problem.errors(include_url=False, include_context=False)
     first = faults[0]
-    place = ".".join(map(str, first["loc"]))
+    place = ".".join(str(part) for part in first["loc"] if " " not in str(part))  # no tags of unions
     more = f" ({len(faults) - 1} more faults)" if len(faults) > 1 else ""
     if first["type"] == "missing":
         return f"{place} is missing{more}"
@@ -177,7 +178,7 @@ def _first_fault(problem: ValidationError) -> str:
     if kind == "value_error" and isinstance(value, dict | list):
         # A check of several fields at once says itself what is wrong with which.
         return f"{place}: {allowed}{more}".removeprefix(": ")
-    return f"{place or 'it'} is {_short(value)}; {allowed}{more}"
+    return f"{place or 'it'} is {shortened(value)}; {allowed}{more}"
 
 
 #: pydantic's kinds of faults whose own words name Python's types
@@ -193,7 +194,8 @@ _ALLOWED = {
 }
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value in a message: as JSON, and no more of it than can be read there."""
     if isinstance(value, dict | list):
         return f"an object of {len(value)}" if isinstance(value, dict) else f"an array of {len(value)}"
     try:

@@ -35,14 +35,14 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     except RuntimeError as error:
         raise OptionError(f"`device` {device!r} is not known to torch; use auto, cpu, cuda, cuda:1 or mps") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"`device` {device!r} was asked for, but torch sees no CUDA GPU; use `device` cpu or auto")
+        raise OptionError(f"`device` {device!r} was asked for, but torch sees no CUDA GPU; use `device=cpu` or auto")
     if resolved.type == "cuda" and resolved.index is not None and resolved.index >= torch.cuda.device_count():
         raise OptionError(
             f"`device` {device!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA GPUs, "
             "counted from cuda:0"
         )
     if resolved.type == "mps" and not torch.backends.mps.is_available():
-        raise OptionError(f"`device` {device!r} was asked for, but torch cannot use MPS here; use `device` cpu or auto")
+        raise OptionError(f"`device` {device!r} was asked for, but torch cannot use MPS here; use `device=cpu` or auto")
     if resolved.type not in ("cpu", "cuda", "mps") and not _holds_numbers(resolved):
         raise OptionError(f"`device` {device!r} cannot run a model here; use auto, cpu, cuda, cuda:1 or mps")
     return resolved

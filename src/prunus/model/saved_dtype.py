@@ -51,7 +51,7 @@ def rounded(values: Tensor, dtype: torch.dtype, *, compactly: bool = False) -> T
     if dtype == torch.float16 and bool(as_saved.isinf().any()):
         raise NonFiniteError(
             f"a weight of {float(values.abs().max()):g} is too large for float16, in which the model was to be saved; "
-            "use `save_dtype` bfloat16 or float32"
+            "use `save_dtype=bfloat16` or float32"
         )
     if compactly:
         return compact(as_saved, values.dtype)

@@ -45,8 +45,7 @@ def forecast_recover(job: RecoveryJob, out: str | Path, *, resume: bool = False,
     check_output(out, overwrite, job.model, *job.text.names)
     Checkpoints(out, job.output.work).check(resume, overwrite)
     prepared = Prepared.of(job)
-    if prepared.teacher is not None:
-        check_output(out, overwrite, prepared.teacher)
+    check_output(out, overwrite, *prepared.reads)
     check_disk(out, prepared.expected_bytes)
     dtype = torch.bfloat16 if prepared.step.bfloat16 else torch.float32
     student = empty_model(read_config(prepared.folder), dtype)

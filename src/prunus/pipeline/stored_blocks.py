@@ -23,7 +23,7 @@ def check_recipe_for_blocks(title: str, geometry: Geometry, recipe: Recipe) -> N
     if recipe.repair is not None:
         raise OptionError(
             f"the model's weights are stored in {title}, and a repaired weight would have to be rounded to that again: "
-            "prune without repair (`repair` null), or prune the bf16 checkpoint"
+            "prune without repair (`repair=null`), or prune the bf16 checkpoint"
         )
     if (axes := recipe.selection.of(geometry).axes) != ("expert",):
         raise OptionError(

@@ -47,7 +47,7 @@ def card_without_figures(folder: Path) -> tuple[str, str | None]:
     path = folder / "README.md"
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else f"# {markdown_text(folder.resolve().name)}\n"
-        card = ModelCard(text)
+        card = ModelCard(text if text.startswith("---") else f"---\n{{}}\n---\n{text}")
     except Exception as error:  # any YAML that somebody wrote by hand, any bytes
         raise CheckpointError(f"the card of the pruned model, {path}, cannot be read: {error}") from error
     name = card.data.model_name

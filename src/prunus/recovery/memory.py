@@ -57,7 +57,7 @@ def check_memory(
     """
     if job.run.max_memory is not None:
         needed = training_bytes(job, folder, teacher, device, bfloat16=bfloat16, tokens=tokens)
-        less = ". A smaller `micro_batch` or `seq_len`, `gradient_checkpointing` or `train` lora needs less"
+        less = ". A smaller `micro_batch` or `seq_len`, `gradient_checkpointing` or `train=lora` needs less"
         check_limit(needed, parse_bytes(job.run.max_memory), "training needs", less)
 
 

@@ -29,7 +29,8 @@ class TextOptions:
         samples: train on at most this many sequences; by default as many as the steps need, or as the text has. `self`
             needs it, or `recovery.max_steps`: it has no end.
         seq_len: tokens per sequence.
-        held_out: sequences that are not trained on and choose the best checkpoint.
+        held_out: sequences that are not trained on and choose the best checkpoint: of a file its last ones, in the order
+            that `seed` draws.
         seed: decides which sequences are drawn, their order, and how adapters begin.
         order_seed: decides the order alone; by default `seed`.
         text_column: column that holds the text in .jsonl and .parquet files.
@@ -156,7 +157,7 @@ class RecoveryOptions:
         if not 0 <= self.warmup < 1:
             raise OptionError(f"`warmup` is {self.warmup}; it is a share of the run, from 0 to below 1")
         if self.train != "lora" and self.lora_alpha is not None:
-            raise OptionError(f"`lora_alpha` goes with `train` lora, and `train` is {self.train}; leave it out")
+            raise OptionError(f"`lora_alpha` goes with `train=lora`, and `train` is {self.train}; leave it out")
         if self.micro_batch is not None and self.batch_size is not None and self.batch_size % self.micro_batch:
             raise OptionError(f"`micro_batch` is {self.micro_batch}; it must divide `batch_size`, {self.batch_size}")
 

@@ -100,6 +100,11 @@ class Prepared:
         return cls(job, *models, train_on, held_out, steps, device, step)
 
     @property
+    def reads(self) -> tuple[Path, ...]:
+        """Folders of dense models that are read, which no output may replace."""
+        return tuple({folder for folder in (self.teacher, self.writer) if folder is not None})
+
+    @property
     def expected_bytes(self) -> int:
         """Room that result and checkpoints take: of the checkpoints, two with weights and both moments in float32."""
         weights = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
@@ -163,7 +168,7 @@ def _place(device: str) -> torch.device:
     if place.index is not None:
         raise OptionError(
             f"`device` {device!r}: recovery takes a kind of device. Choose one by CUDA_VISIBLE_DEVICES={place.index} "
-            "and `device` cuda"
+            "and `device=cuda`"
         )
     # Of several processes each has been given its own.
     return torch.device("cuda", torch.cuda.current_device()) if place.type == "cuda" else place

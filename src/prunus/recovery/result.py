@@ -129,7 +129,7 @@ def _recipe(prepared: Prepared) -> str:
 def _extras_of_before(folder: Path, facts: Mapping[str, Any]) -> dict[str, str | bytes]:
     """Plan, scores and metrics of the pruned model, without what was measured on it or written by it since.
 
-    Perplexity in the metrics becomes that of the recovered model; what was there stays under `before_recovery`.
+    Perplexity in the metrics becomes that of the recovered model; that of the pruned one stays under `before_recovery`.
     """
     extras: dict[str, str | bytes] = {
         path.name: path.read_bytes()
@@ -145,6 +145,7 @@ def _extras_of_before(folder: Path, facts: Mapping[str, Any]) -> dict[str, str |
             "perplexity_protocol": facts["protocol"],
             "perplexity_by_source": [],
         }
-        old = {name: metrics.get(name) for name in new}
+        # Of a model that was trained before, what it was before any training.
+        old = metrics.get("before_recovery") or {name: metrics.get(name) for name in new}
         extras["metrics.json"] = json.dumps({**metrics, **new, "before_recovery": old}, indent=1) + "\n"
     return extras

@@ -111,8 +111,7 @@ def recover_job(
             checkpoints.check(resume, overwrite)
             wait_for_all()  # before the first process changes what the others check
             prepared = Prepared.of(job, beside or place_of(out).parent, apart=apart, progress=progress)
-            if prepared.teacher is not None:
-                check_output(out, overwrite, prepared.teacher)
+            check_output(out, overwrite, *prepared.reads)
             check_disk(out, prepared.expected_bytes)
             stages = Stages(("training", "saving"), prepared.device, progress)
             with _told_how_to_go_on(checkpoints, again), stages.enter("training"):

@@ -36,7 +36,7 @@ def find_teacher(pruned: Path) -> str:
         CheckpointError: none is named, or it is not here.
     """
     record = pruned / "prunus" / "metrics.json"
-    advice = "name the dense model with `teacher`, or train without one: `kl_weight` 0"
+    advice = "name the dense model with `teacher`, or train without one: `kl_weight=0`"
     try:
         name = check_content(MetricsContent, read_json(record), str(record)).base_model
     except CheckpointError as error:

@@ -1,44 +1,58 @@
-"""The sequences that recovery trains on, and those that are held out."""
+"""The sequences that recovery trains on, and those that are held out.
+
+Of a file, the last sequences of all are held out, so that runs of any length hold out the same ones: their losses
+compare, and a model that is trained again is not measured on what it was trained on. Of what has no end (a data set of
+the Hub, text that the model writes) they are those behind the ones that are trained on. Sources keep their shares: one
+that is too short for its share is gone through again.
+"""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunus.calibration import Calibration, Reading, calibration_from_tokens, load_calibration
+from prunus.calibration.loading import kind_of
+from prunus.calibration.sources import mixed, sequences_of
 from prunus.errors import CalibrationError, OptionError
 from prunus.recovery.options import TextOptions
 
 __all__ = ["MOST_SAMPLES", "load_sequences", "unwritten_sequences", "wanted_sequences"]
 
+logger = logging.getLogger(__name__)
+
 #: sequences that are drawn where the user does not bound them: with 512 tokens each, eight million tokens
 MOST_SAMPLES = 2**14
+#: kinds of sources of which no more is drawn than is trained on and held out
+ENDLESS = ("hub", "model")
 
 
 def wanted_sequences(options: TextOptions, needed: int | None) -> int:
-    """How many sequences are asked for, those that are held out included.
+    """How many sequences to train on are asked for.
 
     Args:
         options: which text.
         needed: sequences that all steps together go through; None where that is open.
 
     Raises:
-        OptionError: text is to be written, and nothing says how much.
+        OptionError: text is to be written, and nothing says how much; fewer are held out than there are sources.
     """
     if options.written and options.samples is None and needed is None:
         raise OptionError(
             "the dense model would write text without an end: say how many sequences by `samples`, or how many steps "
             "by `max_steps`"
         )
-    samples = options.samples if options.samples is not None else min(needed or MOST_SAMPLES, MOST_SAMPLES)
-    return samples + options.held_out
+    if options.held_out < len(options.sources):
+        raise OptionError(f"`held_out` is {options.held_out}; of {len(options.sources)} sources, hold out one each")
+    return options.samples if options.samples is not None else min(needed or MOST_SAMPLES, MOST_SAMPLES)
 
 
 def unwritten_sequences(options: TextOptions, needed: int | None) -> tuple[Calibration, Calibration]:
     """In the place of sequences that would have to be written first, as many that hold nothing, for a forecast."""
-    ids = torch.zeros(wanted_sequences(options, needed), options.seq_len, dtype=torch.int64)
+    ids = torch.zeros(wanted_sequences(options, needed) + options.held_out, options.seq_len, dtype=torch.int64)
     return calibration_from_tokens(ids).split(options.held_out)
 
 
@@ -66,30 +80,50 @@ def load_sequences(
         progress: show a bar on a terminal while it is written.
 
     Returns:
-        What is trained on, and what is held out: of several sources, some of each.
+        What is trained on, and what is held out: of several sources, by their shares.
 
     Raises:
         OptionError: conversations, and a tokenizer without a chat template; text is to be written, and nothing says how
-            much.
+            much; fewer are held out than there are sources.
         CalibrationError: the text is missing, unreadable or too short.
     """
-    drawn = load_calibration(
-        options.source,
-        tokenizer,
-        samples=wanted_sequences(options, needed),
-        seq_len=options.seq_len,
-        seed=options.seed,
-        reading=Reading(options.text_column, options.chat_column, fewer=True, keep=keep),
-        model=writer,
-        progress=progress,
+    wanted, sources = wanted_sequences(options, needed), options.sources
+    held = sequences_of(sources, options.held_out)
+    most = sequences_of(sources, max(wanted, len(sources)))
+    how: dict[str, Any] = {"seq_len": options.seq_len, "seed": options.seed, "model": writer, "progress": progress}
+    how["reading"] = Reading(options.text_column, options.chat_column, fewer=True, keep=keep)
+    parts = []
+    for source, share, last in zip(sources, most, held, strict=True):
+        bound = share if kind_of(source.name) in ENDLESS else max(share, MOST_SAMPLES)
+        drawn = load_calibration(source.name, tokenizer, samples=bound + last, **how)
+        whole = len(drawn) < bound + last
+        drawn = drawn if apart is None else drawn.without(apart)
+        least = last + (batch_size if len(sources) == 1 else 1)
+        if len(drawn) < least:
+            raise CalibrationError(_too_few(source.name, drawn, whole, apart, options, least))
+        parts.append(drawn.split(last))
+    total = sum(source.weight for source in sources)
+    # As many as make one pass over the source that lasts longest.
+    longest = max(len(fitted) * total / source.weight for source, (fitted, _) in zip(sources, parts, strict=True))
+    numbers = sequences_of(sources, max(len(sources), min(wanted, int(longest))))
+    for source, number, (fitted, _) in zip(sources, numbers, parts, strict=True):
+        if number > len(fitted):
+            logger.warning(
+                "%s has %d sequences to train on, and its share of the text is %d: it is gone through %.1f times",
+                *(source.name, len(fitted), number, number / len(fitted)),
+            )
+    train_on = mixed([fitted.cycled(number) for number, (fitted, _) in zip(numbers, parts, strict=True)])
+    if len(train_on) < batch_size:
+        raise CalibrationError(f"{len(train_on)} sequences to train on are fewer than one step of {batch_size}")
+    return train_on, mixed([held_out for _, held_out in parts])
+
+
+def _too_few(
+    name: str, drawn: Calibration, whole: bool, apart: torch.Tensor | None, options: TextOptions, least: int
+) -> str:
+    has = "holds" if whole else "was read for"
+    beside = "" if apart is None else " beside those that the result is measured on"
+    return (
+        f"the text {name} {has} {len(drawn)} sequences of {options.seq_len} tokens{beside}, and {least} are needed, of "
+        f"which {options.held_out} are held out. Give more text, or smaller `seq_len`, `held_out` or `batch_size`"
     )
-    if apart is not None:
-        drawn = drawn.without(apart)
-    if len(drawn) < options.held_out + batch_size:
-        beside = "" if apart is None else " beside those that are measured on"
-        raise CalibrationError(
-            f"the text {' + '.join(options.names)} holds {len(drawn)} sequences of {options.seq_len} tokens{beside}, "
-            f"and {options.held_out} held out with one step of {batch_size} need {options.held_out + batch_size}. Give "
-            "more text, or smaller `seq_len`, `held_out` or `batch_size`"
-        )
-    return drawn.split(options.held_out)

@@ -295,8 +295,8 @@ class RecoveryTrainer(Trainer):
     def _fail(self, what: str, step: int) -> None:
         raise NonFiniteError(
             f"{what} of step {step} is not finite (learning rate {self._get_learning_rate():.3g}, peak "
-            f"{self.args.learning_rate:g}). Begin anew with a lower `learning_rate`, or more `warmup`; nothing was "
-            "written to the output"
+            f"{self.args.learning_rate:g}). Begin anew (`overwrite`) with a lower `learning_rate`, or more `warmup`; "
+            "nothing was written to the output"
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

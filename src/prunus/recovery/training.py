@@ -104,14 +104,17 @@ def _inputs(prepared: Prepared, student: Any, teacher: Any) -> dict[str, Any]:
     """What the result depends on."""
     decided = {"batch_size": prepared.step.batch_size, "learning_rate": prepared.step.learning_rate}
     named = {name: value for name, value in asdict(prepared.job.recovery).items() if name != "micro_batch"} | decided
+    # Options first: where they differ, so do digests, and a message names what was changed.
     return {
+        **named,
+        "samples": prepared.job.text.samples,
+        "seq_len": prepared.job.text.seq_len,
+        "seed": prepared.job.text.seed,
+        "order_seed": prepared.job.text.order,
         "model": digest_model(student),
         "teacher": digest_model(teacher) if teacher is not None else None,
         "training text": prepared.train_on.provenance.sha256,
         "held-out text": prepared.held_out.provenance.sha256,
-        "seed": prepared.job.text.seed,
-        "order_seed": prepared.job.text.order,
-        **named,
     }
 
 

@@ -387,7 +387,7 @@ def _warn_of_scales(options: ScoringOptions) -> None:
     if options.method not in COMPOSITES and options.normalize == "none" and not get_method(options.method).comparable:
         logger.warning(
             "raw %s scores of different layers are not on one scale, and a global ranking of them cuts whole layers "
-            "blindly; `normalize` layer_sum makes them comparable",
+            "blindly; `normalize=layer_sum` makes them comparable",
             options.method,
         )
 

@@ -82,11 +82,11 @@ class Constraints:
         # Unequal layers were measured to gain too little for classes that no other program loads: benchmarks/LOG.md.
         if mixture and shape == "ragged":
             raise OptionError(
-                "`shape` ragged: no class loads a mixture of experts whose layers differ; choose uniform or depth"
+                "`shape=ragged`: no class loads a mixture of experts whose layers differ; choose uniform or depth"
             )
         if mixture and shape == "depth" and set(axes) != set(geometry.axes):
             raise OptionError(
-                f"`shape` depth removes whole layers of a mixture of experts, with all of {', '.join(geometry.axes)}; "
+                f"`shape=depth` removes whole layers of a mixture of experts, with all of {', '.join(geometry.axes)}; "
                 "leave out axes"
             )
         # A layer that goes as a whole needs no experts any more.

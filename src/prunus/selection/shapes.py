@@ -109,7 +109,7 @@ def _equal_widths(geometry: Geometry, constraints: ModelConstraints) -> dict[Axi
     layers = len(geometry.widths)
     if constraints.layers(layers) != range(layers):
         raise OptionError(
-            "`shape` uniform cuts every layer alike, which a layer range excludes; leave out "
+            "`shape=uniform` cuts every layer alike, which a layer range excludes; leave out "
             "layer-start and layer-end, or choose another shape"
         )
     allowed: dict[Axis, list[int]] = {}
@@ -122,12 +122,12 @@ def _equal_widths(geometry: Geometry, constraints: ModelConstraints) -> dict[Axi
             block, narrowest = blocks[0][1], min(widths)
             if block.indivisible and narrowest < max(widths):
                 raise OptionError(
-                    f"`shape` uniform: the layers have {narrowest} to {max(widths)} {axis} groups, which in "
+                    f"`shape=uniform`: the layers have {narrowest} to {max(widths)} {axis} groups, which in "
                     f"{geometry.family.title} stay or go together; choose another shape"
                 )
             if len({each.beside_experts for _, each in blocks}) > 1:
                 raise OptionError(
-                    f"`shape` uniform: the layers have {min(widths)} to {max(widths)} {axis} groups, of shared experts "
+                    f"`shape=uniform`: the layers have {min(widths)} to {max(widths)} {axis} groups, of shared experts "
                     f"and of layers without experts, which no class loads in equal numbers; leave {axis} out of `axes`"
                 )
             bundle = constraints.bundle(block, narrowest)
@@ -136,7 +136,7 @@ def _equal_widths(geometry: Geometry, constraints: ModelConstraints) -> dict[Axi
             allowed[axis] = [n for n in dict.fromkeys([*whole, *below]) if n]
             if not allowed[axis]:
                 raise OptionError(
-                    f"`shape` uniform: the narrowest layer has {narrowest} {axis} groups, of which no number from "
+                    f"`shape=uniform`: the narrowest layer has {narrowest} {axis} groups, of which no number from "
                     f"{max(1, constraints.least(axis))} on is a multiple of {bundle}; choose another shape"
                 )
         else:
@@ -145,7 +145,7 @@ def _equal_widths(geometry: Geometry, constraints: ModelConstraints) -> dict[Axi
                 of_kind = [geometry.widths[layer_idx][axis] for layer_idx, each in blocks if each == kind]
                 if min(of_kind) < max(of_kind):
                     raise OptionError(
-                        f"`shape` uniform: the layers have {min(of_kind)} to {max(of_kind)} {axis} groups, and axes "
+                        f"`shape=uniform`: the layers have {min(of_kind)} to {max(of_kind)} {axis} groups, and axes "
                         f"leaves out {axis}; add it, or choose another shape"
                     )
     return allowed

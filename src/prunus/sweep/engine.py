@@ -183,7 +183,7 @@ def streamed_if_in_blocks(source: str, options: ModelOptions) -> ModelOptions:
         return options
     if options.engine == "resident":
         raise OptionError(
-            f"`engine` resident: the weights of {source} are stored in {form.title}, which prunus decodes one layer at "
+            f"`engine=resident`: the weights of {source} are stored in {form.title}, which prunus decodes one layer at "
             "a time; use streamed, or the bf16 checkpoint"
         )
     return replace(options, engine="streamed")

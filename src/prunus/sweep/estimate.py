@@ -263,7 +263,7 @@ def choose_engine(
     engine = fitting if asked == "auto" else asked
     other = ""
     if engine == "resident" and needed.streamed < needed.resident:
-        other = f"; `engine` streamed needs {show_bytes(needed.streamed)}"
+        other = f"; `engine=streamed` needs {show_bytes(needed.streamed)}"
     less = f"{other}. A smaller `batch_size` or `seq_len`, or bfloat16, needs less"
     check_limit(needed.of(engine), limit, f"the {engine} engine needs", less)
     return engine

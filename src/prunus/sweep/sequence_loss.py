@@ -151,7 +151,7 @@ def sequence_loss(model: nn.Module, windows: Windows, *, batch_size: int, progre
                 bad, text_len = start + int((~losses.isfinite()).nonzero()[0]), windows.text_len
                 raise NonFiniteError(
                     f"the loss of window {bad} (tokens {bad * text_len} to {(bad + 1) * text_len - 1}) is not finite. "
-                    "Check the model's weights for NaN, or load it with `dtype` bfloat16 or float32 if it overflows in "
+                    "Check the model's weights for NaN, or load it with `dtype=bfloat16` or float32 if it overflows in "
                     "float16."
                 )
             total += losses.double().sum().item()
