@@ -29,8 +29,8 @@ class TextOptions:
         samples: train on at most this many sequences; by default as many as the steps need, or as the text has. `self`
             needs it, or `recovery.max_steps`: it has no end.
         seq_len: tokens per sequence.
-        held_out: sequences that are not trained on and choose the best checkpoint: of a file its last ones, in the order
-            that `seed` draws.
+        held_out: sequences that are not trained on and choose the best checkpoint: of a file its last ones, in the
+            order that `seed` draws.
         seed: decides which sequences are drawn, their order, and how adapters begin.
         order_seed: decides the order alone; by default `seed`.
         text_column: column that holds the text in .jsonl and .parquet files.
