@@ -218,6 +218,20 @@ def test_what_cannot_be_is_said_before_any_work(dense, tmp_path, capsys, setting
     assert not list(tmp_path.iterdir())
 
 
+def test_a_text_that_is_too_short_to_train_on_is_refused_before_scoring(dense, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("word " * 60)
+    words = [dense, "--out", tmp_path / "out", *CUT, *TRAIN, "--set", f"recovery.text={tmp_path / 'short.txt'}"]
+    capsys.readouterr()
+    assert main(["prune", *map(str, words)]) == 1
+    said = capsys.readouterr().err
+    assert "scoring" not in said.partition("error: ")[0].partition("loading")[2]
+    assert "holds 9 sequences of 32 tokens" in said
+    assert "and 12 are needed, of which 8 are held out" in said
+    for key in ("seq_len", "held_out", "training.batch_size"):
+        assert f"--set recovery.{key}" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
 def test_where_nothing_is_trained(dense, tmp_path, capsys):
     model, _ = prunus.load_model(dense)
     with pytest.raises(OptionError, match="prune_job"):

@@ -10,19 +10,23 @@ OUT.work/round-N/
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from prunus.calibration import Calibration
 from prunus.calibration.batches import hash_tokens
 from prunus.calibration.loading import kind_of
 from prunus.calibration.sources import read_sources
-from prunus.checkpoint import load_model, locate, save_checkpoint, whole_around
-from prunus.errors import OptionError
+from prunus.checkpoint import load_model, locate, resolve_device, save_checkpoint, whole_around
+from prunus.errors import OptionError, PrunusError
 from prunus.files.json_file import read_json, read_json_if_whole
 from prunus.files.outputs import whole_file
 from prunus.files.user_path import expanded
@@ -38,13 +42,20 @@ from prunus.pipeline.work_folder import of_round
 from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.curve import curve
 from prunus.recovery.job import RecoveryJob
+from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.prepared import require_packages
 from prunus.recovery.result import RECORD
 from prunus.recovery.run import recover_job
+from prunus.recovery.step import sequences_per_step
+from prunus.recovery.text import ENDLESS, load_sequences
 
 __all__ = ["TrainedRounds", "check_training"]
 
 MADE_FROM = "made_from.json"
+#: option of recovery → its key in a recipe
+KEYS = {each.name: f"recovery.training.{each.name}" for each in fields(RecoveryOptions)}
+KEYS |= {name: f"recovery.{name}" for name in ("samples", "seq_len", "held_out")}
+OPTION = re.compile(r"`(\w+)(?=[`=])")
 
 
 def check_training(request: Request) -> None:
@@ -71,6 +82,15 @@ def check_training(request: Request) -> None:
     check_seq_len(request.empty.config, recipe.recovery.seq_len or request.seq_len)
     if recipe.recovery.training.hidden_weight:
         raise OptionError("`recovery.training.hidden_weight` needs the plan of a result; use `prunus recover`")
+
+
+@contextmanager
+def _keys_of_a_recipe() -> Iterator[None]:
+    """Have errors of recovery name its options as a recipe does: `recovery.training.batch_size` for `batch_size`."""
+    try:
+        yield
+    except PrunusError as error:
+        raise type(error)(OPTION.sub(lambda match: f"`{KEYS.get(match[1], match[1])}", str(error))) from error
 
 
 class TrainedRounds:
@@ -100,6 +120,7 @@ class TrainedRounds:
         self._request, self._recipe, self._tokenizer = request, recipe, tokenizer
         self._work, self._measured, self._progress = work, measured, progress
         self.facts: list[Mapping[str, Any]] = []
+        self._check_text()
 
     def __call__(self, model: Any, step: Round) -> Any:
         """Train a model.
@@ -114,7 +135,7 @@ class TrainedRounds:
         folder = self._work / of_round(step.number)
         cut, trained, checkpoints = folder / "cut", folder / "trained", Checkpoints(folder / "trained")
         job = self._job(step, cut)
-        apart = None if self._measured is None else self._measured.input_ids
+        apart = self._apart
         made_from = {"model": digest_model(model), "job": repr(job), "files": _digests(job.text.names)}
         made_from["measured on"] = "nothing" if apart is None else hash_tokens(apart)
         if read_json_if_whole(folder / MADE_FROM) != made_from:
@@ -122,11 +143,32 @@ class TrainedRounds:
         if not (trained / "config.json").is_file():
             save_checkpoint(model, self._tokenizer, cut, card=f"# {cut.name}\n", extras={}, overwrite=True)
             beside = self._request.beside  # where text for calibration is kept, too
-            recover_job(job, trained, resume=None, beside=beside, apart=apart, progress=self._progress)
+            with _keys_of_a_recipe():
+                recover_job(job, trained, resume=None, beside=beside, apart=apart, progress=self._progress)
         self.facts.append({"parameters": model.num_parameters(), **read_json(trained / "prunus" / RECORD)})
         found = load_model(trained, dtype=model.dtype, device=model.device)[0]
         save_in_(found, saved_dtype(model))
         return found
+
+    def _check_text(self) -> None:
+        """Draw what the rounds will train on, before any long work, where that is in files.
+
+        Raises:
+            CalibrationError: a text is unreadable or too short.
+        """
+        (*_, last) = self._recipe.steps(self._request.job.ratio)
+        job = self._job(last, self._work)
+        if any(kind_of(name) in ENDLESS for name in job.text.names):
+            return
+        options, device = job.recovery, resolve_device(job.run.device)
+        batch = sequences_per_step(options, device.type)
+        needed = options.max_steps and options.max_steps * batch
+        with _keys_of_a_recipe():
+            load_sequences(job.text, self._tokenizer, needed, batch, apart=self._apart)
+
+    @property
+    def _apart(self) -> Tensor | None:
+        return None if self._measured is None else self._measured.input_ids
 
     def _job(self, step: Round, cut: Path) -> RecoveryJob:
         job, recovery = self._request.job, self._recipe.recovery

@@ -20,7 +20,7 @@ from prunus.calibration.sources import mixed, sequences_of
 from prunus.errors import CalibrationError, OptionError
 from prunus.recovery.options import TextOptions
 
-__all__ = ["MOST_SAMPLES", "load_sequences", "unwritten_sequences", "wanted_sequences"]
+__all__ = ["ENDLESS", "MOST_SAMPLES", "load_sequences", "unwritten_sequences", "wanted_sequences"]
 
 logger = logging.getLogger(__name__)
 
