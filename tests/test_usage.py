@@ -12,9 +12,10 @@ from tiny_folder import fails
 
 import prunus
 from prunus import CalibrationOptions
-from prunus.cli import COMMANDS, app, main
+from prunus.cli import COMMANDS, app, eval_flags, job_flags, main, recovery_flags
 from prunus.cli.usage import flags_of
 from prunus.errors import OptionError
+from prunus.pipeline.job_file import JOB
 
 #: command → words that it needs
 NEEDED = {
@@ -155,10 +156,27 @@ def test_options_that_a_help_does_not_list_are_named_in_it(capsys, name):
     """All but other spellings of those that it lists."""
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
-    hidden = [argument for argument in app[name].assemble_argument_collection() if not argument.show]
+    arguments = app[name].assemble_argument_collection()
+    hidden = [each for each in arguments if not each.show and each.parameter.parse is not False]
     names = {argument.name for argument in hidden if argument.name.startswith("--")}
     missing = {name for name in names if not re.search(rf"{name}\b", shown)}
     assert missing == ({"--text", "--max-windows", "--samples"} if name == "eval" else set())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_of_use(name):
+    """Those that set a key: one that the command uses. The others are read by the command itself."""
+    arguments = [each for each in app[name].assemble_argument_collection() if each.parameter.parse is not False]
+    options = {each.field_info.name for each in arguments if each.name.startswith("--")}
+    if name not in ("prune", "score", "plan", "compare"):
+        keys = {"eval": eval_flags.KEYS, "recover": recovery_flags.KEYS}.get(name, {})
+        assert name not in ("eval", "recover") or options - keys.keys() <= {
+            *("recipe", "set", "json", "update_card", "out", "resume", "overwrite", "dry_run"),
+        }
+        return
+    command = None if name == "prune" else f"prunus {name}"
+    keys = [key for option, key in job_flags.KEYS.items() if option in options]
+    assert [key for key in keys if not JOB.is_used(key, command)] == []
 
 
 def test_flags_are_known_by_the_names_of_python():
@@ -182,5 +200,5 @@ def test_messages_mark_the_options_that_they_name():
         if flags := [flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)]:
             found[path.name] = flags
     # A file of settings says where a setting was read: --set is its place.
-    assert found.pop("sheet.py") == ["--set"]
+    assert set(found.pop("sheet.py")) == {"--set"}
     assert found in ({}, {"packaged_model.py": ["--force-reinstall"]})

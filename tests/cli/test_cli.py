@@ -153,6 +153,38 @@ def test_compare_takes_recipes_by_name_and_file(capsys, tmp_path, folder, text):
     assert [row["recipe"] for row in rows] == ["dense", "default", "mine"]
 
 
+def test_compare_measures_recipes_of_one_name_alike(capsys, tmp_path, folder, text):
+    """Two results keep their recipes under one name; what is no recipe in them must be the same."""
+    for name, more in (("one", "rounds: 1"), ("two", "rounds: 1\nscoring: {method: taylor}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(f"{more}\nrepair: null\ncalibration: {{samples: 6}}\n")
+    files = [str(tmp_path / name / "recipe.yaml") for name in ("one", "two")]
+    words = [
+        "compare",
+        folder,
+        "--ratios",
+        "0.2",
+        "--calibration",
+        text,
+        "--seq-len",
+        "24",
+        "--recipes",
+        ",".join(files),
+    ]
+    rows = run_json(capsys, *words, "--out", tmp_path / "both", "--set", "evaluation.seq_len=24")
+    assert [row["recipe"] for row in rows] == ["dense", *files]
+    assert len(list((tmp_path / "both" / "plans").glob("*.json"))) == 2
+    Path(files[1]).write_text("calibration: {samples: 7}\n")
+    message = fails(capsys, *words, "--out", tmp_path / "uneven")
+    assert f"calibration.samples is 6 in {files[0]} and 7 in {files[1]}" in message
+    assert "give it with --samples VALUE" in message
+    assert not (tmp_path / "uneven").exists()
+    for name in ("a-b", "a b"):
+        (tmp_path / f"{name}.yaml").write_text("rounds: 1")
+    words[-1] = f"{tmp_path / 'a-b.yaml'},{tmp_path / 'a b.yaml'}"
+    assert "the plans of a-b and a b would have one name" in fails(capsys, *words, "--out", tmp_path / "uneven")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -19,7 +19,7 @@ from tiny_folder import SIZES, run
 from prunus.calibration import Calibration
 from prunus.errors import OptionError
 from prunus.pipeline.job import Job, OutputOptions
-from prunus.pipeline.job_file import PRESETS, job_keys, job_text, read_job
+from prunus.pipeline.job_file import JOB, PRESETS, job_text, read_job
 from prunus.pipeline.measured import MEASURED
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
@@ -226,15 +226,31 @@ def test_every_field_of_every_option_class_is_a_key_with_a_meaning():
     }
     expected = {"model", "ratio", "experts", "rounds", "scoring.adaptive.candidates"}
     expected |= {prefix + field.name for prefix, cls in classes.items() for field in dataclasses.fields(cls)}
-    assert set(job_keys()) == expected - {"scoring.adaptive", "recovery.training"}
-    assert all(
-        (key.meaning and key.allowed != "a value") or key.path == "scoring.hybrid" for key in job_keys().values()
-    )
+    assert set(JOB.keys) == expected - {"scoring.adaptive", "recovery.training"} - JOB.left_out
+    assert all((key.meaning and key.allowed != "a value") or key.path == "scoring.hybrid" for key in JOB.keys.values())
     assert typing.get_type_hints(Calibration)  # the classes resolve
 
 
+def test_a_command_refuses_settings_that_it_does_not_use(tmp_path):
+    with pytest.raises(
+        OptionError, match=r"--set repair\.damping=1: `prunus score` does not use repair\.damping; it uses"
+    ):
+        read_job(None, ["repair.damping=1"], {}, command="prunus score")
+    with pytest.raises(OptionError, match=r"`prunus plan` does not use scoring\.method"):
+        read_job(None, ["scoring={method: taylor, noise: 0.1}"], {}, command="prunus plan")
+    with pytest.raises(OptionError, match=r"`prunus score` does not use output\.report"):
+        read_job(None, ["output.report=false"], {}, command="prunus score")
+    # A file is for other commands as well.
+    (tmp_path / "recipe.yaml").write_text("repair: null\nscoring: {noise: 0.1}\n")
+    job = read_job(str(tmp_path / "recipe.yaml"), ["scoring.method=wanda"], {}, command="prunus score")
+    assert (job.recipe.scoring.method, job.recipe.scoring.noise, job.recipe.repair) == ("wanda", 0.1, None)
+    used = {command: [key for key in JOB.keys if JOB.is_used(key, command)] for command in JOB.used}
+    assert not [key for key in used["prunus compare"] if key.split(".")[0] in ("model", "ratio", "fit", "recovery")]
+    assert {key.split(".")[0] for key in used["prunus plan"]} == {"selection", "target"}
+
+
 def test_effects_are_of_keys_that_there_are():
-    assert MEASURED.keys() <= job_keys().keys()
+    assert MEASURED.keys() <= JOB.keys.keys()
 
 
 def test_the_page_of_settings_is_the_one_in_the_documentation():

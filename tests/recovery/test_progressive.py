@@ -208,8 +208,7 @@ def test_the_curve_goes_on_where_a_round_ended():
         (["recovery.minutes=1", "recovery.training.max_steps=3"], "recovery.training.max_steps"),
         (["recovery.minutes=1", "recovery.text=nowhere.txt"], "nowhere.txt"),
         (["recovery.minutes=1", "recovery.seq_len=4096"], "4096"),
-        (["recovery.minutes=1", "recovery.training.hidden_weight=1"], "hidden_weight"),
-        (["recovery.minutes=1", "run.engine=streamed"], "in memory"),
+        (["recovery.minutes=1", "run.engine=streamed"], "resident engine"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(dense, tmp_path, capsys, settings, named):
@@ -237,7 +236,9 @@ def test_where_nothing_is_trained(dense, tmp_path, capsys):
     with pytest.raises(OptionError, match="prune_job"):
         prunus.prune(model, 0.2, recipe=Recipe(recovery=RecoveryRounds(minutes=1)))
     words = ["compare", dense, "--out", tmp_path / "out", "--ratios", "0.2", "--methods", "taylor"]
-    assert "without training" in fails(capsys, *words, "--set", "recovery.minutes=1")
+    assert "does not use recovery.minutes" in fails(capsys, *words, "--set", "recovery.minutes=1")
+    (tmp_path / "trained.yaml").write_text("recovery: {minutes: 1}")
+    assert "without training" in fails(capsys, *words, "--recipes", tmp_path / "trained.yaml")
     ahead = run_json(
         capsys, "prune", dense, "--out", tmp_path / "out", *CUT, "--set", "recovery.minutes=6", "--dry-run"
     )

@@ -205,8 +205,8 @@ def test_one_pass_over_the_text_without_limits(recover, pruned, tmp_path):
     assert facts["tokens"] == 5 * 4 * 32
 
 
-def test_hidden_states_bfloat16_and_gradient_checkpointing(recover, pruned, tmp_path):
-    changed = ("hidden_weight=0.5", "precision=bfloat16", "gradient_checkpointing=true")
+def test_bfloat16_and_gradient_checkpointing(recover, pruned, tmp_path):
+    changed = ("precision=bfloat16", "gradient_checkpointing=true")
     options = [word for setting in changed for word in ("--set", f"recovery.{setting}")]
     facts = recover(pruned, "--out", tmp_path / "out", *SHORT, *FAST, "--max-steps", 8, *options)
     assert facts["held_out_loss"]["after"] < facts["held_out_loss"]["before"]
@@ -231,7 +231,7 @@ def test_losses_of_a_model_in_half_precision_are_all_measured_in_it(recover, pru
 
 
 def test_gradient_checkpointing_changes_memory_and_not_the_result(recover, pruned, tmp_path):
-    steps = [*SHORT, "--max-steps", 3, "--set", "recovery.hidden_weight=0.5"]
+    steps = [*SHORT, "--max-steps", 3]
     facts = [
         recover(pruned, "--out", tmp_path / name, *steps, *options)
         for name, options in (("plain", []), ("checkpointed", ["--set", "recovery.gradient_checkpointing=true"]))

@@ -16,7 +16,6 @@ FACTS = {
     "options": {
         "kl_weight": 1.0,
         "ce_weight": 0.0,
-        "hidden_weight": 0.0,
         "train": "lora",
         "lora_rank": 8,
         "batch_size": 4,

@@ -120,12 +120,6 @@ def test_teachers(refused, pruned, dense, tmp_path):
     chat_tokenizer("<other>").save_pretrained(other)
     message = refused(pruned, *options, "--teacher", other)
     assert "1 tokens differ, first '<other>'" in message
-    deeper = tmp_path / "deeper"
-    make_model("llama", "gqa", num_hidden_layers=5, vocab_size=260).save_pretrained(deeper)
-    chat_tokenizer().save_pretrained(deeper)
-    message = refused(pruned, *options, "--teacher", deeper, "--set", "recovery.hidden_weight=1")
-    assert "5 layers" in message
-    assert "is not what" in message
 
 
 def test_a_base_model_that_is_not_here(refused, recover, pruned, tmp_path):

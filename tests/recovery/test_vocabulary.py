@@ -14,7 +14,7 @@ from torch.nn import functional
 from prunus.model.loss import next_token_labels
 from prunus.recovery.objective import BeforeHead, TokenWeights, token_loss
 from prunus.recovery.options import RecoveryOptions
-from prunus.recovery.student import Student, Teacher, before_head
+from prunus.recovery.student import Student, before_head
 from prunus.recovery.vocabulary import VocabularySample, VocabularySampler
 
 ENTRIES, HIDDEN = 60, 8
@@ -106,7 +106,7 @@ def test_a_student_trains_the_rows_that_were_drawn(text):
     ids = random_tokens().remainder(ENTRIES)
     sampler = VocabularySampler(text, ENTRIES, 30)
     options = RecoveryOptions(train="full", kl_weight=1.0, ce_weight=0.0)
-    student = Student(pruned.train(), options, Teacher(model, ()), sampler)
+    student = Student(pruned.train(), options, model, sampler)
     torch.manual_seed(4)
     student(ids)["loss"].backward()
     embedding = pruned.get_input_embeddings().weight

@@ -126,9 +126,10 @@ def check_command(words: Sequence[str]) -> None:
 
 def more_options(command: App) -> str:
     """The options that a command's help does not list, but for other spellings of those that it does."""
-    hidden = [argument for argument in command.assemble_argument_collection() if not argument.show]
+    arguments = command.assemble_argument_collection()
+    hidden = [each for each in arguments if not each.show and each.parameter.parse is not False]
     names = [each.name for each in hidden if each.name.startswith("--") and each.parameter.help != SPELLING.help]
-    return f"Not listed, but taken: {', '.join(names)}." if names else ""
+    return f"Also accepted: {', '.join(names)}." if names else ""
 
 
 def check_processes(words: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunus.cli.flags import Flag, ModelName
+from prunus.cli.job_flags import NO_SAVE, SaveFlags
 from prunus.cli.place_flags import NO_DEVICE, DeviceFlags, model_options
 
 __all__ = ["apply"]
@@ -19,6 +20,7 @@ def apply(
     *,
     out: Path,
     device: DeviceFlags = NO_DEVICE,
+    save: SaveFlags = NO_SAVE,
     text_only: Flag = False,
     overwrite: Flag = False,
     json: Flag = False,
@@ -59,7 +61,7 @@ def apply(
         Plan.load(plan, geometry_of(model)),
         out,
         model_options=model_options(device),
-        save_dtype=device.save_dtype or "auto",
+        save_dtype=save.save_dtype or "auto",
         text_only=text_only,
         overwrite=overwrite,
         command=typed_command(),

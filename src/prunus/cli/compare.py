@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -13,11 +16,19 @@ from prunus.cli.job_flags import (
     NO_CALIBRATION,
     NO_DEVICE,
     NO_EVALUATION,
+    NO_PASSES,
+    NO_SAVE,
     CalibrationFlags,
     DeviceFlags,
     EvaluationFlags,
+    PassFlags,
+    SaveFlags,
     given,
 )
+from prunus.errors import OptionError
+
+if TYPE_CHECKING:
+    from prunus.pipeline.job import Job
 
 __all__ = ["compare"]
 
@@ -35,6 +46,8 @@ def compare(
     calibration: CalibrationFlags = NO_CALIBRATION,
     evaluation: EvaluationFlags = NO_EVALUATION,
     device: DeviceFlags = NO_DEVICE,
+    passes: PassFlags = NO_PASSES,
+    save: SaveFlags = NO_SAVE,
     overwrite: Flag = False,
     dry_run: Flag = False,
     json: Flag = False,
@@ -58,12 +71,9 @@ def compare(
     from prunus.cli.printing import print_json, print_rows, short, typed_command
     from prunus.pipeline.compare import compare as compare_recipes
     from prunus.pipeline.compare import forecast_compare
-    from prunus.pipeline.job_file import read_job
 
-    direct = {"model": model, **given(calibration, evaluation, device)}
-    jobs = {
-        Path(recipe).stem if Path(recipe).is_file() else recipe: read_job(recipe, set, direct) for recipe in recipes
-    }
+    direct = {"model": model, **given(calibration, evaluation, device, passes, save)}
+    jobs = read_jobs(recipes, set, direct)
     named = {name: job.recipe for name, job in jobs.items()}
     if methods:
         alone = len(named) == 1
@@ -83,3 +93,32 @@ def compare(
     comparison["peak_bytes"] = (comparison["peak_bytes"] / 2**20).round()
     rows = [tuple(short(value) for value in row) for row in comparison.itertuples(index=False)]
     print_rows(f"{model} → {out}", tuple(comparison.columns.str.replace("peak_bytes", "peak MiB")), rows)
+
+
+def read_jobs(recipes: Sequence[str], settings: Sequence[str], direct: Mapping[str, object]) -> dict[str, Job]:
+    """The jobs of recipes by their names: of a file the first part of its name, or its path where another has that.
+
+    Raises:
+        OptionError: files that would be measured under other conditions than the first one, or see `Sheet.read`.
+    """
+    from prunus.pipeline.job_file import JOB, read_job
+
+    stems = {recipe: Path(recipe).stem if Path(recipe).is_file() else recipe for recipe in dict.fromkeys(recipes)}
+    names = Counter(stems.values())
+    jobs = {
+        stem if names[stem] == 1 else recipe: read_job(recipe, settings, direct, command="prunus compare")
+        for recipe, stem in stems.items()
+    }
+    first, *others = jobs
+    for name in others:
+        for part in ("calibration", "evaluation", "run", "output"):
+            one, other = getattr(jobs[first], part), getattr(jobs[name], part)
+            for field in fields(one):
+                values = [getattr(each, field.name) for each in (one, other)]
+                if values[0] != values[1] and JOB.is_used(f"{part}.{field.name}", "prunus compare"):
+                    shown = [JOB.keys[f"{part}.{field.name}"].plain(value) for value in values]
+                    raise OptionError(
+                        f"{part}.{field.name} is {shown[0]} in {first} and {shown[1]} in {name}, and all recipes are "
+                        f"measured alike: give it with `{part}.{field.name}=VALUE`"
+                    )
+    return jobs

@@ -1,4 +1,4 @@
-"""Options of the commands that prune, score and compare: a recipe, single settings, and the settings used most."""
+"""Options of the commands that prune, score, plan and compare: a recipe, single settings, the settings used most."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ __all__ = [
     "CalibrationFlags",
     "DeviceFlags",
     "EvaluationFlags",
+    "FileFlags",
     "FitFlags",
-    "RecipeFlags",
+    "PassFlags",
+    "SaveFlags",
+    "ScoringFlags",
+    "SelectionFlags",
     "given",
 ]
 
@@ -51,16 +55,36 @@ KEYS = {
 
 
 @dataclass(frozen=True)
-class _Recipe:
-    """How the model is pruned.
+class _File:
+    """All settings.
 
     Attributes:
         recipe: default, original (plain slicing by first-order Taylor scores), fast, or a YAML file, such as
             prunus/recipe.yaml of an earlier result.
-        set: any other setting, e.g. `--set repair.damping=0.2 --set rounds=1`; `prunus recipe` lists the keys.
+        set: any other setting, e.g. `--set selection.layer_start=2`; `prunus recipe` lists the keys.
+    """
+
+    recipe: str | None = None
+    set: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """How groups are scored.
+
+    Attributes:
         method: gate_fisher, taylor, taylor_2nd, wanda, magnitude, random, hybrid or adaptive; for experts also reap
             and frequency.
-        rounds: number of prune–repair steps of equal size, with re-scoring in between.
+    """
+
+    method: str | None = None
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Which groups are cut.
+
+    Attributes:
         shape: ragged cuts wherever the score is lowest; uniform leaves all layers equally wide; depth removes whole
             layers.
         align: kept MLP widths are multiples of this: a number, gpu (64), gpu128 (128) or gguf (256).
@@ -68,10 +92,6 @@ class _Recipe:
             experts of a mixture of experts.
     """
 
-    recipe: str | None = None
-    set: Annotated[tuple[str, ...], Parameter(negative="")] = ()
-    method: str | None = None
-    rounds: Annotated[int | None, UNLISTED] = None
     shape: str | None = None
     align: Annotated[str | None, UNLISTED] = None
     target: Annotated[str | None, UNLISTED] = None
@@ -138,27 +158,52 @@ class _Device:
             sufficient limit.
         dtype: float32, bfloat16 or float16, to compute in; auto is the checkpoint's own, or float32 where half
             precision is slow.
-        save_dtype: what the result is saved in; auto is the checkpoint's own.
-        batch_size: calibration sequences per pass; auto is the fastest number that fits.
         revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
     """
 
     device: str | None = None
     max_memory: str | None = None
     dtype: str | None = None
-    save_dtype: Annotated[str | None, UNLISTED] = None
-    batch_size: Annotated[str | None, UNLISTED] = None
     revision: Annotated[str | None, UNLISTED] = None
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """How sequences pass through it.
+
+    Attributes:
+        batch_size: calibration sequences per pass; auto is 1, and on CUDA as many as fit, up to 16,384 tokens.
+    """
+
+    batch_size: Annotated[str | None, UNLISTED] = None
+
+
+@dataclass(frozen=True)
+class _Save:
+    """How it is saved.
+
+    Attributes:
+        save_dtype: what the result is saved in; auto is the checkpoint's own.
+    """
+
+    save_dtype: Annotated[str | None, UNLISTED] = None
+
+
+_RECIPE, _MODEL = Group("Recipe", sort_key=1), Group("Model", sort_key=4)
+
 FitFlags = Annotated[_Fit, Parameter(name="*", group="Parameters")]
-RecipeFlags = Annotated[_Recipe, Parameter(name="*", group=Group("Recipe", sort_key=1))]
+FileFlags = Annotated[_File, Parameter(name="*", group=_RECIPE)]
+ScoringFlags = Annotated[_Scoring, Parameter(name="*", group=_RECIPE)]
+SelectionFlags = Annotated[_Selection, Parameter(name="*", group=_RECIPE)]
 CalibrationFlags = Annotated[_Calibration, Parameter(name="*", group=Group("Calibration", sort_key=2))]
 EvaluationFlags = Annotated[_Evaluation, Parameter(name="*", group=Group("Evaluation", sort_key=3))]
-DeviceFlags = Annotated[_Device, Parameter(name="*", group=Group("Model", sort_key=4))]
+DeviceFlags = Annotated[_Device, Parameter(name="*", group=_MODEL)]
+PassFlags = Annotated[_Passes, Parameter(name="*", group=_MODEL)]
+SaveFlags = Annotated[_Save, Parameter(name="*", group=_MODEL)]
 
-NO_RECIPE, NO_FIT, NO_CALIBRATION = _Recipe(), _Fit(), _Calibration()
-NO_EVALUATION, NO_DEVICE = _Evaluation(), _Device()
+NO_FILE, NO_SCORING, NO_SELECTION, NO_FIT = _File(), _Scoring(), _Selection(), _Fit()
+NO_CALIBRATION, NO_EVALUATION = _Calibration(), _Evaluation()
+NO_DEVICE, NO_PASSES, NO_SAVE = _Device(), _Passes(), _Save()
 
 
 def given(*flags: object, keys: Mapping[str, str] = KEYS) -> dict[str, object]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from prunus.cli.flags import Flag
-from prunus.cli.job_flags import NO_RECIPE, RecipeFlags, given
+from prunus.cli.job_flags import NO_FILE, NO_SELECTION, FileFlags, SelectionFlags, given
 
 __all__ = ["plan"]
 
@@ -18,7 +18,8 @@ def plan(
     ratio: float,
     out: Path = Path("plan.json"),
     normalize: Literal["none", "layer_sum", "layer_mean"] | None = None,
-    recipe: RecipeFlags = NO_RECIPE,
+    file: FileFlags = NO_FILE,
+    selection: SelectionFlags = NO_SELECTION,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -45,12 +46,12 @@ def plan(
     check_output_file(out, "plan.json", MARK, overwrite)
     result = Score.load(table)
     # Another target has a context and a phase of its own.
-    base = Job("", recipe=Recipe(target=result.target) if recipe.target is None else Recipe())
-    chosen_recipe = read_job(recipe.recipe, recipe.set, given(recipe), base=base).recipe
-    costs = chosen_recipe.target.costs(result.geometry)
+    base = Job("", recipe=Recipe(target=result.target) if selection.target is None else Recipe())
+    recipe = read_job(file.recipe, file.set, given(selection), base=base, command="prunus plan").recipe
+    costs = recipe.target.costs(result.geometry)
     if normalize is not None:
         result = result.ranked(normalize)
-    chosen = select(result.table, result.geometry, ratio, chosen_recipe.selection, costs)
+    chosen = select(result.table, result.geometry, ratio, recipe.selection, costs)
     with output_file(out, "plan.json", MARK, overwrite=overwrite) as partial:
         partial.write_text(chosen.to_json(), encoding="utf-8")
     left = result.geometry.parameters_left(chosen.kept_widths)
@@ -73,5 +74,5 @@ def plan(
         (str(layer_idx), *(f"{len(kept[axis])} of {before[axis]}" for axis in chosen.axes))
         for layer_idx, (before, kept) in enumerate(zip(chosen.widths, chosen.layers, strict=True))
     ]
-    title = f"{facts['achieved_ratio']:.2%} of all {costs.quantity} go ({ratio:.2%} asked) → {out}"
+    title = f"{facts['achieved_ratio']:.2%} of all {costs.quantity} removed ({ratio:.2%} requested) → {out}"
     print_rows(title, ("layer", *chosen.axes), rows)

@@ -13,14 +13,22 @@ from prunus.cli.job_flags import (
     NO_CALIBRATION,
     NO_DEVICE,
     NO_EVALUATION,
+    NO_FILE,
     NO_FIT,
-    NO_RECIPE,
+    NO_PASSES,
+    NO_SAVE,
+    NO_SCORING,
+    NO_SELECTION,
     UNLISTED,
     CalibrationFlags,
     DeviceFlags,
     EvaluationFlags,
+    FileFlags,
     FitFlags,
-    RecipeFlags,
+    PassFlags,
+    SaveFlags,
+    ScoringFlags,
+    SelectionFlags,
     given,
 )
 from prunus.errors import OptionError
@@ -36,10 +44,15 @@ def prune(
     ratio: float | None = None,
     experts: float | None = None,
     fit: FitFlags = NO_FIT,
-    recipe: RecipeFlags = NO_RECIPE,
+    file: FileFlags = NO_FILE,
+    scoring: ScoringFlags = NO_SCORING,
+    selection: SelectionFlags = NO_SELECTION,
+    rounds: Annotated[int | None, UNLISTED] = None,
     calibration: CalibrationFlags = NO_CALIBRATION,
     evaluation: EvaluationFlags = NO_EVALUATION,
     device: DeviceFlags = NO_DEVICE,
+    passes: PassFlags = NO_PASSES,
+    save: SaveFlags = NO_SAVE,
     text_only: Annotated[Flag, UNLISTED] = False,
     overwrite: Flag = False,
     dry_run: Flag = False,
@@ -55,6 +68,7 @@ def prune(
         ratio: share of all parameters to remove, or of what --target says, from 0 to below 1; 0.25 by default. Of a
             multimodal model, a share of its language model's parameters.
         experts: share of the experts to remove from each layer of a mixture of experts, e.g. 0.5, in place of --ratio.
+        rounds: number of prune–repair steps of equal size, with re-scoring in between.
         text_only: of a multimodal model, save the language model by itself.
         overwrite: replace an earlier result in the folder.
         dry_run: say what would be removed, and what memory, disk and time it would take; nothing is written.
@@ -70,11 +84,11 @@ def prune(
     size = given(fit)
     if ratio is not None and (fit.fit or fit.fit_memory):
         raise OptionError("`ratio` and `fit` both say how much to remove; give one of them")
-    direct = {"model": model, "ratio": ratio, "experts": experts, **size}
-    direct |= given(recipe, calibration, evaluation, device)
+    direct = {"model": model, "ratio": ratio, "experts": experts, "rounds": rounds, **size}
+    direct |= given(scoring, selection, calibration, evaluation, device, passes, save)
     if text_only:
         direct["output.text_only"] = True
-    job = read_job(recipe.recipe, recipe.set, direct)
+    job = read_job(file.recipe, file.set, direct)
     if ratio is not None:
         job = replace(job, fit=FitOptions())  # that of the recipe's file
     if dry_run:

@@ -8,10 +8,14 @@ from prunus.cli.flags import Flag, ModelName
 from prunus.cli.job_flags import (
     NO_CALIBRATION,
     NO_DEVICE,
-    NO_RECIPE,
+    NO_FILE,
+    NO_PASSES,
+    NO_SCORING,
     CalibrationFlags,
     DeviceFlags,
-    RecipeFlags,
+    FileFlags,
+    PassFlags,
+    ScoringFlags,
     given,
 )
 
@@ -23,9 +27,11 @@ def score(
     /,
     *,
     out: Path,
-    recipe: RecipeFlags = NO_RECIPE,
+    file: FileFlags = NO_FILE,
+    scoring: ScoringFlags = NO_SCORING,
     calibration: CalibrationFlags = NO_CALIBRATION,
     device: DeviceFlags = NO_DEVICE,
+    passes: PassFlags = NO_PASSES,
     overwrite: Flag = False,
     dry_run: Flag = False,
     json: Flag = False,
@@ -45,7 +51,8 @@ def score(
     from prunus.pipeline.job_file import read_job
     from prunus.pipeline.score import forecast_score, score_job
 
-    job = read_job(recipe.recipe, recipe.set, {"model": model, **given(recipe, calibration, device)})
+    direct = {"model": model, **given(scoring, calibration, device, passes)}
+    job = read_job(file.recipe, file.set, direct, command="prunus score")
     if dry_run:
         show_forecast(forecast_score(job, out, overwrite=overwrite), json)
         return

@@ -139,6 +139,10 @@ def forecast_compare(
 def _check(job: Job, recipes: Mapping[str, Recipe], ratios: Sequence[float]) -> None:
     if not recipes or not ratios or DENSE in recipes:
         raise OptionError(f"compare needs at least one recipe and one ratio, and no recipe can be called {DENSE}")
+    files: dict[str, str] = {}
+    for name in recipes:
+        if (other := files.setdefault(plan_name(name, 0, 0), name)) != name:
+            raise OptionError(f"the plans of {other} and {name} would have one name; give the recipe files others")
     if job.evaluation.text is None and job.evaluation.held_out == 0:
         raise OptionError("compare measures perplexity: give an evaluation text, or hold out calibration sequences")
 

@@ -22,10 +22,10 @@ from prunus.pipeline.job import Job
 from prunus.pipeline.recipe import Recipe
 from prunus.selection.constraints import ALIGNMENTS
 from prunus.selection.latency_profile import LatencyProfile
-from prunus.settings import Form, Key, Sheet
+from prunus.settings import Form, Sheet
 from prunus.settings.key import shown
 
-__all__ = ["JOB", "PRESETS", "job_keys", "job_text", "read_job"]
+__all__ = ["JOB", "PRESETS", "job_text", "read_job"]
 
 #: recipes with a name of their own
 PRESETS: Mapping[str, Callable[[], Recipe]] = {
@@ -85,12 +85,16 @@ JOB = Sheet(
         "target.profile": Form(_read_profile, LatencyProfile.to_dict, "a file of `prunus profile`"),
     },
     at_top=frozenset({"recipe"}),
+    left_out=frozenset({"recovery.training.max_steps", "recovery.training.max_minutes"}),
+    used={
+        "prunus score": ("scoring", "calibration", "run", "output.work"),
+        "prunus plan": ("selection", "target"),
+        "prunus compare": (
+            *("scoring", "selection", "repair", "rounds", "target", "calibration", "evaluation", "run"),
+            *("output.report", "output.save_dtype"),
+        ),
+    },
     earlier={"repair.self_text": _share_of_own_text},
 )
 
 read_job, job_text = JOB.read, JOB.text
-
-
-def job_keys() -> Mapping[str, Key]:
-    """Every setting of a job by its path."""
-    return JOB.keys

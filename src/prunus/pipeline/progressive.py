@@ -70,7 +70,10 @@ def check_training(request: Request) -> None:
         return
     require_packages()
     if request.engine != "resident":
-        raise OptionError("`recovery` trains models that are in memory, and this one is read layer by layer")
+        raise OptionError(
+            "`recovery` needs the resident engine: give `engine=resident` (a `max_memory` that suffices), or train the "
+            "result by prunus recover"
+        )
     if whole_around(locate(job.model)) is not None and not job.output.text_only:
         raise OptionError("`recovery` trains language models; of a multimodal one, save that alone with `text_only`")
     if launched() > 1:
@@ -80,8 +83,6 @@ def check_training(request: Request) -> None:
     for source in read_sources(recipe.recovery.text or job.calibration.source):
         kind_of(source.name)
     check_seq_len(request.empty.config, recipe.recovery.seq_len or request.seq_len)
-    if recipe.recovery.training.hidden_weight:
-        raise OptionError("`recovery.training.hidden_weight` needs the plan of a result; use `prunus recover`")
 
 
 @contextmanager

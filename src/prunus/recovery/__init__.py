@@ -8,7 +8,7 @@ Data flow, one file each:
 
     job                  everything that is asked for, as an object and as a file
     text                 sequences to train on, and others that are held out
-    objective            the loss: forward KL from the dense model, next tokens, hidden states
+    objective            the loss: forward KL from the dense model, next tokens
     student              the pruned model as it is trained: which weights, in which dtype, and back to a checkpoint
     pace                 how far a run is, by steps or by minutes, and the learning rate that belongs there
     trainer              transformers' Trainer with this loss and this pace

@@ -65,7 +65,7 @@ def _measured(facts: Mapping[str, Any]) -> MeasuredFacts:
 
 def _section(facts: Mapping[str, Any], command: str) -> str:
     options, text, loss = facts["options"], facts["text"], facts["held_out_loss"]
-    parts = {"kl_weight": "distillation", "ce_weight": "next token", "hidden_weight": "hidden states"}
+    parts = {"kl_weight": "distillation", "ce_weight": "next token"}
     shares = ", ".join(f"{title} {options[weight]:g}" for weight, title in parts.items() if options[weight])
     trained = {
         "lora": f"adapters of rank {options['lora_rank']}, merged",

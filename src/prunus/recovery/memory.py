@@ -4,13 +4,12 @@ In bytes, per process. w and w' are the sizes of a number of the passes and of t
 parameters of the pruned and the dense model, A those that are trained (adapters, P, or P without embeddings), L layers,
 b T tokens per pass of width H, a vocabulary of V:
 
-    process + P w' + D w + 12 A + 4 A·[adapters] + P w·[weights, in bfloat16] + activations + states + head
+    process + P w' + D w + 12 A + 4 A·[adapters] + P w·[weights, in bfloat16] + activations + head
 
     12 A          gradients and both moments of AdamW, in float32; adapters are weights beside the model's
     P w           weights cast for the passes, which are kept until the backward pass
     activations   b T times what each layer keeps of a token (`prunus.sweep.estimate`); with gradient checkpointing
                   what the widest keeps, and the inputs of all
-    states        with a loss on hidden states, those of both models: 2 L b T H w
     head          the logits of a piece of tokens, of both models, with their softmax and gradients; 4 V H where the
                   head is trained
 """
@@ -79,7 +78,6 @@ def training_bytes(
     if teacher is not None:
         dense = Geometry.of(empty_model(read_config(teacher), torch.float32))
         needed += dense.total_parameters * w
-        needed += (layers + len(dense.widths)) * tokens * geometry.hidden_size * w * bool(options.hidden_weight)
     kept = [tokens * each for each in _each_token(geometry, w)]
     needed += max(kept) + layers * tokens * geometry.hidden_size * w if options.gradient_checkpointing else sum(kept)
     needed += min(logits_at_once(device), tokens * geometry.vocab_size) * LOGIT_BYTES

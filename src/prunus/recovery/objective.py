@@ -19,7 +19,7 @@ from torch.nn import functional
 from prunus.model.loss import IGNORE_INDEX
 from prunus.recovery.vocabulary import VocabularySample
 
-__all__ = ["BeforeHead", "TokenWeights", "hidden_state_loss", "token_loss"]
+__all__ = ["BeforeHead", "TokenWeights", "token_loss"]
 
 Head = Callable[[Tensor], Tensor]
 
@@ -152,25 +152,3 @@ class _ByChunks(torch.autograd.Function):
     def backward(ctx: Any, *outer: Any) -> Any:
         """The gradients that waited, times the scalar that came from outside."""
         return None, None, *(gradient * outer[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
-
-
-def hidden_state_loss(states: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    r"""Relative squared distance of hidden states, a mean over pairs and tokens.
-
-        L = mean_{l,t} ‖h_lt - d_lt‖² / ‖d_lt‖²
-
-    Relative to each token's own length: a few tokens carry hidden states a thousand times as long as the others'.
-
-    Args:
-        states: the model's, each of shape (batch, seq_len, hidden_size).
-        targets: the dense model's, as many, of the same shapes.
-
-    Returns:
-        float32 scalar.
-    """
-    losses = []
-    for state, target in zip(states, targets, strict=True):
-        wanted = target.detach().float()
-        distance = (state.float() - wanted).square().sum(dim=-1)
-        losses.append((distance / wanted.square().sum(dim=-1).clamp_min(1e-12)).mean())
-    return torch.stack(losses).mean()

@@ -104,8 +104,6 @@ class RecoveryOptions:
         kl_weight: share of the distillation loss: KL divergence of the model's next-token distribution from that of
             the dense model.
         ce_weight: share of the next-token loss on the text itself.
-        hidden_weight: share of the loss on hidden states: relative squared distance from the dense model's, after every
-            layer that is left.
         temperature: temperature of both distributions in the distillation loss.
         vocabulary: this many entries of the vocabulary, drawn anew for every forward pass, stand for all of it in the
             loss; null = all of it. Held-out losses are of all.
@@ -129,7 +127,6 @@ class RecoveryOptions:
     micro_batch: int | None = None
     kl_weight: float = 0.5
     ce_weight: float = 0.5
-    hidden_weight: float = 0.0
     temperature: float = 1.0
     vocabulary: int | None = 8192
     warmup: float = 0.05
@@ -148,12 +145,12 @@ class RecoveryOptions:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise OptionError(f"`{name}` is {value}; it must be a number above 0")
-        for name in ("kl_weight", "ce_weight", "hidden_weight", "weight_decay"):
+        for name in ("kl_weight", "ce_weight", "weight_decay"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise OptionError(f"`{name}` is {value}; it must be a number of at least 0")
-        if not self.kl_weight + self.ce_weight + self.hidden_weight:
-            raise OptionError("`kl_weight`, `ce_weight` and `hidden_weight` are all 0: there is nothing to learn from")
+        if not self.kl_weight + self.ce_weight:
+            raise OptionError("`kl_weight` and `ce_weight` are both 0: there is nothing to learn from")
         if not 0 <= self.warmup < 1:
             raise OptionError(f"`warmup` is {self.warmup}; it is a share of the run, from 0 to below 1")
         if self.train != "lora" and self.lora_alpha is not None:
@@ -164,7 +161,7 @@ class RecoveryOptions:
     @property
     def needs_teacher(self) -> bool:
         """Whether the loss asks for the dense model."""
-        return bool(self.kl_weight or self.hidden_weight)
+        return bool(self.kl_weight)
 
     @property
     def alpha(self) -> float:

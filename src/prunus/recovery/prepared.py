@@ -21,7 +21,7 @@ from prunus.recovery.card import card_without_figures
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.memory import check_memory
 from prunus.recovery.step import Step
-from prunus.recovery.teacher import check_vocabulary, find_teacher, layers_behind
+from prunus.recovery.teacher import check_vocabulary, find_teacher
 from prunus.recovery.text import MOST_SAMPLES, load_sequences, unwritten_sequences, wanted_sequences
 
 __all__ = ["Prepared", "require_packages"]
@@ -39,7 +39,6 @@ class Prepared:
         tokenizer: its tokenizer.
         teacher: folder of the dense model; None where the loss needs none.
         writer: folder of the dense model; None where it writes none of the text.
-        layers: the dense model's layer behind each of the pruned model's; empty where the loss does not ask.
         train_on: sequences to train on.
         held_out: sequences to measure on.
         steps: optimizer steps; None where only the clock ends the run.
@@ -52,7 +51,6 @@ class Prepared:
     tokenizer: Any
     teacher: Path | None
     writer: Path | None
-    layers: tuple[int, ...]
     train_on: Calibration
     held_out: Calibration
     steps: int | None
@@ -86,7 +84,7 @@ class Prepared:
         check_seq_len(config, job.text.seq_len)
         step = Step.of(options, job.text.seq_len, config, device)
         card_without_figures(folder)  # or the result of the training could not be described
-        dense, layers = _teacher(job, folder, config, tokenizer)
+        dense = _dense(job, folder, config, tokenizer)
         teacher, writer = dense if options.needs_teacher else None, dense if job.text.written else None
         tokens = step.micro_batch * job.text.seq_len
         check_memory(job, folder, teacher, device, bfloat16=step.bfloat16, tokens=tokens)
@@ -96,8 +94,7 @@ class Prepared:
         steps = options.max_steps
         if steps is None and options.max_minutes is None:
             steps = len(train_on) // step.batch_size
-        models = folder, tokenizer, teacher, writer, layers
-        return cls(job, *models, train_on, held_out, steps, device, step)
+        return cls(job, folder, tokenizer, teacher, writer, train_on, held_out, steps, device, step)
 
     @property
     def reads(self) -> tuple[Path, ...]:
@@ -124,15 +121,15 @@ def require_packages() -> None:
         )
 
 
-def _teacher(job: RecoveryJob, folder: Path, config: Any, tokenizer: Any) -> tuple[Path | None, tuple[int, ...]]:
-    """The dense model's folder, and which of its layers the pruned model's come from, as far as the loss asks."""
+def _dense(job: RecoveryJob, folder: Path, config: Any, tokenizer: Any) -> Path | None:
+    """The dense model's folder, if it teaches or writes."""
     if not (job.recovery.needs_teacher or job.text.written):
-        return None, ()
+        return None
     dense = locate(job.teacher) if job.teacher is not None else Path(find_teacher(folder))
     dense_config, dense_tokenizer = read_small_files(dense)
     check_vocabulary(config, tokenizer, dense_config, dense_tokenizer, str(dense))
     check_seq_len(dense_config, job.text.seq_len)
-    return dense, layers_behind(folder, config, dense_config, str(dense)) if job.recovery.hidden_weight else ()
+    return dense
 
 
 def _sequences(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,13 +14,12 @@ from torch.nn import functional
 from prunus.model.families import family_of
 from prunus.model.loss import chunked_cross_entropy, head_function, next_token_labels
 from prunus.model.modules import submodule
-from prunus.recovery.objective import BeforeHead, TokenWeights, hidden_state_loss, token_loss
+from prunus.recovery.objective import BeforeHead, TokenWeights, token_loss
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.vocabulary import VocabularySample, VocabularySampler
 
 __all__ = [
     "Student",
-    "Teacher",
     "add_adapters",
     "before_head",
     "freeze_embeddings_",
@@ -103,19 +101,6 @@ def merge_adapters_(adapted: Any) -> None:
     adapted.unload()
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """The dense model, and which of its hidden states belong to the student's.
-
-    Attributes:
-        model: a causal language model in evaluation mode.
-        layers: for every layer of the student that has one behind it, the dense model's layer that it comes from.
-    """
-
-    model: Any
-    layers: Sequence[int]
-
-
 def before_head(model: Any, hidden: Tensor, sample: VocabularySample | None = None) -> BeforeHead:
     """A model's output before its head, for all of the vocabulary or a part of it.
 
@@ -144,7 +129,7 @@ class Student(nn.Module):
     Args:
         model: the pruned model.
         options: the loss.
-        teacher: the dense model; None where the loss needs none.
+        teacher: the dense model, in evaluation mode; None where the loss needs none.
         vocabulary: draws the part of the vocabulary that the loss of each batch looks at; None for all of it.
 
     Attributes:
@@ -158,7 +143,7 @@ class Student(nn.Module):
         self,
         model: Any,
         options: RecoveryOptions,
-        teacher: Teacher | None = None,
+        teacher: Any = None,
         vocabulary: VocabularySampler | None = None,
     ):
         super().__init__()
@@ -190,29 +175,17 @@ class Student(nn.Module):
             hidden = self._decoder(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state
             losses = chunked_cross_entropy(hidden, head, next_tokens, self._chunk(hidden))
             return {"loss": losses.sum() / (next_tokens.numel() - len(next_tokens))}
-        with_states = bool(options.hidden_weight)
-        target: Any = None
+        sample = None if self._vocabulary is None else self._vocabulary.draw(input_ids)
+        dense = None
         if teacher is not None:
             with torch.no_grad():
-                decoder = self._decoder(teacher.model)
-                target = decoder(input_ids=input_ids, use_cache=False, output_hidden_states=with_states)
-        output = self._decoder(self.model)(input_ids=input_ids, use_cache=False, output_hidden_states=with_states)
-        hidden = output.last_hidden_state
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        if options.kl_weight or options.ce_weight:
-            sample = None if self._vocabulary is None else self._vocabulary.draw(input_ids)
-            dense = None if teacher is None else before_head(teacher.model, target.last_hidden_state, sample)
-            weights = TokenWeights(options.kl_weight, options.ce_weight, options.temperature)
-            own = before_head(self.model, hidden, sample)
-            size = None if sample is None else len(sample.entries)
-            loss = loss + token_loss(own, next_tokens, weights, dense, self._chunk(hidden, size), sample)
-        if with_states:
-            assert teacher is not None
-            # Entry l + 1 is what layer l leaves; the last is behind the final norm, in both models.
-            states = [*output.hidden_states[1:-1], hidden]
-            wanted = [target.hidden_states[layer_idx + 1] for layer_idx in teacher.layers[:-1]]
-            loss = loss + options.hidden_weight * hidden_state_loss(states, [*wanted, target.last_hidden_state])
-        return {"loss": loss}
+                target = self._decoder(teacher)(input_ids=input_ids, use_cache=False).last_hidden_state
+            dense = before_head(teacher, target, sample)
+        hidden = self._decoder(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state
+        own = before_head(self.model, hidden, sample)
+        weights = TokenWeights(options.kl_weight, options.ce_weight, options.temperature)
+        size = None if sample is None else len(sample.entries)
+        return {"loss": token_loss(own, next_tokens, weights, dense, self._chunk(hidden, size), sample)}
 
     def _decoder(self, model: Any) -> Callable[..., Any]:
         decoder: Any = submodule(model, family_of(model.config).layers.rpartition(".")[0])

@@ -11,13 +11,11 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from prunus.checkpoint.folder import check_folder
 from prunus.checkpoint.hub import HUB_FILES, hub_id
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL, smollm2_135m
-from prunus.errors import CheckpointError, OptionError, PlanError
+from prunus.errors import CheckpointError, OptionError
 from prunus.files.json_file import check_content, read_json, read_json_if_whole
-from prunus.results.lineage import COMPOSED_PLAN
 from prunus.results.result_content import MetricsContent
-from prunus.selection.plan import Plan
 
-__all__ = ["check_vocabulary", "find_teacher", "layers_behind"]
+__all__ = ["check_vocabulary", "find_teacher"]
 
 
 def find_teacher(pruned: Path) -> str:
@@ -79,33 +77,3 @@ def check_vocabulary(config: Any, tokenizer: Any, teacher_config: Any, teacher_t
             f"the teacher {teacher} has another vocabulary than the pruned model: {len(differing)} tokens differ, "
             f"first {differing[0]!r} ({theirs.get(differing[0])} there, {ours.get(differing[0])} here)"
         )
-
-
-def layers_behind(pruned: Path, config: Any, teacher_config: Any, teacher: str) -> tuple[int, ...]:
-    """For every decoder layer of a pruned model, the index of the dense model's layer that it comes from.
-
-    Raises:
-        OptionError: the folder's plan is missing, or is not about these two models.
-    """
-    layers, dense_layers = config.num_hidden_layers, teacher_config.num_hidden_layers
-    # A model that was cut more than once has a second plan, from the model that never was.
-    paths = [pruned / "prunus" / name for name in ("plan.json", COMPOSED_PLAN)]
-    try:
-        plans = [Plan.load(path) for path in paths if path is paths[0] or path.is_file()]
-        plan = next((plan for plan in plans if len(plan.layers) == dense_layers), plans[0])
-    except PlanError as error:
-        if layers == dense_layers and config.hidden_size == teacher_config.hidden_size:
-            return tuple(range(layers))
-        raise OptionError(
-            f"`hidden_weight` needs to know which layers of the teacher belong to which of {pruned}, and its plan "
-            f"cannot be read ({error}); leave `hidden_weight` out"
-        ) from error
-    survivors = plan.surviving_layers
-    if len(plan.layers) != dense_layers or len(survivors) != layers or config.hidden_size != teacher_config.hidden_size:
-        raise OptionError(
-            f"`hidden_weight` compares hidden states, and {teacher} (hidden size {teacher_config.hidden_size}, "
-            f"{dense_layers} layers) is not what {pruned} was cut from (hidden size {config.hidden_size}, "
-            f"{len(plan.layers)} layers of which {len(survivors)} are left); name that model with `teacher`, or leave "
-            "hidden_weight out"
-        )
-    return survivors

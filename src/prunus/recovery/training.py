@@ -17,7 +17,7 @@ from prunus.model.digest import digest_model
 from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.pace import Pace
 from prunus.recovery.prepared import Prepared
-from prunus.recovery.student import Student, Teacher, add_adapters, freeze_embeddings_
+from prunus.recovery.student import Student, add_adapters, freeze_embeddings_
 from prunus.recovery.vocabulary import VocabularySampler
 from prunus.sweep.sequence_loss import perplexity_of_windows
 
@@ -50,8 +50,7 @@ def train(prepared: Prepared, checkpoints: Checkpoints, resume: bool, *, progres
         return finished
     losses = _measured(prepared, student, teacher, progress)
     choose_trained_(prepared, student)
-    dense = None if teacher is None else Teacher(teacher, prepared.layers)
-    model = Student(student, prepared.job.recovery, dense, _vocabulary(prepared, student))
+    model = Student(student, prepared.job.recovery, teacher, _vocabulary(prepared, student))
     last = checkpoints.last() if resume else None
     state, seconds = _fitted(prepared, model, checkpoints.path, last, reserved=losses.seconds, progress=progress)
     trained = {

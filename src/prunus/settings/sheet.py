@@ -1,11 +1,9 @@
 """All settings of an option class: read from files and command lines, put together, and written.
 
-class Job:                 key
-ratio: float           ratio
-scoring: Scoring
-method: str        scoring.method
-repair: Repair | None  repair (null), or
-damping: float     repair.damping
+class Job:                    its keys
+    ratio: float              ratio
+    scoring: Scoring          scoring.method, …
+    repair: Repair | None     repair (null), or repair.damping, …
 """
 
 from __future__ import annotations
@@ -46,6 +44,8 @@ class Sheet(Generic[T]):
         presets: files with a name of their own, and what each sets.
         forms: key → how it is written, where that is not as its type says.
         at_top: fields whose own fields are keys without a section.
+        left_out: fields below that are no settings here and keep their default.
+        used: other commands that read these settings → the keys and sections that they use; a file may hold more.
         earlier: keys of files of earlier versions → what a value of theirs changes in the other keys of the file.
     """
 
@@ -56,6 +56,8 @@ class Sheet(Generic[T]):
     presets: Mapping[str, Callable[[], T]] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
     at_top: frozenset[str] = frozenset()
+    left_out: frozenset[str] = frozenset()
+    used: Mapping[str, Sequence[str]] = field(default_factory=dict)
     earlier: Mapping[str, Callable[[Any, dict[str, Any]], None]] = field(default_factory=dict)
 
     @cached_property
@@ -64,7 +66,13 @@ class Sheet(Generic[T]):
         return {key.path: key for key in self._keys_of(type(self.default), "", self.default)}
 
     def read(
-        self, source: str | None, settings: Sequence[str], given: Mapping[str, Any], *, base: T | None = None
+        self,
+        source: str | None,
+        settings: Sequence[str],
+        given: Mapping[str, Any],
+        *,
+        base: T | None = None,
+        command: str | None = None,
     ) -> T:
         """Put the object together: a preset or a file, then single settings, then options that were given directly.
 
@@ -73,10 +81,11 @@ class Sheet(Generic[T]):
             settings: `KEY=VALUE`, the value in YAML.
             given: path → value, of options of the command line; None = not given.
             base: where no preset or file is named, start from this.
+            command: one of `used`, whose settings are read; None = the sheet's own, which uses all.
 
         Raises:
-            OptionError: an unknown key (the nearest is named), a value of the wrong type (with its line), or options
-                that exclude each other.
+            OptionError: an unknown key (the nearest is named), a value of the wrong type (with its line), a setting
+                that the command does not use, or options that exclude each other.
         """
         start = self.default if base is None else base
         record: dict[str, str] = {}
@@ -87,11 +96,17 @@ class Sheet(Generic[T]):
             found, record = self._file(Path(source))
             self._overlay(values, found)
         for setting in settings:
-            self._overlay(values, self._setting(setting))
+            found = self._setting(setting)
+            self._check_used(found, command, setting)
+            self._overlay(values, found)
         for path, raw in given.items():
             if raw is not None:
                 self._overlay(values, {path: self.keys[path].value_of(raw)})
         return self._built(type(self.default), values, "", {RECORD: record} if self._recorded else {})
+
+    def is_used(self, path: str, command: str | None) -> bool:
+        """Whether a command, one of `used` or the sheet's own, uses the key or section."""
+        return command is None or any(f"{path}.".startswith(f"{used}.") for used in self.used[command])
 
     def text(self, value: T, made_by: Mapping[str, str] | None = None) -> str:
         """An object as a file from which the same command makes the same result again.
@@ -125,9 +140,9 @@ class Sheet(Generic[T]):
         hints = _hints(cls)
         meanings = {param.arg_name: param.description or "" for param in parse_docstring(cls.__doc__ or "").params}
         for each in fields(cls):
-            if each.name == RECORD:
-                continue
             path, value = prefix + each.name, getattr(default, each.name, MISSING)
+            if each.name == RECORD or path in self.left_out:
+                continue
             inner = _dataclass_of(hints[each.name])
             if inner is None or path in self.forms:
                 meaning = " ".join(meanings.get(each.name, "").split())
@@ -147,7 +162,7 @@ class Sheet(Generic[T]):
             path, inner = prefix + each.name, getattr(value, each.name)
             if path in self.keys:
                 values[path] = inner
-            elif each.name != RECORD and inner is not None:
+            elif is_dataclass(inner):
                 values |= self._values_of(inner, self._section(path))
         return values
 
@@ -156,7 +171,7 @@ class Sheet(Generic[T]):
         hints, arguments = _hints(cls), dict(record)
         for each in fields(cls):
             path = prefix + each.name
-            if each.name == RECORD:
+            if each.name == RECORD or path in self.left_out:
                 continue
             if path in self.keys:
                 arguments[each.name] = values[path]
@@ -231,6 +246,12 @@ class Sheet(Generic[T]):
         except (yaml.YAMLError, RecursionError):
             raise OptionError(f"{where}: {text!r} is not a YAML value; quote text with special characters") from None
         return dict(self._leaves(path.strip(), raw, where))
+
+    def _check_used(self, found: Mapping[str, Any], command: str | None, setting: str) -> None:
+        for path in found:
+            if not self.is_used(path, command):
+                listed = ", ".join(self.used[str(command)])
+                raise OptionError(f"--set {setting}: `{command}` does not use {path}; it uses {listed}")
 
     def _leaves(self, path: str, raw: Any, where: str) -> Iterator[tuple[str, Any]]:
         """The keys that a value sets, checked: of a section given as a mapping, or as null, several."""

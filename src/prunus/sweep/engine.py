@@ -58,8 +58,8 @@ class ModelOptions:
         engine: resident runs each sequence through the whole model; streamed runs all sequences through one layer at a
             time, which takes longer, reads weights from disk when they are needed and holds the gradients of one layer
             only; auto is resident if that fits into memory.
-        batch_size: sequences per pass. auto is, to prune, on CUDA as many as fit and on a CPU as many as make 512
-            tokens, and 1 to evaluate. It changes time and memory, and results only by rounding.
+        batch_size: sequences per pass. auto is 1, and to prune on CUDA as many as fit, up to 16,384 tokens. It changes
+            time and memory, and results only by rounding.
         revision: branch, tag or commit of a model on the Hub; `owner/name@revision` says the same.
     """
 
