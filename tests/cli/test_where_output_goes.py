@@ -80,6 +80,21 @@ def test_a_model_is_never_replaced_by_its_own_result(capsys, tmp_path, folder, t
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["prunus"]
 
 
+@pytest.mark.parametrize("key", ["calibration.source", "recovery.text", "evaluation.text", "evaluation.tasks"])
+def test_what_a_result_is_made_from_is_never_replaced(capsys, tmp_path, folder, text, key):
+    """Texts and tasks that somebody put beside an earlier result, under names that --overwrite takes for its own."""
+    out = shutil.copytree(folder, tmp_path / "out")
+    place = out / ("piqa.json" if key == "evaluation.tasks" else "README.md")
+    place.write_text(Path(text).read_text(encoding="utf-8"), encoding="utf-8")
+    value = f"[{place}]" if key == "evaluation.tasks" else place
+    words = ["prune", folder, "--out", out, *QUICK, "--overwrite", "--set", f"{key}={value}"]
+    if key == "recovery.text":
+        words += ["--set", "recovery.tokens=1000"]
+    message = fails(capsys, *words)
+    assert f"{place.name}, which is read here" in message
+    assert place.is_file()
+
+
 def test_a_folder_inside_the_model_leaves_the_model_alone(capsys, tmp_path, folder):
     model = shutil.copytree(folder, tmp_path / "model")
     before = contents(model)

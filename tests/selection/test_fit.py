@@ -8,7 +8,9 @@ import math
 import pytest
 from plain import PLAIN, UNMEASURED
 from safetensors.torch import load_file
-from tiny_folder import fails, run, run_json
+from tiny_blocks import make_stored
+from tiny_folder import byte_tokenizer, fails, run, run_json
+from tiny_multimodal import multimodal
 
 from prunus.errors import OptionError
 from prunus.machine.byte_sizes import parse_bytes
@@ -72,7 +74,10 @@ def test_types_in_blocks_keep_whole_blocks(geometry):
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ("1TB", r"the model fits as it is: its bytes of weights in float32 are .*MB, and `fit.size` is 1000.00GB"),
+        (
+            "1TB",
+            r"the model fits as it is: its bytes of weights in float32 are .*MB, and `fit.size` leaves it 1000.00GB",
+        ),
         ("much", "`fit.size` is 'much'; write a size such as 8GB"),
         ("1MB:Q9", "type 'Q9' is unknown"),
     ],
@@ -101,3 +106,30 @@ def test_as_typed(capsys, tmp_path, folder):
     assert other["ratio"] == 0.1
     said = fails(capsys, *words, "--fit", limit, "--ratio", "0.1", "--overwrite")
     assert "--ratio and --fit both say how much to remove" in said
+
+
+def test_a_multimodal_model_fits_with_its_towers(capsys, tmp_path):
+    model = multimodal("gemma3")
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    whole = sum(tensor.nbytes for tensor in load_file(tmp_path / "model" / "model.safetensors").values())
+    words = ["prune", tmp_path / "model", *QUICK, "--samples", "4", "--seq-len", "16"]
+    limit = int(0.85 * whole)
+    facts = run_json(capsys, *words, "--out", tmp_path / "small", "--fit", f"{limit}B")
+    weights = sum(tensor.nbytes for tensor in load_file(tmp_path / "small" / "model.safetensors").values())
+    assert 0.8 * limit < weights <= limit
+    # By itself the language model fits; and towers that are larger than the limit stay as large.
+    alone = ["--set", "output.text_only=true", "--out", tmp_path / "none"]
+    assert "the model fits as it is" in fails(capsys, *words, "--fit", f"{limit}B", *alone)
+    towers = whole - facts["target"]["before"]
+    assert "what stands around the language model alone takes" in fails(
+        capsys, *words, *alone[2:], "--fit", f"{towers}B"
+    )
+
+
+def test_a_size_is_not_counted_of_weights_in_blocks(capsys, tmp_path):
+    folder = make_stored("mxfp4", tmp_path / "model")
+    words = ["prune", folder, "--out", tmp_path / "out", *QUICK]
+    for more in (["--fit", "100KB"], ["--ratio", "0.3", "--target", "size"]):
+        assert "weights are stored in MXFP4" in (said := fails(capsys, *words, *more))
+        assert "--experts" in said

@@ -85,7 +85,8 @@ def test_what_is_left_of_a_cut():
     assert costs.total - left((2, 768)) == 2 * 256 * 144 + 256 * 210
     assert costs.total - left((2, 1024), (2, 768)) == 2 * 256 * 144 + 256 * 144
     assert left((2, 513)) == left((2, 544))
-    assert left((0, 1024)) == costs.total - (256 + 128) * 144 - 128 * 210 - 256 * 144 - 4 * 256
+    assert left((2, 1024), (0, 1024)) == costs.total - (256 + 2 * 128) * 144 - 256 * 144 - 4 * 256
+    assert left((0, 1024)) == left((1, 1024))  # the first layer's number of heads is read as the model's
     assert all((curve[axis][1:] >= curve[axis][:-1]).all() for curve in costs.blocks for axis in curve)
 
 

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prunus.errors import UnsupportedModelError
+from prunus.errors import OptionError, UnsupportedModelError
 from prunus.export.fill import largest_widths
 from prunus.export.gguf_rope import Rope
 from prunus.model.families import family_of
 from prunus.model.geometry import Geometry
 from prunus.model.widths import LayerWidths
+from prunus.selection.constraints import Constraints
 
 __all__ = [
     "ARCHITECTURES",
@@ -29,6 +30,7 @@ __all__ = [
     "ZERO_CHANNELS",
     "Architecture",
     "LayerKinds",
+    "as_files_hold_it",
     "candidates",
     "choose_architecture",
     "expert_channels",
@@ -80,7 +82,6 @@ class Architecture:
         interleaved: a head rotates the pairs (0, 1), (2, 3), … and not (0, n/2), (1, n/2 + 1), …: where the family does
             the latter, as most do in transformers, rows of queries and keys are stored in another order.
         fused: queries, keys and values are one tensor, and three in the model.
-        head_norms: queries and keys have norms per head.
         heads_span_hidden: heads times head_dim has to be the hidden size.
         equal_heads: there have to be as many key/value heads as query heads.
         untied: there may be an output head of its own.
@@ -108,7 +109,6 @@ class Architecture:
     absent_attention: bool = False
     interleaved: bool = False
     fused: bool = False
-    head_norms: bool = False
     heads_span_hidden: bool = False
     equal_heads: bool = False
     untied: bool = True
@@ -166,7 +166,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     for architecture in (
         Architecture("llama", interleaved=True, rope_factors=True, biases=_ALL_BIASES),
         Architecture("qwen2", heads_span_hidden=True, biases=_INPUT_BIASES),
-        Architecture("qwen3", head_norms=True, biases=_INPUT_BIASES),
+        Architecture("qwen3", biases=_INPUT_BIASES),
         Architecture("granite", "GRANITE", interleaved=True, rope_factors=True, fields=_SCALES, biases=_ALL_BIASES),
         Architecture("smollm3", "SMOLLM3", interleaved=True, kinds=_POSITIONS_BUT_EACH_4TH, biases=_INPUT_BIASES),
         Architecture("olmo2", "OLMO2", heads_span_hidden=True, own_head=True, biases=_INPUT_BIASES),
@@ -174,7 +174,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             "exaone4",
             "EXAONE4",
-            head_norms=True,
             heads_span_hidden=True,
             rope_factors=True,
             windows=True,
@@ -193,7 +192,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             biases=_INPUT_BIASES,
         ),
         Architecture("glm4", "GLM4", interleaved=True, partial_rotary=True, biases=_INPUT_BIASES),
-        Architecture("hunyuan-dense", "HUNYUAN_DENSE", head_norms=True, biases=_INPUT_BIASES),
+        Architecture("hunyuan-dense", "HUNYUAN_DENSE", biases=_INPUT_BIASES),
         Architecture("phi3", "PHI3", heads_span_hidden=True, long_factors=True, partial_rotary=True),
         Architecture("gemma", untied=False, activation="gelu_pytorch_tanh", biases=_INPUT_BIASES),
         Architecture(
@@ -210,7 +209,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             "gemma3",
             "GEMMA3",
-            head_norms=True,
             windows=True,
             window_base=True,
             kinds=_window_but_each(6),
@@ -222,8 +220,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             "deci", per_layer=True, absent_attention=True, interleaved=True, rope_factors=True, biases=_ALL_BIASES
         ),
-        Architecture("openelm", per_layer=True, fused=True, head_norms=True, untied=False),
-        Architecture("qwen3moe", "QWEN3MOE", head_norms=True, biases=_INPUT_BIASES, renormalises=True),
+        Architecture("openelm", per_layer=True, fused=True, untied=False),
+        Architecture("qwen3moe", "QWEN3MOE", biases=_INPUT_BIASES, renormalises=True),
         Architecture(
             "qwen2moe", "QWEN2MOE", heads_span_hidden=True, own_head=True, biases=_INPUT_BIASES, renormalises=False
         ),
@@ -245,9 +243,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             biases=_INPUT_BIASES | {"ATTN_OUT"},
             renormalises=True,
         ),
-        Architecture(
-            "glm4moe", "GLM4_MOE", head_norms=True, partial_rotary=True, fields=_GLM_MOE, biases=_INPUT_BIASES
-        ),
+        Architecture("glm4moe", "GLM4_MOE", partial_rotary=True, fields=_GLM_MOE, biases=_INPUT_BIASES),
         Architecture(
             "ernie4_5-moe",
             "ERNIE4_5_MOE",
@@ -362,6 +358,38 @@ def choose_architecture(config: Any, geometry: Geometry, biases: frozenset[str],
         _uneven(architecture, geometry),
     )
     return architecture
+
+
+def as_files_hold_it(config: Any, constraints: Constraints) -> Constraints:
+    """Constraints that leave only what a GGUF file holds as it is, so that nothing has to be filled up with zeros.
+
+    Args:
+        config: of the model that will be cut.
+        constraints: what may be cut.
+
+    Raises:
+        OptionError: they ask for layers that differ, or for fewer attention groups, and no file of the family has them.
+        UnsupportedModelError: see `candidates`.
+    """
+    able = [each for each in candidates(config) if each.untied or config.tie_word_embeddings]
+    title = family_of(config).title
+    if constraints.shape == "depth" or family_of(config).mixture is not None:
+        return constraints
+    if not any(each.per_layer for each in able):
+        if constraints.shape == "ragged":
+            raise OptionError(
+                f"`shape` ragged: in GGUF files of {title} all layers are equally wide, so that narrower ones save "
+                "nothing there; leave `shape` out, or give the size without a type"
+            )
+        constraints = replace(constraints, shape="uniform", min_keep_attention=max(1, constraints.min_keep_attention))
+    if all(each.heads_span_hidden for each in able):
+        if constraints.axes is not None and "attention" in constraints.axes:
+            raise OptionError(
+                f"`axes` attention: GGUF files of {title} hold all attention heads, so that fewer save nothing there; "
+                "leave `axes` out, or give the size without a type"
+            )
+        constraints = replace(constraints, axes=("mlp",))
+    return replace(constraints, min_keep_mlp=max(1, constraints.min_keep_mlp))
 
 
 def widths_to_write(architecture: Architecture, geometry: Geometry, mlp_multiple: int = 1) -> tuple[LayerWidths, ...]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from prunus.calibration.sources import read_sources
 from prunus.errors import OptionError
-from prunus.machine.placement import resolve_dtype
+from prunus.export.llama_cpp import as_files_hold_it
+from prunus.machine.placement import dtype_name, resolve_dtype
 from prunus.model.geometry import Geometry
+from prunus.model.saved_dtype import saved_dtype
+from prunus.model.whole import whole_of
 from prunus.pipeline.options import CalibrationOptions, EvaluationOptions
 from prunus.pipeline.recipe import Recipe
 from prunus.selection.fit import FitOptions
@@ -89,18 +94,34 @@ class Job:
             object.__setattr__(self, "model", self.run.named(self.model))
             object.__setattr__(self, "run", replace(self.run, revision=None))
 
-    def fitted(self, geometry: Geometry, saved_in: str) -> Job:
+    @property
+    def reads(self) -> tuple[str | None, ...]:
+        """The model and every text and task that the result is made from: names, folders and files."""
+        trained_on = [source.name for source in read_sources(self.recipe.recovery.text or self.calibration.source)]
+        texts = (*self.calibration.names, *trained_on, self.evaluation.text, *self.evaluation.tasks)
+        return self.model, *texts
+
+    def fitted(self, model: Any) -> Job:
         """The job with the ratio, the target and the constraints that its size to fit means; itself without one.
 
         Args:
-            geometry: shape of its model.
-            saved_in: dtype that the result is saved in.
+            model: its model, without weights: in the dtype that it will be saved in, with what will be saved around it.
 
         Raises:
-            OptionError: the model fits as it is.
+            OptionError: the model fits as it is, or files of llama.cpp's cannot hold what the job's shape leaves.
+            UnsupportedModelError: the size is that of a GGUF file, and none can be written.
         """
         if not self.fit:
             return self
-        found = self.fit.solved(geometry, saved_in, self.recipe.selection)
+        selection = self.recipe.selection
+        if self.fit.in_gguf:
+            selection = as_files_hold_it(model.config, selection)
+        whole = whole_of(model)
+        found = self.fit.solved(
+            Geometry.of(model),
+            dtype_name(saved_dtype(model)),
+            selection,
+            beside=whole.parameters if whole is not None else 0,
+        )
         recipe = replace(self.recipe, target=found.target, selection=found.constraints)
         return replace(self, ratio=found.ratio, recipe=recipe, fit=FitOptions())

@@ -135,7 +135,7 @@ def check_request(
     for recipe, ratio in product(recipes, asked):
         recipe.check(ratio, sequences=calibration.samples if calibrate else None)
     check_utf8("model", str(job.model))
-    check_output(out, overwrite, job.model, *calibration.names, evaluation.text)
+    check_output(out, overwrite, *job.reads)
     if saves:
         lineage_of(locate(job.model))  # damaged records are refused before the weights are read
     text = read_text(evaluation.text) if evaluation.text else None
@@ -158,18 +158,18 @@ def check_request(
     geometry = Geometry.of(empty)
     if (blocks := blocks_in(locate(job.model), empty)) is not None:
         for recipe in recipes:
-            check_recipe_for_blocks(blocks.title, geometry, recipe)
+            check_recipe_for_blocks(blocks.title, geometry, recipe, fits=bool(job.fit))
         if save_dtype not in ("auto", dtype_name(config.dtype)):
             raise OptionError(
                 f"`save_dtype` {save_dtype}: the model's weights are stored in {blocks.title} and are saved as they "
                 "are; leave it out, or prune the bf16 checkpoint"
             )
         attach_blocks_(empty, blocks)
-    if job.fit:
-        job = job.fitted(geometry, job.output.save_dtype)
-        asked, recipes = [job.ratio], [job.recipe]
     if not job.output.text_only:
         attach_whole_(empty, whole_around(locate(job.model)))
+    if job.fit:
+        job = job.fitted(empty)
+        asked, recipes = [job.ratio], [job.recipe]
     recipes = [recipe_inside(recipe, empty) for recipe in recipes]
     for recipe, ratio in product(recipes, asked):
         check_reachable(geometry, ratio, recipe.selection, recipe.target.costs(geometry))
@@ -185,7 +185,7 @@ def check_request(
 def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwrite: bool) -> Request:
     """Check a job that scores; see `check_request`."""
     scoring = job.recipe.scoring
-    check_output(out, overwrite, job.model, *job.calibration.names)
+    check_output(out, overwrite, *job.reads)
     sequences = job.calibration.samples if scoring.needs_calibration else 0
     if scoring.method == "adaptive":
         check_enough(sequences)

@@ -9,17 +9,23 @@ from prunus.pipeline.recipe import Recipe
 __all__ = ["check_recipe_for_blocks"]
 
 
-def check_recipe_for_blocks(title: str, geometry: Geometry, recipe: Recipe) -> None:
+def check_recipe_for_blocks(title: str, geometry: Geometry, recipe: Recipe, *, fits: bool = False) -> None:
     """Check, before long work, that no weight would have to be encoded again.
 
     Args:
         title: what people call the format.
         geometry: shape of the model.
         recipe: how it is pruned.
+        fits: whether a size to fit stands in place of the ratio.
 
     Raises:
-        OptionError: the recipe repairs weights, or removes something else than experts.
+        OptionError: the recipe repairs weights, removes something else than experts, or counts bytes.
     """
+    if fits or recipe.target.name in ("size", "memory"):
+        raise OptionError(
+            f"how many bytes a part of a model takes is not counted where weights are stored in {title}; in place of a "
+            "size give the share of the experts to remove (`experts`)"
+        )
     if recipe.repair is not None:
         raise OptionError(
             f"the model's weights are stored in {title}, and a repaired weight would have to be rounded to that again: "

@@ -10,7 +10,7 @@ from prunus.machine.byte_sizes import parse_bytes, show_bytes
 from prunus.model.geometry import Geometry
 from prunus.option_values import check_whole
 from prunus.selection.constraints import Constraints
-from prunus.selection.storage import blocks_of, check_storage
+from prunus.selection.storage import DTYPE_BYTES, FILE_TYPES, blocks_of, check_storage
 from prunus.selection.targets import MOST_TOKENS, TargetOptions
 
 __all__ = ["FitOptions", "Fitted"]
@@ -61,18 +61,31 @@ class FitOptions:
     def __bool__(self) -> bool:
         return self.size is not None or self.memory is not None
 
-    def solved(self, geometry: Geometry, saved_in: str, constraints: Constraints) -> Fitted:
+    @property
+    def in_gguf(self) -> bool:
+        """Whether the size is that of a GGUF file."""
+        return self._limit("float32")[1] in FILE_TYPES
+
+    def solved(self, geometry: Geometry, saved_in: str, constraints: Constraints, *, beside: int = 0) -> Fitted:
         """The share to remove from a model.
 
         Args:
             geometry: its shape.
             saved_in: dtype that its weights are saved in.
             constraints: what may be cut.
+            beside: parameters that a checkpoint holds beside the model's, such as those of a tower for images.
 
         Raises:
-            OptionError: the model fits as it is.
+            OptionError: the model fits as it is, or what stands beside it does not.
         """
         limit, storage = self._limit(saved_in)
+        taken = 0 if storage in FILE_TYPES else beside * DTYPE_BYTES[storage]
+        if limit <= taken:
+            raise OptionError(
+                f"`{self._name}` is {show_bytes(limit)}, and what stands around the language model alone takes "
+                f"{show_bytes(taken)}; ask for more, or save the language model alone (`output.text_only`)"
+            )
+        limit -= taken
         if self.size is not None:
             target = TargetOptions("size", storage=storage)
         else:
@@ -80,8 +93,8 @@ class FitOptions:
         costs = target.costs(geometry)
         if costs.total <= limit:
             raise OptionError(
-                f"the model fits as it is: its {costs.quantity} are {show_bytes(costs.total)}, and `{self._name}` is "
-                f"{show_bytes(limit)}. Ask for less"
+                f"the model fits as it is: its {costs.quantity} are {show_bytes(costs.total)}, and `{self._name}` "
+                f"leaves it {show_bytes(limit)}. Ask for less"
             )
         align = math.lcm(constraints.align, blocks_of(storage))
         return Fitted(

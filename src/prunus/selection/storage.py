@@ -171,6 +171,8 @@ def _curve(geometry: Geometry, storage: str, layer_idx: int, axis: Axis) -> np.n
     if axis == "mlp":
         # A narrower matrix can be filled up with zeros where a wider one takes fewer bytes.
         return np.minimum.accumulate(total[::-1])[::-1]
+    if layer_idx == 0 and len(total) > 1:
+        total[0] = total[1]  # llama.cpp reads the model's number of heads there, so that one group stays
     return np.maximum.accumulate(total)
 
 
