@@ -30,7 +30,6 @@ METHODS = ("random", "frequency", "reap", "gate_fisher", "taylor")
 #: name → the repair of a row
 REPAIRS: dict[str, RepairOptions | None] = {
     "plain": None,
-    "gain": RepairOptions(experts="gain"),
     "without experts": RepairOptions(experts="none"),
     "repaired": RepairOptions(),
     "repaired, no noise": RepairOptions(noise=0.0),

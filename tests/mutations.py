@@ -201,10 +201,10 @@ MUTATIONS = (
     ),
     Mutation(
         "expert_repair.py",
-        '("down_proj", "down_proj_bias")',
-        '("down_proj",)',
-        ("test_expert_repair.py::test_gains_are_the_best_factors",),
-        "gains without the biases of experts",
+        "* error[tokens], source)",
+        "* error[tokens])",
+        ("test_expert_repair.py::test_each_expert_is_solved_from_its_own_tokens_and_its_part_of_the_error",),
+        "experts are solved as if all text were of one source",
     ),
     Mutation(
         "expert_repair.py",

@@ -133,7 +133,7 @@ def test_the_choice():
     assert choose_engine(needed, "resident", None, 1) == "resident", "without a limit, what is asked for is done"
     with pytest.raises(OptionError, match=r"smallest `max_memory` that would do is 1\.00GB"):
         choose_engine(needed, "auto", 10**9 - 1, None)
-    with pytest.raises(OptionError, match=r"resident engine needs about 8\.00GB.*`engine` streamed needs 1\.00GB"):
+    with pytest.raises(OptionError, match=r"resident engine needs about 8\.00GB.*`engine=streamed` needs 1\.00GB"):
         choose_engine(needed, "resident", 7 * 10**9, None)
 
 

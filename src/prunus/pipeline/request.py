@@ -152,6 +152,7 @@ def check_request(
         evaluation_tokens=evaluation.tokens(text, seq_len),
         evaluation_window=evaluation.window(text, seq_len, config),
         inputs_on_disk=work is not None,
+        sources=len(calibration.names),
     )
     save_dtype = job.output.save_dtype
     job, workload, empty, holding = _held(job, config, workload)

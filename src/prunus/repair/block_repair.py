@@ -73,7 +73,7 @@ class RepairOptions:
         noise: share of the tokens that are replaced by random ones in half of the sequences, so that the repair
             holds for other text as well.
         experts: how the experts that stay take over from those that went: least_squares solves the last projection of
-            each again, gain multiplies it by a factor, none leaves it.
+            each again, none leaves it.
         fit_logits: at the end, multiply the logits by the factor that minimises the loss.
     """
 
@@ -333,8 +333,8 @@ class _Repairing:
         if block.experts:
             if self._options.experts != "none":
                 module = submodule(self._walk.layer, block.experts)
-                self._expert_sums = self._expert_sums or ExpertSums(module, self._options.experts, self._saved)
-                self._expert_sums.add(self._walk.routed(block, number), target, mask)
+                self._expert_sums = self._expert_sums or ExpertSums(module, self._saved)
+                self._expert_sums.add(self._walk.routed(block, number), target, mask, self._sources[number])
             self.seconds += time.perf_counter() - start
             return
         module = self._walk.module(block)

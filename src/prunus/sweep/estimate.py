@@ -16,11 +16,11 @@ of the experts that a token goes to), a vocabulary of V; N sequences of T tokens
 Streamed, one layer is held, and its tensors are read and converted one by one; on CUDA the next is on its way, P_l s
 more for each model that is no mixture of experts. A model that is cut shares P_out with the result, which has its own
 only where it is saved in a dtype that does not hold the file's numbers; to cut a tensor takes P_p w, of experts
-nothing: those that go are not read. Compensation adds a second model (resident) or its layer (streamed), the normal
-equations of the widest block and what solving them takes, the larger of 12 C² + 4 C H and 8 C² + 14 C H + 48 C min(H,
-1024), and, unless they wait on disk (streamed), N T w (2 H + Q) for both models' residual streams and the inputs of
-o_proj. Each further cut that is repaired in the same go adds itself, N T w (H + Q), and 4 C² + 4 C H, twice that for
-text of several sources.
+nothing: those that go are not read. Repair adds a second model (resident) or its layer (streamed), the normal equations
+of the widest block and what solving them takes, the larger of 12 C² + 4 C H and 8 C² + 14 C H + 48 C min(H, 1024), of
+experts those of all, twice for text of several sources, and, unless they wait on disk (streamed), N T w (2 H + Q) for
+both models' residual streams and the inputs of o_proj. Each further cut that is repaired in the same go adds itself, N
+T w (H + Q), and 4 C² + 4 C H, twice that for text of several sources.
 Text that the model writes takes P w (streamed: its layer at work) + 64 (2 t L K w + 2 V w) + 24 V: keys and values of
 64 documents of t = min(T, 384) + 64 tokens, and the chances of the next. A smaller model that is cut adds itself, at
 most P w (streamed: its layer at work). Perplexity needs the hidden states of as many tokens as go through the layers at
@@ -88,6 +88,7 @@ class Workload:
         evaluation_tokens: tokens that perplexity is measured on; 0 = it is not.
         evaluation_window: of these, how many go through the model at a time; 0 = as many as of the calibration.
         inputs_on_disk: whether what enters the layers waits on disk in the streamed order.
+        sources: of the calibration sequences.
     """
 
     needs: frozenset[str] = frozenset()
@@ -100,6 +101,7 @@ class Workload:
     evaluation_tokens: int = 0
     evaluation_window: int = 0
     inputs_on_disk: bool = True
+    sources: int = 1
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def estimate(
     streamed = weights + 4 * largest * gradients + passes + piece * backward
     streamed += 2 * tokens * hidden * w if workload.inputs_on_disk else (len(sizes) + 2) * whole
     if workload.repairs:
-        repair = activations + _solving(channels, hidden) + 4 * experts * width * (width + hidden)
+        repair = activations + _solving(channels, hidden)
+        repair += 4 * min(workload.sources, 2) * experts * width * (width + hidden)
         waiting = 2 * whole + whole * query // hidden
         resident = max(resident, 2 * geometry.total_parameters * w + repair + waiting)
         streamed = max(streamed, weights + largest * w + ahead + own + repair + waiting * (not workload.inputs_on_disk))
