@@ -394,6 +394,19 @@ def test_sequences_without_text_of_others(lengths, shared):
     assert found.provenance.samples == len(left)
 
 
+def test_what_many_texts_begin_with_tells_nothing():
+    """A system prompt before every text, and first words of the texts that some have in common."""
+    draw = torch.Generator().manual_seed(0)
+    prompt, texts = torch.randint(0, 99, (33,), generator=draw), torch.randint(0, 99, (40, 60), generator=draw)
+    texts[:, 0] = torch.arange(40) % 10
+    ids = torch.cat([prompt.expand(40, -1), texts], dim=1)
+    others = torch.cat([ids[30:], torch.cat([prompt, texts[3, 10:], texts[0, :10]])[None]])
+    left = calibration_from_tokens(ids[:30]).without(others)
+    assert left.input_ids.tolist() == [*ids[:3].tolist(), *ids[4:30].tolist()]
+    few = calibration_from_tokens(ids[:8]).without(others)  # as many as may have a text in common
+    assert len(few) == 0
+
+
 @pytest.mark.parametrize("held_out", [0, 10, -1])
 def test_split_needs_two_parts(held_out):
     with pytest.raises(OptionError, match=f"`held_out` is {held_out}, of 10"):

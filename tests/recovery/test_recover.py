@@ -193,6 +193,21 @@ def test_an_absurd_learning_rate_stops_with_the_step(refused, pruned, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_training_that_changes_nothing_is_told(recover, pruned, tmp_path, caplog):
+    """Losses of checkpoints are Trainer's and round in another way; what is saved is compared in its own."""
+    facts = recover(pruned, "--out", tmp_path / "out", *SHORT, "--max-steps", 4, "--learning-rate", 1e-12)
+    loss = facts["held_out_loss"]
+    assert loss["after"] == loss["before"]
+    assert facts["best_step"] == 0
+    assert caplog.text.count("the result is the model as it was") == 1
+    # A report says what came out, and not what the last checkpoint had.
+    facts = recover(pruned, "--out", tmp_path / "worse", *SHORT, "--max-steps", 4, "--learning-rate", 2.0)
+    assert facts["history"][-1]["held_out_loss"] > facts["held_out_loss"]["after"] == loss["before"]
+    assert main(["report", str(tmp_path / "worse")]) == 0
+    page = (tmp_path / "worse" / "report.html").read_text()
+    assert f"round 1: {loss['before']:.4f} before, {loss['before']:.4f} after" in page
+
+
 def test_the_clock_ends_a_run(recover, pruned, tmp_path):
     facts = recover(pruned, "--out", tmp_path / "out", *SHORT, "--max-minutes", 0.03, "--set", "recovery.checkpoints=2")
     assert 0 < facts["seconds"] <= 1.8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -49,6 +50,19 @@ def test_what_is_held_out_is_not_trained_on(tmp_path):
     some, same = load_sequences(options, chat_tokenizer(), None, 4)
     assert torch.equal(some.input_ids, train.input_ids[:11])
     assert same.provenance == held_out.provenance
+
+
+@pytest.mark.parametrize("samples", [None, 6, 20, 40])
+def test_runs_of_any_length_hold_out_the_same(tmp_path, monkeypatch, samples):
+    """Also those that go through more than are drawn by default."""
+    monkeypatch.setattr("prunus.recovery.text.MOST_SAMPLES", 20)
+    (tmp_path / "text.txt").write_text(" ".join(str(number) for number in range(1000)))
+    text = TextOptions(str(tmp_path / "text.txt"), seq_len=32, held_out=4)
+    _, usual = load_sequences(text, chat_tokenizer(), None, 1)
+    train_on, held_out = load_sequences(replace(text, samples=samples), chat_tokenizer(), None, 1)
+    assert torch.equal(held_out.input_ids, usual.input_ids)
+    assert len(train_on) == (samples or 20)
+    assert not {tuple(row) for row in train_on.input_ids.tolist()} & {tuple(row) for row in held_out.input_ids.tolist()}
 
 
 def test_sources_keep_their_shares_and_short_ones_are_gone_through_again(tmp_path, caplog):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from prunus.errors import CalibrationError, OptionError
 from prunus.model.digest import digest_tensors
@@ -19,6 +20,8 @@ __all__ = ["Batch", "Calibration", "Provenance", "digest_batches", "hash_tokens"
 
 #: a sequence is of the same text as another where they have a run of so many tokens in common
 SHARED = 32
+#: a run of tokens in more sequences than these is of no text in particular
+COMMON = 8
 #: odd, and large enough that runs of a few tokens differ in all bits
 _FACTOR = 6364136223846793005
 
@@ -171,8 +174,12 @@ class Calibration:
         for number, ids in enumerate(self.input_ids.split(batch_size)):
             yield Batch(ids, masks[number] if masks is not None else None, source, self.begin_token)
 
-    def split(self, held_out: int) -> tuple[Calibration, Calibration]:
+    def split(self, held_out: int, end: int | None = None) -> tuple[Calibration, Calibration]:
         """Part the last `held_out` sequences from the others.
+
+        Args:
+            held_out: how many.
+            end: they are the last ones of the first so many sequences; None = of all.
 
         Returns:
             The others, and the held-out ones.
@@ -184,9 +191,11 @@ class Calibration:
             raise OptionError(
                 f"`held_out` is {held_out}, of {len(self)} calibration sequences: both parts need at least one"
             )
-        cut = len(self) - held_out
+        end = len(self) if end is None else min(end, len(self))
+        apart = torch.zeros(len(self), dtype=torch.bool)
+        apart[end - held_out : end] = True
         part = "" if self.provenance.part == "all" else f"{self.provenance.part}/"
-        return self._part(slice(None, cut), f"{part}fitted"), self._part(slice(cut, None), f"{part}held_out")
+        return self._part(~apart, f"{part}fitted"), self._part(apart, f"{part}held_out")
 
     def first(self, number: int) -> Calibration:
         """The first `number` sequences, at least one; itself where it has no more."""
@@ -201,12 +210,21 @@ class Calibration:
     def without(self, others: Tensor) -> Calibration:
         """The sequences that have no run of `SHARED` tokens in common with any of some others.
 
+        A run that more than `COMMON` sequences have is what many texts hold, a system prompt or a licence: it tells
+        nothing, nor does one that reaches into it.
+
         Args:
             others: int64, (samples, seq_len), both of them any; of shorter sequences, runs are as long as these.
         """
         length = min(SHARED, self.input_ids.shape[1], others.shape[1])
-        shared = torch.isin(_runs(self.input_ids, length), _runs(others, length)).any(dim=1)
-        return self._part(~shared, self.provenance.part)
+        runs = _runs(self.input_ids, length)
+        shared = torch.isin(runs, _runs(others, length))
+        rows, places = shared.nonzero(as_tuple=True)
+        once_each = torch.stack([rows, runs[rows, places]], dim=1).unique(dim=0)
+        values, sequences = once_each[:, 1].unique(return_counts=True)
+        common = torch.isin(runs, values[sequences > COMMON]).float()
+        near = functional.max_pool1d(common, 2 * length - 1, stride=1, padding=length - 1).bool()
+        return self._part(~(shared & ~near).any(dim=1), self.provenance.part)
 
     def _part(self, which: slice | Tensor, name: str) -> Calibration:
         ids = self.input_ids[which]

@@ -39,6 +39,7 @@ def plan(
     from prunus.pipeline.job import Job
     from prunus.pipeline.job_file import read_job
     from prunus.pipeline.recipe import Recipe
+    from prunus.scoring.routing import check_enough_reached
     from prunus.scoring.score import Score
     from prunus.selection.plan import MARK
     from prunus.selection.select import select
@@ -52,6 +53,7 @@ def plan(
     if normalize is not None:
         result = result.ranked(normalize)
     chosen = select(result.table, result.geometry, ratio, recipe.selection, costs)
+    check_enough_reached(result.about.get("routing"), chosen)
     with output_file(out, "plan.json", MARK, overwrite=overwrite) as partial:
         partial.write_text(chosen.to_json(), encoding="utf-8")
     left = result.geometry.parameters_left(chosen.kept_widths)

@@ -30,6 +30,7 @@ from prunus.pipeline.stages import comparing, scoring
 from prunus.repair.block_repair import Cut, repair_together_
 from prunus.report import try_report
 from prunus.results.comparison import DENSE, plan_name
+from prunus.scoring.routing import check_enough_reached
 from prunus.scoring.score import Score, score_together
 from prunus.selection.plan import Plan
 from prunus.selection.select import Constraints, select
@@ -236,6 +237,7 @@ def _cut_together(
     for one, ratio in product(alike, ratios):
         recipe = one.recipe
         plan = select(one.score.table, inputs.geometry, ratio, recipe.selection, recipe.target.costs(inputs.geometry))
+        check_enough_reached(one.score.about.get("routing"), plan)
         plans[plan.fingerprint] = plan
         wanted.setdefault(plan.fingerprint, []).append((one, ratio))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from prunus.recovery.options import RecoveryOptions, TextOptions
 from prunus.recovery.prepared import Prepared, require_packages
 from prunus.recovery.result import RECORD, best_model, facts_of, save_recovered
 from prunus.recovery.training import train
-from prunus.sweep.sequence_loss import perplexity_of_windows
+from prunus.sweep.sequence_loss import PerplexityResult, perplexity_of_windows
 
 __all__ = ["recover_checkpoint", "recover_job"]
 
@@ -120,14 +121,36 @@ def recover_job(
             if is_first():
                 gc.collect()  # what was trained is gone, and the result needs its room
                 with stages.enter("saving"):
-                    result = best_model(prepared, checkpoints, trained["best_step"])
-                    after = perplexity_of_windows(result, prepared.held_out.input_ids, progress=progress)
+                    result, trained, after = _best(prepared, checkpoints, trained, progress)
                     facts = {**facts_of(prepared, trained, after), "command": command or _command(job, out)}
                     save_recovered(result, prepared, facts, out, overwrite)
         if is_first():
             checkpoints.remove()
         wait_for_all()
     return facts
+
+
+def _best(
+    prepared: Prepared, checkpoints: Checkpoints, trained: dict[str, Any], progress: bool
+) -> tuple[Any, dict[str, Any], PerplexityResult]:
+    """The model of the best step in the dtype that it is saved in, what was done, and its held-out loss.
+
+    Losses during training are of weights before they are rounded, in the dtype of the passes: where training gave less
+    than that takes, the model is best as it was.
+    """
+    for best_step in dict.fromkeys((trained["best_step"], 0)):
+        result = best_model(prepared, checkpoints, best_step)
+        after = perplexity_of_windows(result, prepared.held_out.input_ids, progress=progress)
+        if after.nll < trained["before"]:
+            break
+    else:
+        logger.warning(
+            "no checkpoint has a lower held-out loss than the model had before (%.4f, best afterwards %.4f): the "
+            "result is the model as it was. Try a lower `learning_rate`, more steps, or more text",
+            trained["before"],
+            min((each["held_out_loss"] for each in trained["history"]), default=math.nan),
+        )
+    return result, {**trained, "best_step": best_step}, after
 
 
 @contextmanager

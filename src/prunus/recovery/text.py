@@ -1,7 +1,8 @@
 """The sequences that recovery trains on, and those that are held out.
 
-Of a file, the last sequences of all are held out, so that runs of any length hold out the same ones: their losses
-compare, and a model that is trained again is not measured on what it was trained on. Of what has no end (a data set of
+Of a file, the last sequences of all (of the first `MOST_SAMPLES`, if there are more) are held out, so that runs of any
+length hold out the same ones: their losses compare, and a model that is trained again is not measured on what it was
+trained on. Of what has no end (a data set of
 the Hub, text that the model writes) they are those behind the ones that are trained on. Sources keep their shares: one
 that is too short for its share is gone through again.
 """
@@ -97,11 +98,17 @@ def load_sequences(
         bound = share if kind_of(source.name) in ENDLESS else max(share, MOST_SAMPLES)
         drawn = load_calibration(source.name, tokenizer, samples=bound + last, **how)
         whole = len(drawn) < bound + last
+        read = len(drawn)
         drawn = drawn if apart is None else drawn.without(apart)
+        if len(drawn) < 0.9 * read:
+            logger.warning(
+                "%s: %d of %d sequences left out, which share text with those that the result is measured on",
+                *(source.name, read - len(drawn), read),
+            )
         least = last + (batch_size if len(sources) == 1 else 1)
         if len(drawn) < least:
             raise CalibrationError(_too_few(source.name, drawn, whole, apart, options, least))
-        parts.append(drawn.split(last))
+        parts.append(drawn.split(last, None if kind_of(source.name) in ENDLESS else MOST_SAMPLES + last))
     total = sum(source.weight for source in sources)
     # As many as make one pass over the source that lasts longest.
     longest = max(len(fitted) * total / source.weight for source, (fitted, _) in zip(sources, parts, strict=True))

@@ -203,13 +203,6 @@ def _outcome(state: Any, before: float) -> dict[str, Any]:
     """
     best_loss = state.best_metric if state.best_metric is not None else float("inf")
     best_step = state.best_global_step if best_loss < before else 0
-    if not best_step and is_first():
-        logger.warning(
-            "no checkpoint has a lower held-out loss than the model had before (%.4f, best afterwards %.4f): the "
-            "result is the model as it was. Try a lower `learning_rate`, more steps, or more text",
-            before,
-            best_loss,
-        )
     log = state.log_history
     return {
         "steps": state.global_step,

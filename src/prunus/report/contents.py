@@ -259,14 +259,16 @@ def _measured(figures: Sequence[MeasuredFacts], evaluation: Mapping[str, Any]) -
 
 def _recovery(path: Path) -> Section:
     """What training won back, of a model that was trained after the cut or between its rounds."""
-    points = check_content(RecoveryContent, read_json(path), str(path)).curve if path.is_file() else []
+    content = check_content(RecoveryContent, read_json(path) if path.is_file() else {}, str(path))
+    points = content.curve
     if not points:
         return Section("recovery", "Recovery")
-    first = {point.round: point for point in reversed(points)}
-    last = {point.round: point for point in points}
+    # Not the last point of a round: its result is the best checkpoint.
+    results = [each.held_out_loss for each in content.rounds or [content]]
     losses = (
-        f"round {number}: {first[number].held_out_loss:.4f} before, {last[number].held_out_loss:.4f} after"
-        for number in sorted(first)
+        f"round {number}: {loss.before:.4f} before, {loss.after:.4f} after"
+        for number, loss in enumerate(results, start=1)
+        if loss is not None
     )
     end = points[-1]
     note = f"{end.tokens:,} tokens in {end.seconds:,.0f} s of training. Held-out loss: {'; '.join(losses)}"

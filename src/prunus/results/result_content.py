@@ -98,10 +98,20 @@ class _RecoveryPoint(FileContent):
     held_out_loss: Number
 
 
-class RecoveryContent(FileContent):
-    """prunus/recovery.json: held-out losses over what training took; files of earlier versions have none."""
+class _HeldOutLoss(FileContent):
+    before: Number
+    after: Number
+
+
+class _RecoveryRound(FileContent):
+    held_out_loss: _HeldOutLoss | None = None
+
+
+class RecoveryContent(_RecoveryRound):
+    """prunus/recovery.json: held-out losses over what training took, and of what came out; of one round or several."""
 
     curve: list[_RecoveryPoint] = Field(default_factory=list)
+    rounds: list[_RecoveryRound] = Field(default_factory=list)
 
 
 class _Perplexity(FileContent):
