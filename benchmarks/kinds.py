@@ -29,7 +29,7 @@ import random
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ HELD_OUT = 5
 #: stands for the source code of Python's standard library
 STANDARD_LIBRARY = "python"
 DENSE, MEAN = "dense", "mean"
+#: the settings in which recipes differ; all others are options of this program
+OF_A_RECIPE = ("scoring", "selection", "repair", "rounds", "target")
 #: what `prunus prune` takes without --calibration
 DEFAULT = "+".join(CalibrationOptions().source)
 
@@ -68,7 +70,8 @@ def main() -> None:
     model, tokenizer = prunus.load_model(options.model, device="auto")
     kinds = kinds_of_text(options, given, tokenizer)
     rows = Rows(options.out, {name: kind.provenance.sha256 for name, kind in kinds.items()}, model_name(options.model))
-    dense = rows.have(DENSE, "", 0.0, 0, "") or rows.add(DENSE, "", 0.0, 0, "", measure(model, kinds))
+    asked: list[tuple[str, str, float, int, str]] = [(DENSE, "", 0.0, 0, "")]
+    dense = rows.have(*asked[0]) or rows.add(*asked[0], measure(model, kinds))
     for source, seed in itertools.product(options.calibrations or given or [DEFAULT], options.seeds):
         shared: dict[str, Any] = {}
         for recipe in options.recipes:
@@ -79,6 +82,7 @@ def main() -> None:
             for ratio in options.ratios:
                 after = f"{recipe}, {options.recover} steps of recovery"
                 names = [recipe, after] if options.recover else [recipe]
+                asked += [(name, source, ratio, seed, digest) for name in names]
                 missing = [name for name in names if not rows.have(name, source, ratio, seed, digest)]
                 if not missing:
                     continue
@@ -96,7 +100,7 @@ def main() -> None:
                     trained, seconds = recovered(result, tokenizer, job, options)
                     found = measure(trained, kinds, dense["perplexity"])
                     rows.add(after, source, ratio, seed, digest, found, **{**more, "seconds": round(seconds, 1)})
-    table = rows.table(list(kinds))
+    table = rows.table(asked, list(kinds))
     (options.out / "table.md").write_text(table, encoding="utf-8")
     print(table, end="")
 
@@ -114,10 +118,16 @@ def sources_of(words: str, given: Mapping[str, Text]) -> tuple[tuple[str, ...], 
 def job_of(recipe: str, words: str, given: Mapping[str, Text], seed: int, options: argparse.Namespace) -> Job:
     """The job of a row: a recipe with its settings, `default,repair.noise=0`, on a calibration text."""
     name, *settings = recipe.split(",")
+    for setting in settings:
+        if not setting.startswith(OF_A_RECIPE):
+            raise SystemExit(f"{recipe}: recipes differ in {', '.join(OF_A_RECIPE)}; not in {setting}")
     source, column = sources_of(words, given)
     said: dict[str, Any] = {"calibration.source": source, "calibration.seed": seed, "calibration.chat_column": column}
     said |= {"calibration.samples": options.samples, "calibration.seq_len": options.seq_len}
-    return read_job(name, settings, {"model": options.model, **said})
+    job = read_job(name, settings, {"model": options.model, **said})
+    if job.recipe.recovery:
+        raise SystemExit(f"{recipe}: its training is not done here; compare without `recovery`, or with --recover")
+    return job
 
 
 def prepare(
@@ -127,7 +137,7 @@ def prepare(
     if (text := f"text {job.calibration}") not in shared:
         drawn = draw_calibration(model, tokenizer, job.calibration, held_out=0, needed=True, keep=keep)
         shared[text] = drawn[0]
-    if (score := f"score {job.recipe.scoring}") not in shared:
+    if (score := f"score {job.recipe.scoring} on {job.calibration}") not in shared:
         shared[score] = first_scores(model, shared[text], max(job.ratio, 0.1), job.recipe, passes)
     return shared[text], shared[score]
 
@@ -196,7 +206,8 @@ class Text:
 def split_documents(place: str, folder: Path, name: str) -> Text:
     """Part a JSON lines file into what recipes are calibrated on, which is returned, and the last fifth."""
     text = Text.named(place)
-    lines = [line for line in Path(text.path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Not splitlines: a JSON string may hold other ends of lines as they are.
+    lines = [line for line in Path(text.path).read_text(encoding="utf-8").split("\n") if line.strip()]
     cut_at = len(lines) - len(lines) // HELD_OUT
     path = folder / f"{name}-calibration.jsonl"
     path.write_text("\n".join(lines[:cut_at]) + "\n", encoding="utf-8")
@@ -224,7 +235,10 @@ class Rows:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         path = self.folder / "rows.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        whole, _, rest = path.read_text(encoding="utf-8").rpartition("\n") if path.exists() else ("", "", "")
+        if rest:  # of a run that was killed while it wrote
+            path.write_text(whole + "\n" * bool(whole), encoding="utf-8")
+        for line in filter(None, whole.split("\n")):
             row = json.loads(line)
             if (row["kinds"], row["model"]) == (self.kinds, self.model):
                 yield row
@@ -244,10 +258,10 @@ class Rows:
             file.write(json.dumps(row) + "\n")
         return row
 
-    def table(self, kinds: list[str]) -> str:
-        """Multiples of the dense perplexity, one line per row; the perplexities themselves for the dense model."""
+    def table(self, runs: Sequence[tuple[str, str, float, int, str]], kinds: list[str]) -> str:
+        """Multiples of the dense perplexity, one line per run; the perplexities themselves for the dense model."""
         lines: dict[tuple[str, ...], dict[str, float]] = {}
-        for row in self:
+        for row in filter(None, (self.have(*run) for run in runs)):
             key = (row["recipe"], row["calibration"], f"{100 * row['ratio']:g} %", str(row["seed"]))
             lines[key] = {**row.get("relative", row["perplexity"]), **({MEAN: row[MEAN]} if MEAN in row else {})}
         return markdown_table(("recipe", "calibration", "removed", "seed"), lines, [*kinds, MEAN])

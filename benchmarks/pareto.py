@@ -29,7 +29,7 @@ from typing import Any
 from deploy_check import ask
 from deploy_speed import measure
 from gguf_quantised import prunus_command
-from rows import markdown_table, named_place, options_and_words, write_report
+from rows import made_once, markdown_table, named_place, options_and_words, write_report
 
 import prunus
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL
@@ -120,15 +120,16 @@ def names(options: argparse.Namespace) -> dict[str, tuple[Path, list[str]]]:
 def gguf_file(name: str, kind: str, options: argparse.Namespace) -> Path:
     """Where llama.cpp's file of a type is, or will be; a model and its F16 file that are not there are made."""
     full = options.work / f"{name.replace(' %', '').replace(', ', '-').replace(' ', '-')}.gguf"
-    if not full.exists():
-        source = options.model
-        if name != DENSE:
-            folder, words = names(options)[name]
-            source = str(folder)
-            if words and not folder.exists():
-                words += ["--set", "evaluation.held_out=0", *options.words]
-                prunus_command("prune", options.model, "--out", source, *words)
-        prunus_command("export", source, "--to", "gguf", "--out", str(full), "--mlp-multiple", str(BLOCK))
+    source = options.model
+    words: list[str] = []
+    if name != DENSE:
+        folder, words = names(options)[name]
+        source = str(folder)
+        if words:
+            words = ["prune", options.model, *words, "--set", "evaluation.held_out=0", *options.words]
+            made_once(folder, words, lambda: prunus_command(*words, "--out", source))
+    export = ["export", source, "--to", "gguf", "--mlp-multiple", str(BLOCK)]
+    made_once(full, [*export, *words], lambda: prunus_command(*export, "--out", str(full)))
     return full if kind == FULL else full.with_name(f"{full.stem}-{kind}.gguf")
 
 

@@ -13,14 +13,16 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rows import add_run_options, markdown_table
+from rows import add_run_options, made_once, markdown_table
 
 import prunus
 from prunus.pipeline.compare import compare
 from prunus.pipeline.job import Job
+from prunus.pipeline.job_file import job_text
 from prunus.pipeline.recipe import Recipe
 from prunus.repair.block_repair import RepairOptions
 from prunus.scoring.score import ScoringOptions
@@ -122,7 +124,8 @@ def main() -> None:
         out = options.out / name
         text = options.in_domain if part.in_domain else options.calibration
         wanted = text and (options.tasks or not part.tasks) and (not options.parts or name in options.parts)
-        if not wanted or (out / "report.html").exists():
+        ratios = [ratio for ratio in part.ratios if not options.ratios or ratio in options.ratios]
+        if not wanted or not ratios:
             continue
         sources = (str(text), "self") if part.own_text else (str(text),)
         job = Job(
@@ -137,10 +140,8 @@ def main() -> None:
             ),
             run=prunus.ModelOptions(batch_size=options.batch_size),
         )
-        ratios = [ratio for ratio in part.ratios if not options.ratios or ratio in options.ratios]
         seeds = options.seeds if part.every_seed else options.seeds[:1]
-        # What a run that was stopped left of a part is made again.
-        compare(job, part.recipes, ratios, out, seeds=seeds, overwrite=True)
+        made_once(out, [job_text(job), ratios, seeds], partial(compare, job, part.recipes, ratios, out, seeds=seeds))
     table = markdown(options.out)
     (options.out / "table.md").write_text(table, encoding="utf-8")
     print(table, end="")

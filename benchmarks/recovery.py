@@ -29,6 +29,7 @@ import torch
 from recovery_curve import fit, points_of_run
 from rich.console import Console
 from rich.table import Table
+from rows import made_once, write_report
 
 import prunus
 from prunus.checkpoint import locate
@@ -44,8 +45,9 @@ def main() -> None:
     dense = str(locate(options.model))
     pruned = Path(options.pruned or out / f"pruned-{options.ratio:g}")
     seconds: dict[str, float] = {}
-    if not (pruned / "config.json").is_file():
-        seconds["prune"] = command("prune", options.model, "--out", pruned, *cutting(options))
+    if options.pruned is None:
+        cut = ["prune", options.model, *cutting(options)]
+        made_once(pruned, cut, lambda: seconds.update(prune=command(*cut, "--out", pruned)))
     runs = []
     for minutes in sorted(options.minutes):
         for way in ("recovered", *(["progressive"] if options.progressive else [])):
@@ -82,7 +84,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
-    (out / f"{options.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_report(out / f"{options.name}.json", result)
     show(result)
 
 

@@ -1,16 +1,17 @@
-"""What benchmarks of recipes have in common: options of their runs, and a table of their rows."""
+"""What benchmarks have in common: options of their runs, what is made once for several, and a table of their rows."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from prunus.checkpoint.packaged_model import PACKAGED_MODEL
+from prunus.files.outputs import whole_file
 
-__all__ = ["add_run_options", "markdown_table", "named_place", "options_and_words", "write_report"]
+__all__ = ["add_run_options", "made_once", "markdown_table", "named_place", "options_and_words", "write_report"]
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +40,36 @@ def named_place(words: str) -> tuple[str, str]:
     return name, path
 
 
-def write_report(out: Path, report: Mapping[str, object]) -> None:
+def write_report(out: Path, report: object) -> None:
     """Write what was measured as JSON, in a folder that need not be there."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with whole_file(out) as partial:
+        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def made_once(place: Path, by: Sequence[object], make: Callable[[], object]) -> bool:
+    """Make a file or folder that later calls use again, and note beside it what it was made by.
+
+    Args:
+        place: where it is, complete or not at all.
+        by: everything that decides it.
+        make: makes it.
+
+    Returns:
+        Whether it was made now.
+
+    Raises:
+        SystemExit: one is there that was made by something else.
+    """
+    words, record = [str(word) for word in by], place.with_name(f"{place.name}.made-by.json")
+    if place.exists():
+        found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else ["something unknown"]
+        if found != words:
+            raise SystemExit(f"{place} was made by {' '.join(found)}, not by {' '.join(words)}: remove it, or move it")
+        return False
+    write_report(record, words)
+    make()
+    return True
 
 
 def markdown_table(

@@ -68,6 +68,50 @@ def test_rows_and_table(kinds, folder, text, tmp_path, monkeypatch, capsys):
     assert again[-1]["perplexity"] != row["perplexity"]
 
 
+def test_a_table_is_of_what_was_asked_for(kinds, folder, tmp_path, monkeypatch, capsys):
+    """Rows of other sizes and lines that a kill cut short do not show, and documents may hold any end of a line."""
+    documents = [f"{number}: {TEXT[100 * number : 100 * number + 90]}\u2028and so on" for number in range(40)]
+    lines = [json.dumps({"text": document}, ensure_ascii=False) for document in documents]
+    (tmp_path / "web.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = [
+        *("kinds.py", "--model", folder, "--calibration", f"web={tmp_path / 'web.jsonl'}", "--out", tmp_path / "out"),
+        *("--seq-len", "24", "--eval-seq-len", "32", "--windows", "3", "--ratios", "0.4", "--seeds", "1"),
+        *("--recipes", "fast"),
+    ]
+
+    def table(samples: int, *more: str) -> str:
+        monkeypatch.setattr(sys, "argv", [*map(str, words), "--samples", str(samples), *more])
+        kinds.main()
+        return capsys.readouterr().out
+
+    first = table(8)
+    assert len((tmp_path / "out" / "web-calibration.jsonl").read_text(encoding="utf-8").split("\n")) == 33
+    assert table(4) != first
+    rows = tmp_path / "out" / "rows.jsonl"
+    before = rows.read_text()
+    rows.write_text(before + before[:50])
+    assert table(8) == first
+    assert rows.read_text() == before
+    for recipe in ("fast,calibration.samples=4", "fast,recovery.tokens=9", "fast,run.dtype=float32"):
+        with pytest.raises(SystemExit, match="recipes differ in scoring, selection, repair, rounds, target; not in"):
+            table(8, "--recipes", recipe)
+    (tmp_path / "trained.yaml").write_text("recovery: {tokens: 1000}")
+    with pytest.raises(SystemExit, match="its training is not done here"):
+        table(8, "--recipes", str(tmp_path / "trained.yaml"))
+
+
+def test_what_is_made_once_is_of_the_same_words(benchmark, tmp_path):
+    made_once = benchmark("rows").made_once
+    place = tmp_path / "model"
+    assert made_once(place, ["prune", 0.2], place.mkdir)
+    assert not made_once(place, ["prune", "0.2"], place.mkdir)
+    with pytest.raises(SystemExit, match=r"was made by prune 0\.2, not by prune 0\.4"):
+        made_once(place, ["prune", 0.4], place.mkdir)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(SystemExit, match="made by something unknown"):
+        made_once(tmp_path / "other", ["prune", 0.2], place.mkdir)
+
+
 def test_a_model_is_trained_on_what_it_was_calibrated_on(kinds, folder, tmp_path, monkeypatch):
     """The row beside the pruned model's is that of `prunus recover` on the calibration part."""
     pytest.importorskip("peft")
