@@ -82,6 +82,11 @@ def test_every_weight_of_a_projection_has_one_owner(tiny):
             assert owners.keys() == weights | {name for name in biases if name in dict(layer.named_parameters())}
 
 
+def adds(block):
+    """Path of the module whose output the decoder layer adds to the residual stream."""
+    return block.post_norm or (block.module if block.experts else block.output.path)
+
+
 def test_a_layer_answers_its_input_and_what_its_blocks_add(tiny):
     """What repair and layer priors build upon, and the loss of the whole model on the head's own factors."""
     seen = {}
@@ -90,7 +95,7 @@ def test_a_layer_answers_its_input_and_what_its_blocks_add(tiny):
     def note(path):
         return lambda module, args, kwargs, output: seen.update({path: (args[0] if args else None, output)})
 
-    paths = ["", *(block.adds for block in tiny.family.blocks)]
+    paths = ["", *(adds(block) for block in tiny.family.blocks)]
     handles = [layer.get_submodule(path).register_forward_hook(note(path), with_kwargs=True) for path in paths]
     with torch.no_grad():
         loss = tiny.model(tiny.input_ids, labels=tiny.input_ids).loss
@@ -99,7 +104,7 @@ def test_a_layer_answers_its_input_and_what_its_blocks_add(tiny):
     for handle in handles:
         handle.remove()
     entered, left = seen[""]
-    added = sum(seen[block.adds][1] for block in tiny.family.blocks)
+    added = sum(seen[adds(block)][1] for block in tiny.family.blocks)
     torch.testing.assert_close(entered + tiny.family.residual_scale(tiny.model.config) * added, left)
     torch.testing.assert_close(losses.sum() / tiny.input_ids[:, 1:].numel(), loss)
 

@@ -77,22 +77,6 @@ def test_sources_in_files_and_options(tmp_path):
             read_job(None, [f"calibration.source={wrong}"], {})
 
 
-@pytest.mark.parametrize(
-    ("written", "found"),
-    [
-        ("calibration: {source: a.txt}\nrepair: {self_text: 0.25}", ("a.txt:0.75", "self:0.25")),
-        ("calibration: {source: a.txt}\nrepair: {self_text: 0}", ("a.txt",)),
-        ("calibration: {source: a.txt}\nrepair: {self_text: 1}", ("self:1",)),
-    ],
-)
-def test_recipes_of_results_whose_repair_had_text_of_its_own(tmp_path, written, found):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(written)
-    assert read_job(str(path), [], {}).calibration.source == found
-    with pytest.raises(OptionError, match=r"unknown key 'repair\.self_text'"):
-        read_job(None, ["repair.self_text=0.5"], {})
-
-
 def test_sources_of_the_command_line(capsys, folder, text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("abcdefgh" * 400)

@@ -1,4 +1,4 @@
-"""Files that earlier versions wrote, as they lie in benchmarks/results, still load."""
+"""Results in benchmarks/results load."""
 
 from __future__ import annotations
 

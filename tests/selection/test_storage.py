@@ -11,7 +11,7 @@ from prunus.checkpoint import empty_model
 from prunus.errors import OptionError
 from prunus.model.geometry import Geometry
 from prunus.model.widths import LayerWidths
-from prunus.selection.storage import BLOCKS, FILE_TYPES, check_storage, storage_bytes, storage_costs
+from prunus.selection.storage import BLOCKS, FILE_TYPES, check_storage, storage_costs
 
 gguf = pytest.importorskip("gguf")
 
@@ -40,7 +40,9 @@ def llama_8b() -> Geometry:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_files_of_llama_cpp(llama_8b, name):
-    assert 8 * storage_bytes(llama_8b, name) / llama_8b.total_parameters == pytest.approx(PUBLISHED[name], abs=5e-5)
+    assert 8 * storage_costs(llama_8b, name).total / llama_8b.total_parameters == pytest.approx(
+        PUBLISHED[name], abs=5e-5
+    )
 
 
 def test_blocks_are_those_of_gguf():
@@ -66,8 +68,8 @@ def test_a_file_tensor_by_tensor(family):
     model = make_model(family, tie_word_embeddings=True)
     geometry = Geometry.of(model)
     named = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("lm_head")}
-    assert storage_bytes(geometry, "Q4_0") == sum(stored(name, tensor, "Q4_0") for name, tensor in named.items())
-    assert storage_bytes(geometry, "bfloat16") == 2 * sum(tensor.numel() for tensor in named.values())
+    assert storage_costs(geometry, "Q4_0").total == sum(stored(name, tensor, "Q4_0") for name, tensor in named.items())
+    assert storage_costs(geometry, "bfloat16").total == 2 * sum(tensor.numel() for tensor in named.values())
 
 
 def test_what_is_left_of_a_cut():

@@ -129,11 +129,6 @@ class Block:
         """Path of the module that reads the residual stream: the norm in front of the block, or the block itself."""
         return next((norm for norm in self.norms if norm != self.post_norm), self.module)
 
-    @property
-    def adds(self) -> str:
-        """Path of the module whose output the decoder layer adds to the residual stream."""
-        return self.post_norm or (self.module if self.experts else self.output.path)
-
 
 @dataclass(frozen=True)
 class Mixture:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from prunus.calibration.loading import SELF_SOURCE
 from prunus.calibration.sources import SOURCES
 from prunus.errors import OptionError, PlanError
 from prunus.pipeline.job import Job
@@ -62,14 +61,6 @@ def _read_profile(raw: Any, name: str) -> LatencyProfile:
         raise OptionError(f"{name}: {error}") from error
 
 
-def _share_of_own_text(share: Any, values: dict[str, Any]) -> None:
-    """`repair.self_text`: the share of text that the model wrote for its repair, a source of its own today."""
-    if isinstance(share, int | float) and 0 < share <= 1:
-        given = values.get("calibration.source", ("default",))
-        others = [f"{source}:{(1 - share) / len(given):g}" for source in given if share < 1]
-        values["calibration.source"] = (*others, f"{SELF_SOURCE}:{share:g}")
-
-
 #: the settings of `prunus prune`, `score`, `plan` and `compare`
 JOB = Sheet(
     Job(""),
@@ -94,7 +85,6 @@ JOB = Sheet(
             *("output.report", "output.save_dtype"),
         ),
     },
-    earlier={"repair.self_text": _share_of_own_text},
 )
 
 read_job, job_text = JOB.read, JOB.text

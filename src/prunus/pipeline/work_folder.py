@@ -12,9 +12,8 @@ from prunus.sweep import Engine
 __all__ = ["WorkFolder", "of_round"]
 
 ROUND = "round-{}"
-#: what prunus puts there, and takes away again; the first two are of earlier versions, the last two of the sweep and of
-#: an opened model
-CONTENTS = ("search", "self-text", ROUND.format("*"), "statistics-*", "prunus-layers-*")
+#: what prunus puts there, and takes away again; the last two are of the sweep and of an opened model
+CONTENTS = (ROUND.format("*"), "statistics-*", "prunus-layers-*")
 
 
 def of_round(number: int) -> str:
@@ -27,7 +26,8 @@ class WorkFolder:
 
     Args:
         out: the command's output.
-        asked: the folder that the user names; None for `<out>.work`, which only the streamed engine uses.
+        asked: the folder that the user names; None for `<out>.work`, which the streamed engine uses, and training
+            within a cut.
 
     Raises:
         OptionError: the folder is a file, or holds what prunus did not put there: it removes its work at the end.

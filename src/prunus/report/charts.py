@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from prunus.model.families import Axis
-from prunus.results.result_content import ComparisonContent, ComparisonRow
+from prunus.results.result_content import ComparisonContent
 from prunus.selection.plan import Plan
 
 __all__ = [
@@ -322,10 +322,10 @@ def recovery_chart(points: Sequence[Mapping[str, Any]]) -> Chart:
 
 def comparison_chart(comparison: ComparisonContent) -> Chart:
     """Perplexity over the removed share, a line per recipe, each from the dense model on."""
-    rows, dense = comparison.rows, comparison.dense
-    kinds = list(dict.fromkeys(row.name for row in comparison.results))
-    drawn = [(row.name, row) for row in comparison.results if row.perplexity is not None]
-    drawn += [(kind, dense) for kind in kinds]
+    beside = {comparison.title(row): comparison.dense_beside(row) for row in comparison.results}
+    kinds = list(beside)
+    drawn = [(comparison.title(row), row) for row in comparison.results if row.perplexity is not None]
+    drawn += beside.items()
     values = [
         {"kind": kind, "removed": row.ratio, "perplexity": row.perplexity, "parameters": row.parameters}
         for kind, row in drawn
@@ -354,8 +354,13 @@ def comparison_chart(comparison: ComparisonContent) -> Chart:
         )
     )
     table = [
-        [row.name, f"{row.ratio:.0%}", f"{row.parameters:,}", _figure(row.perplexity), _figure(row.relative)]
-        for row in rows
+        [
+            comparison.title(row),
+            f"{row.ratio:.0%}",
+            f"{row.parameters:,}",
+            *map(_figure, (row.perplexity, row.relative)),
+        ]
+        for row in comparison.rows
     ]
     columns = ["recipe", "removed", "parameters", "perplexity", "times dense"]
     what = "Lines of perplexity over the share of parameters removed, one for every recipe."
@@ -366,15 +371,15 @@ def _figure(figure: float | None) -> str:
     return "infinite" if figure is None else f"{figure:,.2f}"
 
 
-def seconds_chart(rows: Sequence[ComparisonRow]) -> Chart | None:
+def seconds_chart(comparison: ComparisonContent) -> Chart | None:
     """Seconds and peak memory of each result; None if no time was taken."""
     values: list[dict[str, Any]] = [
         {
-            "result": f"{row.name} {row.ratio:.0%}",
+            "result": f"{comparison.title(row)} {row.ratio:.0%}",
             "seconds": row.seconds,
             "peak": "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f} MiB",
         }
-        for row in rows
+        for row in comparison.results
         if row.seconds is not None
     ]
     if not values:

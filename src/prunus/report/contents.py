@@ -377,9 +377,8 @@ def _of_comparison(folder: Path) -> Contents:
     shown, results, dense = content.model_extra or {}, content.results, content.dense
     files = [folder / "plans" / row.plan_file for row in results]
     plans = {file.stem: Plan.load(file) for file in files if file.is_file()}
-    seconds = seconds_chart(results)
-    settings = {name: shown[name] for name in ("normalize", "rounds") if shown.get(name) is not None}
-    settings |= {name: _recipe_line(recipe) for name, recipe in (content.recipes or {}).items()}
+    seconds = seconds_chart(content)
+    settings = {name: _recipe_line(recipe) for name, recipe in (content.recipes or {}).items()}
     measured = content.evaluation
     sections = (
         Section(
@@ -397,7 +396,8 @@ def _of_comparison(folder: Path) -> Contents:
     start = "infinite" if dense.perplexity is None else f"{dense.perplexity:,.2f}"
     tiles = [Tile(DENSE, start, f"perplexity, {dense.parameters:,} parameters")]
     for ratio in sorted({row.ratio for row in results}):
-        finite = [(row.perplexity, row.name) for row in results if row.ratio == ratio and row.perplexity is not None]
+        at_ratio = [row for row in results if row.ratio == ratio]
+        finite = [(row.perplexity, content.title(row)) for row in at_ratio if row.perplexity is not None]
         if finite:
             best, name = min(finite, key=lambda found: found[0])
             tiles.append(Tile(f"best at {ratio:.0%}", f"{best:,.2f}", name))

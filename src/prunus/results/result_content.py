@@ -203,7 +203,7 @@ class _Measured(FileContent):
 class ComparisonRow(FileContent):
     """A result of a comparison, or the dense model; infinite figures are None."""
 
-    recipe: _Name | None = None
+    recipe: _Name
     seed: Count = 0
     ratio: _Share
     parameters: _OneOrMore
@@ -212,27 +212,10 @@ class ComparisonRow(FileContent):
     seconds: Annotated[Number, Field(ge=0)] | None = None
     peak_bytes: Annotated[Number, Field(ge=0)] | None = None
 
-    #: in the place of `recipe`, of prunus 0.1; a part of a file's name
-    method: Annotated[str, Field(pattern=r"^[^/\\]{1,100}$")] | None = None
-    compensated: bool | None = None
-
-    @model_validator(mode="after")
-    def _has_a_name(self) -> ComparisonRow:
-        if self.recipe is None and self.method is None:
-            raise ValueError("recipe is missing")
-        return self
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        return self.recipe or f"{self.method}{', compensated' * bool(self.compensated)}"
-
     @property
     def plan_file(self) -> str:
         """The file of its plan in the folder plans/."""
-        if self.recipe:
-            return plan_name(self.recipe, self.ratio, self.seed)
-        return f"{self.method}-{self.ratio:g}{'-compensated' * bool(self.compensated)}.json"
+        return plan_name(self.recipe, self.ratio, self.seed)
 
 
 class _Scoring(FileContent):
@@ -264,16 +247,26 @@ class ComparisonContent(FileContent):
 
     @model_validator(mode="after")
     def _has_the_dense_model(self) -> ComparisonContent:
-        if not any(row.name == DENSE for row in self.rows):
-            raise ValueError("it has no row of the dense model; run `prunus compare` again")
+        if missing := {row.seed for row in self.rows} - {row.seed for row in self.rows if row.recipe == DENSE}:
+            of_seed = f" with seed {min(missing)}" * any(row.recipe == DENSE for row in self.rows)
+            raise ValueError(f"it has no row of the dense model{of_seed}; run `prunus compare` again")
         return self
 
     @property
     def dense(self) -> ComparisonRow:
-        """The row of the dense model."""
-        return next(row for row in self.rows if row.name == DENSE)
+        """The row of the dense model, of several seeds that of the first."""
+        return next(row for row in self.rows if row.recipe == DENSE)
+
+    def dense_beside(self, row: ComparisonRow) -> ComparisonRow:
+        """The row of the dense model on a result's own text: of held-out sequences each seed has others."""
+        return next(each for each in self.rows if (each.recipe, each.seed) == (DENSE, row.seed))
 
     @property
     def results(self) -> list[ComparisonRow]:
         """The rows of all results."""
-        return [row for row in self.rows if row.name != DENSE]
+        return [row for row in self.rows if row.recipe != DENSE]
+
+    def title(self, row: ComparisonRow) -> str:
+        """What tells the lines of a row from others: its recipe, and of several seeds its own."""
+        several = len({each.seed for each in self.rows}) > 1
+        return row.recipe + f", seed {row.seed}" * several

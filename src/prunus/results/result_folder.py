@@ -352,11 +352,6 @@ def speed_notes(speed: Mapping[str, Any] | None) -> list[str]:
     return [f"{where}{figures}."]
 
 
-def _repair(metrics: Mapping[str, Any]) -> Any:
-    """The options of the repair, if there was one; results of prunus 0.1 call it compensation."""
-    return metrics.get("repair", metrics.get("compensation"))
-
-
 def _card_facts(
     smaller: Any, name: str, plan: Plan, origin: Lineage | None, metrics: Mapping[str, Any], source: str
 ) -> CardFacts:
@@ -382,7 +377,7 @@ def _card_facts(
         ragged=is_ragged(config),
         command=metrics["command"],
         version=__version__,
-        repaired=bool(_repair(metrics)),
+        repaired=bool(metrics.get("repair")),
         # The packaged model is a conversion of a Hub model, and has no page of its own.
         on_hub="/" in metrics["base_model"] and not expanded(source).is_dir(),
         license=license_of(locate(source)),
@@ -390,6 +385,6 @@ def _card_facts(
         measured=measured_facts(metrics, {}),
         details={
             **{name: str(value) for name, value in metrics.get("scoring", {}).items() if name != "method"},
-            "repair": str(_repair(metrics) or "none"),
+            "repair": str(metrics.get("repair") or "none"),
         },
     )

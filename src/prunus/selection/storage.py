@@ -31,7 +31,7 @@ from prunus.model.families import Axis, Projection
 from prunus.model.geometry import Geometry
 from prunus.selection.costs import Costs
 
-__all__ = ["DTYPE_BYTES", "FILE_TYPES", "blocks_of", "check_storage", "storage_bytes", "storage_costs"]
+__all__ = ["DTYPE_BYTES", "FILE_TYPES", "blocks_of", "check_storage", "storage_costs"]
 
 #: dtypes of a checkpoint, and the bytes of a number
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -117,11 +117,6 @@ def storage_costs(geometry: Geometry, storage: str) -> Costs:
     blocks = [{axis: _curve(geometry, storage, layer_idx, axis) for axis in axes} for layer_idx in range(layers)]
     group = [{axis: _price(geometry, storage, axis, curve[axis]) for axis in axes} for curve in blocks]
     return Costs(f"bytes of weights in {storage}", _fixed(geometry, storage), blocks, group)
-
-
-def storage_bytes(geometry: Geometry, storage: str) -> int:
-    """Bytes of the weights of a whole model."""
-    return int(storage_costs(geometry, storage).total)
 
 
 def _price(geometry: Geometry, storage: str, axis: Axis, curve: np.ndarray) -> float:

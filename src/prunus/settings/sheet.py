@@ -46,7 +46,6 @@ class Sheet(Generic[T]):
         at_top: fields whose own fields are keys without a section.
         left_out: fields below that are no settings here and keep their default.
         used: other commands that read these settings → the keys and sections that they use; a file may hold more.
-        earlier: keys of files of earlier versions → what a value of theirs changes in the other keys of the file.
     """
 
     default: T
@@ -58,7 +57,6 @@ class Sheet(Generic[T]):
     at_top: frozenset[str] = frozenset()
     left_out: frozenset[str] = frozenset()
     used: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    earlier: Mapping[str, Callable[[Any, dict[str, Any]], None]] = field(default_factory=dict)
 
     @cached_property
     def keys(self) -> Mapping[str, Key]:
@@ -216,7 +214,6 @@ class Sheet(Generic[T]):
             raise OptionError(f"recipe {path} is {names}.{hint}")
         values: dict[str, Any] = {}
         record: dict[str, str] = {}
-        earlier: dict[str, Any] = {}
 
         def is_section(key: str) -> bool:
             return key in self._sections or is_record(key)
@@ -227,12 +224,8 @@ class Sheet(Generic[T]):
         for key, value, line in read_nodes(path, is_section):
             if is_record(key):
                 record[key.partition(".")[2]] = str(value)
-            elif key in self.earlier:
-                earlier[key] = value
             else:
                 values |= dict(self._leaves(key, value, f"{path}, line {line}"))
-        for key, value in earlier.items():
-            self.earlier[key](value, values)
         return values, record
 
     def _setting(self, setting: str) -> dict[str, Any]:

@@ -225,10 +225,6 @@ class Statistics:
     loss: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def has(self, name: str) -> bool:
-        """Whether every layer reports a statistic of this name."""
-        return all(name in layer for layer in self.layers)
-
     def save(self, path: str | Path) -> None:
         """Write as safetensors; a reader never sees a half-written file."""
         # Projections that share an input share their tensors, which safetensors refuses: each name gets its own copy.
