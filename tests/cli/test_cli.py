@@ -348,7 +348,7 @@ def test_methods_made_of_methods(capsys, tmp_path, folder, text):
     facts = json.loads(captured.out)
     assert [set(record["loss_rise"]) for record in facts["adaptive"]] == [{"taylor", "magnitude"}] * 2
     for record in facts["adaptive"]:
-        assert f"{record['axis']}: {record['method']}, because a quarter less of it by" in captured.err
+        assert f"{record['axis']}: chose {record['method']}; removing a quarter by" in captured.err
 
 
 def test_another_normalisation_keeps_the_attention_weight(capsys, tmp_path, folder, text):

@@ -79,7 +79,7 @@ def test_each_axis_gets_the_method_that_costs_least_on_unseen_sequences(model, c
         assert record["loss_rise"] == pytest.approx(rises, abs=1e-5)
         assert record["method"] == min(rises, key=rises.get)
         why = ", ".join(f"{name} {rise:.4f}" for name, rise in record["loss_rise"].items())
-        assert f"{axis}: {record['method']}, because a quarter less of it by each method raises" in said
+        assert f"{axis}: chose {record['method']}; removing a quarter by each method raises" in said
         assert f"the held-out loss by {why}\n" in said
         curve = [
             mean_loss(cut_by_hand(model, tables[record["method"]], axis, s), probe.input_ids) - dense

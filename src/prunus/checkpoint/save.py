@@ -282,7 +282,7 @@ def _keep_rope_readable(path: Path) -> None:
 
 
 def _keep_readable_by_transformers_4(path: Path, tokenizer: Any) -> None:
-    """Say in the words of transformers 4, which 5 understands as well, what only 5 would understand."""
+    """Write the tokenizer's config as transformers 4 does, which 5 reads as well."""
     config = read_json(path)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -18,6 +18,6 @@ def show_forecast(forecast: Forecast, json: bool) -> None:
     for line in forecast.lines()[:-1]:
         say(line)
     for removal in forecast.removals:
-        say(f"at most {removal.most / removal.before if removal.before else 0:.1%} can go under these options")
+        say(f"these options allow at most {removal.most / removal.before if removal.before else 0:.1%}")
     stages = [(name, show_seconds(seconds)) for name, seconds in forecast.stages.items()]
     print_rows("time, by a short measurement", ("stage", "about"), [*stages, ("all", show_seconds(forecast.seconds))])

@@ -105,9 +105,9 @@ class Records:
             try:
                 layer_idx = int(record.stem.removeprefix("layer-"))
                 file = TensorFile(record)
-                about = parse_json(file.metadata["about"], "what is said of it")
+                about = parse_json(file.metadata["about"], "its metadata `about`")
                 if not isinstance(about, dict):
-                    raise TypeError(f"{about!r} is said of it")
+                    raise TypeError(f"its metadata `about` is {about!r}, not an object")
             except (CheckpointError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
                 raise StatisticsError(
                     f"{record} is not the record of a finished layer ({error}); remove the folder {folder}"

@@ -208,7 +208,7 @@ class StoredLayers(Layers):
             return type(layer).forward(layer, *args, **kwargs)
 
     def _prepare(self, layer_idx: int) -> None:
-        """Make a layer that will be asked for next come sooner.
+        """Read ahead the layer that will be needed next.
 
         This runs in a thread beside the computation, and must be no more than reading: PyTorch starts threads of its
         own for an operation, and those of two threads keep each other from the cores.

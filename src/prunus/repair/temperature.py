@@ -1,7 +1,7 @@
-"""How sure a repaired model is of its predictions: one factor on the last norm, so that its logits fit the text again.
+"""Temperature of a repaired model: one factor on the last norm corrects its overconfidence.
 
 Least squares makes the remaining weights fit the calibration tokens, and on other text the model errs more often than
-its logits admit. The hidden states h before the head are multiplied by the factor that the text likes best,
+its logits say. The hidden states h before the head are multiplied by the factor that the text likes best,
 
     s = argmin_s Σ_t −log softmax(head(s · h_t))[x_{t+1}],
 

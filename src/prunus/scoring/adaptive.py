@@ -135,7 +135,7 @@ def adapt(
         if progress and is_first():
             each = ", ".join(f"{name} {value:.4f}" for name, value in rises.items())
             print(
-                f"{axis}: {chosen}, because a quarter less of it by each method raises the held-out loss by {each}",
+                f"{axis}: chose {chosen}; removing a quarter by each method raises the held-out loss by {each}",
                 file=sys.stderr,
             )
     return rank_table(pd.concat(parts, ignore_index=True)), records

@@ -189,7 +189,7 @@ def reachable(geometry: Geometry, constraints: Constraints, costs: Costs) -> flo
         reach = reachable_uniform if constraints.shape == "uniform" else reachable_depth
         return reach(geometry, constraints, costs)
     most: float = 0
-    spared, dearest = False, 0.0
+    protected, largest_saving = False, 0.0
     allowed = constraints.layers(len(geometry.widths))
     for layer_idx, widths in enumerate(geometry.widths):
         for block in geometry.blocks(layer_idx):
@@ -200,13 +200,13 @@ def reachable(geometry: Geometry, constraints: Constraints, costs: Costs) -> flo
                 bounds = _bundle_bounds(width, constraints.least(axis), bundle)
             cut = bounds[-1][1] if bounds else 0
             most += costs.saved(layer_idx, axis, width, width - cut)
-            spared = spared or cut < width
+            protected = protected or cut < width
             if bounds:
                 start, stop = bounds[-1]
-                dearest = max(dearest, costs.saved(layer_idx, axis, width - start, width - stop))
+                largest_saving = max(largest_saving, costs.saved(layer_idx, axis, width - start, width - stop))
     # Where nothing is protected, a model without any block is none: the last bundle of some block, which for all we
-    # know is the dearest, has to stay.
-    return most if spared else most - dearest
+    # know saves most, has to stay.
+    return most if protected else most - largest_saving
 
 
 def _least(geometry: Geometry, constraints: ModelConstraints, costs: Costs) -> float:
