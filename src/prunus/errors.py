@@ -48,7 +48,15 @@ class CalibrationError(PrunusError):
 
 
 class TextTooShortError(CalibrationError):
-    """The text holds fewer tokens than asked for."""
+    """The text holds fewer tokens than asked for.
+
+    Attributes:
+        sequences: how many of the sequences asked for it has.
+    """
+
+    def __init__(self, message: str, sequences: int = 0):
+        super().__init__(message)
+        self.sequences = sequences
 
 
 class NonFiniteError(PrunusError):

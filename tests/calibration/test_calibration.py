@@ -610,6 +610,18 @@ def test_too_short_says_how_many_tokens_there_are_and_are_needed(tmp_path, token
         load_calibration(str(lines), tokenizer, samples=16, seq_len=128)
 
 
+def test_one_of_several_sources_is_too_short(tmp_path, tokenizer):
+    """What the message advises works, and one sequence more does not."""
+    (tmp_path / "short.txt").write_text("x" * 1000)
+    (tmp_path / "long.txt").write_text("y" * 9000)
+    sources = [str(tmp_path / "short.txt"), f"{tmp_path / 'long.txt'}:3"]
+    with pytest.raises(CalibrationError, match=r"short.txt has 7 sequences.*share of 40.* is 10.*at most 29 `samples`"):
+        load_calibration(sources, tokenizer, samples=40, seq_len=128)
+    assert len(load_calibration(sources, tokenizer, samples=29, seq_len=128)) == 29
+    with pytest.raises(CalibrationError, match="at most 29 `samples`"):
+        load_calibration(sources, tokenizer, samples=30, seq_len=128)
+
+
 @pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.json"])
 def test_empty_files(tmp_path, tokenizer, name):
     path = tmp_path / name

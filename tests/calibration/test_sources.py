@@ -118,7 +118,7 @@ def test_sources_are_loaded_as_they_are_alone(text, tmp_path):
     alone = load_calibration(str(text), byte_tokenizer(), samples=8, **options)
     again = load_calibration([str(text)], byte_tokenizer(), samples=8, **options)
     assert (again.provenance, again.sources) == (alone.provenance, None)
-    with pytest.raises(CalibrationError, match=r"other.txt is too short"):
+    with pytest.raises(CalibrationError, match=r"other.txt has 100 sequences"):
         load_calibration([str(text), str(other)], byte_tokenizer(), samples=400, **options)
 
 

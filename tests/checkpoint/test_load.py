@@ -79,7 +79,7 @@ def test_placement(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert resolve_device("auto") == torch.device("cpu")
     for missing in ("cuda", "cuda:1", "mps"):
-        with pytest.raises(OptionError, match=f"{missing}.*`device` cpu"):
+        with pytest.raises(OptionError, match=f"{missing}.*`device=cpu`"):
             resolve_device(missing)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve_device("auto") == torch.device("mps")

@@ -56,11 +56,11 @@ def test_a_file_takes_no_more_than_asked(saved, tmp_path, family, per_layer, sha
 def test_what_files_cannot_hold_is_said():
     model = make_model("granite", **SIZES)
     with pytest.raises(
-        OptionError, match=r"`shape` ragged: in GGUF files of Granite 3 \(dense\) all layers are equally"
+        OptionError, match=r"`shape=ragged`: in GGUF files of Granite 3 \(dense\) all layers are equally"
     ):
         fitted(model, "1MB:Q8_0", Constraints(shape="ragged"))
     model = make_model("phi3", **SIZES)
-    with pytest.raises(OptionError, match=r"`axes` attention: GGUF files of Phi-3.* hold all attention heads"):
+    with pytest.raises(OptionError, match=r"`axes=attention`: GGUF files of Phi-3.* hold all attention heads"):
         fitted(model, "1MB:Q8_0", Constraints(axes=("attention",)))
     # A checkpoint holds any shape, and a file any depth.
     size = Geometry.of(model).total_parameters

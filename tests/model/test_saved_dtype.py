@@ -61,7 +61,7 @@ def test_half_precisions_do_not_hold_each_other():
 
 
 def test_what_float16_cannot_hold():
-    with pytest.raises(NonFiniteError, match=r"a weight of 70000 is too large for float16.*`save_dtype` bfloat16"):
+    with pytest.raises(NonFiniteError, match=r"a weight of 70000 is too large for float16.*`save_dtype=bfloat16`"):
         rounded(torch.tensor([1.0, -70000.0]), torch.float16)
 
 

@@ -14,7 +14,7 @@ import prunus
 from prunus.checkpoint import save_checkpoint
 from prunus.files.tensor_file import TensorFile
 from prunus.machine import compute_dtype
-from prunus.recovery import prepared
+from prunus.recovery import step
 from prunus.sweep.engine import ModelOptions, memory_needed
 from prunus.sweep.estimate import Workload
 
@@ -178,5 +178,5 @@ def test_other_commands_compute_in_it_too(capsys, tmp_path, half, text, slow):
 def test_recovery_trains_in_what_is_fast(half, folder, slow, answer, expected):
     slow(answer)
     cpu = torch.device("cpu")
-    assert prepared._fast_in_bfloat16(cpu, prunus.checkpoint.read_config(half)) == expected
-    assert not prepared._fast_in_bfloat16(cpu, prunus.checkpoint.read_config(folder)), "a float32 model stays it"
+    assert step._fast_in_bfloat16(cpu, prunus.checkpoint.read_config(half)) == expected
+    assert not step._fast_in_bfloat16(cpu, prunus.checkpoint.read_config(folder)), "a float32 model stays it"

@@ -20,7 +20,7 @@ from prunus.calibration.packing import Packed, pack_documents, pack_windows
 from prunus.calibration.prompts import VERSION
 from prunus.calibration.reading import READERS, Reading, Wanted, shuffled
 from prunus.calibration.sources import MIXTURES, mixed, read_sources, sequences_of
-from prunus.errors import CalibrationError, OptionError
+from prunus.errors import CalibrationError, OptionError, TextTooShortError
 from prunus.files.user_path import expanded
 from prunus.option_values import check_seed, check_whole
 
@@ -94,8 +94,22 @@ def load_calibration(
             "are known: leave it out, or name the data set itself as owner/name"
         )
     how: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "reading": reading or Reading(), "model": model}
-    each = zip(sources, sequences_of(sources, samples), strict=True)
-    return mixed([_loaded(one.name, tokenizer, number, **how, progress=progress) for one, number in each])
+    parts = []
+    for index, (one, number) in enumerate(zip(sources, sequences_of(sources, samples), strict=True)):
+        try:
+            parts.append(_loaded(one.name, tokenizer, number, **how, progress=progress))
+        except TextTooShortError as error:
+            if len(sources) == 1 or not error.sequences:
+                raise
+            fitting = range(samples - 1, len(sources) - 1, -1)
+            most = next((all_ for all_ in fitting if sequences_of(sources, all_)[index] <= error.sequences), None)
+            fewer = "" if most is None else f", at most {most} `samples` in all"
+            raise TextTooShortError(
+                f"the calibration text {one.name} has {error.sequences} sequences, and its share of {samples} "
+                f"`samples` is {number}. Give more of it, a smaller weight{fewer}, or other text",
+                error.sequences,
+            ) from error
+    return mixed(parts)
 
 
 def _loaded(

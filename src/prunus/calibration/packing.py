@@ -116,7 +116,7 @@ def pack_tokens(
             break
     else:
         if not (fewer and found >= length):
-            raise too_short(name, found, 1 if fewer else samples, seq_len)
+            raise too_short(name, found, 1 if fewer else samples, length)
         samples = found // length
     cut = torch.cat(tokens)[: samples * length].view(samples, length)
     return Packed(begin_with(begin, cut), used)
@@ -169,18 +169,19 @@ def pack_windows(
                 break
     if fewer and taken:
         return Packed(begin_with(begin, torch.stack(taken)), 1)
-    raise too_short(name, found, 1 if fewer else samples, seq_len)
+    raise too_short(name, found, 1 if fewer else samples, length)
 
 
-def too_short(name: str, tokens: int, samples: int, seq_len: int) -> TextTooShortError:
-    """The error for a source that holds fewer tokens than asked for."""
-    fits = tokens // seq_len
+def too_short(name: str, tokens: int, samples: int, length: int) -> TextTooShortError:
+    """The error for a source that holds fewer tokens than asked for, `length` of its own in each sequence."""
+    fits = tokens // length
     advice = f"ask for at most {fits} `samples`" if fits else f"ask for a `seq_len` of at most {tokens}"
     if tokens < 2:
         advice = "check that this is the right file"
     return TextTooShortError(
         f"the calibration text {name} is too short: it holds {tokens:,} tokens, and {samples} "
-        f"sample{'s' * (samples != 1)} of {seq_len} need {samples * seq_len:,}. Give more text, or {advice}."
+        f"sample{'s' * (samples != 1)} of {length} need {samples * length:,}. Give more text, or {advice}.",
+        fits,
     )
 
 

@@ -378,14 +378,14 @@ def as_files_hold_it(config: Any, constraints: Constraints) -> Constraints:
     if not any(each.per_layer for each in able):
         if constraints.shape == "ragged":
             raise OptionError(
-                f"`shape` ragged: in GGUF files of {title} all layers are equally wide, so that narrower ones save "
+                f"`shape=ragged`: in GGUF files of {title} all layers are equally wide, so that narrower ones save "
                 "nothing there; leave `shape` out, or give the size without a type"
             )
         constraints = replace(constraints, shape="uniform", min_keep_attention=max(1, constraints.min_keep_attention))
     if all(each.heads_span_hidden for each in able):
         if constraints.axes is not None and "attention" in constraints.axes:
             raise OptionError(
-                f"`axes` attention: GGUF files of {title} hold all attention heads, so that fewer save nothing there; "
+                f"`axes=attention`: GGUF files of {title} hold all attention heads, so that fewer save nothing there; "
                 "leave `axes` out, or give the size without a type"
             )
         constraints = replace(constraints, axes=("mlp",))
