@@ -44,7 +44,7 @@ SHORT += ["--set", "text.held_out=8", "--set", "recovery.micro_batch=4"]
 #: fields and columns that say how long something took, or how it was called
 CHANGING = ("seconds", "seconds_to_prune", "peak_bytes", "stages", "command")
 #: how a second run, or one that comes too late, is turned away
-REFUSALS = ("is being worked on by process", "is not empty", "exists; choose another", "go on with --resume")
+REFUSALS = ("is being worked on by process", "is not empty", "exists; choose another")
 
 
 @dataclass
@@ -201,7 +201,7 @@ def settled(file: Path) -> bytes:
         return "\n".join(",".join(row[number] for number in kept) for row in rows).encode()
     if file.suffix == ".html":
         assert data.rstrip().endswith(b"</html>"), f"{file} is half-written"
-        return re.sub(rb"\d[\d.,e+-]*", b"#", re.sub(rb" --(overwrite|resume)", b"", data))
+        return re.sub(rb"\d[\d.,e+-]*", b"#", re.sub(rb" --overwrite", b"", data))
     if file.suffix == ".md":
         return re.sub(rb"(?m)^(prunus |\| seconds \|).*$", b"", data)
     return b"" if file.suffix == ".png" else data
@@ -264,11 +264,7 @@ def kill_once(job: Job, place: Path, generator: random.Random, *, beside: bool, 
         job.counts["second: " + how_it_went(ended(second), logs / "second")] += 1
         if out.exists():
             check(out, job.expected, old)
-    again = list(words)
-    status = run(lambda: command(again), logs / "again")
-    if status and "go on with --resume" in (logs / "again").read_text():
-        again.append("--resume")
-        status = run(lambda: command(again), logs / "again")
+    status = run(lambda: command(words), logs / "again")
     job.counts["again: " + how_it_went(status, logs / "again")] += 1
     assert not differing(out, job.expected), f"not what an undisturbed run gives: {differing(out, job.expected)}"
     assert set(os.listdir(place)) == job.beside, f"something is left: {place} holds {os.listdir(place)}"
@@ -283,7 +279,7 @@ def how_it_went(status: int, log: Path) -> str:
     if status == 0:
         return "done"
     assert any(refusal in said for refusal in REFUSALS), said
-    return "busy" if REFUSALS[0] in said else "complete already" if REFUSALS[3] not in said else "asks for --resume"
+    return "busy" if REFUSALS[0] in said else "complete already"
 
 
 def show(jobs: list[Job]) -> None:

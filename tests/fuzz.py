@@ -397,7 +397,7 @@ ASK = ["eval", "{}/model", "--items", "2", "--json", "--tasks"]
 
 RECOVER = ["recover", "{}/small", "--out", "OUT", "--text", "{}/text.txt", "--teacher", "{}/model", "--seq-len", "16"]
 RECOVER += ["--set", "text.held_out=2", "--set", "recovery.micro_batch=2", "--set", "recovery.checkpoints=2"]
-RECOVER += ["--batch-size", "2", "--max-steps", "4", "--resume", "--set"]
+RECOVER += ["--batch-size", "2", "--max-steps", "4", "--set"]
 FINISHED, UNFINISHED = [*RECOVER, "output.work={}/finished"], [*RECOVER, "output.work={}/unfinished"]
 LAST = "unfinished/checkpoint-2"
 
@@ -575,7 +575,7 @@ def build(place: Path) -> Path:
     )
     # A run that was killed before its result was written, and one that was killed half-way.
     with mock.patch("prunus.recovery.result.save_checkpoint", side_effect=Killed), contextlib.suppress(Killed):
-        said([word for word in FINISHED if word != "--resume"], whole)
+        said(FINISHED, whole)
     shutil.copytree(whole / "finished", whole / "unfinished")
     (whole / "unfinished" / "recovery-trained.json").unlink()
     shutil.rmtree(whole / "unfinished" / "checkpoint-4")

@@ -154,7 +154,6 @@ ELSEWHERE = {
     "examples/train_with_trainer.py": Elsewhere("is run on a model that can learn", "tests/recovery/test_examples.py"),
     "examples/train_with_peft.py": Elsewhere("is run on a model that can learn", "tests/recovery/test_examples.py"),
     "examples/train_with_fsdp.py": Elsewhere("takes two processes", "tests/recovery/test_examples.py"),
-    "--resume": Elsewhere("goes on with a run that was killed", "tests/recovery/test_recovery_resume.py"),
     "--harness": Elsewhere(HARNESS, "tests/evaluation/test_harness.py"),
     "benchmarks/harness_check.py": Elsewhere(HARNESS, "tests/evaluation/test_harness.py"),
 }

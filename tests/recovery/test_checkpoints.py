@@ -27,7 +27,7 @@ TRAINED = {
 def checkpoints(tmp_path) -> Checkpoints:
     """Two complete checkpoints of a run."""
     made = Checkpoints(tmp_path / "out")
-    made.begin(INPUTS, resume=False)
+    made.begin(INPUTS, overwrite=False)
     for step in (2, 4):
         (made.path / f"checkpoint-{step}").mkdir()
         state = TrainerState(epoch=0.5, global_step=step, max_steps=8, log_history=[{"step": 2, "eval_loss": 3.0}])
@@ -37,7 +37,7 @@ def checkpoints(tmp_path) -> Checkpoints:
 
 
 def test_whole_ones(checkpoints):
-    checkpoints.begin(INPUTS, resume=True)
+    checkpoints.begin(INPUTS, overwrite=False)
     assert checkpoints.last() == checkpoints.path / "checkpoint-4"
     assert checkpoints.finished() is None
     checkpoints.finish(TRAINED)
@@ -48,7 +48,7 @@ def test_whole_ones(checkpoints):
 def test_damaged_inputs(checkpoints, content):
     (checkpoints.path / "recovery-inputs.json").write_bytes(content)
     with pytest.raises(OptionError, match=r"recovery-inputs\.json"):
-        checkpoints.begin(INPUTS, resume=True)
+        checkpoints.begin(INPUTS, overwrite=False)
     assert checkpoints.last() is not None, "nothing is taken away"
 
 
@@ -98,6 +98,6 @@ def test_damaged_records_of_the_end(checkpoints, changes, message):
 
 
 def test_whatever_a_reader_raises_names_the_file(tmp_path):
-    message = r"optimizer\.pt cannot be read \(KeyError: 'state'\).*or begin anew"
+    message = r"optimizer\.pt cannot be read \(KeyError: 'state'\).*to begin anew"
     with pytest.raises(CheckpointError, match=message), readable(tmp_path / "optimizer.pt"):
         raise KeyError("state")

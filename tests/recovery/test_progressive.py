@@ -118,7 +118,6 @@ def test_a_killed_run_ends_as_one_that_was_not(trained, dense, tmp_path, reached
 
 
 def test_ctrl_c_says_how_to_go_on(trained, dense, tmp_path, monkeypatch, caplog):
-    """By the same command, which has no --resume."""
     words, real = ["prune", str(dense), "--out", str(tmp_path / "out"), *CUT, *TRAIN], RecoveryTrainer.training_step
 
     def training_step(self, *args):

@@ -67,8 +67,8 @@ def assert_same(out, expected):
 
 def test_killed_twice(recover, pruned, expected, tmp_path):
     out = tmp_path / "out"
-    for number, after in enumerate((3, 12)):
-        process = started(pruned, out, after, *(["--resume"] if number else []))
+    for after in (3, 12):
+        process = started(pruned, out, after)
         process.kill()
         assert process.wait().status == -signal.SIGKILL
         assert not out.exists()
@@ -76,7 +76,7 @@ def test_killed_twice(recover, pruned, expected, tmp_path):
     broken = out.with_name("out.work") / "checkpoint-17"
     shutil.copytree(out.with_name("out.work") / "checkpoint-12", broken)
     (broken / "trainer_state.json").write_text('{"global_step": 5')
-    recover(pruned, "--out", out, *RUN, "--resume")
+    recover(pruned, "--out", out, *RUN)
     assert_same(out, expected)
 
 
@@ -87,12 +87,12 @@ def test_interrupted_by_ctrl_c(recover, pruned, expected, tmp_path):
     ended = process.wait()
     errors = ended.err
     assert ended.status == 130, errors
-    assert "--resume" in errors
+    assert "the same command goes on from there" in errors
     assert "Traceback" not in errors
     (name,) = re.findall(r"checkpoint-\d+", errors)
     assert int(name.partition("-")[2]) >= 3
     assert (out.with_name("out.work") / name / "trainer_state.json").is_file()
-    recover(pruned, "--out", out, *RUN, "--resume")
+    recover(pruned, "--out", out, *RUN)
     assert_same(out, expected)
 
 
@@ -102,7 +102,7 @@ def test_killed_when_only_the_result_was_left_to_write(
     out = tmp_path / "out"
     shutil.copytree(without_result, tmp_path / "out.work")
     monkeypatch.setattr("prunus.recovery.trainer.RecoveryTrainer.train", killed)
-    recover(pruned, "--out", out, *RUN, "--resume")
+    recover(pruned, "--out", out, *RUN, "--overwrite")  # which takes away what is of other options
     assert_same(out, expected)
 
 
@@ -115,20 +115,18 @@ def test_killed_after_the_last_checkpoint(recover, pruned, tmp_path, monkeypatch
         with pytest.raises(Killed):
             recover(pruned, "--out", tmp_path / "out", *run)
     assert (tmp_path / "out.work" / "checkpoint-7").is_dir()
-    assert recover(pruned, "--out", tmp_path / "out", *run, "--resume")["steps"] == 7 == expected["steps"]
+    assert recover(pruned, "--out", tmp_path / "out", *run)["steps"] == 7 == expected["steps"]
     assert_same(tmp_path / "out", tmp_path / "expected")
 
 
 def test_what_does_not_go_together_is_refused(refused, recover, pruned, without_result, tmp_path):
     out = tmp_path / "out"
-    assert "holds no checkpoints of one" in refused(pruned, "--out", out, *RUN, "--resume")
     shutil.copytree(without_result, tmp_path / "out.work")
-    assert "go on with --resume, or begin anew with --overwrite" in refused(pruned, "--out", out, *RUN)
     other = [word if word != "3e-3" else "1e-3" for word in RUN]
-    message = refused(pruned, "--out", out, *other, "--resume")
+    message = refused(pruned, "--out", out, *other)
     assert "learning-rate 0.003, now it is 0.001" in message
     for option, before, now in (("--seed", 0, 1), ("--seq-len", 32, 16), ("--samples", 36, 50)):
-        message = refused(pruned, "--out", out, *RUN, option, str(now), "--resume")
+        message = refused(pruned, "--out", out, *RUN, option, str(now))
         assert f"was begun with {option} {before}, now it is {now}" in message
     facts = recover(pruned, "--out", out, *SHORT, "--max-steps", "2", "--overwrite")
     assert facts["steps"] == 2

@@ -32,7 +32,6 @@ def recover(
     text: TextFlags = NO_TEXT,
     training: TrainingFlags = NO_TRAINING,
     place: PlaceFlags = NO_PLACE,
-    resume: Flag = False,
     overwrite: Flag = False,
     dry_run: Flag = False,
     json: Flag = False,
@@ -40,15 +39,15 @@ def recover(
     """Train a pruned model to recover part of the lost quality; needs the packages peft and accelerate.
 
     By default all weights but the embeddings learn the text and the dense model's predictions on it, half and half.
-    The result is a folder of the same kind, with the weights that had the lowest loss on held-out text. It runs on
-    one device, or on many under `torchrun` or `accelerate launch` with `-m prunus recover …`.
+    The result is a folder of the same kind, with the weights that had the lowest loss on held-out text. After Ctrl-C
+    or a kill the same command resumes from the last checkpoint. It runs on one device, or on many under `torchrun` or
+    `accelerate launch` with `-m prunus recover …`.
 
     Args:
         model: folder of a pruned model; optional with the --recipe of an earlier result.
         out: folder for the result; it appears when it is complete.
         teacher: the dense model, folder or Hub id; by default the one that MODEL was cut from, if it can be found.
-        resume: resume from the last checkpoint of a run that was killed or interrupted; give the same options.
-        overwrite: replace an earlier result in the folder, and earlier checkpoints.
+        overwrite: replace an earlier result in the folder, and checkpoints of other options.
         dry_run: say what memory, disk and time it would take; nothing is written.
         json: print what was done and measured as JSON.
     """
@@ -63,9 +62,9 @@ def recover(
     job = RECOVERY.read(file.recipe, file.set, direct)
     check_given(MODEL=job.model, text=job.text.source)
     if dry_run:
-        show_forecast(forecast_recover(job, out, resume=resume, overwrite=overwrite), json)
+        show_forecast(forecast_recover(job, out, overwrite=overwrite), json)
         return
-    facts = recover_job(job, out, resume=resume, overwrite=overwrite, command=typed_command())
+    facts = recover_job(job, out, overwrite=overwrite, command=typed_command())
     if not facts:
         return  # another process prints
     if json:

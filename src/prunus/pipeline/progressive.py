@@ -145,7 +145,7 @@ class TrainedRounds:
             save_checkpoint(model, self._tokenizer, cut, card=f"# {cut.name}\n", extras={}, overwrite=True)
             beside = self._request.beside  # where text for calibration is kept, too
             with _keys_of_a_recipe():
-                recover_job(job, trained, resume=None, beside=beside, apart=apart, progress=self._progress)
+                recover_job(job, trained, beside=beside, apart=apart, progress=self._progress)
         self.facts.append({"parameters": model.num_parameters(), **read_json(trained / "prunus" / RECORD)})
         found = load_model(trained, dtype=model.dtype, device=model.device)[0]
         save_in_(found, saved_dtype(model))

@@ -27,7 +27,7 @@ TRAINING = "training"
 PASSES = {"lora": "gate_fisher", "layers": "taylor", "full": "taylor"}
 
 
-def forecast_recover(job: RecoveryJob, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> Forecast:
+def forecast_recover(job: RecoveryJob, out: str | Path, *, overwrite: bool = False) -> Forecast:
     """What `prunus.recovery.recover_job` would take.
 
     The text is drawn, as far as a run would draw it, for the number of steps; weights are not read.
@@ -35,7 +35,6 @@ def forecast_recover(job: RecoveryJob, out: str | Path, *, resume: bool = False,
     Args:
         job: the model, its teacher, the text, how it is trained and where.
         out: folder for the result.
-        resume: go on from the last checkpoint; the forecast is that of the whole run.
         overwrite: replace an earlier result.
 
     Raises:
@@ -43,7 +42,7 @@ def forecast_recover(job: RecoveryJob, out: str | Path, *, resume: bool = False,
     """
     require_packages()
     check_output(out, overwrite, job.model, *job.text.names)
-    Checkpoints(out, job.output.work).check(resume, overwrite)
+    Checkpoints(out, job.output.work).check()
     prepared = Prepared.of(job)
     check_output(out, overwrite, *prepared.reads)
     check_disk(out, prepared.expected_bytes)

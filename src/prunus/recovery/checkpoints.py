@@ -90,7 +90,7 @@ def readable(path: str | Path | None) -> Iterator[None]:
     except Exception as error:  # of torch, safetensors, pickle, json or Trainer: a damaged file ends in any of them
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {str(error).strip()[:200]}); remove that checkpoint to go "
-            "on from the one before it, or begin anew with `overwrite`"
+            "on from the one before it, or all of that folder to begin anew"
         ) from error
 
 
@@ -106,58 +106,44 @@ class Checkpoints:
         out = expanded(out)
         self.path = out.with_name(out.name + ".work") if work is None else expanded(work)
 
-    @property
-    def begun(self) -> bool:
-        """Whether a run was begun here and is not over."""
-        return self._inputs_path.is_file()
-
-    def check(self, resume: bool, overwrite: bool) -> None:
-        """Check, before any work, that what lies there and what was asked for go together.
+    def check(self) -> None:
+        """Check, before any work, that nothing else lies there.
 
         Raises:
-            OptionError: there is nothing to go on from, or there is and nobody asked for it.
+            OptionError: the folder is a file, or holds checkpoints of another program.
         """
-        there = self.begun
-        if resume and not there:
-            raise OptionError(
-                f"`resume` goes on with an earlier run, and {self.path} holds no checkpoints of one; leave it out, or "
-                "name their folder with `work`"
-            )
-        if there and not resume and not overwrite:
-            raise OptionError(
-                f"{self.path} holds the checkpoints of a run that did not finish: go on with `resume`, or begin anew "
-                "with `overwrite`"
-            )
-        if self._found() and not there:
+        if self._found() and not self._inputs_path.is_file():
             raise OptionError(
                 f"{self.path} holds checkpoints that are not of a recovery run; name another folder with `work`"
             )
         if self.path.exists() and not self.path.is_dir():
             raise OptionError(f"{self.path} is a file; checkpoints need a folder of that name, or `work` another one")
 
-    def begin(self, inputs: Mapping[str, Any], resume: bool) -> None:
-        """Make the folder ready: empty, or without half-written checkpoints. For one process.
+    def begin(self, inputs: Mapping[str, Any], overwrite: bool) -> None:
+        """Make the folder ready: empty, or of a run from the same inputs without half-written checkpoints.
+
+        For one process.
 
         Args:
             inputs: what the result depends on, as JSON types.
-            resume: whether to go on with what is there.
+            overwrite: take away what is there from other inputs.
 
         Raises:
             OptionError: what is there was made from other inputs.
         """
-        if not resume:
+        before = read_json(self._inputs_path, error=OptionError) if self._inputs_path.is_file() else None
+        if before is None or (overwrite and before != inputs):
             self.remove()
             self.path.mkdir(parents=True, exist_ok=True)
             with whole_file(self._inputs_path) as partial:
                 partial.write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
             return
-        before = read_json(self._inputs_path, error=OptionError)
         for name in [*inputs, *before]:
             old, new = ("none" if value is None else value for value in (before.get(name), inputs.get(name)))
             if old != new:
                 raise OptionError(
                     f"{self.path} was begun with `{name}` {old}, now it is {new}: a run goes on with what it was begun "
-                    "with. Give the same options, or begin anew with `overwrite`"
+                    "with. Give the same options, or take what is there away with `overwrite`"
                 )
         for path in self._found().values():
             if not self._is_whole(path):
@@ -205,7 +191,7 @@ class Checkpoints:
         trained: dict[str, Any] = read_json(path)
         if check_content(_TrainedContent, trained, str(path)).best_step and not self.at(trained["best_step"]).is_file():
             raise CheckpointError(
-                f"{path} names {self.at(trained['best_step'])}, which is not there; begin anew with `overwrite`"
+                f"{path} names {self.at(trained['best_step'])}, which is not there; remove the folder to begin anew"
             )
         return trained
 

@@ -67,7 +67,6 @@ def recover_job(
     job: RecoveryJob,
     out: str | Path,
     *,
-    resume: bool | None = False,
     overwrite: bool = False,
     command: str | None = None,
     beside: Path | None = None,
@@ -82,9 +81,7 @@ def recover_job(
     Args:
         job: the model, its teacher, the text, how it is trained and where.
         out: folder for the result; complete or not there at all.
-        resume: go on from the last checkpoint of a run that was killed or interrupted, begun with the same job; None:
-            if there is one.
-        overwrite: replace an earlier result, and earlier checkpoints.
+        overwrite: replace an earlier result, and checkpoints of another job.
         command: what the user typed, for the model card.
         beside: folder in which text that the dense model writes is kept, and found again; by default that of `out`.
         apart: int64, (samples, seq_len): sequences that the result will be measured on; what has text in common with
@@ -96,7 +93,7 @@ def recover_job(
 
     Raises:
         PrunusError: whatever is wrong with options, models, text or folders; a loss that is not finite.
-        KeyboardInterrupt: somebody pressed Ctrl-C; `resume` goes on from there.
+        KeyboardInterrupt: somebody pressed Ctrl-C; the same call goes on from the last checkpoint.
     """
     if not job.text.source:
         raise OptionError("there is no text to train on: give one with `text`")
@@ -107,16 +104,14 @@ def recover_job(
             facts = read_json(claim.path / "prunus" / RECORD) if is_first() else {}
         else:
             check_output(out, overwrite, job.model, *job.text.names)
-            again = "the same command" if resume is None else "the same command with `resume`"
-            resume = checkpoints.begun if resume is None else resume
-            checkpoints.check(resume, overwrite)
+            checkpoints.check()
             wait_for_all()  # before the first process changes what the others check
             prepared = Prepared.of(job, beside or place_of(out).parent, apart=apart, progress=progress)
             check_output(out, overwrite, *prepared.reads)
             check_disk(out, prepared.expected_bytes)
             stages = Stages(("training", "saving"), prepared.device, progress)
-            with _told_how_to_go_on(checkpoints, again), stages.enter("training"):
-                trained = train(prepared, checkpoints, resume, progress=progress)
+            with _told_how_to_go_on(checkpoints), stages.enter("training"):
+                trained = train(prepared, checkpoints, overwrite, progress=progress)
             facts = {}
             if is_first():
                 gc.collect()  # what was trained is gone, and the result needs its room
@@ -154,13 +149,15 @@ def _best(
 
 
 @contextmanager
-def _told_how_to_go_on(checkpoints: Checkpoints, again: str) -> Iterator[None]:
+def _told_how_to_go_on(checkpoints: Checkpoints) -> Iterator[None]:
     """Say, where a run is interrupted, what is kept of it, and what command goes on from there."""
     try:
         yield
     except KeyboardInterrupt:
         if is_first() and (last := checkpoints.last()) is not None:
-            logger.warning("interrupted; %s is saved in %s, and %s goes on from there", last.name, last.parent, again)
+            logger.warning(
+                "interrupted; %s is saved in %s, and the same command goes on from there", last.name, last.parent
+            )
         raise
 
 

@@ -26,13 +26,13 @@ __all__ = ["choose_trained_", "train"]
 logger = logging.getLogger(__name__)
 
 
-def train(prepared: Prepared, checkpoints: Checkpoints, resume: bool, *, progress: bool) -> dict[str, Any]:
+def train(prepared: Prepared, checkpoints: Checkpoints, overwrite: bool, *, progress: bool) -> dict[str, Any]:
     """Train, or go on training, or do nothing where training is over.
 
     Args:
         prepared: the job.
         checkpoints: of the run.
-        resume: go on from the last one.
+        overwrite: take away those of another job.
         progress: show progress bars on a terminal.
 
     Returns:
@@ -44,14 +44,14 @@ def train(prepared: Prepared, checkpoints: Checkpoints, resume: bool, *, progres
     """
     student, teacher = _load_student(prepared), _load_teacher(prepared)
     if is_first():
-        checkpoints.begin(_inputs(prepared, student, teacher), resume)
+        checkpoints.begin(_inputs(prepared, student, teacher), overwrite)
     wait_for_all()
     if (finished := checkpoints.finished()) is not None:
         return finished
     losses = _measured(prepared, student, teacher, progress)
     choose_trained_(prepared, student)
     model = Student(student, prepared.job.recovery, teacher, _vocabulary(prepared, student))
-    last = checkpoints.last() if resume else None
+    last = checkpoints.last()
     state, seconds = _fitted(prepared, model, checkpoints.path, last, reserved=losses.seconds, progress=progress)
     trained = {
         **_outcome(state, losses.before),
