@@ -31,7 +31,7 @@ import prunus  # noqa: F401 (registers the classes of ragged models, as any page
 from prunus.cli import app, main
 from prunus.evaluation.memory import PeakMemory
 from prunus.importance import METHODS
-from prunus.pipeline.recipe_page import SHEETS
+from prunus.pipeline.sheets import SHEETS
 
 ROOT = Path(__file__).parents[2]
 ENGLISH = "GLOBAL_PRUNING_GUIDE.md"

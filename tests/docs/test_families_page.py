@@ -9,19 +9,23 @@ from pathlib import Path
 import pytest
 
 from prunus.model.families import FAMILIES
-from prunus.pipeline.families_page import RESULTS, families_page, families_table, where_they_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_page_is_current():
+@pytest.fixture
+def pages(benchmark):
+    return benchmark("families_page")
+
+
+def test_the_page_is_current(pages):
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-    assert page == families_page(), "run: python -m prunus.pipeline.families_page > docs/families.md"
+    assert page == pages.families_page(), "run: python benchmarks/families_page.py > docs/families.md"
 
 
-def test_the_readme_has_the_same_table():
+def test_the_readme_has_the_same_table(pages):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert families_table() in readme, f"put this into README.md, under Families:\n\n{families_table()}"
+    assert pages.families_table() in readme, f"put this into README.md, under Families:\n\n{pages.families_table()}"
 
 
 def test_the_chinese_readme_has_the_same_families():
@@ -31,12 +35,12 @@ def test_the_chinese_readme_has_the_same_families():
 
 
 @pytest.mark.parametrize("name", ["transformers4", "vllm-families", "llama-cpp-families", "mlx-families"])
-def test_results_are_there(name):
+def test_results_are_there(pages, name):
     """Without its file a program reads "not tried"."""
-    assert (RESULTS / f"{name}.json").exists()
+    assert (pages.RESULTS / f"{name}.json").exists()
 
 
-def test_shapes_are_those_in_which_all_tokens_are_equal(tmp_path):
+def test_shapes_are_those_in_which_all_tokens_are_equal(pages, tmp_path):
     equal, other, refused = (
         {"tokens": 600, "equal_tokens": 600},
         {"tokens": 600, "equal_tokens": 599},
@@ -78,7 +82,7 @@ def test_shapes_are_those_in_which_all_tokens_are_equal(tmp_path):
     }
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    found = where_they_run(tmp_path)
+    found = pages.where_they_run(tmp_path)
     assert [found["transformers 4.57"][name] for name in ("llama", "qwen3", "ministral3", "glm")] == [
         "any shape",
         "`uniform`",

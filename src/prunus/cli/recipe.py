@@ -22,7 +22,7 @@ def recipe(
     """
     from prunus.cli.printing import print_json
     from prunus.pipeline.measured import MEASURED
-    from prunus.pipeline.recipe_page import SHEETS
+    from prunus.pipeline.sheets import SHEETS
 
     sheet, measured = SHEETS[command], MEASURED if command == "prune" else {}
     if name is not None:

@@ -1,23 +1,16 @@
 """The page docs/recipe.md, made from the option classes so that it cannot drift.
 
-python -m prunus.pipeline.recipe_page > docs/recipe.md
+python benchmarks/recipe_page.py > docs/recipe.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from prunus.evaluation.job import EVALUATION
-from prunus.pipeline.job_file import JOB, PRESETS
+from prunus.pipeline.job_file import PRESETS
 from prunus.pipeline.measured import MEASURED
-from prunus.recovery.job import RECOVERY
-from prunus.settings import Key, Sheet
+from prunus.pipeline.sheets import SHEETS
+from prunus.settings import Key
 
-__all__ = ["SHEETS", "recipe_page"]
-
-#: command → its settings
-SHEETS: Mapping[str, Sheet[Any]] = {"prune": JOB, "recover": RECOVERY, "eval": EVALUATION}
+__all__ = ["recipe_page"]
 
 HEAD = """# Recipes and settings
 
@@ -37,7 +30,7 @@ The same keys are the fields of the classes in Python: `Recipe(rounds=1, scoring
 tokens of C4 unless something else is said; tables, commands and machines are in
 [RESULTS.md](../benchmarks/RESULTS.md) and [LOG.md](../benchmarks/LOG.md).
 
-This page is generated: `python -m prunus.pipeline.recipe_page > docs/recipe.md`.
+This page is generated: `python benchmarks/recipe_page.py > docs/recipe.md`.
 """
 
 #: command → section → what it is about

@@ -2,7 +2,7 @@
 
 Where pruned models run is read off what the benchmarks measured (benchmarks/results):
 
-    python -m prunus.pipeline.families_page > docs/families.md
+    python benchmarks/families_page.py > docs/families.md
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from prunus.model.families import AXES, FAMILIES, MULTIMODAL, UNFIT, Multimodal
 
 __all__ = ["RESULTS", "families_page", "families_table", "where_they_run"]
 
-#: of a checkout; the installed package has none
-RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+RESULTS = Path(__file__).parent / "results"
 ANY, EXPERTS, UNIFORM, DEPTH, PADDED, NOT_TRIED = (
     "any shape", "experts", "`uniform`", "`depth`", "padded", "not tried",
 )  # fmt: skip
@@ -39,7 +38,7 @@ _VLLM_NOTES = {"ernie4_5_moe": "its router on CPUs leaves out the correction of 
 HEAD = """# Families
 
 The model types that prunus cuts, and where pruned models of each were run. This page is generated:
-`python -m prunus.pipeline.families_page > docs/families.md`. How to add one: [extending.md](extending.md#a-family).
+`python benchmarks/families_page.py > docs/families.md`. How to add one: [extending.md](extending.md#a-family).
 
 """
 
