@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -205,6 +206,7 @@ def test_a_training_that_changes_nothing_is_told(recover, pruned, tmp_path, capl
     assert facts["history"][-1]["held_out_loss"] > facts["held_out_loss"]["after"] == loss["before"]
     assert main(["report", str(tmp_path / "worse")]) == 0
     page = (tmp_path / "worse" / "report.html").read_text()
+    assert facts["command"] in html.unescape(page)
     assert f"round 1: {loss['before']:.4f} before, {loss['before']:.4f} after" in page
 
 

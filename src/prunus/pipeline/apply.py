@@ -17,7 +17,7 @@ from prunus.model.saved_dtype import save_in_, saved_dtype
 from prunus.model.whole import attach_whole_
 from prunus.pipeline.multimodal import whole_metrics
 from prunus.results.lineage import lineage_of
-from prunus.results.result_folder import Records, read_metrics, save_result
+from prunus.results.result_folder import ResultRecords, read_metrics, save_result
 from prunus.scoring.routing import active_parameters
 from prunus.selection.plan import Plan
 from prunus.surgery import apply_plan
@@ -89,7 +89,9 @@ def apply_checkpoint(
                 "saved_dtype": dtype_name(saved_dtype(smaller)),
                 "plan": plan.fingerprint,
             }
-            metrics = save_result(smaller, tokenizer, Records(plan, metrics), out, source=model, overwrite=overwrite)
+            metrics = save_result(
+                smaller, tokenizer, ResultRecords(plan, metrics), out, source=model, overwrite=overwrite
+            )
     return metrics
 
 

@@ -35,7 +35,7 @@ from prunus.pipeline.stored_blocks import check_recipe_for_blocks
 from prunus.pipeline.work_folder import WorkFolder
 from prunus.recovery.result import RECORD
 from prunus.report import try_report
-from prunus.results.result_folder import Records, read_metrics, save_result
+from prunus.results.result_folder import ResultRecords, read_metrics, save_result
 from prunus.scoring.routing import active_parameters, routing_of
 from prunus.selection.select import check_reachable
 from prunus.sweep import EngineChoice
@@ -206,7 +206,7 @@ def _made(
     with stages.enter(SAVING):
         run = replace(job.run, engine=inputs.engine)
         recipe = job_text(replace(asked, run=run, output=job.output), _made_by(result, inputs.calibration))
-        records = Records(result.plan, metrics, result.score, samples, recipe)
+        records = ResultRecords(result.plan, metrics, result.score, samples, recipe)
         if trained is not None:
             records = replace(records, more={RECORD: trained.record}, sections=[trained.section])
         return save_result(result.model, inputs.tokenizer, records, out, source=inputs.source, overwrite=overwrite)

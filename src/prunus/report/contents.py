@@ -121,7 +121,7 @@ def contents_of(folder: str | Path) -> Contents:
 
 
 def _of_result(result: Result) -> Contents:
-    metrics, name = result.metrics, result.folder.resolve().name
+    metrics, name, trained = result.metrics, result.folder.resolve().name, _trained(result)
     before, after = metrics["parameters_before"], metrics["parameters_after"]
     figures = measured_facts(metrics, result.evaluation)
     samples = _samples(result)
@@ -132,7 +132,7 @@ def _of_result(result: Result) -> Contents:
         _removed(result),
         _routing(metrics.get("routing")),
         _measured(figures, result.evaluation),
-        _recovery(result.folder / "prunus" / "recovery.json"),
+        _recovery(trained),
         Section(
             "samples",
             "What the models write",
@@ -141,7 +141,7 @@ def _of_result(result: Result) -> Contents:
         ),
         _calibration(metrics.get("calibration"), metrics.get("perplexity_by_source", ())),
         _settings(metrics),
-        _commands(result),
+        _commands(result, trained),
     )
     return Contents(
         title=f"{name}: {metrics['base_model']} without {1 - after / before:.1%} of its parameters",
@@ -257,9 +257,13 @@ def _measured(figures: Sequence[MeasuredFacts], evaluation: Mapping[str, Any]) -
     return Section("measured", "Measured", speed_notes(evaluation.get("speed")), tables, charts)
 
 
-def _recovery(path: Path) -> Section:
+def _trained(result: Result) -> RecoveryContent:
+    path = result.folder / "prunus" / "recovery.json"
+    return check_content(RecoveryContent, read_json(path) if path.is_file() else {}, str(path))
+
+
+def _recovery(content: RecoveryContent) -> Section:
     """What training won back, of a model that was trained after the cut or between its rounds."""
-    content = check_content(RecoveryContent, read_json(path) if path.is_file() else {}, str(path))
     points = content.curve
     if not points:
         return Section("recovery", "Recovery")
@@ -350,10 +354,9 @@ def _plain(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _commands(result: Result) -> Section:
-    commands = [
-        command for command in (result.metrics.get("command"), *result.evaluation.get("commands", ())) if command
-    ]
+def _commands(result: Result, trained: RecoveryContent) -> Section:
+    made = result.metrics.get("command"), *trained.commands
+    commands = [command for command in (*made, *result.evaluation.get("commands", ())) if command]
     again = "Needs the same versions, calibration text and seed." if commands else ""
     plan = "The cut alone, without measuring anything, is made again from the base model by its plan."
     return Section(

@@ -112,6 +112,13 @@ class RecoveryContent(_RecoveryRound):
 
     curve: list[_RecoveryPoint] = Field(default_factory=list)
     rounds: list[_RecoveryRound] = Field(default_factory=list)
+    command: str | None = None
+    earlier: RecoveryContent | None = None
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands that trained the model, in order; none where the one that cut it did."""
+        return [*(self.earlier.commands if self.earlier else ()), *([self.command] if self.command else ())]
 
 
 class _Perplexity(FileContent):

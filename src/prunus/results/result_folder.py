@@ -45,8 +45,8 @@ from prunus.selection.table import load_table
 from prunus.version import __version__
 
 __all__ = [
-    "Records",
     "Result",
+    "ResultRecords",
     "add_evaluation",
     "check_updatable",
     "measured_facts",
@@ -73,7 +73,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Records:
+class ResultRecords:
     """What is written down beside a pruned model.
 
     Attributes:
@@ -96,7 +96,7 @@ class Records:
 
 
 def save_result(
-    smaller: Any, tokenizer: Any, records: Records, out: str | Path, *, source: str, overwrite: bool
+    smaller: Any, tokenizer: Any, records: ResultRecords, out: str | Path, *, source: str, overwrite: bool
 ) -> dict[str, Any]:
     """Write a model folder with its card, and the plan, scores and metrics in its subfolder `prunus/`.
 
