@@ -61,7 +61,7 @@ class _File:
     Attributes:
         recipe: default, original (plain slicing by first-order Taylor scores), fast, or a YAML file, such as
             prunus/recipe.yaml of an earlier result.
-        set: any other setting, e.g. `--set selection.layer_start=2`; `prunus recipe` lists the keys.
+        set: any other setting, as KEY=VALUE; `prunus recipe` lists the keys.
     """
 
     recipe: str | None = None
