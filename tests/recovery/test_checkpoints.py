@@ -50,6 +50,8 @@ def test_damaged_inputs(checkpoints, content):
     with pytest.raises(OptionError, match=r"recovery-inputs\.json"):
         checkpoints.begin(INPUTS, overwrite=False)
     assert checkpoints.last() is not None, "nothing is taken away"
+    checkpoints.begin(INPUTS, overwrite=True)
+    assert checkpoints.last() is None
 
 
 @pytest.mark.parametrize(

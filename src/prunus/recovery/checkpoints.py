@@ -131,7 +131,9 @@ class Checkpoints:
         Raises:
             OptionError: what is there was made from other inputs.
         """
-        before = read_json(self._inputs_path, error=OptionError) if self._inputs_path.is_file() else None
+        before = read_json_if_whole(self._inputs_path)
+        if before is None and self._inputs_path.is_file() and not overwrite:
+            raise OptionError(f"{self._inputs_path} is damaged; remove {self.path} to begin anew")
         if before is None or (overwrite and before != inputs):
             self.remove()
             self.path.mkdir(parents=True, exist_ok=True)
