@@ -41,7 +41,7 @@ def test_the_tree_in_the_docstring_is_the_tree_of_classes():
         bases = [base for base in CLASSES[name].__bases__ if base.__name__ in CLASSES]
         assert [base.__name__ for base in bases] == ([parent] if parent else []), name
         if parent:
-            assert inspect.getdoc(CLASSES[name]).rstrip(".").lower() == summary.lower()
+            assert inspect.getdoc(CLASSES[name]).splitlines()[0].rstrip(".").lower() == summary.lower()
 
 
 def test_option_errors_are_value_errors():
