@@ -68,7 +68,9 @@ def _slowdown(half: torch.dtype, device: torch.device, hidden_size: int, channel
 def _say_slow(name: str, device: str, times: float) -> None:
     if is_first():
         how = f"take {times:.0f} × as long" if math.isfinite(times) else "are slow"
-        logger.warning("computing in float32: products in %s %s on this %s; `dtype` says otherwise", name, how, device)
+        logger.warning(
+            "computing in float32: products in %s %s on this %s; `dtype=%s` overrides that", name, how, device, name
+        )
 
 
 @cache
