@@ -174,6 +174,23 @@ def test_shapes_that_cannot_be(capsys, scores, tmp_path, changes, message):
     assert not (tmp_path / "plan.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("routing", "message"),
+    [
+        (3, "routing is 3; it must be an object"),
+        ({}, "routing.tokens_of_experts is missing"),
+        ({"tokens_of_experts": [[1], None, []]}, "routing.tokens_of_experts.1 is null; it must be an array"),
+        ({"tokens_of_experts": [[1]] * 7}, "routing.tokens_of_experts has 7 entries, and there are 3 layers"),
+    ],
+)
+def test_tokens_of_experts_that_cannot_be(capsys, scores, tmp_path, routing, message):
+    about = json.loads((scores / "score.json").read_text()) | {"routing": routing}
+    copy = copy_with(scores, tmp_path / "scores", "score.json", json.dumps(about).encode())
+    said = fails(capsys, "plan", copy, "--ratio", "0.2", "--out", tmp_path / "plan.json")
+    assert message in said
+    assert "score.json" in said
+
+
 def test_geometries_read_back(llama):
     geometry = Geometry.of(llama)
     assert Geometry.from_dict(json.loads(json.dumps(geometry.to_dict()))) == geometry

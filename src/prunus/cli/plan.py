@@ -39,10 +39,8 @@ def plan(
     from prunus.pipeline.job import Job
     from prunus.pipeline.job_file import read_job
     from prunus.pipeline.recipe import Recipe
-    from prunus.scoring.routing import check_enough_reached
     from prunus.scoring.score import Score
     from prunus.selection.plan import MARK
-    from prunus.selection.select import select
 
     check_output_file(out, "plan.json", MARK, overwrite)
     result = Score.load(table)
@@ -52,8 +50,7 @@ def plan(
     costs = recipe.target.costs(result.geometry)
     if normalize is not None:
         result = result.ranked(normalize)
-    chosen = select(result.table, result.geometry, ratio, recipe.selection, costs)
-    check_enough_reached(result.about.get("routing"), chosen)
+    chosen = result.plan(ratio, recipe.selection, costs)
     with output_file(out, "plan.json", MARK, overwrite=overwrite) as partial:
         partial.write_text(chosen.to_json(), encoding="utf-8")
     left = result.geometry.parameters_left(chosen.kept_widths)

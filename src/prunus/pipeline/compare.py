@@ -30,10 +30,9 @@ from prunus.pipeline.stages import comparing, scoring
 from prunus.repair.block_repair import Cut, repair_together_
 from prunus.report import try_report
 from prunus.results.comparison import DENSE, plan_name
-from prunus.scoring.routing import check_enough_reached
 from prunus.scoring.score import Score, score_together
 from prunus.selection.plan import Plan
-from prunus.selection.select import Constraints, select
+from prunus.selection.select import Constraints
 from prunus.surgery import apply_plan
 from prunus.sweep.engine import model_name
 from prunus.sweep.estimate import bytes_of_a_cut, free_memory
@@ -236,8 +235,7 @@ def _cut_together(
     wanted: dict[str, list[tuple[_Shared, float]]] = {}
     for one, ratio in product(alike, ratios):
         recipe = one.recipe
-        plan = select(one.score.table, inputs.geometry, ratio, recipe.selection, recipe.target.costs(inputs.geometry))
-        check_enough_reached(one.score.about.get("routing"), plan)
+        plan = one.score.plan(ratio, recipe.selection, recipe.target.costs(inputs.geometry))
         plans[plan.fingerprint] = plan
         wanted.setdefault(plan.fingerprint, []).append((one, ratio))
 

@@ -16,10 +16,8 @@ from prunus.pipeline.rounds import Round, carry_over
 from prunus.pipeline.stages import cutting, scoring, training
 from prunus.pipeline.work_folder import of_round
 from prunus.repair.block_repair import Repair, repair_
-from prunus.scoring.routing import check_enough_reached
 from prunus.scoring.score import Score, ScoringOptions, score, seed_of
 from prunus.selection.plan import Plan
-from prunus.selection.select import select
 from prunus.selection.table import with_costs
 from prunus.surgery import apply_plan
 from prunus.sweep import EngineChoice
@@ -148,8 +146,8 @@ def cut(
             rescored = passes.score(pruned, part, recipe.scoring, step, len(steps)).table
             table = carry_over(table, plan, with_costs(rescored, costs.of_layers(plan.surviving_layers)))
         with passes.stages.enter(cutting(step.number, len(steps), repairing)):
-            earlier, plan = plan, select(table, geometry, step.share, recipe.selection, costs, last=step.last)
-            check_enough_reached(scored.about.get("routing"), plan)
+            ranked = replace(scored, table=table)
+            earlier, plan = plan, ranked.plan(step.share, recipe.selection, costs, last=step.last)
             pruned = apply_plan(pruned, plan.after(earlier, Geometry.of(pruned)))
             sequences = _first(calibration, step.repaired_on)
             if recipe.repair is not None and sequences is not None:

@@ -28,9 +28,12 @@ from prunus.option_values import check_positive
 from prunus.scoring.adaptive import AdaptiveOptions, adapt, split_probe
 from prunus.scoring.hybrid import DEFAULT_MIX, Weights, check_weights, mix
 from prunus.scoring.mixing import mix_sources
-from prunus.scoring.routing import tokens_of_experts, warn_of_idle_experts
+from prunus.scoring.routing import check_enough_reached, tokens_of_experts, warn_of_idle_experts
 from prunus.scoring.weighing import weigh_attention
+from prunus.selection.constraints import Constraints
+from prunus.selection.costs import Costs
 from prunus.selection.plan import Plan
+from prunus.selection.select import select
 from prunus.selection.table import (
     NORMALIZATIONS,
     Normalization,
@@ -54,11 +57,16 @@ class _HowScored(FileContent):
     attention_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
+class _Routing(FileContent):
+    tokens_of_experts: list[list[Count]]
+
+
 class _AboutContent(FileContent):
     geometry: dict[str, Any]
     scoring: _HowScored | None = None
     rounds: Annotated[Count, Field(ge=1)] = 1
     target: dict[str, Any] | None = None
+    routing: _Routing | None = None
 
 
 TABLE_FILE, ABOUT_FILE, STATISTICS_FILE = "groups.csv", "score.json", "statistics.safetensors"
@@ -206,6 +214,16 @@ class Score:
         table = weigh_attention(table, attention_weight)
         return replace(self, table=table, about={key: value for key, value in self.about.items() if key != "target"})
 
+    def plan(self, ratio: float, constraints: Constraints, costs: Costs, *, last: bool = True) -> Plan:
+        """What to cut by the table, see `prunus.selection.select.select`.
+
+        Raises:
+            CalibrationError: see `check_enough_reached`.
+        """
+        chosen = select(self.table, self.geometry, ratio, constraints, costs, last=last)
+        check_enough_reached(self.about.get("routing"), chosen)
+        return chosen
+
     def with_target(self, target: TargetOptions, plan: Plan) -> Self:
         """The table at the costs of a target, and in `about` what a plan leaves of it."""
         costs = target.costs(self.geometry)
@@ -255,12 +273,17 @@ class Score:
                 "the score.json that `prunus score` wrote with it."
             )
         about = read_json(about_path, error=PlanError)
-        check_content(_AboutContent, about, str(about_path), PlanError)
+        routing = check_content(_AboutContent, about, str(about_path), PlanError).routing
         try:
             geometry = Geometry.from_dict(about.pop("geometry"))
             TargetOptions.from_dict(about.get("target") or {})
         except PlanError as error:
             raise PlanError(f"{about_path}: {error}") from error
+        if routing is not None and len(routing.tokens_of_experts) != len(geometry.widths):
+            raise PlanError(
+                f"{about_path}: routing.tokens_of_experts has {len(routing.tokens_of_experts)} entries, and there are "
+                f"{len(geometry.widths)} layers"
+            )
         ranked = load_table(path)
         # Before anything counts the groups one by one: a damaged file can name more than any memory holds.
         scored = [axis for axis in geometry.axes if (ranked["group_type"] == axis).any()]
