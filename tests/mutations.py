@@ -172,8 +172,8 @@ MUTATIONS = (
         "idle experts are no reason to stop where all stay",
     ),
     Mutation(
-        "cutting.py",
-        'check_enough_reached(scored.about.get("routing"), plan)',
+        "scoring/score.py",
+        'check_enough_reached(self.about.get("routing"), chosen)',
         "pass",
         ("test_prune_experts.py::test_text_that_reaches_too_few_experts",),
         "experts are kept by chance",
@@ -212,13 +212,6 @@ MUTATIONS = (
         "self.tokens = torch.bincount",
         ("test_expert_repair.py::test_batches_add_up",),
         "only the tokens of the last batch are told",
-    ),
-    Mutation(
-        "expert_repair.py",
-        "self._error_square += float",
-        "self._error_square = float",
-        ("test_expert_repair.py::test_batches_add_up",),
-        "the error of the last batch alone",
     ),
     Mutation(
         "block_repair.py",
