@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from prunus.recovery.curve import curve
+
 __all__ = ["Fit", "fit", "points_of_run"]
 
 #: of a gap that is closed or overshot, a share that has a logarithm
@@ -82,13 +84,11 @@ def points_of_run(facts: dict[str, Any]) -> list[dict[str, float]]:
     """
     loss = facts["held_out_loss"]
     gap = 0.0 if loss["dense"] is None else loss["before"] - loss["dense"]
-    per_step = facts["options"]["batch_size"] * facts["text"]["seq_len"]
-    pace = facts["seconds"] / 60 / max(facts["steps"], 1)
     return [
         {
-            "tokens": entry["step"] * per_step,
-            "minutes": round(entry["step"] * pace, 3),
-            "gap_closed": (loss["before"] - entry["held_out_loss"]) / gap,
+            "tokens": point["tokens"],
+            "minutes": round(point["seconds"] / 60, 3),
+            "gap_closed": (loss["before"] - point["held_out_loss"]) / gap,
         }
-        for entry in (facts["history"] if gap > 0 else ())
+        for point in (curve([facts])[1:] if gap > 0 else ())
     ]

@@ -38,6 +38,7 @@ def test_points_of_a_run(benchmark):
         "text": {"seq_len": 25},
         "seconds": 120.0,
         "steps": 8,
+        "tokens": 800,
         "history": [{"step": 2, "held_out_loss": 4.6}, {"step": 8, "held_out_loss": 4.0}],
     }
     assert module.points_of_run(facts) == [
