@@ -59,7 +59,7 @@ def main() -> None:
             else:
                 words = ["prune", options.model, *cutting(options), "--rounds", 2]
                 words += ["--set", f"recovery.minutes={minutes:g}", "--set", f"recovery.text={options.text}"]
-            seconds[name] = command(*words, "--out", folder, "--overwrite")
+            made_once(folder, words, lambda: seconds.update({name: command(*words, "--out", folder)}))  # noqa: B023
             facts = json.loads((folder / "prunus" / "recovery.json").read_text())
             runs.append({"name": name, "way": way, "minutes": minutes, "folder": folder, "recovery": facts})
     folders = {"dense": dense, "pruned": str(pruned), **{run["name"]: str(run.pop("folder")) for run in runs}}

@@ -234,7 +234,7 @@ def test_the_option_revision(hub, folders, tmp_path, capsys):
     card = (out / "README.md").read_text()
     assert "base_model: someone/model\n" in card
     assert "(https://huggingface.co/someone/model/tree/v2)" in card
-    assert Path(find_teacher(out)) == locate("someone/model@v2")
+    assert find_teacher(out) == (locate("someone/model@v2"), "someone/model@v2")
     facts = run_json(capsys, "inspect", "someone/model@v2")
     assert facts["parameters"] == result["parameters_before"]
     assert "goes with the id of a model on the Hub" in fails(capsys, "eval", folders[0], "--revision", "v2")

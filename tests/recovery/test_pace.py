@@ -56,6 +56,10 @@ def test_whichever_limit_comes_first():
     pace.seconds = 99.0
     assert pace.is_over(2)
     assert not Pace(5, 100.0, 0.0, "linear", 1).is_over(2)
+    # With time enough, all steps are done: the last as well.
+    unhurried = Pace(5, 100.0, 0.0, "linear", 1)
+    unhurried.seconds = 4.0
+    assert [unhurried.is_over(step) for step in (3, 4, 5)] == [False, False, True]
 
 
 def test_the_clock_is_stored_with_the_scheduler():

@@ -117,6 +117,40 @@ def test_a_killed_run_ends_as_one_that_was_not(trained, dense, tmp_path, reached
     assert not (tmp_path / "out.work").exists()
 
 
+def test_a_finished_round_is_not_trained_again_when_the_same_job_is_typed_in_another_way(
+    trained, dense, tmp_path, monkeypatch
+):
+    """Another spelling of the paths, and a limit on memory: none of it changes what is trained."""
+    monkeypatch.chdir(tmp_path)
+    begun, real = [], RecoveryTrainer.train
+
+    def train(self, *args, **kwargs):
+        begun.append(self)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(RecoveryTrainer, "train", train)
+    assert main(["prune", str(dense), "--out", "out", *CUT, *TRAIN]) == 130
+    link = tmp_path / "another-name"
+    link.symlink_to(dense)
+    assert main(["prune", str(link), "--out", str(tmp_path / "out"), *CUT, *TRAIN, "--max-memory", "8GB"]) == 0
+    assert len(begun) == 3, "the first round once, the second twice"
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    record = json.loads((tmp_path / "out" / "prunus" / "recovery.json").read_text())
+    assert all("command" not in each for each in record["rounds"])
+
+
+def test_a_budget_that_was_changed_is_named_before_any_work(dense, tmp_path, monkeypatch, capsys):
+    words = ["prune", str(dense), "--out", str(tmp_path / "out"), *CUT, *TRAIN]
+    monkeypatch.setattr(RecoveryTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(words) == 130
+    capsys.readouterr()
+    said = fails(capsys, *words, "--set", "recovery.tokens=2304")
+    assert "was begun with --set recovery.tokens 4608, now it is 2304" in said
+    assert "scoring" not in said
+
+
 def test_ctrl_c_says_how_to_go_on(trained, dense, tmp_path, monkeypatch, caplog):
     words, real = ["prune", str(dense), "--out", str(tmp_path / "out"), *CUT, *TRAIN], RecoveryTrainer.training_step
 
@@ -141,8 +175,8 @@ def test_ctrl_c_says_how_to_go_on(trained, dense, tmp_path, monkeypatch, caplog)
         "round-1/trained/config.json",
     ],
 )
-def test_other_text_after_a_kill_is_trained_on_from_the_first_round(dense, tmp_path, reached):
-    """A text file of the same name: nothing of a round that another text was trained on in is used again."""
+def test_other_text_after_a_kill_is_trained_on_from_the_first_round(dense, tmp_path, reached, capsys):
+    """A text file of the same name: what was trained on another text is neither used again nor thrown away unasked."""
     text = tmp_path / "text.jsonl"
 
     def write(word):
@@ -159,7 +193,13 @@ def test_other_text_after_a_kill_is_trained_on_from_the_first_round(dense, tmp_p
     process.wait()
     assert not (tmp_path / "out").exists()
     write("Another")
-    assert main(words("out")) == main(words("expected")) == 0
+    kept = sorted((tmp_path / "out.work").rglob("*"))
+    capsys.readouterr()
+    said = fails(capsys, *words("out"))
+    assert "round-1 was begun with recovery.text [['" in said.replace("--set ", "")
+    assert "--overwrite" in said
+    assert sorted((tmp_path / "out.work").rglob("*")) == kept
+    assert main([*words("out"), "--overwrite"]) == main(words("expected")) == 0
     own, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "expected"))
     assert own == other
 
@@ -208,12 +248,23 @@ def test_the_curve_goes_on_where_a_round_ended():
         (["recovery.minutes=1", "recovery.text=nowhere.txt"], "nowhere.txt"),
         (["recovery.minutes=1", "recovery.seq_len=4096"], "4096"),
         (["recovery.minutes=1", "run.engine=streamed"], "resident engine"),
+        (["recovery.minutes=1", "run.device=cpu:0"], "recovery takes a kind of device"),
+        (["recovery.minutes=1", "recovery.text=[self, default]", "recovery.held_out=1"], "hold out one each"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(dense, tmp_path, capsys, settings, named):
     words = [word for setting in settings for word in ("--set", setting)]
     assert named in fails(capsys, "prune", dense, "--out", tmp_path / "out", *CUT, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_short_file_beside_text_without_an_end_is_refused_before_scoring(dense, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("a few words that are not many. " * 2)
+    text = f"recovery.text=[{tmp_path / 'short.txt'}, self]"
+    said = fails(capsys, "prune", dense, "--out", tmp_path / "out", *CUT, *TRAIN, "--set", text)
+    assert "scoring" not in said
+    assert "short.txt holds" in said
+    assert "--set recovery.seq_len" in said
 
 
 def test_a_text_that_is_too_short_to_train_on_is_refused_before_scoring(dense, tmp_path, capsys):
@@ -241,5 +292,11 @@ def test_where_nothing_is_trained(dense, tmp_path, capsys):
     ahead = run_json(
         capsys, "prune", dense, "--out", tmp_path / "out", *CUT, "--set", "recovery.minutes=6", "--dry-run"
     )
+    plain = run_json(capsys, "prune", dense, "--out", tmp_path / "out", *CUT, "--dry-run")
+    assert ahead["memory_bytes"] > plain["memory_bytes"]
+    between = f"{(ahead['memory_bytes'] + plain['memory_bytes']) // 2 // 2**10}KiB"
+    words = ["prune", dense, "--out", tmp_path / "out", *CUT, "--set", "recovery.minutes=6", "--max-memory", between]
+    assert "training needs about" in fails(capsys, *words)
+    assert ahead["disk_bytes"] > 4 * plain["disk_bytes"]
     assert ahead["stages"]["training, round 1 of 2"] == pytest.approx(120)
     assert ahead["stages"]["training, round 2 of 2"] == pytest.approx(240)

@@ -102,7 +102,16 @@ def test_the_result_is_a_folder_of_the_same_kind(recover, pruned, tmp_path):
     )
     # Recovering once more keeps what was done before.
     again = recover(out, "--out", tmp_path / "again", *SHORT, "--max-steps", 2, "--teacher", pruned.with_name("dense"))
-    assert again["earlier"]["history"] == facts["history"]
+    assert [each["history"] for each in again["earlier"]] == [facts["history"]]
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert re.findall("^## Recov.*", card, flags=re.MULTILINE) == ["## Recovery", "## Recovery 2"]
+    assert "It was trained again." in card.split("## Recovery 2")[1]
+    assert [point["tokens"] for point in again["curve"]][-1] == facts["tokens"] + again["tokens"]
+    assert main(["report", str(tmp_path / "again")]) == 0
+    page = html.unescape((tmp_path / "again" / "report.html").read_text())
+    for number, each in enumerate((facts, again), start=1):
+        assert f"round {number}: {each['held_out_loss']['before']:.4f} before" in page
+        assert each["command"] in page
     # What is held out of the text does not depend on the number of steps, or it might have been trained on before.
     assert again["held_out"] == facts["held_out"]
     assert again["held_out_loss"]["before"] == pytest.approx(facts["held_out_loss"]["after"], rel=1e-6)

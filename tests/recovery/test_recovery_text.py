@@ -15,12 +15,10 @@ from tiny_recovery import chat_tokenizer
 from prunus import Reading, calibration_from_texts, load_calibration, load_model
 from prunus.calibration.sources import mixed
 from prunus.errors import CalibrationError, OptionError
-from prunus.recovery.job import RecoveryJob
 from prunus.recovery.options import TextOptions
-from prunus.recovery.run import _command
 from prunus.recovery.text import load_sequences
 
-MANY = [f"Document {n} has {n * n} words, or so it says." for n in range(40)]
+MANY = [f"Document {n} has {n * n} words, {n**7} or {n**11} so it says {n**5}." for n in range(40)]
 
 
 @pytest.mark.parametrize("texts", [MANY, " ".join(MANY)], ids=["documents", "one text"])
@@ -50,6 +48,52 @@ def test_what_is_held_out_is_not_trained_on(tmp_path):
     some, same = load_sequences(options, chat_tokenizer(), None, 4)
     assert torch.equal(some.input_ids, train.input_ids[:11])
     assert same.provenance == held_out.provenance
+
+
+def test_what_shares_text_with_a_held_out_sequence_is_not_trained_on(tmp_path, caplog):
+    """In the same file, and in another one that holds a part of it."""
+    twice, notes = tmp_path / "twice.jsonl", tmp_path / "notes.txt"
+    documents = [f"{n} is a number, and {n * n} its square, as {n**5} is its fifth power." for n in range(60)]
+    twice.write_text("\n".join(json.dumps({"text": text}) for text in documents * 2), encoding="utf-8")
+    notes.write_text(" ".join(documents[::3]), encoding="utf-8")
+    options = TextOptions((f"{twice}:2", str(notes)), seq_len=64, held_out=36, samples=60)
+    train, held_out = load_sequences(options, chat_tokenizer(), None, 1)
+
+    def runs(ids: torch.Tensor) -> set[tuple[int, ...]]:
+        return {tuple(row[place : place + 32]) for row in ids.tolist() for place in range(len(row) - 31)}
+
+    assert len(held_out) == 36
+    assert not runs(train.input_ids) & runs(held_out.input_ids)
+    assert "share text with those that are held out" in caplog.text
+    # Without that there would be such text.
+    drawn = load_calibration(str(twice), chat_tokenizer(), samples=999, seq_len=64, reading=Reading(fewer=True))
+    fitted, held = drawn.split(24)
+    assert torch.equal(held.input_ids, held_out.each_source()[0].input_ids)
+    assert runs(fitted.input_ids) & runs(held.input_ids)
+    (tmp_path / "again.txt").write_text("the same again, and " * 8, encoding="utf-8")
+    with pytest.raises(CalibrationError, match="says the same again and again"):
+        load_sequences(TextOptions(str(tmp_path / "again.txt"), seq_len=40, held_out=2), chat_tokenizer(), None, 1)
+
+
+def test_a_column_of_conversations_is_that_of_the_files_that_have_columns(tmp_path):
+    """Beside them text without columns, as what the model writes has none."""
+    chat, notes = tmp_path / "chat.jsonl", tmp_path / "notes.txt"
+    chat.write_text(
+        "\n".join(json.dumps({"messages": [{"role": "user", "content": text.lower()}]}) for text in MANY),
+        encoding="utf-8",
+    )
+    notes.write_text(" ".join(MANY).upper(), encoding="utf-8")
+    sources, tokenizer = (str(chat), str(notes)), chat_tokenizer()
+    reading = Reading(chat_column="messages")
+    both = load_calibration(sources, tokenizer, samples=12, seq_len=16, reading=reading)
+    train, held_out = load_sequences(
+        TextOptions(sources, seq_len=16, held_out=4, samples=12, chat_column="messages"), tokenizer, None, 1
+    )
+    for mixture in (both, train, held_out):
+        talk, text = (tokenizer.decode(part.input_ids.flatten().tolist()) for part in mixture.each_source())
+        assert talk == talk.lower()
+        assert text == text.upper()
+    assert "[user]" in tokenizer.decode(both.each_source()[0].input_ids.flatten().tolist())
 
 
 @pytest.mark.parametrize("samples", [None, 6, 20, 40])
@@ -182,8 +226,6 @@ def test_text_without_an_end_needs_a_number(pruned, dense, tmp_path, refused, ca
     assert not list(tmp_path.iterdir()), "a forecast writes nothing"
 
 
-def test_each_text_is_named_in_the_command_of_a_card():
-    job = RecoveryJob("small", None, TextOptions(("a b.txt:2", "self")))
-    assert _command(job, "out") == "prunus recover small --out out --text 'a b.txt:2' --text self"
+def test_a_text_that_is_named_twice():
     with pytest.raises(OptionError, match="twice"):
         TextOptions(("self", "self:2"))

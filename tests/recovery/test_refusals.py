@@ -6,7 +6,9 @@ import json
 import shutil
 
 import pytest
+from tiny_blocks import make_stored
 from tiny_families import make_model
+from tiny_folder import fails
 from tiny_recovery import ALONE, SHORT, chat_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -120,6 +122,21 @@ def test_teachers(refused, pruned, dense, tmp_path):
     chat_tokenizer("<other>").save_pretrained(other)
     message = refused(pruned, *options, "--teacher", other)
     assert "1 tokens differ, first '<other>'" in message
+
+
+def test_weights_in_blocks_are_neither_trained_nor_learned_from(refused, pruned, tmp_path, capsys):
+    """And what is said after such a model was cut does not lead there."""
+    make_stored("fp8", tmp_path / "fp8")
+    options = ["--out", tmp_path / "out", *SHORT, "--max-steps", "2"]
+    assert "stored in FP8" in refused(tmp_path / "fp8", *options, *ALONE)
+    assert "stored in FP8" in refused(tmp_path / "fp8", *options, *ALONE, "--dry-run")
+    assert "stored in FP8" in refused(pruned, *options, "--teacher", tmp_path / "fp8")
+    cut = ["prune", tmp_path / "fp8", "--ratio", "0.2", "--calibration", "default", "--samples", "8", "--seq-len", "32"]
+    cut += ["--set", "evaluation.held_out=0", "--set", "repair=null", "--rounds", "1", "--out", tmp_path / "cut"]
+    assert "prune that, and train what is left" in fails(capsys, *cut, "--set", "recovery.tokens=512")
+    assert not (tmp_path / "cut").exists()
+    assert main([*map(str, cut)]) == 0
+    assert "prunus recover" not in capsys.readouterr().out
 
 
 def test_a_base_model_that_is_not_here(refused, recover, pruned, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from prunus.calibration.hub import HUB_NAMES, hub_text
 from prunus.calibration.packing import Packed, pack_documents, pack_windows
 from prunus.calibration.prompts import VERSION
 from prunus.calibration.reading import READERS, Reading, Wanted, shuffled
-from prunus.calibration.sources import MIXTURES, mixed, read_sources, sequences_of
+from prunus.calibration.sources import MIXTURES, Source, mixed, read_sources, sequences_of
 from prunus.errors import CalibrationError, OptionError, TextTooShortError
 from prunus.files.user_path import expanded
 from prunus.option_values import check_seed, check_whole
@@ -32,6 +33,8 @@ __all__ = [
     "SELF_SOURCE",
     "calibration_from_texts",
     "calibration_from_tokens",
+    "chat_column_of",
+    "check_chat_column",
     "kind_of",
     "load_calibration",
 ]
@@ -88,16 +91,14 @@ def load_calibration(
     check_counts(samples, seq_len)
     check_seed("seed", seed)
     sources = read_sources(DEFAULT_SOURCE if source is None else source)
-    if reading is not None and reading.chat_column is not None and all(one.name in HUB_NAMES for one in sources):
-        raise CalibrationError(
-            f"`chat_column` is {reading.chat_column!r}, and the columns of {' and '.join(one.name for one in sources)} "
-            "are known: leave it out, or name the data set itself as owner/name"
-        )
-    how: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "reading": reading or Reading(), "model": model}
+    reading = reading or Reading()
+    check_chat_column(sources, reading.chat_column)
+    how: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "model": model}
     parts = []
     for index, (one, number) in enumerate(zip(sources, sequences_of(sources, samples), strict=True)):
         try:
-            parts.append(_loaded(one.name, tokenizer, number, **how, progress=progress))
+            own = replace(reading, chat_column=chat_column_of(one, reading.chat_column))
+            parts.append(_loaded(one.name, tokenizer, number, **how, reading=own, progress=progress))
         except TextTooShortError as error:
             if len(sources) == 1 or not error.sequences:
                 raise
@@ -129,11 +130,6 @@ def _loaded(
     column = column_of(reading.text_column, reading.chat_column, tokenizer)
     if kind == "hub":
         column = hub_text(name, column, tokenizer).column
-    if reading.chat_column is not None and kind not in RECORD_KINDS:
-        raise CalibrationError(
-            f"conversations come from .jsonl, .json, .parquet or a data set of the hub, and {name} is neither; leave "
-            "`chat_column` out, or give one of these"
-        )
     path, begin = expanded(name), begin_token_of(tokenizer) if reading.begin_token else None
     which: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "seed": seed, "begin": begin}
     wanted = Wanted(
@@ -267,6 +263,35 @@ def _calibration(
         sha256=hash_tokens(ids, attention_mask),
     )
     return Calibration(ids, provenance, attention_mask, begin_token=begin_token)
+
+
+def check_chat_column(sources: Sequence[Source], chat_column: str | None) -> None:
+    """Check that a column of conversations is that of one source at least.
+
+    Raises:
+        CalibrationError: the columns of all sources are known, or they have none.
+    """
+    if chat_column is None or any(chat_column_of(source, chat_column) for source in sources):
+        return
+    names = " and ".join(source.name for source in sources)
+    if all(source.name in HUB_NAMES for source in sources):
+        raise CalibrationError(
+            f"`chat_column` is {chat_column!r}, and the columns of {names} are known: leave it out, or name the data "
+            "set itself as owner/name"
+        )
+    raise CalibrationError(
+        f"conversations come from .jsonl, .json, .parquet or a data set of the hub, and {names} is neither; leave "
+        "`chat_column` out, or give one of these"
+    )
+
+
+def chat_column_of(source: Source, chat_column: str | None) -> str | None:
+    """The column of conversations that is named, for one source of several.
+
+    None for one that has no columns (text, what the model writes), or a data set whose columns are known.
+    """
+    has_columns = kind_of(source.name) in RECORD_KINDS and source.name not in HUB_NAMES
+    return chat_column if has_columns else None
 
 
 def check_counts(samples: int, seq_len: int) -> None:

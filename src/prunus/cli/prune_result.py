@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunus.checkpoint.block_formats import format_in
 from prunus.cli.printing import parameter_rows, print_rows
 from prunus.cli.terminal import say
 from prunus.machine.stages import show_seconds
@@ -37,7 +38,9 @@ def show_result(metrics: Mapping[str, Any], out: Path) -> None:
         say(f"report: {report}")
     recover = ["prunus", "recover", str(out), "--text", "FILE", "--out", f"{out}-recovered"]
     export = ["prunus", "export", str(out), "--to", "gguf", "--out", f"{out}.gguf"]
-    say(f"next: {shlex.join(recover)}\n  or: {shlex.join(export)}")
+    # What is stored in blocks is not trained.
+    following = [shlex.join(words) for words in ([export] if format_in(out) else [recover, export])]
+    say("next: " + "\n  or: ".join(following))
 
 
 def _stage_rows(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:

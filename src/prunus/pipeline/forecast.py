@@ -26,6 +26,7 @@ from prunus.model.families import AXES, Axis
 from prunus.model.saved_dtype import saved_dtype
 from prunus.model.widths import LayerWidths
 from prunus.pipeline.probe import Probe
+from prunus.pipeline.progressive import training_peak
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.request import Request
 from prunus.pipeline.rounds import Round
@@ -41,6 +42,7 @@ from prunus.pipeline.stages import (
     stages_of_job,
     training,
 )
+from prunus.recovery.prepared import checkpoint_share
 from prunus.repair.temperature import PASSES, TOKENS
 from prunus.scoring.adaptive import SCALE_SHARES
 from prunus.scoring.score import ScoringOptions
@@ -165,7 +167,7 @@ def forecast(request: Request) -> Forecast:
         engine=request.engine,
         device=str(request.device),
         dtype=_dtypes(request.empty),
-        memory_bytes=request.holding.needed.of(request.engine),
+        memory_bytes=_memory(request),
         free_bytes=request.holding.limit or request.holding.free,
         disk_bytes=_disk(request),
         stages=_Timetable(
@@ -210,14 +212,24 @@ def _cuttable(request: Request, recipe: Recipe, costs: Costs) -> dict[Axis, int]
     }
 
 
+def _memory(request: Request) -> int:
+    """Peak of the passes, or of training if that is more."""
+    passes = request.holding.needed.of(request.engine)
+    return max(passes, training_peak(request)) if request.recipes[0].recovery else passes
+
+
 def _disk(request: Request) -> int:
-    """Bytes of the result, and of what waits on disk in the streamed order."""
+    """Bytes of the result, and of what waits on disk: in the streamed order, and of rounds that are trained."""
     whole, waiting = model_bytes(request.empty), 0
     if request.engine == "streamed" and request.work is not None:
         tokens = request.workload.sequences * request.seq_len
         waiting = 3 * tokens * request.geometry.hidden_size * request.empty.dtype.itemsize
     result = int(whole * (1 - min(request.ratios, default=0))) if request.saves else 0
     changed = result if request.engine == "streamed" else 0
+    if (recipe := request.recipes[0]).recovery:
+        # Of each round the model before and after; of the one that is trained, two checkpoints.
+        kept = 2 * len(recipe.steps(request.ratios[0])) + checkpoint_share(recipe.recovery.training)
+        waiting += int(kept * whole)
     return result + changed + waiting
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,9 +32,9 @@ from prunus.pipeline.request import check_request
 from prunus.pipeline.stages import MEASURING, SAMPLES, SAVING, WRITING, stages_of
 from prunus.pipeline.stored_blocks import check_recipe_for_blocks
 from prunus.pipeline.work_folder import WorkFolder
-from prunus.recovery.result import RECORD
+from prunus.recovery.record import RECORD
 from prunus.report import try_report
-from prunus.results.result_folder import ResultRecords, read_metrics, save_result
+from prunus.results.result_folder import AGAIN, ResultRecords, read_metrics, save_result
 from prunus.scoring.routing import active_parameters, routing_of
 from prunus.selection.select import check_reachable
 from prunus.sweep import EngineChoice
@@ -178,7 +177,8 @@ def _made(
     work = folder.used_by(inputs.engine)
     if job.recipe.recovery:
         work = folder.path
-        trained = TrainedRounds(request, job.recipe, inputs.tokenizer, work, inputs.held_out, progress)
+        texts = inputs.tokenizer, work, inputs.held_out
+        trained = TrainedRounds(request, job.recipe, *texts, overwrite=overwrite, progress=progress)
     passes = Passes(job.run.sequences_per_pass, inputs.engine, work, stages)
     scored = first_scores(inputs.model, inputs.calibration, job.ratio, job.recipe, passes)
     result = cut(inputs.model, job.ratio, scored, job.recipe, passes, inputs.calibration, trained)
@@ -191,7 +191,7 @@ def _made(
     metrics = {
         "prunus": __version__,
         "base_model": model_name(job.model),
-        "command": command or _command(job, out),
+        "command": command or AGAIN,
         "ratio": job.ratio,
         "achieved_ratio": result.achieved_ratio,
         **({"fit": asdict(asked.fit)} if asked.fit else {}),
@@ -256,11 +256,3 @@ def _made_by(result: PruneResult, calibration: Calibration | None) -> dict[str, 
     if calibration is not None:
         facts["calibration_sha256"] = calibration.provenance.sha256
     return {**facts, "plan": result.plan.fingerprint}
-
-
-def _command(job: Job, out: str | Path) -> str:
-    """The command line that does a job of the Python interface, as far as a line can say it."""
-    method = job.recipe.scoring.method
-    return (
-        f"prunus prune {shlex.quote(job.model)} --out {shlex.quote(str(out))} --ratio {job.ratio:g} --method {method}"
-    )

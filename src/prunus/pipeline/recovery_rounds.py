@@ -88,7 +88,7 @@ class RecoveryRounds:
             step: the round.
             of: number of rounds.
             model: folder of what the round left.
-            dense: folder of the dense model.
+            dense: the dense model, folder or Hub id.
             calibration: sources, length, seed and columns that are not named here; the length is one that was decided.
             run: where.
         """

@@ -35,7 +35,8 @@ def card_with_recovery(folder: Path, name: str, facts: Mapping[str, Any], comman
         titles = "|".join(map(re.escape, (markdown_text(old), old)))
         card = re.sub(rf"^# (?:{titles})$", lambda _: f"# {markdown_text(name)}", card, count=1, flags=re.MULTILINE)
         card = card.replace(f"from_pretrained({json.dumps(old)}", f"from_pretrained({json.dumps(name)}")
-    return f"{card.rstrip()}\n\n{_section(facts, command)}\n"
+    number = 1 + len(re.findall(r"^## Recovery\b", card, flags=re.MULTILINE))
+    return f"{card.rstrip()}\n\n{_section(facts, command, number)}\n"
 
 
 def card_without_figures(folder: Path) -> tuple[str, str | None]:
@@ -63,7 +64,7 @@ def _measured(facts: Mapping[str, Any]) -> MeasuredFacts:
     )
 
 
-def _section(facts: Mapping[str, Any], command: str) -> str:
+def _section(facts: Mapping[str, Any], command: str, number: int) -> str:
     options, text, loss = facts["options"], facts["text"], facts["held_out_loss"]
     parts = {"kl_weight": "distillation", "ce_weight": "next token"}
     shares = ", ".join(f"{title} {options[weight]:g}" for weight, title in parts.items() if options[weight])
@@ -85,8 +86,13 @@ def _section(facts: Mapping[str, Any], command: str) -> str:
     }
     table = "\n".join(["| | |", "|---|---|", *(f"| {row} | {markdown_text(value)} |" for row, value in rows.items())])
     dense = "" if loss["dense"] is None else f" (dense model: {perplexity_of_loss(loss['dense']):.2f})"
+    title, when = (
+        ("", "After pruning the model was trained.") if number == 1 else (f" {number}", "It was trained again.")
+    )
+    if not facts["best_step"]:
+        when += " No checkpoint was better, so it is as it was before."
     return (
-        "## Recovery\n\nAfter pruning the model was trained. Perplexity on held-out sequences of the training text: "
+        f"## Recovery{title}\n\n{when} Perplexity on held-out sequences of the training text: "
         f"{perplexity_of_loss(loss['before']):.2f} before, {perplexity_of_loss(loss['after']):.2f} after{dense}.\n\n"
         f"{table}\n\n{markdown_block(command, 'sh')}\n\n"
         "`prunus/recovery.json` has all options and losses."

@@ -23,7 +23,7 @@ from prunus.files.json_file import Count, FileContent, Number, check_content, re
 from prunus.files.outputs import whole_file
 from prunus.files.user_path import expanded
 
-__all__ = ["WEIGHTS_FILE", "Checkpoints", "readable"]
+__all__ = ["WEIGHTS_FILE", "Checkpoints", "check_same", "readable"]
 
 #: Trainer's name for weights; here those that are trained
 WEIGHTS_FILE = "model.safetensors"
@@ -94,6 +94,26 @@ def readable(path: str | Path | None) -> Iterator[None]:
         ) from error
 
 
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Check that a run goes on with what it was begun with.
+
+    Args:
+        before: what it was begun with.
+        now: what is given now.
+        path: where it was begun.
+
+    Raises:
+        OptionError: something differs.
+    """
+    for name in [*now, *before]:
+        old, new = ("none" if value is None else value for value in (before.get(name), now.get(name)))
+        if old != new:
+            raise OptionError(
+                f"{path} was begun with `{name}` {old}, now it is {new}: a run goes on with what it was begun with. "
+                "Give the same options, or take what is there away with `overwrite`"
+            )
+
+
 class Checkpoints:
     """Checkpoints of one run.
 
@@ -140,13 +160,7 @@ class Checkpoints:
             with whole_file(self._inputs_path) as partial:
                 partial.write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
             return
-        for name in [*inputs, *before]:
-            old, new = ("none" if value is None else value for value in (before.get(name), inputs.get(name)))
-            if old != new:
-                raise OptionError(
-                    f"{self.path} was begun with `{name}` {old}, now it is {new}: a run goes on with what it was begun "
-                    "with. Give the same options, or take what is there away with `overwrite`"
-                )
+        check_same(before, inputs, self.path)
         for path in self._found().values():
             if not self._is_whole(path):
                 shutil.rmtree(path, ignore_errors=True)

@@ -53,11 +53,14 @@ class Pace:
             ahead: look so many steps ahead.
         """
         by_steps = (steps + ahead) / self.max_steps if self.max_steps else 0.0
-        by_clock = 0.0
-        if self.max_seconds:
-            per_step = self.seconds / steps if steps else 0.0
-            by_clock = (self.seconds + ahead * per_step) / max(self.max_seconds - self.reserved, 1e-9)
-        return min(1.0, max(by_steps, by_clock))
+        return min(1.0, max(by_steps, self._by_clock(steps, ahead)))
+
+    def _by_clock(self, steps: int, ahead: float) -> float:
+        """How much of the time is gone, from 0; a step that is ahead takes as long as those before on average."""
+        if not self.max_seconds:
+            return 0.0
+        per_step = self.seconds / steps if steps else 0.0
+        return (self.seconds + ahead * per_step) / max(self.max_seconds - self.reserved, 1e-9)
 
     def factor(self, share: float) -> float:
         """The learning rate at a share of the run, relative to its peak."""
@@ -72,7 +75,7 @@ class Pace:
         """Whether the run ends after `steps` steps: they are all done, or the time left is too short for another."""
         if self.max_steps and steps >= self.max_steps:
             return True
-        return bool(self.max_seconds and self.share(steps, ahead=1.0) >= 1)
+        return self._by_clock(steps, ahead=1.0) >= 1
 
     def passes_mark(self, steps: int) -> bool:
         """Whether a measurement is due after `steps` steps; each is due once."""

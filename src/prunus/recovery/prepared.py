@@ -12,19 +12,23 @@ import torch
 
 from prunus.calibration import Calibration
 from prunus.checkpoint import load_model, locate, resolve_device
+from prunus.checkpoint.block_formats import format_in
 from prunus.checkpoint.folder import read_small_files
-from prunus.errors import OptionError
+from prunus.errors import OptionError, UnsupportedModelError
 from prunus.installing import install_command
 from prunus.machine.processes import is_first
 from prunus.model.tokens import check_seq_len, check_token_ids
 from prunus.recovery.card import card_without_figures
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.memory import check_memory
+from prunus.recovery.options import RecoveryOptions
+from prunus.recovery.record import trainings_in
 from prunus.recovery.step import Step
 from prunus.recovery.teacher import check_vocabulary, find_teacher
 from prunus.recovery.text import MOST_SAMPLES, load_sequences, unwritten_sequences, wanted_sequences
+from prunus.sweep.engine import model_name
 
-__all__ = ["Prepared", "require_packages"]
+__all__ = ["Prepared", "check_plain", "checkpoint_share", "require_packages", "training_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ class Prepared:
         folder: of the pruned model.
         tokenizer: its tokenizer.
         teacher: folder of the dense model; None where the loss needs none.
+        teacher_name: what a record calls it.
         writer: folder of the dense model; None where it writes none of the text.
         train_on: sequences to train on.
         held_out: sequences to measure on.
@@ -50,6 +55,7 @@ class Prepared:
     folder: Path
     tokenizer: Any
     teacher: Path | None
+    teacher_name: str | None
     writer: Path | None
     train_on: Calibration
     held_out: Calibration
@@ -78,13 +84,16 @@ class Prepared:
         Raises:
             PrunusError: whatever is wrong with options, models or text.
         """
-        device, options = _place(job.run.device), job.recovery
+        device, options = training_device(job.run.device), job.recovery
         folder = locate(job.model)
         config, tokenizer = read_small_files(folder)
+        check_plain(folder)
         check_seq_len(config, job.text.seq_len)
         step = Step.of(options, job.text.seq_len, config, device)
-        card_without_figures(folder)  # or the result of the training could not be described
-        dense = _dense(job, folder, config, tokenizer)
+        # Or the result of the training could not be described.
+        card_without_figures(folder)
+        trainings_in(folder)
+        dense, name = _dense(job, folder, config, tokenizer)
         teacher, writer = dense if options.needs_teacher else None, dense if job.text.written else None
         tokens = step.micro_batch * job.text.seq_len
         check_memory(job, folder, teacher, device, bfloat16=step.bfloat16, tokens=tokens)
@@ -94,7 +103,8 @@ class Prepared:
         steps = options.max_steps
         if steps is None and options.max_minutes is None:
             steps = len(train_on) // step.batch_size
-        return cls(job, folder, tokenizer, teacher, writer, train_on, held_out, steps, device, step)
+        named = name if teacher is not None else None
+        return cls(job, folder, tokenizer, teacher, named, writer, train_on, held_out, steps, device, step)
 
     @property
     def reads(self) -> tuple[Path, ...]:
@@ -103,9 +113,9 @@ class Prepared:
 
     @property
     def expected_bytes(self) -> int:
-        """Room that result and checkpoints take: of the checkpoints, two with weights and both moments in float32."""
+        """Room that result and checkpoints take."""
         weights = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        return weights * (1 + 2 * (1 if self.job.recovery.train == "lora" else 6))
+        return weights * (1 + checkpoint_share(self.job.recovery))
 
 
 def require_packages() -> None:
@@ -121,15 +131,19 @@ def require_packages() -> None:
         )
 
 
-def _dense(job: RecoveryJob, folder: Path, config: Any, tokenizer: Any) -> Path | None:
-    """The dense model's folder, if it teaches or writes."""
+def _dense(job: RecoveryJob, folder: Path, config: Any, tokenizer: Any) -> tuple[Path | None, str | None]:
+    """The dense model's folder and name, if it teaches or writes."""
     if not (job.recovery.needs_teacher or job.text.written):
-        return None
-    dense = locate(job.teacher) if job.teacher is not None else Path(find_teacher(folder))
+        return None, None
+    if job.teacher is not None:
+        dense, name = locate(job.teacher), model_name(job.teacher)
+    else:
+        dense, name = find_teacher(folder)
+    check_plain(dense)
     dense_config, dense_tokenizer = read_small_files(dense)
     check_vocabulary(config, tokenizer, dense_config, dense_tokenizer, str(dense))
     check_seq_len(dense_config, job.text.seq_len)
-    return dense
+    return dense, name
 
 
 def _sequences(
@@ -156,11 +170,34 @@ def _sequences(
     for part in (train_on, held_out):
         check_token_ids(config, part.input_ids)
     if len(train_on) == MOST_SAMPLES and job.text.samples is None and is_first():
-        logger.warning("training goes through %d sequences of the text; more with `samples`", MOST_SAMPLES)
+        logger.warning("training goes through %d sequences of the text, the most where no number is said", MOST_SAMPLES)
     return train_on, held_out
 
 
-def _place(device: str) -> torch.device:
+def checkpoint_share(options: RecoveryOptions) -> int:
+    """Room that two checkpoints take, in multiples of the model: weights and both moments, in float32, or adapters."""
+    return 2 * (1 if options.train == "lora" else 6)
+
+
+def check_plain(folder: Path) -> None:
+    """Check that the weights in a folder can be trained, or learned from: that they are numbers by themselves.
+
+    Raises:
+        UnsupportedModelError: they are stored in blocks.
+    """
+    if (form := format_in(folder)) is not None:
+        raise UnsupportedModelError(
+            f"the weights in {folder} are stored in {form.title}, and training needs them as they are in the bf16 "
+            "checkpoint: prune that, and train what is left of it"
+        )
+
+
+def training_device(device: str) -> torch.device:
+    """Where a model is trained: a device of a kind, of which each process has its own.
+
+    Raises:
+        OptionError: it is named by its number.
+    """
     place = resolve_device(device)
     if place.index is not None:
         raise OptionError(

@@ -26,17 +26,18 @@ from prunus.recovery.checkpoints import Checkpoints, readable
 from prunus.recovery.curve import curve
 from prunus.recovery.job import RECOVERY
 from prunus.recovery.prepared import Prepared
+from prunus.recovery.record import RECORD, trainings_in
 from prunus.recovery.student import Student, merge_adapters_
 from prunus.recovery.training import choose_trained_
 from prunus.sweep.sequence_loss import PerplexityResult
 from prunus.version import __version__
 
-__all__ = ["RECORD", "best_model", "facts_of", "save_recovered"]
+__all__ = ["AGAIN", "best_model", "facts_of", "save_recovered"]
 
-#: file of the folder prunus/ in which the run is described
-RECORD = "recovery.json"
 #: file beside it from which the command can be given again
 RECIPE = "recovery.yaml"
+#: command that does a job again that nobody typed
+AGAIN = f"prunus recover --recipe prunus/{RECIPE} --out AGAIN"
 #: files in it about the pruned model that say nothing about the recovered one
 MEASURED_BEFORE = ("evaluation.json", "samples.json")
 
@@ -66,11 +67,11 @@ def facts_of(prepared: Prepared, trained: Mapping[str, Any], measured: Perplexit
     job, options = prepared.job, prepared.job.recovery
     before, dense, after = trained["before"], trained["dense"], measured.nll
     closed = (before - after) / (before - dense) if dense is not None and before > dense else None
-    earlier = read_json_if_whole(prepared.folder / "prunus" / RECORD)
+    earlier = trainings_in(prepared.folder)
     facts = {
         "prunus": __version__,
         "model": prepared.folder.name,
-        "teacher": prepared.teacher.name if prepared.teacher else None,
+        "teacher": prepared.teacher_name,
         "options": {
             **asdict(options),
             "lora_alpha": options.alpha if options.train == "lora" else None,
@@ -92,7 +93,7 @@ def facts_of(prepared: Prepared, trained: Mapping[str, Any], measured: Perplexit
         "training_losses": trained["training_losses"],
         **({"earlier": earlier} if earlier else {}),
     }
-    return {**facts, "curve": curve([facts])}
+    return {**facts, "curve": curve([*earlier, facts])}
 
 
 def save_recovered(model: Any, prepared: Prepared, facts: Mapping[str, Any], out: str | Path, overwrite: bool) -> None:
@@ -129,7 +130,8 @@ def _recipe(prepared: Prepared) -> str:
 def _extras_of_before(folder: Path, facts: Mapping[str, Any]) -> dict[str, str | bytes]:
     """Plan, scores and metrics of the pruned model, without what was measured on it or written by it since.
 
-    Perplexity in the metrics becomes that of the recovered model; that of the pruned one stays under `before_recovery`.
+    Perplexity in the metrics becomes that of the recovered model; that of the one that was cut, in whose command it may
+    have been trained between rounds, stays under `before_recovery`.
     """
     extras: dict[str, str | bytes] = {
         path.name: path.read_bytes()
@@ -145,7 +147,7 @@ def _extras_of_before(folder: Path, facts: Mapping[str, Any]) -> dict[str, str |
             "perplexity_protocol": facts["protocol"],
             "perplexity_by_source": [],
         }
-        # Of a model that was trained before, what it was before any training.
+        # Of a model that came from this command before, what it was before the first time.
         old = metrics.get("before_recovery") or {name: metrics.get(name) for name in new}
         extras["metrics.json"] = json.dumps({**metrics, **new, "before_recovery": old}, indent=1) + "\n"
     return extras

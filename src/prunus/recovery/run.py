@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,8 @@ from prunus.recovery.checkpoints import Checkpoints
 from prunus.recovery.job import RecoveryJob
 from prunus.recovery.options import RecoveryOptions, TextOptions
 from prunus.recovery.prepared import Prepared, require_packages
-from prunus.recovery.result import RECORD, best_model, facts_of, save_recovered
+from prunus.recovery.record import RECORD
+from prunus.recovery.result import AGAIN, best_model, facts_of, save_recovered
 from prunus.recovery.training import train
 from prunus.sweep.sequence_loss import PerplexityResult, perplexity_of_windows
 
@@ -117,7 +117,7 @@ def recover_job(
                 gc.collect()  # what was trained is gone, and the result needs its room
                 with stages.enter("saving"):
                     result, trained, after = _best(prepared, checkpoints, trained, progress)
-                    facts = {**facts_of(prepared, trained, after), "command": command or _command(job, out)}
+                    facts = {**facts_of(prepared, trained, after), "command": command or AGAIN}
                     save_recovered(result, prepared, facts, out, overwrite)
         if is_first():
             checkpoints.remove()
@@ -159,9 +159,3 @@ def _told_how_to_go_on(checkpoints: Checkpoints) -> Iterator[None]:
                 "interrupted; %s is saved in %s, and the same command goes on from there", last.name, last.parent
             )
         raise
-
-
-def _command(job: RecoveryJob, out: str | Path) -> str:
-    """The command line that does a job of the Python interface, as far as a line can say it."""
-    texts = "".join(f" --text {shlex.quote(source)}" for source in job.text.source)
-    return f"prunus recover {shlex.quote(job.model)} --out {shlex.quote(str(out))}{texts}"

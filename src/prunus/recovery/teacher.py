@@ -18,7 +18,7 @@ from prunus.results.result_content import MetricsContent
 __all__ = ["check_vocabulary", "find_teacher"]
 
 
-def find_teacher(pruned: Path) -> str:
+def find_teacher(pruned: Path) -> tuple[Path, str]:
     """The base model that a pruned folder names, if it is on this machine.
 
     A folder is named without its place: it is looked for beside the pruned one, and in the current directory. A model
@@ -28,7 +28,7 @@ def find_teacher(pruned: Path) -> str:
         pruned: folder of the pruned model.
 
     Returns:
-        A folder.
+        Its folder, and its name.
 
     Raises:
         CheckpointError: none is named, or it is not here.
@@ -40,22 +40,22 @@ def find_teacher(pruned: Path) -> str:
     except CheckpointError as error:
         raise CheckpointError(f"it is not known which model {pruned} was cut from ({error}); {advice}") from error
     if name == PACKAGED_MODEL:
-        return str(smollm2_135m())
+        return smollm2_135m(), name
     for place in (pruned.resolve().parent / Path(name).name, Path(name)):
         # A pruned folder, this one or another, may have the name of the model that it was cut from.
         cut_from = (read_json_if_whole(place / "prunus" / "metrics.json") or {}).get("base_model")
         if (place / "config.json").is_file() and cut_from != name:
-            return str(place)
+            return place, name
     try:
         repository, revision = hub_id(name) or (name, None)
-        folder = snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, local_files_only=True)
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{pruned} was cut from {name!r}, which is neither beside it, nor in the current directory, nor in the "
             f"Hub's cache; {advice}"
         ) from error
-    check_folder(Path(folder))  # one that is here and damaged is not one that is not here
-    return folder
+    check_folder(folder)  # one that is here and damaged is not one that is not here
+    return folder, name
 
 
 def check_vocabulary(config: Any, tokenizer: Any, teacher_config: Any, teacher_tokenizer: Any, teacher: str) -> None:

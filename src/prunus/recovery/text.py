@@ -2,22 +2,24 @@
 
 Of a file, the last sequences of all (of the first `MOST_SAMPLES`, if there are more) are held out, so that runs of any
 length hold out the same ones: their losses compare, and a model that is trained again is not measured on what it was
-trained on. Of what has no end (a data set of
-the Hub, text that the model writes) they are those behind the ones that are trained on. Sources keep their shares: one
-that is too short for its share is gone through again.
+trained on. Of what has no end (a data set of the Hub, text that the model writes) they are those behind the ones that
+are trained on, so that a shorter run holds out what a longer one was trained on. Nothing that shares text with a
+held-out sequence of any source is trained on. Sources keep their shares: one that is too short for its share is gone
+through again.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunus.calibration import Calibration, Reading, calibration_from_tokens, load_calibration
-from prunus.calibration.loading import kind_of
-from prunus.calibration.sources import mixed, sequences_of
+from prunus.calibration.loading import chat_column_of, check_chat_column, kind_of
+from prunus.calibration.sources import Source, mixed, sequences_of
 from prunus.errors import CalibrationError, OptionError
 from prunus.recovery.options import TextOptions
 
@@ -89,26 +91,31 @@ def load_sequences(
         CalibrationError: the text is missing, unreadable or too short.
     """
     wanted, sources = wanted_sequences(options, needed), options.sources
+    check_chat_column(sources, options.chat_column)
     held = sequences_of(sources, options.held_out)
     most = sequences_of(sources, max(wanted, len(sources)))
     how: dict[str, Any] = {"seq_len": options.seq_len, "seed": options.seed, "model": writer, "progress": progress}
-    how["reading"] = Reading(options.text_column, options.chat_column, fewer=True, keep=keep)
+    reading = Reading(options.text_column, options.chat_column, fewer=True, keep=keep)
     parts = []
     for source, share, last in zip(sources, most, held, strict=True):
         bound = share if kind_of(source.name) in ENDLESS else max(share, MOST_SAMPLES)
+        how["reading"] = replace(reading, chat_column=chat_column_of(source, options.chat_column))
         drawn = load_calibration(source.name, tokenizer, samples=bound + last, **how)
         whole = len(drawn) < bound + last
-        read = len(drawn)
-        drawn = drawn if apart is None else drawn.without(apart)
-        if len(drawn) < 0.9 * read:
-            logger.warning(
-                "%s: %d of %d sequences left out, which share text with those that the result is measured on",
-                *(source.name, read - len(drawn), read),
-            )
+        if apart is not None:
+            drawn = _left(drawn, apart, source, "that the result is measured on")
         least = last + (batch_size if len(sources) == 1 else 1)
         if len(drawn) < least:
             raise CalibrationError(_too_few(source.name, drawn, whole, apart, options, least))
         parts.append(drawn.split(last, None if kind_of(source.name) in ENDLESS else MOST_SAMPLES + last))
+    measured = torch.cat([held_out.input_ids for _, held_out in parts])
+    for number, (source, (fitted, held_out)) in enumerate(zip(sources, parts, strict=True)):
+        if not len(left := _left(fitted, measured, source, "that are held out")):
+            raise CalibrationError(
+                f"every sequence of {source.name} shares text with those that are held out: it says the same again and "
+                "again, and nothing would tell learning from learning by heart. Give other text"
+            )
+        parts[number] = left, held_out
     total = sum(source.weight for source in sources)
     # As many as make one pass over the source that lasts longest.
     longest = max(len(fitted) * total / source.weight for source, (fitted, _) in zip(sources, parts, strict=True))
@@ -123,6 +130,17 @@ def load_sequences(
     if len(train_on) < batch_size:
         raise CalibrationError(f"{len(train_on)} sequences to train on are fewer than one step of {batch_size}")
     return train_on, mixed([held_out for _, held_out in parts])
+
+
+def _left(part: Calibration, others: torch.Tensor, source: Source, why: str) -> Calibration:
+    """What has no text in common with others; where that is much less, it is said."""
+    left = part.without(others)
+    if len(left) < 0.9 * len(part):
+        logger.warning(
+            "%s: %d of %d sequences left out, which share text with those %s",
+            *(source.name, len(part) - len(left), len(part), why),
+        )
+    return left
 
 
 def _too_few(

@@ -139,6 +139,8 @@ def training_arguments(
         log_level_replica="error",
         disable_tqdm=True,
     )
+    # Not what `accelerate config` says of other work: the card, the recipe and the estimate of memory name the step's.
+    arguments.mixed_precision = "bf16" if step.bfloat16 else "no"
     if processes == 1 and arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one device; more of them are for torchrun
     return arguments

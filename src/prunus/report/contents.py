@@ -268,7 +268,7 @@ def _recovery(content: RecoveryContent) -> Section:
     if not points:
         return Section("recovery", "Recovery")
     # Not the last point of a round: its result is the best checkpoint.
-    results = [each.held_out_loss for each in content.rounds or [content]]
+    results = [each.held_out_loss for each in content.trainings]
     losses = (
         f"round {number}: {loss.before:.4f} before, {loss.after:.4f} after"
         for number, loss in enumerate(results, start=1)

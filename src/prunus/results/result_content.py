@@ -103,22 +103,30 @@ class _HeldOutLoss(FileContent):
     after: Number
 
 
-class _RecoveryRound(FileContent):
+class _Training(FileContent):
     held_out_loss: _HeldOutLoss | None = None
+    command: str | None = None
 
 
-class RecoveryContent(_RecoveryRound):
-    """prunus/recovery.json: held-out losses over what training took, and of what came out; of one round or several."""
+class RecoveryContent(_Training):
+    """prunus/recovery.json: held-out losses over what training took, and of what came out.
+
+    Of the last training, or of all that one command did in rounds; and of those before it.
+    """
 
     curve: list[_RecoveryPoint] = Field(default_factory=list)
-    rounds: list[_RecoveryRound] = Field(default_factory=list)
-    command: str | None = None
-    earlier: RecoveryContent | None = None
+    rounds: list[_Training] = Field(default_factory=list)
+    earlier: list[_Training] = Field(default_factory=list)
+
+    @property
+    def trainings(self) -> list[_Training]:
+        """All trainings, in order."""
+        return [*self.earlier, *(self.rounds or [self])]
 
     @property
     def commands(self) -> list[str]:
         """The commands that trained the model, in order; none where the one that cut it did."""
-        return [*(self.earlier.commands if self.earlier else ()), *([self.command] if self.command else ())]
+        return [each.command for each in self.trainings if each.command]
 
 
 class _Perplexity(FileContent):

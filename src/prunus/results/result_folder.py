@@ -45,6 +45,7 @@ from prunus.selection.table import load_table
 from prunus.version import __version__
 
 __all__ = [
+    "AGAIN",
     "Result",
     "ResultRecords",
     "add_evaluation",
@@ -55,6 +56,11 @@ __all__ = [
     "save_result",
     "speed_notes",
 ]
+
+#: file of the folder prunus/ from which the command can be given again
+RECIPE = "recipe.yaml"
+#: command that does a job again that nobody typed
+AGAIN = f"prunus prune --recipe prunus/{RECIPE} --out AGAIN"
 
 FOLDER, CARD = "prunus", "README.md"
 #: the Hub's ids of the data sets that the zero-shot tasks are made from, and the part where a set has several
@@ -123,7 +129,7 @@ def save_result(
         **records.more,
     }
     if records.recipe is not None:
-        extras["recipe.yaml"] = records.recipe
+        extras[RECIPE] = records.recipe
     if origin is not None:
         extras[COMPOSED_PLAN] = origin.plan.to_json()
     if records.scored is not None:
