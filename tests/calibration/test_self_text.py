@@ -203,10 +203,10 @@ def test_both_engines_write_the_same(stored, tmp_path):
 def kept(model, tmp_path):
     """Loads text of the model, kept in a folder."""
 
-    def load(samples=6, seed=0, **options):
+    def load(samples=6, seed=0, tokenizer=None, **options):
         sizes = {"samples": samples, "seq_len": 16, "seed": seed, "progress": False}
         reading = Reading(keep=tmp_path / "beside")
-        return load_calibration("self", byte_tokenizer(), model=model, reading=reading, **sizes, **options)
+        return load_calibration("self", tokenizer or byte_tokenizer(), model=model, reading=reading, **sizes, **options)
 
     load.folder = tmp_path / "beside"
     return load
@@ -216,7 +216,7 @@ def test_text_is_kept_and_used_again(kept, monkeypatch):
     first = kept(samples=6)
     (file,) = kept.folder.iterdir()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert lines[0]["made_from"].keys() == {"model", "prompts", "new_tokens", "seed", "begin"}
+    assert lines[0]["made_from"].keys() == {"model", "tokenizer", "prompts", "new_tokens", "seed", "begin"}
     assert len(lines) == 1 + AT_ONCE
     assert all(byte_tokenizer().decode(line["ids"]) == line["text"] for line in lines[1:])
     # A person's or another program's reading of it: JSON lines with text.
@@ -235,6 +235,11 @@ def test_text_is_kept_and_used_again(kept, monkeypatch):
     assert written == (len(file.read_text().splitlines()) - 1) // AT_ONCE - 1 > 0
     assert not torch.equal(kept(samples=6, seed=1).input_ids, first.input_ids)
     assert len(list(kept.folder.iterdir())) == 2
+    # A chat template gives other prompts.
+    chat = byte_tokenizer()
+    chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    kept(samples=6, tokenizer=chat)
+    assert len(list(kept.folder.iterdir())) == 3
 
 
 def test_a_run_that_was_killed_goes_on_after_the_last_batch(kept, monkeypatch):

@@ -452,6 +452,16 @@ def test_all_forms_of_conversations_are_the_text_of_the_template(tmp_path):
         assert torch.equal(ids, drawn["text", suffix]), form
 
 
+@pytest.mark.parametrize("column", ["input", "system"])
+def test_an_instruction_in_a_column_that_usually_stands_beside_one(tmp_path, column):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({column: "What is 2 + 2?", "output": "4"}))
+    expected = "[user] What is 2 + 2?\n[assistant] 4\n"
+    how = {"samples": 1, "seq_len": len(expected), "reading": Reading(chat_column=column)}
+    made = load_calibration(str(path), chat_tokenizer(), **how)
+    assert chat_tokenizer().decode(made.input_ids[0].tolist()) == expected
+
+
 def test_instructions_with_an_input_and_a_system_prompt(tmp_path):
     path = tmp_path / "alpaca.jsonl"
     row = {"instruction": "Add.", "input": "2 and 3", "output": "5", "system": "Be brief."}

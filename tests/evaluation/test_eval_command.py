@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,15 @@ def test_everything_beside_the_dense_model_and_in_the_card(capsys, place, monkey
     assert kept["zero_shot"] == facts["zero_shot"]
     assert kept["speed"] == facts["speed"]
     assert len(kept["commands"]) == 2
+
+    # What is compared with is on the card only if it is what the model was cut from.
+    beside = [place / "other", "--text", place / "one.txt", *short, "16", "--update-card"]
+    shutil.copytree(place / "dense", place / "other")
+    run(capsys, "eval", small, "--compare", *beside)
+    card = ModelCard.load(small / "README.md")
+    (row,) = [line for line in card.text.splitlines() if line.startswith("| one.txt |")]
+    assert row.split("|")[3].strip() in ("", "–", "-", "not measured")
+    assert json.loads((small / "prunus" / "evaluation.json").read_text())["dense"]["model"] == "other"
 
 
 def test_a_table_for_people(capsys, place):

@@ -28,12 +28,14 @@ def fitted(model, size: str, selection: Constraints | None = None) -> Job:
 
 @pytest.mark.parametrize(
     ("family", "per_layer"),
-    [("llama", True), ("qwen2", True), ("granite", False), ("gemma3_text", False), ("phi3", False)],
+    [("llama", True), ("qwen2", True), ("qwen3", True), ("granite", False), ("gemma3_text", False), ("phi3", False)],
 )
 @pytest.mark.parametrize("share", [0.9, 0.6])
 def test_a_file_takes_no_more_than_asked(saved, tmp_path, family, per_layer, share):
     """Of importances that would leave layers of very different widths, and of the first one nothing."""
-    model = make_model(family, **SIZES, **({"query_pre_attn_scalar": 12} if family == "gemma3_text" else {}))
+    # Of Qwen 3 only tied models have files with layers of their own widths.
+    more = {"gemma3_text": {"query_pre_attn_scalar": 12}, "qwen3": {"tie_word_embeddings": True}}
+    model = make_model(family, **SIZES, **more.get(family, {}))
     geometry = Geometry.of(model)
     total = int(storage_costs(geometry, "Q8_0").total)
     job = fitted(model, f"{int(share * total)}B:Q8_0")
@@ -62,6 +64,8 @@ def test_what_files_cannot_hold_is_said():
     model = make_model("phi3", **SIZES)
     with pytest.raises(OptionError, match=r"`axes=attention`: GGUF files of Phi-3.* hold all attention heads"):
         fitted(model, "1MB:Q8_0", Constraints(axes=("attention",)))
+    with pytest.raises(OptionError, match="in GGUF files every layer has both blocks"):
+        fitted(make_model("llama", **SIZES), "1MB:Q8_0", Constraints(shape="depth", axes=("mlp",)))
     # A checkpoint holds any shape, and a file any depth.
     size = Geometry.of(model).total_parameters
     assert fitted(model, f"{3 * size}B", Constraints(shape="ragged")).recipe.selection.shape == "ragged"

@@ -80,6 +80,8 @@ def test_scored_planned_and_applied(folder, text, tmp_path, capsys):
     facts = run_json(capsys, "inspect", folder, "--group", "1:expert:2", "--table", tmp_path / "scores")
     assert facts["cost"] == sum(part["parameters"] for part in facts["parts"])
     assert facts["of"] == 6
+    said = fails(capsys, "inspect", folder, "--group", "0:attention:0", "--table", tmp_path / "scores")
+    assert "says nothing about 0:attention:0: it is of expert groups" in said
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,9 @@ def test_scored_planned_and_applied(folder, text, tmp_path, capsys):
         (["--experts", "0.9"], "each token goes to 2 experts"),
         (["--experts", "50"], "For 50 % write 0.5"),
         (["--experts", "0.5", "--ratio", "0.4"], "give one of them"),
+        (["--experts", "0.5", "--ratio", "0.25"], "--ratio and --experts both say how much to remove"),
+        (["--experts", "0.5", "--fit", "480KB"], "--experts and --fit both say how much to remove"),
+        (["--fit", "480KB", "--target", "flops"], "--target flops: a size to fit is one of bytes"),
         (["--experts", "0.5", "--method", "wanda"], "says nothing about expert groups"),
         (["--ratio", "0.2", "--shape", "ragged"], "no class loads a mixture"),
     ],

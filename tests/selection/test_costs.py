@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import geometries
 from tiny_families import CASES, ONE_UNLIKE, case_id, make_model, plan_keeping, random_tokens
+from tiny_mixtures import make_mixture
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunus.errors import PlanError
@@ -45,6 +46,22 @@ def test_flops_are_those_that_torch_counts(case):
     costs, plan = flop_costs(Geometry.of(model), tokens), ragged(model)
     assert costs.total == counted_flops(model, tokens)
     assert costs.left(plan.kept_widths) == counted_flops(apply_plan(model, plan), tokens)
+
+
+def test_flops_of_a_mixture_whose_layers_go():
+    """The experts that a token goes to leave with their layer, and are no fewer where fewer are left."""
+    model = make_mixture("qwen3_moe", num_hidden_layers=4)
+    geometry, tokens = Geometry.of(model), 6
+    costs = flop_costs(geometry, tokens)
+    everything = [{axis: range(widths[axis]) for axis in geometry.axes} for widths in geometry.widths]
+    last = max(i for i, widths in enumerate(geometry.widths) if widths.num_experts)
+    needed = geometry.experts_per_token
+    fewer = [{**kept, "expert": range(min(needed, len(kept["expert"])))} for kept in everything]
+    assert costs.left(Plan.from_kept(geometry, fewer).kept_widths) == costs.total
+    without = [{axis: range(0) for axis in kept} if i == last else kept for i, kept in enumerate(everything)]
+    plan = Plan.from_kept(geometry, without)
+    again = flop_costs(Geometry.of(apply_plan(model, plan)), tokens)
+    assert costs.left(plan.kept_widths) == again.total < costs.total
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)

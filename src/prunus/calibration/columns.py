@@ -143,9 +143,9 @@ class ChatColumn:
         answer = next((record[name] for name in _ANSWERS if name in record), None)
         if not isinstance(answer, str):
             raise self._none(where, f"holds text, and the row has no text in column {_ANSWERS[0]!r}")
-        parts = [record[self.name], record.get(_INPUT) or ""]
-        asked = "\n\n".join(str(part) for part in parts if part)
-        system = [{"role": "system", "content": str(record[_SYSTEM])}] if record.get(_SYSTEM) else []
+        beside = {name: record.get(name) or "" for name in (_INPUT, _SYSTEM) if name != self.name}
+        asked = "\n\n".join(str(part) for part in (record[self.name], beside.get(_INPUT)) if part)
+        system = [{"role": "system", "content": str(beside[_SYSTEM])}] if beside.get(_SYSTEM) else []
         return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
     def _none(self, where: Callable[[], str], found: str) -> CalibrationError:

@@ -96,7 +96,8 @@ def self_written(
     most_new = min(MOST_NEW, seq_len)
     file = None
     if keep is not None:
-        made_from = {"model": digest_model(model), "prompts": VERSION, "new_tokens": most_new}
+        made_from = {"model": digest_model(model), "tokenizer": _digest_of(tokenizer)}
+        made_from |= {"prompts": VERSION, "new_tokens": most_new}
         file = _File(keep, {**made_from, "seed": seed, "begin": begin})
     prompts: _Prompts | None = None
     for batch in count():
@@ -107,6 +108,12 @@ def self_written(
             if file is not None:
                 file.add(documents, tokenizer)
         yield from documents
+
+
+def _digest_of(tokenizer: Any) -> str:
+    """What of a tokenizer decides the text: its vocabulary, special tokens and chat template."""
+    words = sorted(tokenizer.get_vocab().items()), tokenizer.all_special_ids, str(tokenizer.chat_template)
+    return hashlib.sha256(repr(words).encode()).hexdigest()
 
 
 class _Prompts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,16 +38,19 @@ def plan(
     from prunus.cli.printing import print_json, print_rows
     from prunus.files.outputs import check_output_file, output_file
     from prunus.pipeline.job import Job
-    from prunus.pipeline.job_file import read_job
+    from prunus.pipeline.job_file import PRESETS, read_job
     from prunus.pipeline.recipe import Recipe
     from prunus.scoring.score import Score
     from prunus.selection.plan import MARK
+    from prunus.selection.targets import TargetOptions
 
     check_output_file(out, "plan.json", MARK, overwrite)
     result = Score.load(table)
     # Another target has a context and a phase of its own.
     base = Job("", recipe=Recipe(target=result.target) if selection.target is None else Recipe())
     recipe = read_job(file.recipe, file.set, given(selection), base=base, command="prunus plan").recipe
+    if file.recipe in PRESETS and selection.target is None and recipe.target == TargetOptions():
+        recipe = replace(recipe, target=result.target)  # of which a preset says nothing
     costs = recipe.target.costs(result.geometry)
     if normalize is not None:
         result = result.ranked(normalize)

@@ -77,13 +77,18 @@ def prune(
     from prunus.cli.forecast import show_forecast
     from prunus.cli.printing import print_json, typed_command
     from prunus.cli.prune_result import show_result
+    from prunus.pipeline.job import DEFAULT_RATIO
     from prunus.pipeline.job_file import read_job
     from prunus.pipeline.prune import forecast_prune, prune_job
     from prunus.selection.fit import FitOptions
 
     size = given(fit)
-    if ratio is not None and (fit.fit or fit.fit_memory):
-        raise OptionError("`ratio` and `fit` both say how much to remove; give one of them")
+    amounts = {"ratio": ratio is not None, "experts": experts is not None, "fit": bool(fit.fit or fit.fit_memory)}
+    if sum(amounts.values()) > 1:
+        both = [f"`{name}`" for name, typed in amounts.items() if typed]
+        raise OptionError(f"{' and '.join(both)} both say how much to remove; give one of them")
+    if experts is not None:
+        ratio = DEFAULT_RATIO  # in place of that of the recipe's file
     direct = {"model": model, "ratio": ratio, "experts": experts, "rounds": rounds, **size}
     direct |= given(scoring, selection, calibration, evaluation, device, passes, save)
     if text_only:

@@ -41,7 +41,8 @@ def flags_of(app: App, words: Sequence[str]) -> dict[str, str]:
         argument for argument in command.assemble_argument_collection() if argument.parameter.parse is not False
     ]
     flags = {argument.field_info.name: argument.name for argument in arguments if argument.name != "*"}
-    if "experts" in flags and any(word.partition("=")[0] == flags["experts"] for word in words):
+    typed = {word.partition("=")[0] for word in words}
+    if flags.get("experts") in typed and flags["ratio"] not in typed:
         flags["ratio"] = flags["experts"]  # typed in its place
     if "set" not in flags:
         return flags

@@ -17,7 +17,7 @@ from typing import Any
 from prunus.errors import OptionError, UnsupportedModelError
 from prunus.export.fill import largest_widths
 from prunus.export.gguf_rope import Rope
-from prunus.model.families import family_of
+from prunus.model.families import AXES, family_of
 from prunus.model.geometry import Geometry
 from prunus.model.widths import LayerWidths
 from prunus.selection.constraints import Constraints
@@ -373,7 +373,14 @@ def as_files_hold_it(config: Any, constraints: Constraints) -> Constraints:
     """
     able = [each for each in candidates(config) if each.untied or config.tie_word_embeddings]
     title = family_of(config).title
-    if constraints.shape == "depth" or family_of(config).mixture is not None:
+    if family_of(config).mixture is not None:
+        return constraints
+    if constraints.shape == "depth":
+        if constraints.axes is not None and set(constraints.axes) != set(AXES):
+            raise OptionError(
+                f"`axes={','.join(constraints.axes)}` with `shape=depth`: in GGUF files every layer has both blocks, "
+                "so that one without the other saves nothing there; leave `axes` out, or give the size without a type"
+            )
         return constraints
     if not any(each.per_layer for each in able):
         if constraints.shape == "ragged":
@@ -381,7 +388,9 @@ def as_files_hold_it(config: Any, constraints: Constraints) -> Constraints:
                 f"`shape=ragged`: in GGUF files of {title} all layers are equally wide, so that narrower ones save "
                 "nothing there; leave `shape` out, or give the size without a type"
             )
-        constraints = replace(constraints, shape="uniform", min_keep_attention=max(1, constraints.min_keep_attention))
+        constraints = replace(constraints, shape="uniform")
+    if not any(each.absent_attention for each in able):
+        constraints = replace(constraints, min_keep_attention=max(1, constraints.min_keep_attention))
     if all(each.heads_span_hidden for each in able):
         if constraints.axes is not None and "attention" in constraints.axes:
             raise OptionError(

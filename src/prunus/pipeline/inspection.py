@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from prunus.checkpoint import empty_model, locate, read_config, whole_around
-from prunus.errors import PlanError
+from prunus.errors import OptionError, PlanError
 from prunus.model.families import Axis
 from prunus.model.geometry import Geometry
 from prunus.model.group import Group
@@ -123,7 +123,7 @@ def inspect_group(model: str, group: str, table: str | Path | None = None) -> di
         Plain values: cost, parts, and with a table importance, score, rank (1 = the first to be cut) and of how many.
 
     Raises:
-        OptionError: the model has no such group.
+        OptionError: the model has no such group, or the table says nothing about it.
         PlanError: the table is malformed, or of a model of another shape.
     """
     empty = empty_model(read_config(locate(model)), torch.float32)
@@ -150,6 +150,9 @@ def inspect_group(model: str, group: str, table: str | Path | None = None) -> di
         rows = scored.table
         place = (rows["layer_idx"] == found.layer_idx) & (rows["group_type"] == found.axis)
         row = rows[place & (rows["group_idx"] == found.group_idx)]
+        if row.empty:
+            scores = " and ".join(sorted(set(rows["group_type"])))
+            raise OptionError(f"the table {table} says nothing about {group}: it is of {scores} groups")
         facts |= {name: float(row[name].item()) for name in ("importance", "score")}
         facts |= {"rank": int(row.index.item()) + 1, "of": len(rows)}
     return facts

@@ -88,6 +88,11 @@ class Job:
             object.__setattr__(self, "ratio", self.experts)
             object.__setattr__(self, "recipe", replace(self.recipe, target=TargetOptions("experts")))
             object.__setattr__(self, "experts", None)
+        if self.fit and self.recipe.target.name not in ("params", "size", "memory"):
+            raise OptionError(
+                f"`target` {self.recipe.target.name}: a size to fit is one of bytes; leave `target` out, or give "
+                "a `ratio` of it"
+            )
         check_ratio(self.ratio, self.recipe.target.quantity)
         if self.run.revision is not None:
             # One way to say it from here on, as part of the name.

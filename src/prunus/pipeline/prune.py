@@ -201,6 +201,8 @@ def _made(
         "repair": asdict(job.recipe.repair) if job.recipe.repair else None,
         **_costs(stages, pruning),
         **{key: value for key, value in result.score.about.items() if key not in ("seconds", "peak_bytes")},
+        # Text that only the repair used was used, too.
+        "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration is not None else None,
         **routing_of(result.score.about.get("routing"), result.plan, _tokens_after(result)),
     }
     with stages.enter(SAVING):

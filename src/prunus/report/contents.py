@@ -194,7 +194,8 @@ def _removed(result: Result) -> Section:
             kept_sets = [set(kept[axis]) for kept in plan.layers]
             row.append(f"{sum(int(cost) for layer, group, cost in keys if group not in kept_sets[layer]):,}")
         rows.append(row)
-    columns = ["", "before", "kept", "removed", "share removed", *(["parameters removed"] if table is not None else [])]
+    target = (result.metrics.get("target") or {}).get("quantity", "parameters")
+    columns = ["", "before", "kept", "removed", "share removed", *([f"{target} removed"] if table is not None else [])]
     gone = [i for i in range(len(plan.layers)) if i not in plan.surviving_layers]
     bare = {
         axis: [i for i in plan.surviving_layers if plan.widths[i][axis] and not plan.layers[i][axis]]

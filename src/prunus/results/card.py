@@ -370,7 +370,7 @@ def _making(facts: CardFacts) -> str:
         )
         rows["calibration tokens, SHA-256"] = markdown_code(calibration.sha256)
     else:
-        rows["calibration text"] = "none: the method needs no text"
+        rows["calibration text"] = "none"
     rows |= {markdown_text(name): markdown_text(value) for name, value in facts.details.items()}
     rows["prunus"] = markdown_text(facts.version)
     composed = (

@@ -57,6 +57,8 @@ __all__ = [
     "speed_notes",
 ]
 
+logger = logging.getLogger(__name__)
+
 #: file of the folder prunus/ from which the command can be given again
 RECIPE = "recipe.yaml"
 #: command that does a job again that nobody typed
@@ -258,6 +260,13 @@ def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any], command: s
     with claimed(folder):
         result = read_result(folder)
         merged = _merged(result.evaluation, evaluation)
+        beside = (evaluation.get("dense") or {}).get("model")
+        if beside is not None and not _is_base(beside, result.metrics):
+            logger.warning(
+                "%s is not the model that %s was cut from (%s): its figures are kept in evaluation.json, and are not "
+                "on the card",
+                *(beside, folder, result.metrics["base_model"]),
+            )
         merged["commands"] = list(dict.fromkeys([*result.evaluation.get("commands", []), command]))
         text = _updated(result, merged)
         with whole_file(result.folder / FOLDER / "evaluation.json") as partial:
@@ -299,6 +308,17 @@ def _merged_lists(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, l
     }
 
 
+def _is_base(model: str | None, metrics: Mapping[str, Any]) -> bool:
+    """Whether a model that was measured beside a result is the one that it was cut from, at last or at first."""
+    bases = metrics.get("base_model"), (metrics.get("original") or {}).get("model")
+    # A Hub id and a folder of that name, which a download makes, are one.
+    return model is not None and _own_name(model) in [_own_name(base) for base in bases if base]
+
+
+def _own_name(model: str) -> str:
+    return model.rpartition("/")[2].partition("@")[0]
+
+
 def measured_facts(metrics: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[MeasuredFacts]:
     """All figures of a result, those of a later evaluation instead of earlier ones on the same data."""
     figures: list[MeasuredFacts] = []
@@ -307,6 +327,8 @@ def measured_facts(metrics: Mapping[str, Any], evaluation: Mapping[str, Any]) ->
         before, after = metrics.get("perplexity_before"), metrics["perplexity_after"]
         figures.append(MeasuredFacts(text, text, "perplexity", "perplexity", protocol, before, after))
     dense = evaluation.get("dense") or {}
+    if not _is_base(dense.get("model"), metrics):
+        dense = {}
 
     def entry_of(name: str, entry: Mapping[str, Any]) -> Mapping[str, Any]:
         key = EVALUATION_LISTS[name]

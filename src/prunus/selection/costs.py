@@ -10,7 +10,8 @@ experts      routed experts of all layers
 ============ ===========================================================================================
 
 A quantity is given by what each block takes as a function of the groups it keeps, and by what is there whatever is cut
-(embeddings, head). Experts take no FLOPs of their own: a token goes to as many as before. Norms, activation functions
+(embeddings, head). An expert takes no FLOPs of its own, as a token goes to as many as before; those that it goes to
+leave with the layer. Norms, activation functions
 and softmax are no matrix products and have no FLOPs here; the two numbers by which transformers' cache counts the
 tokens of a layer without attention are no keys and values.
 """
@@ -104,16 +105,22 @@ def flop_costs(geometry: Geometry, context: int) -> Costs:
     """
 
     def group(layer_idx: int, axis: Axis) -> int:
-        products = 2 * geometry.group_weights(axis) if axis != "expert" else 0
+        if axis == "expert":
+            return 0
+        products = 2 * geometry.group_weights(axis)
         if axis == "attention":
             # Queries times keys, and their softmax times values: a product each of every query head and token.
             products += 4 * geometry.unit("query") * min(context, geometry.windows[layer_idx] or context)
         return products
 
+    def curve(layer_idx: int, axis: Axis) -> np.ndarray:
+        groups = np.arange(geometry.widths[layer_idx][axis] + 1)
+        if axis == "expert":
+            return (groups > 0) * 2 * geometry.experts_per_token * geometry.group_parameters["expert"]
+        return groups * group(layer_idx, axis)
+
     head = 2 * geometry.vocab_size * geometry.hidden_size
-    layers_with_experts = sum(bool(widths.num_experts) for widths in geometry.widths)
-    chosen = 2 * layers_with_experts * geometry.experts_per_token * geometry.group_parameters.get("expert", 0)
-    return _linear(geometry, f"FLOPs per token at a context of {context:,}", head + chosen, group)
+    return _costs(geometry, f"FLOPs per token at a context of {context:,}", head, curve, group)
 
 
 def kv_cache_costs(geometry: Geometry, context: int, sequences: int = 1) -> Costs:

@@ -97,9 +97,9 @@ class FitOptions:
                 f"leaves it {show_bytes(limit)}. Ask for less"
             )
         align = math.lcm(constraints.align, blocks_of(storage))
-        return Fitted(
-            (costs.total - limit) / costs.total, target, replace(constraints, align=align, at_least=True), limit
-        )
+        # Rounded down, or a product with the total could ask for a byte more than there is to remove.
+        ratio = math.nextafter((costs.total - limit) / costs.total, 0)
+        return Fitted(ratio, target, replace(constraints, align=align, at_least=True), limit)
 
     @property
     def _name(self) -> str:
