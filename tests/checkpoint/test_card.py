@@ -208,7 +208,7 @@ def test_loading_instructions():
 
 def test_methods_without_calibration():
     text = card(calibration=None, measured=())
-    assert "needs no text" in text
+    assert "| calibration text | none |" in text
     assert "## Evaluation" not in text
 
 

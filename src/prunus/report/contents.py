@@ -25,6 +25,7 @@ from prunus.results.card import MeasuredFacts
 from prunus.results.comparison import DENSE
 from prunus.results.result_content import ComparisonContent, RecipeContent, RecoveryContent
 from prunus.results.result_folder import Result, measured_facts, read_result, speed_notes
+from prunus.results.what_went import how_chosen, what_went
 from prunus.scoring.routing import ROUTING_COLUMNS, routing_rows
 from prunus.selection.plan import Plan
 
@@ -123,6 +124,7 @@ def contents_of(folder: str | Path) -> Contents:
 def _of_result(result: Result) -> Contents:
     metrics, name, trained = result.metrics, result.folder.resolve().name, _trained(result)
     before, after = metrics["parameters_before"], metrics["parameters_after"]
+    widths = result.plan.widths, result.plan.kept_widths
     figures = measured_facts(metrics, result.evaluation)
     samples = _samples(result)
     scores = score_charts(result.table, result.plan) if result.table is not None else []
@@ -146,7 +148,8 @@ def _of_result(result: Result) -> Contents:
     return Contents(
         title=f"{name}: {metrics['base_model']} without {1 - after / before:.1%} of its parameters",
         summary=(
-            f"prunus removed {_what_went(result.plan)} from {metrics['base_model']}{_how_chosen(result.plan)}. "
+            f"prunus removed {what_went(*widths)} from {metrics['base_model']}, "
+            f"{how_chosen(*widths, by_scores='scoring' in metrics)}. "
             f"{before:,} parameters became {after:,}{_active(metrics)}."
         ),
         prunus=str(metrics.get("prunus", "")),
@@ -209,17 +212,6 @@ def _removed(result: Result) -> Section:
     if bare.get("mlp"):
         notes.append(f"No MLP is left in {_layers(bare['mlp'])}.")
     return Section("removed", "What was removed", notes, [("Groups over all layers", Rows(columns, rows))])
-
-
-def _what_went(plan: Plan) -> str:
-    if any(widths.num_experts for widths in plan.widths):
-        return "whole experts"
-    return "whole attention groups (a key/value head with the query heads that read it) and MLP channels"
-
-
-def _how_chosen(plan: Plan) -> str:
-    mixture = any(widths.num_experts for widths in plan.widths)
-    return ", in every layer those that do least" if mixture else ", chosen in one ranking over all layers"
 
 
 def _active(metrics: Mapping[str, Any]) -> str:

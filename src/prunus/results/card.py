@@ -16,8 +16,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from prunus.errors import CheckpointError
 from prunus.escaping import markdown_block, markdown_code, markdown_text, printable_values, yaml_block
 from prunus.model.widths import LayerWidths
+from prunus.results.what_went import how_chosen, what_went
 
 __all__ = [
+    "GIVEN_PLAN",
     "CalibrationFacts",
     "CardFacts",
     "MeasuredFacts",
@@ -86,6 +88,10 @@ class MeasuredFacts:
     def show(self, value: float | None) -> str:
         """One of the two for a reader: perplexities with two decimals, accuracies in percent."""
         return "" if value is None else FORMATS.get(self.metric, "{:.4g}").format(value)
+
+
+#: in the place of a method
+GIVEN_PLAN = "a given plan"
 
 
 @dataclass(frozen=True)
@@ -300,6 +306,9 @@ def _summary(facts: CardFacts) -> str:
             f" It was cut in steps: the base of this one was {_base(facts)}, with {facts.parameters_before:,} "
             "parameters left."
         )
+    widths = facts.base_widths, facts.widths
+    chosen = how_chosen(*widths, by_scores=facts.method != GIVEN_PLAN)
+    went = f"{what_went(*widths)} were removed, {chosen}"
     of_what, parameters = "its parameters", f"| parameters | {before:,} | {facts.parameters_after:,} |\n"
     if facts.around is not None:
         of_what = "the parameters of its language model"
@@ -309,21 +318,12 @@ def _summary(facts: CardFacts) -> str:
             f"| parameters in all | {counts[0]:,} | {counts[1]:,} |\n"
         )
     return (
-        f"{whole} without {1 - facts.parameters_after / before:.1%} of {of_what}: {_what_went(facts)} by "
+        f"{whole} without {1 - facts.parameters_after / before:.1%} of {of_what}: {went}, by "
         f"prunus.{steps}\n\n"
         f"| | {'original' if facts.original else 'base'} | this model |\n|---|---:|---:|\n"
         f"{parameters}"
         f"{_active(facts)}"
         f"| decoder layers | {len(facts.base_widths)} | {sum(map(bool, facts.widths))} |"
-    )
-
-
-def _what_went(facts: CardFacts) -> str:
-    if any(widths.num_experts for widths in facts.base_widths):
-        return "whole experts were removed in every layer, chosen by what they do for the calibration text,"
-    return (
-        "whole attention groups (a key/value head with its query heads) and MLP channels were removed, chosen in one "
-        "ranking over all layers"
     )
 
 

@@ -29,6 +29,7 @@ from prunus.files.links import check_links
 from prunus.files.outputs import claimed, whole_file
 from prunus.files.user_path import expanded
 from prunus.results.card import (
+    GIVEN_PLAN,
     CalibrationFacts,
     CardFacts,
     MeasuredFacts,
@@ -389,7 +390,7 @@ def _card_facts(
     return CardFacts(
         name=name,
         base_model=metrics["base_model"],
-        method=metrics["scoring"]["method"] if "scoring" in metrics else "a given plan",
+        method=metrics["scoring"]["method"] if "scoring" in metrics else GIVEN_PLAN,
         ratio=metrics["ratio"],
         quantity=metrics["target"]["quantity"] if "target" in metrics else "parameters",
         parameters_before=metrics["parameters_before"],
