@@ -96,9 +96,8 @@ def self_written(
     most_new = min(MOST_NEW, seq_len)
     file = None
     if keep is not None:
-        made_from = {"model": digest_model(model), "tokenizer": _digest_of(tokenizer)}
-        made_from |= {"prompts": VERSION, "new_tokens": most_new}
-        file = _File(keep, {**made_from, "seed": seed, "begin": begin})
+        made_from = {"model": digest_model(model), "tokenizer": _digest_of(tokenizer), "prompts": VERSION}
+        file = _File(keep, {**made_from, "new_tokens": most_new, "seed": seed, "begin": begin})
     prompts: _Prompts | None = None
     for batch in count():
         documents = None if file is None else file.batch(batch)
