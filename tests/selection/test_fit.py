@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from plain import PLAIN, UNMEASURED
@@ -12,7 +13,7 @@ from tiny_blocks import make_stored
 from tiny_folder import byte_tokenizer, fails, run, run_json
 from tiny_multimodal import multimodal
 
-from prunus.errors import OptionError
+from prunus.errors import BudgetError, OptionError
 from prunus.machine.byte_sizes import parse_bytes
 from prunus.model.geometry import Geometry
 from prunus.pipeline.job_file import read_job
@@ -52,6 +53,20 @@ def test_weights_never_exceed_the_size(geometry, shape, share):
         assert same == plan
 
 
+@pytest.mark.parametrize("shape", ["ragged", "uniform", "depth"])
+def test_the_smallest_size_is_reached_and_a_byte_less_is_refused_with_it(geometry, shape):
+    constraints = Constraints(shape=shape, min_keep_mlp=0 if shape == "depth" else 3)
+    with pytest.raises(BudgetError, match=r"weights in bfloat16 are at least [\d,]+ bytes") as error:
+        FitOptions("1B").solved(geometry, "bfloat16", constraints)
+    smallest = int(re.search(r"at least ([\d,]+) bytes", str(error.value))[1].replace(",", ""))
+    with pytest.raises(BudgetError):
+        FitOptions(f"{smallest - 1}B").solved(geometry, "bfloat16", constraints)
+    fitted = FitOptions(f"{smallest}B").solved(geometry, "bfloat16", constraints)
+    table, costs = build_table(geometry, importance(geometry)), fitted.target.costs(geometry)
+    plan = select(table, geometry, fitted.ratio, fitted.constraints, costs)
+    assert costs.left(plan.kept_widths) == smallest
+
+
 def test_memory_with_the_cache(geometry):
     """Beside the weights 2 bytes for each number of the keys and values of 3 sequences of 50 tokens."""
     numbers = sum(2 * widths["attention"] * geometry.head_dim * 50 * 3 for widths in geometry.widths)
@@ -66,7 +81,7 @@ def test_memory_with_the_cache(geometry):
 
 
 def test_types_in_blocks_keep_whole_blocks(geometry):
-    fitted = FitOptions("8000:q4_0").solved(geometry, "float32", Constraints(align=3))
+    fitted = FitOptions("30000:q4_0").solved(geometry, "float32", Constraints(align=3))
     assert fitted.constraints.align == math.lcm(3, 32)
     assert (fitted.target.name, fitted.target.storage) == ("size", "Q4_0")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from prunus.errors import OptionError
+from prunus.errors import BudgetError, OptionError
 from prunus.machine.byte_sizes import parse_bytes, show_bytes
 from prunus.model.geometry import Geometry
 from prunus.option_values import check_whole
 from prunus.selection.constraints import Constraints
+from prunus.selection.select import reachable
 from prunus.selection.storage import DTYPE_BYTES, FILE_TYPES, blocks_of, check_storage
 from prunus.selection.targets import MOST_TOKENS, TargetOptions
 
@@ -77,6 +78,7 @@ class FitOptions:
 
         Raises:
             OptionError: the model fits as it is, or what stands beside it does not.
+            BudgetError: it cannot be made as small as that under the constraints.
         """
         limit, storage = self._limit(saved_in)
         taken = 0 if storage in FILE_TYPES else beside * DTYPE_BYTES[storage]
@@ -97,9 +99,17 @@ class FitOptions:
                 f"leaves it {show_bytes(limit)}. Ask for less"
             )
         align = math.lcm(constraints.align, blocks_of(storage))
+        constraints = replace(constraints, align=align, at_least=True)
+        smallest = math.ceil(costs.total - reachable(geometry, constraints, costs))
+        if smallest > limit:
+            raise BudgetError(
+                f"`{self._name}` leaves the model {show_bytes(limit)}, and its {costs.quantity} are at least "
+                f"{smallest:,} bytes under these constraints: ask for more, or relax layer range, min-keep, axes, "
+                "align or shape"
+            )
         # Rounded down, or a product with the total could ask for a byte more than there is to remove.
         ratio = math.nextafter((costs.total - limit) / costs.total, 0)
-        return Fitted(ratio, target, replace(constraints, align=align, at_least=True), limit)
+        return Fitted(ratio, target, constraints, limit)
 
     @property
     def _name(self) -> str:
