@@ -43,6 +43,35 @@ class Mutation:
 
 NUMBERS, STATISTICS, NOISE = "test_scales_of_numbers.py", "test_statistics.py", "test_noise.py"
 MUTATIONS = (
+    # training
+    Mutation(
+        "pace.py",
+        "return self._by_clock(steps, ahead=1.0) >= 1",
+        "return bool(self.max_seconds and self.share(steps, ahead=1.0) >= 1)",
+        ("test_pace.py",),
+        "a run with two limits leaves its last step out",
+    ),
+    Mutation(
+        "recovery/text.py",
+        '_left(fitted, measured, source, "that are held out")',
+        "fitted",
+        ("test_recovery_text.py",),
+        "training on what is held out",
+    ),
+    Mutation(
+        "selection/costs.py",
+        "(groups > 0) * 2 * geometry.experts_per_token",
+        "(groups > 0) * geometry.experts_per_token",
+        ("test_costs.py::test_flops_of_a_mixture_whose_layers_go",),
+        "half of the FLOPs of experts",
+    ),
+    Mutation(
+        "selection/fit.py",
+        "if smallest > limit:",
+        "if smallest > limit + 1:",
+        ("test_fit.py",),
+        "a size that cannot be reached is tried",
+    ),
     # text that the model writes
     Mutation(
         "decoding_attention.py",

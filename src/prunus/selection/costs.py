@@ -97,7 +97,7 @@ def parameter_costs(geometry: Geometry) -> Costs:
 
 
 def flop_costs(geometry: Geometry, context: int) -> Costs:
-    """FLOPs of one token's forward pass.
+    """FLOPs of one token's forward pass; of a router, those of the experts that the token goes to.
 
     Args:
         geometry: shape of the model.
