@@ -217,13 +217,13 @@ def test_only_outputs_are_ever_replaced(model, tokenizer, tmp_path):
     home.mkdir()
     (home / "config.json").write_text("{}")
     (home / "thesis.tex").write_text("years of work")
-    with pytest.raises(CheckpointError, match=r"does not look like.*thesis\.tex"):
+    with pytest.raises(CheckpointError, match=r"nor an earlier output.*thesis\.tex"):
         save(model, tokenizer, home, overwrite=True)
     assert (home / "thesis.tex").read_text() == "years of work"
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "a.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="does not look like"):
+    with pytest.raises(CheckpointError, match="nor an earlier output"):
         check_output(notes, overwrite=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from llama_cpp_graph import GgufFile
 from tiny_families import make_model
-from tiny_folder import run, run_json
+from tiny_folder import fails, run, run_json
 from transformers import AutoConfig
 
 import prunus
@@ -19,6 +19,13 @@ def ragged(saved):
     whole = make_model("llama", num_hidden_layers=2, vocab_size=280)
     kept = [{"attention": [0, 2], "mlp": range(9)}, {"attention": [1], "mlp": range(4)}]
     return saved(prunus.apply_plan(whole, Plan.from_kept(Geometry.of(whole), kept)))
+
+
+def test_options_of_a_gguf_file_are_no_options_of_a_folder(capsys, ragged, tmp_path):
+    for option in (["--type", "q8_0"], ["--mlp-multiple", "64"]):
+        said = fails(capsys, "export", ragged, "--to", "dense", "--out", tmp_path / "out", *option)
+        assert f"{option[0]} is one of GGUF files" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_gguf(capsys, ragged, tmp_path):

@@ -139,7 +139,7 @@ def test_a_file_that_appeared_meanwhile_stays_and_ours_is_not_lost(tmp_path):
 
 def test_a_folder_of_other_things_that_appeared_is_not_replaced_with_overwrite_either(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(CheckpointError, match="does not look like"), output_folder(out, overwrite=True) as place:
+    with pytest.raises(CheckpointError, match="nor an earlier output"), output_folder(out, overwrite=True) as place:
         write(place, "ours")
         out.mkdir()
         (out / "thesis.tex").write_text("years of work")

@@ -76,9 +76,15 @@ def test_what_cannot_work_is_said_first(capsys, tmp_path, folder, text):
     words = ["prune", folder, "--out", tmp_path / "out", "--calibration", text, *SIZES, "--dry-run"]
     said = fails(capsys, *words, "--ratio", "0.99")
     assert "the largest reachable ratio is" in said
+    for source, message in (("missing.jsonl", "does not exist"), ("c5", "there is no calibration source 'c5'")):
+        for command in (["prune"], ["score"], ["compare", "--ratios", "0.2"]):
+            given = [command[0], folder, *command[1:], "--out", tmp_path / "out", "--calibration", source, *SIZES]
+            assert message in fails(capsys, *given, "--dry-run")
+    chat = fails(capsys, *words, "--set", "calibration.chat_column=messages")
+    assert "conversations come from .jsonl" in chat
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
-    assert "is not empty" in fails(capsys, *words)
+    assert "is not empty, nor an earlier output" in fails(capsys, *words)
     assert files(tmp_path) == ["out", "out/mine.txt"]
 
 

@@ -164,6 +164,24 @@ def test_a_pruned_folder_of_the_base_model_s_name_is_not_it(refused, recover, pr
     assert facts["held_out_loss"]["dense"] < facts["held_out_loss"]["before"]
 
 
+def test_the_teacher_of_a_model_that_was_cut_twice_is_the_first_of_all(
+    recover, pruned, dense, tmp_path, monkeypatch, caplog, capsys
+):
+    """Where it is not here, the model between teaches, which is said; prune itself advises a command that works."""
+    sizes = ["--calibration", "default", "--samples", "8", "--seq-len", "32", "--set", "evaluation.held_out=0"]
+    sizes += ["--method", "taylor", "--set", "repair=null", "--rounds", "1", "--ratio", "0.1"]
+    twice = tmp_path / "twice"
+    assert main(["prune", str(pruned), "--out", str(twice), *sizes]) == 0
+    said = capsys.readouterr().out
+    assert f"--out {twice}-recovered --teacher {pruned}" in " ".join(said.split())
+    options = ["--out", tmp_path / "out", *SHORT, "--max-steps", "2", "--overwrite"]
+    (tmp_path / "pruned").symlink_to(pruned)
+    assert recover(twice, *options)["teacher"] == "pruned"
+    assert "was first cut from dense, which is not here" in caplog.text
+    (tmp_path / "dense").symlink_to(dense)
+    assert recover(twice, *options)["teacher"] == "dense"
+
+
 def test_conversations_that_are_none(refused, pruned, tmp_path):
     path = tmp_path / "chat.jsonl"
     words = [str(path) if word == "default" else word for word in SHORT]

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter
 
 from prunus.cli.flags import Flag, ModelName
+from prunus.errors import OptionError
 
 __all__ = ["export"]
 
@@ -54,6 +55,9 @@ def export(
     else:
         from prunus.export import export_dense
 
+        for name, typed in (("type", type != "f16"), ("mlp_multiple", mlp_multiple != 1)):
+            if typed:
+                raise OptionError(f"`{name}` is one of GGUF files, and not of a folder; leave it out, or say `to=gguf`")
         facts = export_dense(model, out, max_memory=max_memory, overwrite=overwrite)
     if json:
         print_json(facts)

@@ -103,4 +103,4 @@ def prune(
     if json:
         print_json(metrics)
         return
-    show_result(metrics, out)
+    show_result(metrics, out, job.model)

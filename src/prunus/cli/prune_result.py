@@ -10,17 +10,20 @@ from typing import Any
 from prunus.checkpoint.block_formats import format_in
 from prunus.cli.printing import parameter_rows, print_rows
 from prunus.cli.terminal import say
+from prunus.errors import CheckpointError
 from prunus.machine.stages import show_seconds
+from prunus.recovery.teacher import find_teacher
 
 __all__ = ["show_result"]
 
 
-def show_result(metrics: Mapping[str, Any], out: Path) -> None:
+def show_result(metrics: Mapping[str, Any], out: Path, model: str) -> None:
     """Sizes and perplexity before and after, what each stage took, and what people do next, on stdout.
 
     Args:
         metrics: as they are in prunus/metrics.json.
         out: the result's folder.
+        model: what it was made from, as it was typed.
     """
     print_rows(
         f"{metrics['base_model']} → {out}",
@@ -37,6 +40,10 @@ def show_result(metrics: Mapping[str, Any], out: Path) -> None:
     if report.is_file():
         say(f"report: {report}")
     recover = ["prunus", "recover", str(out), "--text", "FILE", "--out", f"{out}-recovered"]
+    try:
+        find_teacher(out)
+    except CheckpointError:
+        recover += ["--teacher", model]
     export = ["prunus", "export", str(out), "--to", "gguf", "--out", f"{out}.gguf"]
     # What is stored in blocks is not trained.
     following = [shlex.join(words) for words in ([export] if format_in(out) else [recover, export])]

@@ -72,6 +72,7 @@ def recover(
         return
     losses = {name: loss for name, loss in facts["held_out_loss"].items() if loss is not None}
     rows = [(name, f"{perplexity_of_loss(loss):.2f}") for name, loss in losses.items()]
+    rows += [("teacher", facts["teacher"])] if facts["teacher"] else []
     rows += [(name, short(facts[name])) for name in ("best_step", "steps", "tokens", "seconds")]
     if facts["gap_closed"] is not None:
         rows.append(("gap in log perplexity closed", f"{facts['gap_closed']:.1%}"))

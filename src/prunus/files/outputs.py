@@ -266,18 +266,17 @@ def check_output(out: str | os.PathLike[str], overwrite: bool = False, *inputs: 
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"output {out} is a file; name a folder that does not exist yet")
     entries = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
+    foreign = [name for name in entries if not any(fnmatch.fnmatch(name, known) for known in OUTPUT_FILES)]
+    if foreign or (entries and not any(name in OUTPUT_MARKERS for name in entries)):
+        raise CheckpointError(
+            f"output folder {out} is not empty, nor an earlier output: it holds {_some(foreign or entries)}. "
+            "`overwrite` replaces nothing but model folders; remove it yourself, or choose another"
+        )
     if entries and not overwrite:
         raise CheckpointError(
             f"output folder {out} is not empty (it holds {_some(entries)}); choose another, or replace "
             "it with `overwrite`"
         )
-    if entries:
-        foreign = [name for name in entries if not any(fnmatch.fnmatch(name, known) for known in OUTPUT_FILES)]
-        if foreign or not any(name in OUTPUT_MARKERS for name in entries):
-            raise CheckpointError(
-                f"output folder {out} does not look like an earlier output: it holds {_some(foreign or entries)}. "
-                "`overwrite` replaces nothing but model folders; remove it yourself, or choose another"
-            )
     _check_parent(target, f"output folder {out}")
 
 

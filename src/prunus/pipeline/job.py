@@ -88,11 +88,6 @@ class Job:
             object.__setattr__(self, "ratio", self.experts)
             object.__setattr__(self, "recipe", replace(self.recipe, target=TargetOptions("experts")))
             object.__setattr__(self, "experts", None)
-        if self.fit and self.recipe.target.name not in ("params", "size", "memory"):
-            raise OptionError(
-                f"`target` {self.recipe.target.name}: a size to fit is one of bytes; leave `target` out, or give "
-                "a `ratio` of it"
-            )
         check_ratio(self.ratio, self.recipe.target.quantity)
         if self.run.revision is not None:
             # One way to say it from here on, as part of the name.
@@ -113,11 +108,16 @@ class Job:
             model: its model, without weights: in the dtype that it will be saved in, with what will be saved around it.
 
         Raises:
-            OptionError: the model fits as it is, or files of llama.cpp's cannot hold what the job's shape leaves.
+            OptionError: the target is no size, the model fits as it is, or files of llama.cpp's cannot hold what the job's shape leaves.
             UnsupportedModelError: the size is that of a GGUF file, and none can be written.
         """
         if not self.fit:
             return self
+        if self.recipe.target.name not in ("params", "size", "memory"):
+            raise OptionError(
+                f"`target` {self.recipe.target.name}: a size to fit is one of bytes; leave `target` out, or give "
+                "a `ratio` of it"
+            )
         selection = self.recipe.selection
         if self.fit.in_gguf:
             selection = as_files_hold_it(model.config, selection)

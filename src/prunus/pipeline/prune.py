@@ -75,6 +75,12 @@ def prune(
         UnsupportedModelError: the model is of another kind, or not in memory, see `prunus.model.live`.
     """
     model = live_model(model)
+    for value, kind, what in (
+        (calibration, Calibration, "sequences, as `prunus.load_calibration` makes them"),
+        (recipe, Recipe, "a `prunus.Recipe`, such as `prunus.Recipe.fast()`"),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise OptionError(f"{kind.__name__.lower()} is of type {type(value).__name__}; give {what}")
     recipe, geometry = recipe_inside(recipe or Recipe(), model), Geometry.of(model)
     if recipe.recovery:
         raise OptionError("training needs folders and text: use `prune_checkpoint` or `prune_job` for a recipe with it")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from prunus.calibration.loading import check_chat_column, kind_of
 from prunus.checkpoint import (
     attach_blocks_,
     blocks_in,
@@ -33,6 +34,7 @@ from prunus.model.whole import attach_whole_
 from prunus.option_values import check_utf8
 from prunus.pipeline.job import Job
 from prunus.pipeline.multimodal import recipe_inside
+from prunus.pipeline.options import CalibrationOptions
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.stored_blocks import check_recipe_for_blocks
 from prunus.results.lineage import lineage_of
@@ -140,6 +142,8 @@ def check_request(
         lineage_of(locate(job.model))  # damaged records are refused before the weights are read
     text = read_text(evaluation.text) if evaluation.text else None
     tasks = load_tasks(evaluation.tasks) if evaluation.tasks else ()
+    if calibrate or (evaluation.held_out and not text):
+        check_sources(calibration)
     config = config_of(job.model)
     seq_len = calibration.length(config)
     workload = Workload(
@@ -183,6 +187,17 @@ def check_request(
     return Request(job, recipes, asked, empty, geometry, *texts, workload, holding, work, saves, place_of(out).parent)
 
 
+def check_sources(calibration: CalibrationOptions) -> None:
+    """Check that there are such sources of text; how much of it is known when it is read.
+
+    Raises:
+        CalibrationError: there is no such file or name, or no source has a column of conversations.
+    """
+    for source in calibration.sources:
+        kind_of(source.name)
+    check_chat_column(calibration.sources, calibration.chat_column)
+
+
 def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwrite: bool) -> Request:
     """Check a job that scores; see `check_request`."""
     scoring = job.recipe.scoring
@@ -190,6 +205,8 @@ def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwri
     sequences = job.calibration.samples if scoring.needs_calibration else 0
     if scoring.method == "adaptive":
         check_enough(sequences)
+    if sequences:
+        check_sources(job.calibration)
     config = config_of(job.model)
     seq_len = job.calibration.length(config)
     writes_text = job.calibration.writes_text and sequences > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from prunus.results.result_content import MetricsContent
 
 __all__ = ["check_vocabulary", "find_teacher"]
 
+logger = logging.getLogger(__name__)
+
 
 def find_teacher(pruned: Path) -> tuple[Path, str]:
-    """The base model that a pruned folder names, if it is on this machine.
+    """The model that a pruned folder was cut from, if it is on this machine: the first of all, where it was cut again.
 
     A folder is named without its place: it is looked for beside the pruned one, and in the current directory. A model
     of the Hub is taken from the Hub's cache.
@@ -36,9 +39,27 @@ def find_teacher(pruned: Path) -> tuple[Path, str]:
     record = pruned / "prunus" / "metrics.json"
     advice = "name the dense model with `teacher`, or train without one: `kl_weight=0`"
     try:
-        name = check_content(MetricsContent, read_json(record), str(record)).base_model
+        facts = check_content(MetricsContent, read_json(record), str(record))
     except CheckpointError as error:
         raise CheckpointError(f"it is not known which model {pruned} was cut from ({error}); {advice}") from error
+    if facts.original is not None:
+        if (found := _found(facts.original.model, pruned)) is not None:
+            return found
+        logger.warning(
+            "%s was first cut from %s, which is not here: it learns from %s, which was cut itself. Name a better one "
+            "with `teacher`",
+            *(pruned, facts.original.model, facts.base_model),
+        )
+    if (found := _found(facts.base_model, pruned)) is None:
+        raise CheckpointError(
+            f"{pruned} was cut from {facts.base_model!r}, which is neither beside it, nor in the current directory, "
+            f"nor in the Hub's cache; {advice}"
+        )
+    return found
+
+
+def _found(name: str, pruned: Path) -> tuple[Path, str] | None:
+    """A model that a pruned folder names, with its name; None where it is not on this machine."""
     if name == PACKAGED_MODEL:
         return smollm2_135m(), name
     for place in (pruned.resolve().parent / Path(name).name, Path(name)):
@@ -49,11 +70,8 @@ def find_teacher(pruned: Path) -> tuple[Path, str]:
     try:
         repository, revision = hub_id(name) or (name, None)
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{pruned} was cut from {name!r}, which is neither beside it, nor in the current directory, nor in the "
-            f"Hub's cache; {advice}"
-        ) from error
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
     check_folder(folder)  # one that is here and damaged is not one that is not here
     return folder, name
 
