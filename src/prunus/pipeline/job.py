@@ -108,7 +108,8 @@ class Job:
             model: its model, without weights: in the dtype that it will be saved in, with what will be saved around it.
 
         Raises:
-            OptionError: the target is no size, the model fits as it is, or files of llama.cpp's cannot hold what the job's shape leaves.
+            OptionError: the target is no size, the model fits as it is, or files of llama.cpp's cannot hold what the
+                job's shape leaves.
             UnsupportedModelError: the size is that of a GGUF file, and none can be written.
         """
         if not self.fit:
