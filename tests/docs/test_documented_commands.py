@@ -138,6 +138,7 @@ ELSEWHERE = {
     "pip install .[eval]": Elsewhere(HARNESS, "tests/evaluation/test_harness.py"),
     "pip install .[recover]": Elsewhere("changes the environment", "make install"),
     "pip install .[gguf]": Elsewhere("changes the environment", "make deploy-check"),
+    "pip install llama-cpp-python": Elsewhere("changes the environment", "make deploy-check"),
     "pip install vllm": Elsewhere("gigabytes", "make deploy-check"),
     "make install": Elsewhere("changes the environment", "make install"),
     "make test": Elsewhere("is this suite", "make test"),
