@@ -116,10 +116,11 @@ def test_routing_by_groups_of_experts_is_refused():
 
 
 def test_flops_do_not_fall_with_experts(geometry):
-    """A token goes to as many experts as before."""
+    """A token goes to as many experts as before, and to none where the layer has none left."""
     costs = TargetOptions("flops", context=8).costs(geometry)
     assert all(layer.get("expert", 0) == 0 for layer in costs.group)
     attention = 2 * sum(costs.blocks[i]["attention"][-1] for i in range(2)) / 2
     inside = 2 * CHOSEN * geometry.group_parameters["expert"]
-    assert costs.total == costs.fixed + attention + sum(layer["mlp"][-1] for layer in costs.blocks)
-    assert costs.fixed == inside + 2 * geometry.vocab_size * geometry.hidden_size
+    assert costs.total == costs.fixed + attention + sum(layer["mlp"][-1] for layer in costs.blocks) + inside
+    assert costs.fixed == 2 * geometry.vocab_size * geometry.hidden_size
+    assert costs.blocks[1]["expert"].tolist() == [0, *[inside] * geometry.widths[1].num_experts]
