@@ -282,6 +282,9 @@ def test_prune_and_plan_for_the_cache(capsys, tmp_path, folder, text):
     plan = tmp_path / "plan.json"
     run(capsys, "plan", out / "prunus", "--ratio", "0.3", "--out", plan)
     assert plan.read_text() == (out / "prunus" / "plan.json").read_text()
+    again = ["plan", out / "prunus", "--ratio", "0.3", "--recipe", "original", "--out", plan, "--overwrite"]
+    assert run_json(capsys, *again)["quantity"] == "KV-cache bytes at a context of 32"
+    assert run_json(capsys, *again, "--set", "target.name=params")["quantity"] == "parameters"
     run(capsys, "score", folder, "--out", tmp_path / "scores", *PLAIN, *common)
     for target in ("params", "flops"):
         run(capsys, "plan", out / "prunus", "--ratio", "0.2", "--target", target, "--out", plan, "--overwrite")

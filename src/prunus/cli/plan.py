@@ -42,15 +42,15 @@ def plan(
     from prunus.pipeline.recipe import Recipe
     from prunus.scoring.score import Score
     from prunus.selection.plan import MARK
-    from prunus.selection.targets import TargetOptions
 
     check_output_file(out, "plan.json", MARK, overwrite)
     result = Score.load(table)
-    # Another target has a context and a phase of its own.
-    base = Job("", recipe=Recipe(target=result.target) if selection.target is None else Recipe())
-    recipe = read_job(file.recipe, file.set, given(selection), base=base, command="prunus plan").recipe
-    if file.recipe in PRESETS and selection.target is None and recipe.target == TargetOptions():
-        recipe = replace(recipe, target=result.target)  # of which a preset says nothing
+    preset = file.recipe in PRESETS
+    start = PRESETS[str(file.recipe)]() if preset else Recipe()
+    if selection.target is None:  # another target has a context and a phase of its own
+        start = replace(start, target=result.target)
+    direct, base = given(selection), Job("", recipe=start)
+    recipe = read_job(None if preset else file.recipe, file.set, direct, base=base, command="prunus plan").recipe
     costs = recipe.target.costs(result.geometry)
     if normalize is not None:
         result = result.ranked(normalize)

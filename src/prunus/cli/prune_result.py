@@ -39,15 +39,20 @@ def show_result(metrics: Mapping[str, Any], out: Path, model: str) -> None:
     report = out / "report.html"
     if report.is_file():
         say(f"report: {report}")
-    recover = ["prunus", "recover", str(out), "--text", "FILE", "--out", f"{out}-recovered"]
+    following = [["prunus", "export", str(out), "--to", "gguf", "--out", f"{out}.gguf"]]
+    if format_in(out) is None:  # what is stored in blocks is not trained
+        following.insert(0, _recovering(out, model))
+    say("next: " + "\n  or: ".join(map(shlex.join, following)))
+
+
+def _recovering(out: Path, model: str) -> list[str]:
+    """The command that trains a result; it finds the dense model, or is told where that is."""
+    words = ["prunus", "recover", str(out), "--text", "FILE", "--out", f"{out}-recovered"]
     try:
         find_teacher(out)
     except CheckpointError:
-        recover += ["--teacher", model]
-    export = ["prunus", "export", str(out), "--to", "gguf", "--out", f"{out}.gguf"]
-    # What is stored in blocks is not trained.
-    following = [shlex.join(words) for words in ([export] if format_in(out) else [recover, export])]
-    say("next: " + "\n  or: ".join(following))
+        words += ["--teacher", model]
+    return words
 
 
 def _stage_rows(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:

@@ -24,7 +24,7 @@ from prunus.recovery.memory import check_memory
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import trainings_in
 from prunus.recovery.step import Step
-from prunus.recovery.teacher import check_vocabulary, find_teacher
+from prunus.recovery.teacher import bases_of, check_vocabulary, find_teacher
 from prunus.recovery.text import MOST_SAMPLES, load_sequences, unwritten_sequences, wanted_sequences
 from prunus.sweep.engine import model_name
 
@@ -139,6 +139,12 @@ def _dense(job: RecoveryJob, folder: Path, config: Any, tokenizer: Any) -> tuple
         dense, name = locate(job.teacher), model_name(job.teacher)
     else:
         dense, name = find_teacher(folder)
+        if name != (first := bases_of(folder)[0]):
+            logger.warning(
+                "%s was first cut from %s, which is not here: it learns from %s, which was cut itself. Name a better "
+                "one with `teacher`",
+                *(folder, first, name),
+            )
     check_plain(dense)
     dense_config, dense_tokenizer = read_small_files(dense)
     check_vocabulary(config, tokenizer, dense_config, dense_tokenizer, str(dense))

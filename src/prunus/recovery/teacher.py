@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from prunus.errors import CheckpointError, OptionError
 from prunus.files.json_file import check_content, read_json, read_json_if_whole
 from prunus.results.result_content import MetricsContent
 
-__all__ = ["check_vocabulary", "find_teacher"]
+__all__ = ["bases_of", "check_vocabulary", "find_teacher"]
 
-logger = logging.getLogger(__name__)
+ADVICE = "name the dense model with `teacher`, or train without one: `kl_weight=0`"
 
 
 def find_teacher(pruned: Path) -> tuple[Path, str]:
@@ -36,26 +35,28 @@ def find_teacher(pruned: Path) -> tuple[Path, str]:
     Raises:
         CheckpointError: none is named, or it is not here.
     """
+    bases = bases_of(pruned)
+    found = next((found for name in bases if (found := _found(name, pruned)) is not None), None)
+    if found is None:
+        raise CheckpointError(
+            f"{pruned} was cut from {bases[-1]!r}, which is neither beside it, nor in the current directory, nor in "
+            f"the Hub's cache; {ADVICE}"
+        )
+    return found
+
+
+def bases_of(pruned: Path) -> list[str]:
+    """Names of the models that a pruned folder was cut from: the first of all, and the last where that is another.
+
+    Raises:
+        CheckpointError: none is named.
+    """
     record = pruned / "prunus" / "metrics.json"
-    advice = "name the dense model with `teacher`, or train without one: `kl_weight=0`"
     try:
         facts = check_content(MetricsContent, read_json(record), str(record))
     except CheckpointError as error:
-        raise CheckpointError(f"it is not known which model {pruned} was cut from ({error}); {advice}") from error
-    if facts.original is not None:
-        if (found := _found(facts.original.model, pruned)) is not None:
-            return found
-        logger.warning(
-            "%s was first cut from %s, which is not here: it learns from %s, which was cut itself. Name a better one "
-            "with `teacher`",
-            *(pruned, facts.original.model, facts.base_model),
-        )
-    if (found := _found(facts.base_model, pruned)) is None:
-        raise CheckpointError(
-            f"{pruned} was cut from {facts.base_model!r}, which is neither beside it, nor in the current directory, "
-            f"nor in the Hub's cache; {advice}"
-        )
-    return found
+        raise CheckpointError(f"it is not known which model {pruned} was cut from ({error}); {ADVICE}") from error
+    return [*([facts.original.model] if facts.original else []), facts.base_model]
 
 
 def _found(name: str, pruned: Path) -> tuple[Path, str] | None:
