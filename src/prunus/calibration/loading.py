@@ -34,7 +34,7 @@ __all__ = [
     "calibration_from_texts",
     "calibration_from_tokens",
     "chat_column_of",
-    "check_chat_column",
+    "check_sources",
     "kind_of",
     "load_calibration",
 ]
@@ -92,7 +92,7 @@ def load_calibration(
     check_seed("seed", seed)
     sources = read_sources(DEFAULT_SOURCE if source is None else source)
     reading = reading or Reading()
-    check_chat_column(sources, reading.chat_column)
+    check_sources(sources, reading.chat_column)
     how: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "model": model}
     parts = []
     for index, (one, number) in enumerate(zip(sources, sequences_of(sources, samples), strict=True)):
@@ -265,12 +265,16 @@ def _calibration(
     return Calibration(ids, provenance, attention_mask, begin_token=begin_token)
 
 
-def check_chat_column(sources: Sequence[Source], chat_column: str | None) -> None:
-    """Check that a column of conversations is that of one source at least.
+def check_sources(sources: Sequence[Source], chat_column: str | None) -> None:
+    """Check that there are such sources, and that a column of conversations is that of one of them at least.
+
+    How much text they hold is known when it is read.
 
     Raises:
-        CalibrationError: the columns of all sources are known, or they have none.
+        CalibrationError: there is no such file or name; the columns of all sources are known, or they have none.
     """
+    for source in sources:
+        kind_of(source.name)
     if chat_column is None or any(chat_column_of(source, chat_column) for source in sources):
         return
     names = " and ".join(source.name for source in sources)

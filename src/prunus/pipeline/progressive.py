@@ -24,7 +24,7 @@ from torch import Tensor
 
 from prunus.calibration import Calibration
 from prunus.calibration.batches import hash_tokens
-from prunus.calibration.loading import kind_of
+from prunus.calibration.loading import check_sources, kind_of
 from prunus.calibration.sources import read_sources, sequences_of
 from prunus.checkpoint import load_model, locate, model_bytes, resolve_device, save_checkpoint, whole_around
 from prunus.errors import OptionError, PrunusError
@@ -89,8 +89,8 @@ def check_training(request: Request) -> None:
         raise OptionError(
             "`recovery` within a cut is for one process; train a cut model by several with prunus recover"
         )
-    for source in read_sources(recipe.recovery.text or job.calibration.source):
-        kind_of(source.name)
+    texts = read_sources(recipe.recovery.text or job.calibration.source)
+    check_sources(texts, job.calibration.chat_column)
     check_seq_len(request.empty.config, recipe.recovery.seq_len or request.seq_len)
     if job.run.max_memory is not None:
         less = ". A smaller `recovery.seq_len`, `recovery.training.gradient_checkpointing` or "

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.loading import check_chat_column, kind_of
+from prunus.calibration.loading import check_sources
 from prunus.checkpoint import (
     attach_blocks_,
     blocks_in,
@@ -34,7 +34,6 @@ from prunus.model.whole import attach_whole_
 from prunus.option_values import check_utf8
 from prunus.pipeline.job import Job
 from prunus.pipeline.multimodal import recipe_inside
-from prunus.pipeline.options import CalibrationOptions
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.stored_blocks import check_recipe_for_blocks
 from prunus.results.lineage import lineage_of
@@ -143,7 +142,7 @@ def check_request(
     text = read_text(evaluation.text) if evaluation.text else None
     tasks = load_tasks(evaluation.tasks) if evaluation.tasks else ()
     if calibrate or (evaluation.held_out and not text):
-        check_sources(calibration)
+        check_sources(calibration.sources, calibration.chat_column)
     config = config_of(job.model)
     seq_len = calibration.length(config)
     workload = Workload(
@@ -187,17 +186,6 @@ def check_request(
     return Request(job, recipes, asked, empty, geometry, *texts, workload, holding, work, saves, place_of(out).parent)
 
 
-def check_sources(calibration: CalibrationOptions) -> None:
-    """Check that there are such sources of text; how much of it is known when it is read.
-
-    Raises:
-        CalibrationError: there is no such file or name, or no source has a column of conversations.
-    """
-    for source in calibration.sources:
-        kind_of(source.name)
-    check_chat_column(calibration.sources, calibration.chat_column)
-
-
 def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwrite: bool) -> Request:
     """Check a job that scores; see `check_request`."""
     scoring = job.recipe.scoring
@@ -206,7 +194,7 @@ def check_score_request(job: Job, out: str | Path, *, work: Path | None, overwri
     if scoring.method == "adaptive":
         check_enough(sequences)
     if sequences:
-        check_sources(job.calibration)
+        check_sources(job.calibration.sources, job.calibration.chat_column)
     config = config_of(job.model)
     seq_len = job.calibration.length(config)
     writes_text = job.calibration.writes_text and sequences > 0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from prunus.calibration import Calibration, Reading, calibration_from_tokens, load_calibration
-from prunus.calibration.loading import chat_column_of, check_chat_column, kind_of
+from prunus.calibration.loading import chat_column_of, check_sources, kind_of
 from prunus.calibration.sources import Source, mixed, sequences_of
 from prunus.errors import CalibrationError, OptionError
 from prunus.recovery.options import TextOptions
@@ -91,7 +91,7 @@ def load_sequences(
         CalibrationError: the text is missing, unreadable or too short.
     """
     wanted, sources = wanted_sequences(options, needed), options.sources
-    check_chat_column(sources, options.chat_column)
+    check_sources(sources, options.chat_column)
     held = sequences_of(sources, options.held_out)
     most = sequences_of(sources, max(wanted, len(sources)))
     how: dict[str, Any] = {"seq_len": options.seq_len, "seed": options.seed, "model": writer, "progress": progress}
