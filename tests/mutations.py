@@ -464,6 +464,13 @@ MUTATIONS = (
         ("test_comparison.py::test_recipes_of_several_rounds_repairs_and_seeds",),
         "compare repairs with another seed than prune",
     ),
+    Mutation(
+        "comparison_record.py",
+        '{**made_from, "seed": row.seed}',
+        '{"recipe": row.recipe, "ratio": row.ratio, "seed": row.seed}',
+        ("test_comparison.py::test_rows_made_from_other_inputs_are_measured_again",),
+        "rows of another model or text are taken for a comparison's own",
+    ),
     # repair
     Mutation(
         "block_repair.py",

@@ -109,3 +109,64 @@ def test_how_many_at_once():
     one = bytes_of_a_cut(model, geometry.total_parameters, 1000)
     free = {None: 1, 0: 1, 2 * one: 1, 4 * one: 2, 7 * one: 3, 10**15: 5}
     assert {bound: cuts_at_once(model, plans, 1000, bound) for bound in free} == free
+
+
+def stopped_after(monkeypatch, measurements):
+    """Have a comparison end like a killed one before the next measurement; the numbers of those that were made."""
+    whole, made = Inputs.measure, []
+
+    def stopping(self, model, **options):
+        if len(made) == measurements:
+            raise KeyboardInterrupt
+        made.append(model.num_parameters())
+        return whole(self, model, **options)
+
+    monkeypatch.setattr(Inputs, "measure", stopping)
+    return made
+
+
+def test_a_stopped_comparison_goes_on_after_its_rows(paths, tmp_path, monkeypatch, caplog):
+    recipes = {**ONCE, "rounds": plain_recipe(rounds=2)}
+    whole = run(paths, tmp_path / "whole", recipes, [0.2, 0.3], seeds=[0, 5])
+    out, left = tmp_path / "out", tmp_path / "out.work"
+    assert len(whole) == 2 * (1 + 5 * 2)
+    for done in (1, 3, 7):
+        with monkeypatch.context() as patch:
+            stopped_after(patch, done)
+            with pytest.raises(KeyboardInterrupt):
+                run(paths, out, recipes, [0.2, 0.3], seeds=[0, 5])
+        assert not out.exists()
+    assert "goes on after these rows" in caplog.text
+    assert len(list((left / "rows").iterdir())) == 1 + 3 + 7
+    with monkeypatch.context() as patch:
+        made = stopped_after(patch, 100)
+        frame = run(paths, out, recipes, [0.2, 0.3], seeds=[0, 5])
+    assert len(made) == 22 - 11
+    costs = ["seconds", "peak_bytes"]
+    assert frame.drop(columns=costs).equals(whole.drop(columns=costs))
+    assert {path.name for path in out.rglob("*")} == {path.name for path in (tmp_path / "whole").rglob("*")}
+    for path in (tmp_path / "whole" / "plans").iterdir():
+        assert (out / "plans" / path.name).read_bytes() == path.read_bytes()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("what", ["weights", "calibration", "recipe", "held out"])
+def test_rows_made_from_other_inputs_are_measured_again(paths, tmp_path, monkeypatch, what):
+    folder, text = paths
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(paths, tmp_path / "out", {"one": plain_recipe()}, [0.2, 0.3])
+    recipe, ratios, again = plain_recipe(), [0.2, 0.3], 3
+    if what == "weights":
+        save_tiny_folder(folder, "llama", "gqa", num_hidden_layers=3, seed=7)
+    elif what == "recipe":  # the dense model's row does not depend on it
+        recipe, again = plain_recipe(plain_scoring(normalize="layer_sum")), 2
+    else:
+        text.write_text(TEXT[::-1] if what == "calibration" else TEXT + TEXT.upper(), encoding="utf-8")
+    with monkeypatch.context() as patch:
+        made = stopped_after(patch, 100)
+        frame = run(paths, tmp_path / "out", {"one": recipe}, ratios)
+    assert len(made) == again
+    check_against_prune(paths, frame, {"one": recipe}, tmp_path / "out")
+    assert not (tmp_path / "out.work").exists()

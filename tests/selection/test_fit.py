@@ -22,6 +22,7 @@ from prunus.selection.costs import parameter_costs
 from prunus.selection.fit import FitOptions
 from prunus.selection.select import select
 from prunus.selection.table import build_table
+from prunus.selection.targets import TargetOptions
 
 QUICK = [*PLAIN, "--method", "magnitude", *UNMEASURED]
 
@@ -67,17 +68,24 @@ def test_the_smallest_size_is_reached_and_a_byte_less_is_refused_with_it(geometr
     assert costs.left(plan.kept_widths) == smallest
 
 
-def test_memory_with_the_cache(geometry):
-    """Beside the weights 2 bytes for each number of the keys and values of 3 sequences of 50 tokens."""
+@pytest.mark.parametrize(("saved_in", "weight", "number"), [("float32", 4, 4), ("bfloat16", 2, 2)])
+def test_memory_with_the_cache(geometry, saved_in, weight, number):
+    """Beside the weights each number of the keys and values of 3 sequences of 50 tokens, in the weights' dtype."""
     numbers = sum(2 * widths["attention"] * geometry.head_dim * 50 * 3 for widths in geometry.widths)
-    total = 4 * geometry.total_parameters + 2 * numbers
+    total = weight * geometry.total_parameters + number * numbers
     limit = int(0.8 * total)
-    fitted = FitOptions(memory=f"{limit}B", context=50, batch=3).solved(geometry, "float32", Constraints())
+    fitted = FitOptions(memory=f"{limit}B", context=50, batch=3).solved(geometry, saved_in, Constraints())
     costs = fitted.target.costs(geometry)
     assert costs.total == total
     plan = select(build_table(geometry, importance(geometry)), geometry, fitted.ratio, fitted.constraints, costs)
     kept = sum(2 * widths["attention"] * geometry.head_dim * 50 * 3 for widths in plan.kept_widths)
-    assert 4 * geometry.parameters_left(plan.kept_widths) + 2 * kept <= limit
+    assert weight * geometry.parameters_left(plan.kept_widths) + number * kept <= limit
+
+
+def test_the_cache_beside_a_gguf_file_is_in_f16(geometry):
+    numbers = sum(2 * widths["attention"] * geometry.head_dim * 50 for widths in geometry.widths)
+    both, file = (TargetOptions(name, 50, storage="F32").costs(geometry) for name in ("memory", "size"))
+    assert both.total - file.total == 2 * numbers
 
 
 def test_types_in_blocks_keep_whole_blocks(geometry):

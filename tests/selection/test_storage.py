@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_families import make_model
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from prunus.checkpoint import empty_model
 from prunus.errors import OptionError
+from prunus.export.llama_cpp import ARCHITECTURES, CANDIDATES
 from prunus.model.geometry import Geometry
 from prunus.model.widths import LayerWidths
-from prunus.selection.storage import BLOCKS, FILE_TYPES, check_storage, storage_costs
+from prunus.selection.storage import BLOCKS, FILE_TYPES, FUSED_WHERE_RAGGED, check_storage, storage_costs
 
 gguf = pytest.importorskip("gguf")
 
@@ -90,6 +91,29 @@ def test_what_is_left_of_a_cut():
     assert left((2, 1024), (0, 1024)) == costs.total - (256 + 2 * 128) * 144 - 256 * 144 - 4 * 256
     assert left((0, 1024)) == left((1, 1024))  # the first layer's number of heads is read as the model's
     assert all((curve[axis][1:] >= curve[axis][:-1]).all() for curve in costs.blocks for axis in curve)
+
+
+def test_files_whose_form_the_cut_decides():
+    """Ragged and tied, Qwen 3 has q, k and v in one matrix of Q5_K; with a head of its own, v has Q4_K or Q6_K."""
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64,
+    )  # fmt: skip
+    bytes_of = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+    apart = [(256 + 128) * bytes_of["Q4_K"] + 128 * bytes_of["Q6_K" if i in (0, 3, 6, 7) else "Q4_K"] for i in range(8)]
+    fused = [(256 + 2 * 128) * bytes_of["Q5_K"]] * 8
+    for tied, expected in ((False, apart), (True, map(max, apart, fused))):
+        config.tie_word_embeddings = tied
+        costs = storage_costs(Geometry.of(empty_model(config, torch.float32)), "Q4_K_M")
+        shared = 256 * bytes_of["Q4_K"] + 4 * (256 + 2 * 64)  # the output projection; norms of the layer and of heads
+        assert [curve["attention"][-1] for curve in costs.blocks] == [shared + each for each in expected]
+
+
+def test_families_whose_form_the_cut_decides():
+    """Those whose own architecture has other matrices than the one for layers that differ."""
+    found = [family for family, names in CANDIDATES.items() if len({ARCHITECTURES[name].fused for name in names}) > 1]
+    assert found == list(FUSED_WHERE_RAGGED)
+    assert not any(ARCHITECTURES[name].untied for name in ARCHITECTURES if ARCHITECTURES[name].fused)
 
 
 def test_names():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,13 @@ import pandas as pd
 
 from prunus.calibration import Calibration
 from prunus.errors import CalibrationError, OptionError
-from prunus.files.outputs import claimed, output_folder, whole_file
+from prunus.files.outputs import claimed, output_folder
 from prunus.machine.byte_sizes import parse_bytes
 from prunus.machine.metering import metered
 from prunus.machine.stages import Stages
+from prunus.model.digest import digest_model, digest_tensors
 from prunus.model.geometry import Geometry
+from prunus.pipeline.comparison_record import ComparisonRecord, Row
 from prunus.pipeline.cutting import Passes, cut, repair_seed
 from prunus.pipeline.forecast import Forecast, begun, forecast
 from prunus.pipeline.inputs import Inputs, open_inputs
@@ -27,6 +27,7 @@ from prunus.pipeline.job import Job
 from prunus.pipeline.recipe import Recipe
 from prunus.pipeline.request import Request, check_request
 from prunus.pipeline.stages import comparing, scoring
+from prunus.pipeline.work_folder import WorkFolder
 from prunus.repair.block_repair import Cut, repair_together_
 from prunus.report import try_report
 from prunus.results.comparison import DENSE, plan_name
@@ -41,8 +42,6 @@ from prunus.version import __version__
 __all__ = ["compare", "cuts_at_once", "forecast_compare"]
 
 logger = logging.getLogger(__name__)
-
-COLUMNS = ("recipe", "ratio", "seed", "parameters", "perplexity", "relative", "seconds", "peak_bytes")
 
 
 def compare(
@@ -60,8 +59,8 @@ def compare(
 
     Recipes whose methods need the same kind of pass share it: one with a backward pass, one without. Results with the
     same plan are made and measured once, and repairs of recipes in one round run together: as many as fit into half of
-    the free memory, see `cuts_at_once`. The folder appears when all is measured; if something fails before, the rows
-    that were done are shown.
+    the free memory, see `cuts_at_once`. The folder appears when all is measured. Until then each row is kept in
+    `<out>.work`, and a comparison of the same model and texts that was stopped goes on after them.
 
     Args:
         job: the model, its texts, and where it runs; its recipe and ratio are not read.
@@ -86,11 +85,13 @@ def compare(
     seeds = list(dict.fromkeys(seeds or [job.calibration.seed]))
     job = replace(job, calibration=replace(job.calibration, seed=seeds[0]))
     asked = "compare", job, recipes, tuple(ratios), tuple(seeds), overwrite
-    with claimed(out, run=asked, command=command) as claim:
+    folder = WorkFolder(out)
+    with claimed(out, folder.path, run=asked, command=command) as claim:
         if not claim.finished:
             request = _request(job, recipes, ratios, out, seeds, overwrite)
             job = request.job
             recipes = dict(zip(recipes, request.recipes, strict=True))
+            plain = {name: _plain(recipe) for name, recipe in recipes.items()}
             stages = begun(request, progress)
             inputs = open_inputs(request, stages)
             if not inputs.measurable:
@@ -102,19 +103,23 @@ def compare(
                 "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
                 "compute_dtype": job.run.dtype,
                 "saved_dtype": job.output.save_dtype,
-                "recipes": {name: _plain(recipe) for name, recipe in recipes.items()},
+                "recipes": plain,
             }
+            record, weights = ComparisonRecord(folder.path, plain), digest_model(inputs.model)
+            with _shown_if_lost(record, folder.path):
+                for seed in seeds:
+                    with stages.enter(comparing(seed, seeds)):
+                        if seed != seeds[0]:
+                            drawn = replace(job.calibration, seed=seed)
+                            inputs = inputs.with_texts(request, drawn, progress=progress)
+                        facts = {"prunus": __version__, "weights": weights, "dtype": job.run.dtype, **_texts(inputs)}
+                        record.go_on(facts, seed, ratios)
+                        _compare_with(inputs, job, recipes, ratios, record, seed, stages)
             with output_folder(out, overwrite=overwrite) as place:
-                record = _Record(place, about, [DENSE, *recipes], stages)
-                with _shown_if_lost(record):
-                    for seed in seeds:
-                        with stages.enter(comparing(seed, seeds)):
-                            if seed != seeds[0]:
-                                drawn = replace(job.calibration, seed=seed)
-                                inputs = inputs.with_texts(request, drawn, progress=progress)
-                            _compare_with(inputs, job, recipes, ratios, record, seed)
+                record.write(place, about)
         if job.output.report:
             try_report(out)
+        folder.remove()
     return pd.read_csv(claim.path / "comparison.csv", float_precision="round_trip")
 
 
@@ -159,24 +164,49 @@ def _request(
     return replace(request, seeds=seeds)
 
 
+def _texts(inputs: Inputs) -> dict[str, Any]:
+    """What the sequences are that a comparison scores, repairs and measures on."""
+    calibration, held_out, text = inputs.calibration, inputs.held_out, inputs.text
+    return {
+        "calibration": calibration.provenance.sha256 if calibration else None,
+        "held out": held_out.provenance.sha256 if held_out else None,
+        "text": digest_tensors([("ids", text.ids)]) if text else None,
+        "tasks": [[task.task.name, task.pairs, [item.gold for item in task.items]] for task in inputs.tasks],
+    }
+
+
 @contextmanager
-def _shown_if_lost(record: _Record) -> Iterator[None]:
+def _shown_if_lost(record: ComparisonRecord, work: Path) -> Iterator[None]:
     """What was measured is worth something though the rest of a comparison fails."""
     try:
         yield
     except BaseException:
         if len(record):
-            logger.warning("the comparison stopped; it had measured\n%s", record.frame.to_csv(index=False).rstrip())
+            logger.warning(
+                "the comparison stopped; the same command goes on after these rows, which are kept in %s\n%s",
+                work,
+                record.frame.to_csv(index=False).rstrip(),
+            )
         raise
 
 
 def _compare_with(
-    inputs: Inputs, job: Job, recipes: Mapping[str, Recipe], ratios: Sequence[float], record: _Record, seed: int
+    inputs: Inputs,
+    job: Job,
+    recipes: Mapping[str, Recipe],
+    ratios: Sequence[float],
+    record: ComparisonRecord,
+    seed: int,
+    stages: Stages,
 ) -> None:
-    """All rows of one drawing of the calibration sequences."""
-    stages = record.stages
+    """All rows of one drawing of the calibration sequences that are not there yet."""
     passes = Passes(job.run.sequences_per_pass, inputs.engine, stages=stages)
-    record.add(inputs, inputs.model, [_Row(DENSE, 0.0, seed)])
+    if (dense := Row(DENSE, 0.0, seed)) not in record:
+        record.add(inputs, inputs.model, [dense], progress=passes.progress)
+    missing = {name: [ratio for ratio in ratios if Row(name, ratio, seed) not in record] for name in recipes}
+    recipes = {name: recipe for name, recipe in recipes.items() if missing[name]}
+    if not recipes:
+        return
     ways = [recipe.scoring for recipe in recipes.values()]
     with stages.enter(scoring(1, 1)):
         scores = score_together(
@@ -187,19 +217,20 @@ def _compare_with(
             engine=passes.engine,
             progress=passes.progress,
         )
-    shared = [_Shared(*each) for each in zip(recipes, recipes.values(), scores, strict=True)]
+    parts = zip(recipes, recipes.values(), scores, [missing[name] for name in recipes], strict=True)
+    shared = [_Shared(*each) for each in parts]
     at_once = [one for one in shared if len(one.recipe.steps(0.0)) == 1]
     # A repair and the seed of its random tokens: what cuts must have in common to share a walk.
     kinds = dict.fromkeys((one.recipe.repair, one.recipe.scoring.random_seed) for one in at_once)
     for kind in kinds:
         alike = [one for one in at_once if (one.recipe.repair, one.recipe.scoring.random_seed) == kind]
-        _cut_together(inputs, job, alike, ratios, record, seed)
-    for one, ratio in product([one for one in shared if one not in at_once], ratios):
-        with metered(inputs.model.device) as cost:
-            result = cut(inputs.model, ratio, one.score, one.recipe, passes, inputs.calibration)
-        row = one.row(ratio, seed, cost.seconds, cost.peak_bytes)
-        record.keep_plan(result.plan, row)
-        record.add(inputs, result.model, [row])
+        _cut_together(inputs, job, alike, record, seed, stages)
+    for one in shared:
+        for ratio in one.ratios if one not in at_once else ():
+            with metered(inputs.model.device) as cost:
+                result = cut(inputs.model, ratio, one.score, one.recipe, passes, inputs.calibration)
+            row = one.row(ratio, seed, cost.seconds, cost.peak_bytes)
+            record.add(inputs, result.model, [row], result.plan, progress=passes.progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,21 +241,23 @@ class _Shared:
         name: of the recipe.
         recipe: itself.
         score: of the dense model.
+        ratios: that are missing.
     """
 
     name: str
     recipe: Recipe
     score: Score
+    ratios: Sequence[float]
 
-    def row(self, ratio: float, seed: int, seconds: float, peak_bytes: int | None) -> _Row:
+    def row(self, ratio: float, seed: int, seconds: float, peak_bytes: int | None) -> Row:
         """A row with the cost of all that led to it."""
         about = self.score.about
         peaks = [peak for peak in (about["peak_bytes"], peak_bytes) if peak is not None]
-        return _Row(self.name, ratio, seed, about["seconds"] + seconds, max(peaks, default=None))
+        return Row(self.name, ratio, seed, about["seconds"] + seconds, max(peaks, default=None))
 
 
 def _cut_together(
-    inputs: Inputs, job: Job, alike: Sequence[_Shared], ratios: Sequence[float], record: _Record, seed: int
+    inputs: Inputs, job: Job, alike: Sequence[_Shared], record: ComparisonRecord, seed: int, stages: Stages
 ) -> None:
     """Results of recipes in one round with the same repair.
 
@@ -233,17 +266,16 @@ def _cut_together(
     dense, repair, text = inputs.model, alike[0].recipe.repair, inputs.calibration
     plans: dict[str, Plan] = {}
     wanted: dict[str, list[tuple[_Shared, float]]] = {}
-    for one, ratio in product(alike, ratios):
+    for one in alike:
         recipe = one.recipe
-        plan = one.score.plan(ratio, recipe.selection, recipe.target.costs(inputs.geometry))
-        plans[plan.fingerprint] = plan
-        wanted.setdefault(plan.fingerprint, []).append((one, ratio))
+        for ratio in one.ratios:
+            plan = one.score.plan(ratio, recipe.selection, recipe.target.costs(inputs.geometry))
+            plans[plan.fingerprint] = plan
+            wanted.setdefault(plan.fingerprint, []).append((one, ratio))
 
     def add(done: Cut, seconds: float, peak_bytes: int | None) -> None:
         rows = [one.row(ratio, seed, seconds, peak_bytes) for one, ratio in wanted[done.plan.fingerprint]]
-        for row in rows:
-            record.keep_plan(done.plan, row)
-        record.add(inputs, done.pruned, rows)
+        record.add(inputs, done.pruned, rows, done.plan, progress=stages.progress)
 
     each_plan = list(plans.values())
     at_once = len(each_plan) if repair is None else _at_once(inputs, job, each_plan, text)
@@ -259,9 +291,9 @@ def _cut_together(
                 costs.append(cost)
         if repair is not None and text is not None:
             batches = list(text.batches(job.run.sequences_per_pass))
-            with record.stages.enter(f"{len(cuts)} repairs"), metered(dense.device) as shared:
+            with stages.enter(f"{len(cuts)} repairs"), metered(dense.device) as shared:
                 draws = repair_seed(inputs.calibration, alike[0].recipe)
-                repaired = repair_together_(cuts, dense, batches, repair, seed=draws, progress=record.stages.progress)
+                repaired = repair_together_(cuts, dense, batches, repair, seed=draws, progress=stages.progress)
             for done, cost, found in zip(cuts, costs, repaired, strict=True):
                 add(done, cost.seconds + found.seconds, shared.peak_bytes)
 
@@ -294,58 +326,3 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain values."""
     selection = {field.name: getattr(recipe.selection, field.name) for field in fields(Constraints)}
     return {**asdict(recipe), "selection": selection, "target": recipe.target.to_dict()}
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What a measurement is of."""
-
-    recipe: str
-    ratio: float
-    seed: int
-    seconds: float | None = None
-    peak_bytes: int | None = None
-
-
-class _Record:
-    """The rows so far, which are on disk after each measurement."""
-
-    def __init__(self, folder: Path, about: Mapping[str, Any], names: Iterable[str], stages: Stages):
-        self.folder, self.stages = folder, stages
-        self._order = {name: number for number, name in enumerate(names)}
-        self._about = dict(about)
-        self._rows: list[dict[str, Any]] = []
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def keep_plan(self, plan: Plan, row: _Row) -> None:
-        """Write the plan of a row."""
-        (self.folder / "plans").mkdir(parents=True, exist_ok=True)
-        plan.save(self.folder / "plans" / plan_name(row.recipe, row.ratio, row.seed))
-
-    def add(self, inputs: Inputs, model: Any, rows: Sequence[_Row]) -> None:
-        """Measure a model once, and write the rows that it is the result of."""
-        result, _ = inputs.measure(model, progress=self.stages.progress)
-        assert result is not None
-        accuracies = inputs.accuracies(model)
-        self._about["evaluation"] = {"text": inputs.text_name, "protocol": result.protocol}
-        for row in rows:
-            seconds = None if row.seconds is None else round(row.seconds, 1)
-            measured = {"parameters": model.num_parameters(), "perplexity": result.perplexity, **accuracies}
-            self._rows.append({**asdict(row), "seconds": seconds, **measured})
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.folder / "comparison.csv") as partial:
-            self.frame.to_csv(partial, index=False)
-        records = json.loads(self.frame.to_json(orient="records"))
-        with whole_file(self.folder / "comparison.json") as partial:
-            partial.write_text(json.dumps({**self._about, "rows": records}, indent=1) + "\n", encoding="utf-8")
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """One row per result, by seed, recipe as they were given, and ratio; the dense model first."""
-        rows = sorted(self._rows, key=lambda row: (row["seed"], self._order[row["recipe"]], row["ratio"]))
-        frame = pd.DataFrame(rows)
-        dense = {row["seed"]: row["perplexity"] for row in rows if row["recipe"] == DENSE}
-        frame["relative"] = frame["perplexity"] / frame["seed"].map(dense)
-        return frame[[*COLUMNS, *(column for column in frame.columns if column not in COLUMNS)]]

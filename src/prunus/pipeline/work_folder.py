@@ -9,11 +9,13 @@ from prunus.errors import OptionError
 from prunus.files.user_path import expanded
 from prunus.sweep import Engine
 
-__all__ = ["WorkFolder", "of_round"]
+__all__ = ["ROWS", "WorkFolder", "of_round"]
 
 ROUND = "round-{}"
+#: the part of the rows that a comparison has measured
+ROWS = "rows"
 #: what prunus puts there, and takes away again; the last two are of the sweep and of an opened model
-CONTENTS = (ROUND.format("*"), "statistics-*", "prunus-layers-*")
+CONTENTS = (ROUND.format("*"), ROWS, "statistics-*", "prunus-layers-*")
 
 
 def of_round(number: int) -> str:
@@ -26,8 +28,8 @@ class WorkFolder:
 
     Args:
         out: the command's output.
-        asked: the folder that the user names; None for `<out>.work`, which the streamed engine uses, and training
-            within a cut.
+        asked: the folder that the user names; None for `<out>.work`, which the streamed engine, training within a cut
+            and comparisons use.
 
     Raises:
         OptionError: the folder is a file, or holds what prunus did not put there: it removes its work at the end.

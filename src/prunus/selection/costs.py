@@ -4,7 +4,7 @@
 parameters   of the whole model, tied embeddings counted once
 FLOPs        of the matrix products of one token's forward pass, head included, 2 per multiplication and
              addition; the token attends to a stated number of tokens
-KV cache     bytes of the keys and values of a sequence of stated length, 2 bytes a number
+KV cache     bytes of the keys and values of a sequence of stated length, 2 bytes a number (4 beside weights in float32)
 latency      measured, see `prunus.selection.latency_profile`
 experts      routed experts of all layers
 ============ ===========================================================================================
@@ -123,19 +123,22 @@ def flop_costs(geometry: Geometry, context: int) -> Costs:
     return _costs(geometry, f"FLOPs per token at a context of {context:,}", head, curve, group)
 
 
-def kv_cache_costs(geometry: Geometry, context: int, sequences: int = 1) -> Costs:
+def kv_cache_costs(
+    geometry: Geometry, context: int, sequences: int = 1, bytes_per_number: int = BYTES_PER_NUMBER
+) -> Costs:
     """Bytes of keys and values.
 
     Args:
         geometry: shape of the model.
         context: tokens of the sequence; a layer with a sliding window of w keeps the last w - 1.
         sequences: how many of them.
+        bytes_per_number: of keys and values.
     """
 
     def group(layer_idx: int, axis: Axis) -> int:
         window = geometry.windows[layer_idx]
         kept = context if window is None else min(context, window - 1)
-        return 2 * geometry.unit("key_value") * BYTES_PER_NUMBER * kept * sequences if axis == "attention" else 0
+        return 2 * geometry.unit("key_value") * bytes_per_number * kept * sequences if axis == "attention" else 0
 
     many = f" of {sequences:,} sequences" if sequences > 1 else ""
     return _linear(geometry, f"KV-cache bytes{many} at a context of {context:,}", 0, group)

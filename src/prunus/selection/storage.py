@@ -8,6 +8,8 @@ matrices are stored in blocks along their rows, as `llama-quantize` does without
 - A mixture such as Q4_K_M gives the head, `attn_v`, `ffn_down` and others more bits, in some layers or in all.
 - Rows that are no multiple of the block get another type: Q4_K becomes Q5_0, Q5_K Q5_1, Q6_K Q8_0, Q2_K and Q3_K
   IQ4_NL, and what does not fit into blocks of 32 F16.
+- Qwen 3 with tied embeddings has queries, keys and values apart where its layers are equal, and fused where they are
+  not: the form that takes more is counted.
 - Channels are counted as filled up with zeros to the width that takes the fewest bytes, see `export`'s `mlp_multiple`.
 
 What stands beside the weights is not counted: the header of a file, the tokenizer (of GGUF files 1 to 10 MB), padding.
@@ -67,6 +69,9 @@ FILE_TYPES: Mapping[str, str] = {
     "Q2_K": "Q2_K",
     "Q2_K_S": "Q2_K",
 }
+
+#: families whose files fuse queries, keys and values where embeddings are tied and layers differ, see export.llama_cpp
+FUSED_WHERE_RAGGED = ("qwen3",)
 
 #: matrices as llama.cpp tells them apart
 Kind = Literal["embedding", "head", "query", "key", "value", "query_key_value", "attention_output", "gate_up", "down"]
@@ -131,12 +136,16 @@ def _fixed(geometry: Geometry, storage: str) -> int:
     outside = _outside(geometry)
     if storage in DTYPE_BYTES:
         return outside * DTYPE_BYTES[storage]
-    rows, columns = geometry.vocab_size, geometry.hidden_size
-    matrices = outside // (rows * columns)
+    rows, columns, matrices = geometry.vocab_size, geometry.hidden_size, _matrices_outside(geometry)
     tied: tuple[Kind, ...] = ("head",)
     kinds = ("head", "embedding") if matrices == 2 else tied[:matrices]
     stored = sum(rows * int(_row_bytes(storage, kind, 0, geometry, np.array(columns))) for kind in kinds)
     return stored + 4 * (outside - matrices * rows * columns)
+
+
+def _matrices_outside(geometry: Geometry) -> int:
+    """Embeddings and head: one matrix if they are tied."""
+    return _outside(geometry) // (geometry.vocab_size * geometry.hidden_size)
 
 
 def _outside(geometry: Geometry) -> int:
@@ -159,10 +168,15 @@ def _curve(geometry: Geometry, storage: str, layer_idx: int, axis: Axis) -> np.n
         )
     vectors = geometry.group_parameters[axis] - geometry.group_weights(axis)
     total = 4 * (groups * vectors + (groups > 0) * geometry.leaves_with_block(layer_idx, axis))
-    for matrix in _matrices(geometry, axis):
-        columns = groups * matrix.columns if matrix.columns else np.full_like(groups, hidden)
-        rows = groups * matrix.rows if matrix.rows else np.full_like(groups, hidden)
-        total += rows * _row_bytes(storage, matrix.kind, layer_idx, geometry, columns)
+    forms = []
+    for fused in _forms(geometry):
+        form = np.zeros_like(total)
+        for matrix in _matrices(geometry, axis, fused):
+            columns = groups * matrix.columns if matrix.columns else np.full_like(groups, hidden)
+            rows = groups * matrix.rows if matrix.rows else np.full_like(groups, hidden)
+            form += rows * _row_bytes(storage, matrix.kind, layer_idx, geometry, columns)
+        forms.append(form)
+    total += np.max(forms, axis=0)
     if axis == "mlp":
         # A narrower matrix can be filled up with zeros where a wider one takes fewer bytes.
         return np.minimum.accumulate(total[::-1])[::-1]
@@ -171,8 +185,14 @@ def _curve(geometry: Geometry, storage: str, layer_idx: int, axis: Axis) -> np.n
     return np.maximum.accumulate(total)
 
 
-def _matrices(geometry: Geometry, axis: Axis) -> Iterator[_Matrix]:
-    """The matrices of a block."""
+def _forms(geometry: Geometry) -> tuple[bool, ...]:
+    """Whether a file has queries, keys and values fused that the model has apart: both where the cut decides."""
+    ragged = geometry.family.model_type in FUSED_WHERE_RAGGED and _matrices_outside(geometry) == 1
+    return (False, True) if ragged else (False,)
+
+
+def _matrices(geometry: Geometry, axis: Axis, fused: bool) -> Iterator[_Matrix]:
+    """The matrices of a block, with queries, keys and values fused as in the model, or in any case."""
     key_value: list[Kind] = ["key", "value"]
     for projection in geometry.family.block(axis).projections:
         if projection.inputs != "residual":
@@ -182,7 +202,7 @@ def _matrices(geometry: Geometry, axis: Axis) -> Iterator[_Matrix]:
         for space in projection.outputs:
             if axis == "mlp":
                 kind = "gate_up"
-            elif _is_fused(projection):
+            elif fused or _is_fused(projection):
                 kind = "query_key_value"
             else:
                 kind = "query" if space == "query" else key_value.pop(0)

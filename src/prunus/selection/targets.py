@@ -8,9 +8,9 @@ from prunus.errors import OptionError, PlanError
 from prunus.files.json_file import Count, FileContent, check_content
 from prunus.model.geometry import Geometry
 from prunus.option_values import check_whole
-from prunus.selection.costs import Costs, expert_costs, flop_costs, kv_cache_costs, parameter_costs
+from prunus.selection.costs import BYTES_PER_NUMBER, Costs, expert_costs, flop_costs, kv_cache_costs, parameter_costs
 from prunus.selection.latency_profile import PHASES, LatencyProfile, Phase
-from prunus.selection.storage import check_storage, storage_costs
+from prunus.selection.storage import DTYPE_BYTES, check_storage, storage_costs
 
 __all__ = ["TARGETS", "TargetName", "TargetOptions"]
 
@@ -110,7 +110,8 @@ class TargetOptions:
             "kv_cache": lambda: kv_cache_costs(geometry, self.context),
             "size": lambda: storage_costs(geometry, self.storage),
             "memory": lambda: storage_costs(geometry, self.storage).and_also(
-                kv_cache_costs(geometry, self.context, self.sequences)
+                # llama.cpp's is in F16 whatever the file; transformers' has the dtype of the weights.
+                kv_cache_costs(geometry, self.context, self.sequences, DTYPE_BYTES.get(self.storage, BYTES_PER_NUMBER))
             ),
             "experts": lambda: expert_costs(geometry),
         }
