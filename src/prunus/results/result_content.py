@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from prunus.files.json_file import Count, FileContent, Number
 from prunus.results.comparison import DENSE, plan_name
+from prunus.selection.targets import QUANTITIES
 
 __all__ = [
     "ComparisonContent",
@@ -31,6 +32,7 @@ _Name = Annotated[str, Field(min_length=1)]
 class _Original(FileContent):
     model: _Name
     parameters: _OneOrMore
+    active_parameters: Count | None = None
 
 
 class _OfSource(FileContent):
@@ -54,6 +56,16 @@ class _Routing(FileContent):
     layers: list[_RoutingOfLayer]
 
 
+class _Scoring(FileContent):
+    method: str
+
+
+class _Stage(FileContent):
+    stage: str
+    seconds: Annotated[Number, Field(ge=0)]
+    peak_bytes: Count | None
+
+
 class MetricsContent(FileContent):
     """prunus/metrics.json: what was done, and measured on the way."""
 
@@ -71,6 +83,9 @@ class MetricsContent(FileContent):
     active_parameters_before: Count | None = None
     active_parameters_after: Count | None = None
     routing: _Routing | None = None
+    scoring: _Scoring | None = None
+    rounds: Annotated[Count, Field(ge=1)] = 1
+    stages: list[_Stage] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _says_what_was_measured(self) -> MetricsContent:
@@ -233,12 +248,12 @@ class ComparisonRow(FileContent):
         return plan_name(self.recipe, self.ratio, self.seed)
 
 
-class _Scoring(FileContent):
-    method: str
-
-
 class _Selection(FileContent):
     shape: str
+
+
+class _Target(FileContent):
+    target: str
 
 
 class RecipeContent(FileContent):
@@ -248,6 +263,7 @@ class RecipeContent(FileContent):
     selection: _Selection
     rounds: Count
     repair: dict[str, Any] | None
+    target: _Target | None = None
 
 
 class ComparisonContent(FileContent):
@@ -275,6 +291,13 @@ class ComparisonContent(FileContent):
     def dense_beside(self, row: ComparisonRow) -> ComparisonRow:
         """The row of the dense model on a result's own text: of held-out sequences each seed has others."""
         return next(each for each in self.rows if (each.recipe, each.seed) == (DENSE, row.seed))
+
+    @property
+    def share_removed(self) -> str:
+        """What the ratios are: a share of what recipes' targets say, if that is the same in all."""
+        targets = {recipe.target.target if recipe.target else "params" for recipe in (self.recipes or {}).values()}
+        known = [quantity for name, quantity in QUANTITIES.items() if {name} == targets]
+        return f"share of {known[0]} removed" if known else "share removed"
 
     @property
     def results(self) -> list[ComparisonRow]:

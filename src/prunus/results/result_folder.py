@@ -40,6 +40,7 @@ from prunus.results.card import (
 )
 from prunus.results.lineage import COMPOSED_PLAN, Lineage, lineage_of
 from prunus.results.result_content import EvaluationContent, MetricsContent, SamplesContent
+from prunus.results.settings import settings_used
 from prunus.scoring.score import Score
 from prunus.selection.plan import Plan
 from prunus.selection.table import load_table
@@ -401,7 +402,7 @@ def _card_facts(
         num_key_value_groups=config.num_attention_heads // config.num_key_value_heads,
         model_type=metrics["whole"]["model_type"] if "whole" in metrics else config.model_type,
         around=metrics["whole"]["parameters_after"] - metrics["parameters_after"] if "whole" in metrics else None,
-        active_before=metrics.get("active_parameters_before"),
+        active_before=origin.active_parameters if origin else metrics.get("active_parameters_before"),
         active_after=metrics.get("active_parameters_after"),
         ragged=is_ragged(config),
         command=metrics["command"],
@@ -412,8 +413,5 @@ def _card_facts(
         license=license_of(locate(source)),
         calibration=CalibrationFacts(**{key: provenance[key] for key in facts}) if provenance else None,
         measured=measured_facts(metrics, {}),
-        details={
-            **{name: str(value) for name, value in metrics.get("scoring", {}).items() if name != "method"},
-            "repair": str(metrics.get("repair") or "none"),
-        },
+        details=settings_used(metrics),
     )

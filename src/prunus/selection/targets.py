@@ -12,7 +12,7 @@ from prunus.selection.costs import BYTES_PER_NUMBER, Costs, expert_costs, flop_c
 from prunus.selection.latency_profile import PHASES, LatencyProfile, Phase
 from prunus.selection.storage import DTYPE_BYTES, check_storage, storage_costs
 
-__all__ = ["TARGETS", "TargetName", "TargetOptions"]
+__all__ = ["QUANTITIES", "TARGETS", "TargetName", "TargetOptions"]
 
 TargetName = Literal["params", "flops", "kv_cache", "latency", "size", "memory", "experts"]
 TARGETS: tuple[TargetName, ...] = get_args(TargetName)
@@ -21,7 +21,7 @@ TARGETS: tuple[TargetName, ...] = get_args(TargetName)
 MOST_TOKENS = 10**9
 
 #: how a message calls the quantity before there is a model
-_QUANTITIES: Mapping[TargetName, str] = {
+QUANTITIES: Mapping[TargetName, str] = {
     "params": "parameters",
     "flops": "FLOPs",
     "kv_cache": "KV-cache bytes",
@@ -94,7 +94,7 @@ class TargetOptions:
     @property
     def quantity(self) -> str:
         """The name of the quantity, for messages that come before there is a model."""
-        return _QUANTITIES[self.name]
+        return QUANTITIES[self.name]
 
     def costs(self, geometry: Geometry) -> Costs:
         """What the parts of a model take of the quantity.
