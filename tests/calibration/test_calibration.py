@@ -600,7 +600,8 @@ def test_too_short_says_how_many_tokens_there_are_and_are_needed(tmp_path, token
     path = tmp_path / "short.txt"
     path.write_text("x" * 1000)
     with pytest.raises(
-        CalibrationError, match=r"short.txt.*holds 1,000 tokens.*16 samples of 128 need 2,048.*at most 7 `samples`"
+        CalibrationError,
+        match=r"short.txt.*holds 1,000 tokens.*16 samples with 128 of them each need 2,048.*at most 7 `samples`",
     ):
         load_calibration(str(path), tokenizer, samples=16, seq_len=128)
     with pytest.raises(CalibrationError, match=r"holds 1,000 tokens.*`seq_len` of at most 1000"):

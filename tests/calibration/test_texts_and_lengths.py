@@ -172,7 +172,7 @@ def test_a_text_that_is_too_short_says_how_many_tokens_it_holds(tmp_path, monkey
     words = [f"{number:05d}" + "ж" * 90 for number in range(3000)]
     path = tmp_path / "words.txt"
     path.write_text(" ".join(words), encoding="utf-8")
-    with pytest.raises(TextTooShortError, match="holds 3,000 tokens, and 12 samples of 256 need 3,072"):
+    with pytest.raises(TextTooShortError, match="holds 3,000 tokens, and 12 samples with 256 of them each need 3,072"):
         load_calibration(str(path), word_tokenizer(words), samples=12, seq_len=256)
 
 

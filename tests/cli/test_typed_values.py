@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tiny_folder import SIZES, fails
+from tiny_folder import SIZES, fails, run, run_json
 
 from prunus.cli import main
+from prunus.pipeline.recipe import Recipe
+from prunus.selection.plan import Plan
 
 OUT = ["--out", "never"]
 
@@ -37,6 +39,10 @@ def refused(capsys, *words) -> str:
         (["--device", "meta"], "device 'meta' cannot run a model here"),
         (["--device", "nonsense"], "device 'nonsense' is not known"),
         (["--max-memory", "lots"], "max-memory is 'lots'"),
+        (["--max-memory", "8"], "max-memory is '8', which is 8 bytes; write a unit as well, such as 8GB"),
+        (["--batch", "3"], "--context and --batch are of the KV cache in --fit-memory; give that as well"),
+        (["--fit", "1MB", "--context", "512"], "--context and --batch are of the KV cache in --fit-memory"),
+        (["--experts", "0.5"], "the model has no experts that could be removed"),
         (["--seed", str(-(2**63) - 1)], "a seed has at most 63 bits and a sign"),
         (["--seed", str(2**63)], "seed is 9223372036854775808; a seed has at most 63 bits and a sign"),
         (["--seed", "1" + "0" * 400], "a seed has at most 63 bits and a sign"),
@@ -109,3 +115,37 @@ def test_seeds_that_are_taken(capsys, folder, text, tmp_path):
         for seed in ("0", str(2**63 - 1))
     ]
     assert said[0]["calibration"]["sha256"] != said[1]["calibration"]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ratios", "10,20"], "--ratios is 10.0; it is a share of all parameters"),
+        (["--ratios", "0.1", "--methods", "taylr"], "--methods 'taylr' is unknown. Did you mean taylor"),
+        (["--ratios", "0.1", "--seeds", str(2**63)], "--seeds is 9223372036854775808"),
+    ],
+    ids=str,
+)
+def test_several_values_that_cannot_be(capsys, folder, tmp_path, words, message):
+    assert message in refused(capsys, "compare", folder, "--out", tmp_path / "never", *words)
+
+
+def test_a_recipe_of_another_command(capsys, folder, text, tmp_path):
+    run(capsys, "prune", folder, "--out", tmp_path / "small", "--ratio", "0.2", "--calibration", text, *SIZES)
+    recipe = tmp_path / "small" / "prunus" / "recipe.yaml"
+    said = refused(capsys, "recover", tmp_path / "small", "--out", tmp_path / "never", "--recipe", recipe)
+    assert (
+        "is one of `prunus prune`, and `prunus recover` has other settings: `prunus recipe --command recover`" in said
+    )
+
+
+def test_a_plan_by_the_table_of_a_result(capsys, folder, text, tmp_path):
+    """The folder stands for the table in it; the same ratio gives the plan that it was cut by."""
+    run(capsys, "prune", folder, "--out", tmp_path / "small", "--ratio", "0.2", "--calibration", text, *SIZES)
+    run(capsys, "plan", tmp_path / "small", "--ratio", "0.2", "--out", tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == Plan.load(tmp_path / "small" / "prunus" / "plan.json")
+
+
+def test_settings_of_a_preset_as_json(capsys):
+    settings = run_json(capsys, "recipe", "fast")
+    assert (settings["rounds"], settings["scoring"]["method"]) == (Recipe.fast().rounds, Recipe.fast().scoring.method)

@@ -173,14 +173,18 @@ def pack_windows(
 
 
 def too_short(name: str, tokens: int, samples: int, length: int) -> TextTooShortError:
-    """The error for a source that holds fewer tokens than asked for, `length` of its own in each sequence."""
+    """The error for a source that holds fewer tokens than asked for, `length` of its own in each sequence.
+
+    A token that sequences begin with is none of its own.
+    """
     fits = tokens // length
     advice = f"ask for at most {fits} `samples`" if fits else f"ask for a `seq_len` of at most {tokens}"
     if tokens < 2:
         advice = "check that this is the right file"
     return TextTooShortError(
         f"the calibration text {name} is too short: it holds {tokens:,} tokens, and {samples} "
-        f"sample{'s' * (samples != 1)} of {length} need {samples * length:,}. Give more text, or {advice}.",
+        f"sample{'s' * (samples != 1)} with {length} of them each need {samples * length:,}. Give more text, or "
+        f"{advice}.",
         fits,
     )
 

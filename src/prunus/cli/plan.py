@@ -27,7 +27,7 @@ def plan(
     """Choose what to cut from a table of scores; needs no model.
 
     Args:
-        table: groups.csv, or the folder that `prunus score` wrote.
+        table: groups.csv, or a folder that `prunus score` or `prunus prune` wrote.
         ratio: share of all parameters to remove, or of what --target says, in [0, 1). Without --target it is what the
             table was made for.
         out: the plan file to write.

@@ -20,13 +20,19 @@ def recipe(
         command: whose settings these are; `score`, `plan` and `compare` share those of `prune`.
         json: print the settings as JSON.
     """
+    import yaml
+
     from prunus.cli.printing import print_json
     from prunus.pipeline.measured import MEASURED
     from prunus.pipeline.sheets import SHEETS
 
     sheet, measured = SHEETS[command], MEASURED if command == "prune" else {}
     if name is not None:
-        print(sheet.text(sheet.read(name, (), {})), end="")
+        text = sheet.text(sheet.read(name, (), {}))
+        if json:
+            print_json(yaml.safe_load(text))
+        else:
+            print(text, end="")
     elif json:
         print_json(
             [

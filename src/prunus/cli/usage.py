@@ -20,6 +20,8 @@ _SETTINGS: Mapping[str, tuple[Mapping[str, str], str]] = {
 }
 _JOB = job_flags.KEYS, "prunus.pipeline.job_file:JOB"
 
+#: option → the one that gives several of its values
+SEVERAL: Mapping[str, str] = {"ratio": "ratios", "method": "methods", "seed": "seeds"}
 #: what a value is, for those who do not know Python
 _KINDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "yes or no"}
 
@@ -44,6 +46,8 @@ def flags_of(app: App, words: Sequence[str]) -> dict[str, str]:
     typed = {word.partition("=")[0] for word in words}
     if flags.get("experts") in typed and flags["ratio"] not in typed:
         flags["ratio"] = flags["experts"]  # typed in its place
+    # Options of one value, for a command that takes several of them.
+    flags |= {one: flags[many] for one, many in SEVERAL.items() if many in flags}
     if "set" not in flags:
         return flags
     keys, sheet = _SETTINGS.get(words[0], _JOB)

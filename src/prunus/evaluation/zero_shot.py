@@ -22,6 +22,7 @@ Source: Gao et al., "A framework for few-shot language model evaluation" (the ta
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -246,6 +247,8 @@ def load_task(path: str | Path, name: str | None = None) -> Task:
         OptionError: no such task, or a line that is not an item of it.
     """
     path = Path(path)
+    if not os.path.exists(path):  # Path.exists fails at a name that is too long
+        raise OptionError(f"cannot read the task file {path}: there is no such file or folder")
     if name is None:
         name = next((task for task in TASKS if path.name.startswith(task)), None)
     if name not in TASKS:

@@ -259,13 +259,14 @@ class Score:
         """Read a table and the score.json beside it.
 
         Args:
-            table: groups.csv, or the folder that holds it.
+            table: groups.csv, or the folder that holds it, or the folder of a result.
 
         Raises:
             PlanError: a file is missing or malformed.
         """
         path = Path(table)
-        path = path / TABLE_FILE if path.is_dir() else path
+        folders = [place for place in (path, path / "prunus") if (place / TABLE_FILE).is_file()]
+        path = (folders or [path])[0] / TABLE_FILE if path.is_dir() else path
         about_path = path.with_name(ABOUT_FILE)
         if not about_path.exists():
             raise PlanError(

@@ -154,7 +154,7 @@ def _check_enough(geometry: Geometry, ratio: float, constraints: ModelConstraint
     check_ratio(ratio, costs.quantity)
     most, total = reachable(geometry, constraints, costs), costs.total
     if ratio and not total:
-        raise BudgetError(f"the model takes no {costs.quantity}, of which nothing can be saved; choose another target")
+        raise BudgetError(f"the model has no {costs.quantity} that could be removed; choose another target")
     if ratio * total > most:
         raise BudgetError(
             f"`ratio` {ratio:g} means removing {ratio * total:,.0f} of {total:,.0f} {costs.quantity}, but only "

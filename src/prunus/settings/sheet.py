@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,6 +32,8 @@ T = TypeVar("T")
 
 #: a field and a part of files: noted by what was done, never set by hand
 RECORD = "made_by"
+#: how files begin that were written beside a result, before their command
+AGAIN = "# To make the same result again: "
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Sheet(Generic[T]):
         head = ""
         if made_by:
             nested[RECORD] = dict(made_by)
-            head = f"# To make the same result again: {self.command} --recipe THIS_FILE --out NEW_FOLDER\n"
+            head = f"{AGAIN}{self.command} --recipe THIS_FILE --out NEW_FOLDER\n"
         return head + yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)
 
     # --- classes ---
@@ -212,6 +216,7 @@ class Sheet(Generic[T]):
             hint = f" Did you mean {close[0]}?" if close else ""
             names = f"neither a file nor one of {', '.join(self.presets)}" if self.presets else "not there"
             raise OptionError(f"recipe {path} is {names}.{hint}")
+        self._check_of_this_command(path)
         values: dict[str, Any] = {}
         record: dict[str, str] = {}
 
@@ -227,6 +232,18 @@ class Sheet(Generic[T]):
             else:
                 values |= dict(self._leaves(key, value, f"{path}, line {line}"))
         return values, record
+
+    def _check_of_this_command(self, path: Path) -> None:
+        """Refuse a recipe that another command wrote beside its result: its keys would be unknown one by one."""
+        first = ""
+        with suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:  # who reads it all says why not
+            first = file.readline(200)
+        writer = re.match(re.escape(AGAIN) + r"([\w ]+) --recipe ", first)
+        if writer and writer[1] != self.command:
+            raise OptionError(
+                f"recipe {path} is one of `{writer[1]}`, and `{self.command}` has other settings: "
+                f"`{self.listing}` lists them"
+            )
 
     def _setting(self, setting: str) -> dict[str, Any]:
         """The keys that `KEY=VALUE` sets."""
