@@ -130,6 +130,11 @@ def test_several_values_that_cannot_be(capsys, folder, tmp_path, words, message)
     assert message in refused(capsys, "compare", folder, "--out", tmp_path / "never", *words)
 
 
+def test_a_table_without_a_group(capsys, folder):
+    said = refused(capsys, "inspect", folder, "--table", "scores")
+    assert "--table says what one group is worth; name it with --group, e.g. 3:mlp:17" in said
+
+
 def test_a_recipe_of_another_command(capsys, folder, text, tmp_path):
     run(capsys, "prune", folder, "--out", tmp_path / "small", "--ratio", "0.2", "--calibration", text, *SIZES)
     recipe = tmp_path / "small" / "prunus" / "recipe.yaml"

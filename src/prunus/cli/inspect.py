@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunus.cli.flags import Flag, ModelName
+from prunus.errors import OptionError
 
 __all__ = ["inspect"]
 
@@ -42,6 +43,8 @@ def inspect(
         print_rows(f"group {group}", ("cut together", "", "parameters"), shown)
         print_rows("", ("", ""), [(name, short(value)) for name, value in facts.items()])
         return
+    if table is not None:
+        raise OptionError("`table` says what one group is worth; name it with `group`, e.g. 3:mlp:17")
     facts = inspect_model(model, ratio)
     if json:
         print_json(facts)

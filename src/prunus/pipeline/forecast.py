@@ -258,21 +258,24 @@ class _Timetable:
         self._forward = probe.forward(request.seq_len) if request.calibrates else 0.0
 
     def stages(self) -> dict[str, float]:
-        """The stages in order."""
+        """The stages of the job, in order."""
         request = self._request
-        texts = {LOADING: self.loading(), **({WRITING: self.writing()} if request.workload.writes_text else {})}
+        ratio = min(request.ratios, default=0.0)
+        # Made only of those that there are: some take a probe of their own.
+        around = {
+            LOADING: self.loading,
+            WRITING: self.writing,
+            MEASURING: lambda: self.measuring(0.0) + self.measuring(ratio),
+            SAMPLES: lambda: self.samples(0.0) + self.samples(ratio),
+            SAVING: lambda: SMALL_FILES + self._bytes * (1 - ratio) / WRITING_SPEED,
+        }
         if not request.ratios:
-            return {**texts, scoring(1, 1): self.scoring(request.recipes[0], 1.0, 1.0)}
-        if not request.saves:
-            seconds = self.comparing()
-            return {**texts, **{comparing(seed, request.seeds): seconds for seed in request.seeds}}
-        recipe, ratio = request.recipes[0], request.ratios[0]
-        stages = {**texts, **self.pruning(recipe, ratio)}
-        stages[MEASURING] = self.measuring(0.0) + self.measuring(ratio)
-        if request.job.output.report and request.engine == "resident":
-            stages[SAMPLES] = self.samples(0.0) + self.samples(ratio)
-        stages[SAVING] = SMALL_FILES + self._bytes * (1 - ratio) / WRITING_SPEED
-        return stages
+            work = {scoring(1, 1): self.scoring(request.recipes[0], 1.0, 1.0)}
+        elif not request.saves:
+            work = dict.fromkeys((comparing(seed, request.seeds) for seed in request.seeds), self.comparing())
+        else:
+            work = self.pruning(request.recipes[0], ratio)
+        return {name: around[name]() if name in around else work[name] for name in stages_of_job(request)}
 
     def loading(self) -> float:
         """Reading weights, and tokenising texts."""
