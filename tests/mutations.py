@@ -466,8 +466,8 @@ MUTATIONS = (
     ),
     Mutation(
         "comparison_record.py",
-        '{**made_from, "seed": row.seed}',
-        '{"recipe": row.recipe, "ratio": row.ratio, "seed": row.seed}',
+        "{**made_from, 'facts': self._facts}",
+        "made_from",
         ("test_comparison.py::test_rows_made_from_other_inputs_are_measured_again",),
         "rows of another model or text are taken for a comparison's own",
     ),

@@ -12,7 +12,7 @@ from prunus.model.geometry import Geometry
 from prunus.pipeline import compare as comparison
 from prunus.pipeline.compare import compare, cuts_at_once
 from prunus.pipeline.inputs import Inputs
-from prunus.pipeline.job import Job
+from prunus.pipeline.job import Job, OutputOptions
 from prunus.repair.block_repair import RepairOptions
 from prunus.selection.plan import Plan
 from prunus.sweep.estimate import bytes_of_a_cut
@@ -36,12 +36,13 @@ def paths(tmp_path):
     return folder, text
 
 
-def run(paths, out, recipes, ratios=RATIOS, **options):
+def run(paths, out, recipes, ratios=RATIOS, *, save_dtype="auto", **options):
     folder, text = paths
     job = Job(
         str(folder),
         calibration=prunus.CalibrationOptions(str(text), samples=6, seq_len=24),
         evaluation=prunus.EvaluationOptions(held_out=2),
+        output=OutputOptions(save_dtype=save_dtype),
     )
     return compare(job, recipes, ratios, out, progress=False, **options)
 
@@ -150,23 +151,27 @@ def test_a_stopped_comparison_goes_on_after_its_rows(paths, tmp_path, monkeypatc
     assert not left.exists()
 
 
-@pytest.mark.parametrize("what", ["weights", "calibration", "recipe", "held out"])
+@pytest.mark.parametrize("what", ["weights", "calibration", "recipe", "held out", "saved dtype"])
 def test_rows_made_from_other_inputs_are_measured_again(paths, tmp_path, monkeypatch, what):
     folder, text = paths
     with monkeypatch.context() as patch:
         stopped_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             run(paths, tmp_path / "out", {"one": plain_recipe()}, [0.2, 0.3])
-    recipe, ratios, again = plain_recipe(), [0.2, 0.3], 3
+    recipe, save_dtype, again = plain_recipe(), "auto", 3
     if what == "weights":
         save_tiny_folder(folder, "llama", "gqa", num_hidden_layers=3, seed=7)
     elif what == "recipe":  # the dense model's row does not depend on it
         recipe, again = plain_recipe(plain_scoring(normalize="layer_sum")), 2
+    elif what == "saved dtype":
+        save_dtype = "bfloat16"
     else:
         text.write_text(TEXT[::-1] if what == "calibration" else TEXT + TEXT.upper(), encoding="utf-8")
     with monkeypatch.context() as patch:
         made = stopped_after(patch, 100)
-        frame = run(paths, tmp_path / "out", {"one": recipe}, ratios)
+        frame = run(paths, tmp_path / "out", {"one": recipe}, [0.2, 0.3, 0.3], save_dtype=save_dtype)
     assert len(made) == again
-    check_against_prune(paths, frame, {"one": recipe}, tmp_path / "out")
+    assert len(frame) == 3
+    if save_dtype == "auto":
+        check_against_prune(paths, frame, {"one": recipe}, tmp_path / "out")
     assert not (tmp_path / "out.work").exists()

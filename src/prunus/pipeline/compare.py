@@ -83,6 +83,7 @@ def compare(
     """
     _check(job, recipes, ratios)
     seeds = list(dict.fromkeys(seeds or [job.calibration.seed]))
+    ratios = list(dict.fromkeys(ratios))
     job = replace(job, calibration=replace(job.calibration, seed=seeds[0]))
     asked = "compare", job, recipes, tuple(ratios), tuple(seeds), overwrite
     folder = WorkFolder(out)
@@ -96,13 +97,16 @@ def compare(
             inputs = open_inputs(request, stages)
             if not inputs.measurable:
                 raise CalibrationError("there is no text left to measure perplexity on; give an evaluation text")
-            about = {
+            about_run = {
                 "prunus": __version__,
+                "compute_dtype": job.run.dtype,
+                "saved_dtype": job.output.save_dtype,
+            }
+            about = {
+                **about_run,
                 "model": model_name(job.model),
                 "command": command,
                 "calibration": inputs.calibration.provenance.to_dict() if inputs.calibration else None,
-                "compute_dtype": job.run.dtype,
-                "saved_dtype": job.output.save_dtype,
                 "recipes": plain,
             }
             record, weights = ComparisonRecord(folder.path, plain), digest_model(inputs.model)
@@ -112,7 +116,7 @@ def compare(
                         if seed != seeds[0]:
                             drawn = replace(job.calibration, seed=seed)
                             inputs = inputs.with_texts(request, drawn, progress=progress)
-                        facts = {"prunus": __version__, "weights": weights, "dtype": job.run.dtype, **_texts(inputs)}
+                        facts = {"weights": weights, **about_run, **_texts(inputs)}
                         record.go_on(facts, seed, ratios)
                         _compare_with(inputs, job, recipes, ratios, record, seed, stages)
             with output_folder(out, overwrite=overwrite) as place:

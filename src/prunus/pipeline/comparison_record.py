@@ -62,7 +62,7 @@ class ComparisonRecord:
     def __init__(self, work: Path, recipes: Mapping[str, Any]):
         self._folder = work / ROWS
         self._recipes = {DENSE: None, **recipes}
-        self._facts: Mapping[str, Any] = {}
+        self._facts = ""
         self._rows: list[dict[str, Any]] = []
         self._plans: dict[str, dict[str, Any]] = {}
         self._protocol: dict[str, str] = {}
@@ -81,7 +81,7 @@ class ComparisonRecord:
         Raises:
             OptionError: a kept row cannot be read.
         """
-        self._facts = facts
+        self._facts = _digest(facts)
         wanted = [Row(DENSE, 0.0, seed)]
         wanted += [Row(name, ratio, seed) for name in self._recipes if name != DENSE for ratio in ratios]
         for path in filter(Path.is_file, map(self._path, wanted)):
@@ -153,6 +153,9 @@ class ComparisonRecord:
 
     def _path(self, row: Row) -> Path:
         """The file of a row, named after all that it depends on."""
-        made_from = {**self._facts, "recipe": self._recipes[row.recipe], "name": row.recipe, "ratio": row.ratio}
-        text = json.dumps({**made_from, "seed": row.seed}, sort_keys=True)
-        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+        made_from = {"recipe": self._recipes[row.recipe], "name": row.recipe, "ratio": row.ratio, "seed": row.seed}
+        return self._folder / f"{_digest({**made_from, 'facts': self._facts})}.json"
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
