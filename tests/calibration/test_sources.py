@@ -43,6 +43,7 @@ def test_what_is_written_for_sources(words, found):
     [
         ([], "there is no calibration source"),
         (["a.txt:0", "self"], "'a.txt:0' has the weight 0"),
+        (["owner/name:2023"], "has the weight 2023; the largest is 1,000. .* with a split, owner/name:2023:train"),
         (["a.txt", "self", "a.txt:2"], "'a.txt' is there twice; write a.txt:2"),
         (["mixture:3", "c4:2"], "'c4' is there twice, as a part of 'mixture'; give one of them"),
         (["c4", "mixture", "c4:2"], "'c4' is there twice"),

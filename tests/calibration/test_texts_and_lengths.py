@@ -15,6 +15,7 @@ from plain import PLAIN
 from tiny_families import make_model
 from tiny_folder import SIZES, TEXT, byte_tokenizer, fails, run, run_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import prunus.evaluation.evaluate as evaluate_module
@@ -470,6 +471,37 @@ def test_instructions_with_an_input_and_a_system_prompt(tmp_path):
     how = {"samples": 1, "seq_len": len(expected), "reading": Reading(chat_column="instruction")}
     made = load_calibration(str(path), chat_tokenizer(), **how)
     assert chat_tokenizer().decode(made.input_ids[0].tolist()) == expected
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("column", ["input", "output", "system"])
+def test_a_part_of_an_alpaca_row_is_not_taken_for_its_instruction(tmp_path, column, suffix):
+    row = {"instruction": "Why is the sky blue?", "input": "In a word.", "output": "Light.", "system": "Be brief."}
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".jsonl":
+        path.write_text(json.dumps(row))
+    else:
+        pytest.importorskip("pyarrow.parquet").write_table(
+            pytest.importorskip("pyarrow").Table.from_pylist([row]), path
+        )
+    with pytest.raises(CalibrationError, match=f"column '{column}' holds text, and the instruction .* another column"):
+        load_calibration(str(path), chat_tokenizer(), samples=1, seq_len=8, reading=Reading(chat_column=column))
+
+
+def test_tokens_of_the_template_that_sequences_have_anyway(tmp_path):
+    """A template that writes the begin token and ends with that of the end: neither is there twice."""
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows("messages"))))
+    tokenizer = chat_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    how = {"samples": 20, "seq_len": 48, "reading": Reading(chat_column="talk")}
+    plain = load_calibration(str(path), tokenizer, **how).input_ids
+    assert (plain[:, 0] == tokenizer.bos_token_id).all()
+    tokenizer.chat_template = "<s>" + CHAT + "<eos>"
+    assert torch.equal(load_calibration(str(path), tokenizer, **how).input_ids, plain)
 
 
 @pytest.mark.parametrize(

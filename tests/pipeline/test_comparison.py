@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from plain import plain_recipe, plain_scoring
 from tiny_families import make_model
 from tiny_folder import TEXT, save_tiny_folder
 
 import prunus
+from prunus.errors import OptionError
 from prunus.model.geometry import Geometry
 from prunus.pipeline import compare as comparison
 from prunus.pipeline.compare import compare, cuts_at_once
 from prunus.pipeline.inputs import Inputs
 from prunus.pipeline.job import Job, OutputOptions
+from prunus.pipeline.prune import prune_job
 from prunus.repair.block_repair import RepairOptions
 from prunus.selection.plan import Plan
 from prunus.sweep.estimate import bytes_of_a_cut
@@ -175,3 +179,38 @@ def test_rows_made_from_other_inputs_are_measured_again(paths, tmp_path, monkeyp
     if save_dtype == "auto":
         check_against_prune(paths, frame, {"one": recipe}, tmp_path / "out")
     assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("damage", [{"row": {}}, {"plan": {"format": "none"}}, {"protocol": 3}])
+def test_a_kept_row_that_is_none_is_named(paths, tmp_path, monkeypatch, damage):
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(paths, tmp_path / "out", {"one": plain_recipe()}, [0.2, 0.3])
+    for path in (tmp_path / "out.work" / "rows").iterdir():
+        path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    with pytest.raises(OptionError, match=r"remove .*/out.work/rows/\w+.json, and it is measured again"):
+        run(paths, tmp_path / "out", {"one": plain_recipe()}, [0.2, 0.3])
+
+
+def test_the_seed_of_what_needs_no_text(paths, tmp_path):
+    """Each seed has a random order of its own, the same whatever it is compared with, and as prune makes it."""
+    control = plain_recipe(plain_scoring(method="random"))
+    recipes = {"alone": {"random": control}, "beside": {"random": control, "taylor": plain_recipe()}}
+    plans = {}
+    for name, given in recipes.items():
+        run(paths, tmp_path / name, given, [0.3], seeds=[0, 5])
+        plans |= {(name, s): Plan.load(tmp_path / name / "plans" / f"random-0.3-seed{s}.json") for s in (0, 5)}
+    assert plans["alone", 0] == plans["beside", 0] != plans["alone", 5] == plans["beside", 5]
+    folder, text = paths
+    made = Job(str(folder), 0.3, control, prunus.CalibrationOptions(str(text), samples=6, seq_len=24, seed=5))
+    prune_job(made, tmp_path / "pruned", progress=False)
+    assert Plan.load(tmp_path / "pruned" / "prunus" / "plan.json") == plans["alone", 5]
+
+
+def test_names_and_ratios_that_are_easily_lost(paths, tmp_path):
+    recipes = {"None": plain_recipe(plain_scoring(method="random")), "1": plain_recipe()}
+    frame = run(paths, tmp_path / "out", recipes, [0.3, 0.30000001])
+    assert frame["recipe"].tolist() == ["dense", "None", "None", "1", "1"]
+    assert frame["perplexity"].dtype == float
+    assert len(list((tmp_path / "out" / "plans").iterdir())) == 4

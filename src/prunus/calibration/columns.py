@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from prunus.calibration.begin_token import begin_token_of
 from prunus.errors import CalibrationError, OptionError
 
 __all__ = ["ChatColumn", "Column", "TextColumn", "column_of"]
@@ -24,7 +25,8 @@ _SPEAKERS = {
     "system": "system",
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
-#: columns of an Alpaca row beside the instruction
+#: columns of an Alpaca row: that of the instruction, as it is usually called, and those beside it
+_INSTRUCTION = "instruction"
 _INPUT, _ANSWERS, _SYSTEM = "input", ("output", "response"), "system"
 _EXPECTED = (
     'a list of {"role": …, "content": …} or of {"from": …, "value": …}, or the instruction of a row that has "output" '
@@ -105,16 +107,19 @@ class ChatColumn:
             )
 
     def needed(self, names: Sequence[str]) -> list[str]:
-        """The column, and those that make it the instruction of an Alpaca row."""
-        return [name for name in names if name in {self.name, _INPUT, *_ANSWERS, _SYSTEM}]
+        """The column, and those that an Alpaca row has beside it."""
+        return [name for name in names if name in {self.name, _INSTRUCTION, _INPUT, *_ANSWERS, _SYSTEM}]
 
     def text_of(self, record: Mapping[str, Any], where: Callable[[], str]) -> str:
         """The conversation by the chat template."""
         messages = self._messages(record, where)
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # a template raises whatever its author liked
             raise CalibrationError(f"{where()}: the chat template does not take this conversation: {error}") from error
+        # Where a text begins with a token unasked, sequences do; and documents end with the other.
+        first = self.tokenizer.bos_token if begin_token_of(self.tokenizer) is not None else ""
+        return text.removeprefix(first).removesuffix(self.tokenizer.eos_token or "")
 
     def _messages(self, record: Mapping[str, Any], where: Callable[[], str]) -> list[dict[str, str]]:
         value = record[self.name]
@@ -140,6 +145,8 @@ class ChatColumn:
         return {"role": speaker, "content": content}
 
     def _alpaca(self, record: Mapping[str, Any], where: Callable[[], str]) -> list[dict[str, str]]:
+        if self.name in _ANSWERS or (self.name != _INSTRUCTION and _INSTRUCTION in record):
+            raise self._none(where, "holds text, and the instruction of its row is in another column")
         answer = next((record[name] for name in _ANSWERS if name in record), None)
         if not isinstance(answer, str):
             raise self._none(where, f"holds text, and the row has no text in column {_ANSWERS[0]!r}")

@@ -29,6 +29,8 @@ __all__ = ["MIXTURES", "SOURCES", "Source", "mixed", "read_sources", "sequences_
 #: names that stand for several sources, with their shares
 MIXTURES = {"mixture": {"c4": 2.0, "wikipedia": 1.0, "code": 1.0, "dialogue": 1.0}}
 _WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
+#: a larger weight is rather the configuration of a data set on the Hub
+LARGEST_WEIGHT = 1000
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ def read_sources(words: str | Sequence[str]) -> list[Source]:
         named = Source(match[1], float(match[2])) if match else Source(each)
         if not named.weight:
             raise OptionError(f"the calibration source {each!r} has the weight 0; leave it out")
+        if named.weight > LARGEST_WEIGHT:
+            raise OptionError(
+                f"the calibration source {each!r} has the weight {named.weight:g}; the largest is {LARGEST_WEIGHT:,}. "
+                f"A configuration of that name is written with a split, {each}:train"
+            )
         parts = MIXTURES.get(named.name, {named.name: 1.0})
         sources += [Source(name, named.weight * part / sum(parts.values())) for name, part in parts.items()]
     names = [source.name for source in sources]

@@ -13,6 +13,7 @@ import pandas as pd
 
 from prunus.calibration import Calibration
 from prunus.errors import CalibrationError, OptionError
+from prunus.files.csv_file import read_table
 from prunus.files.outputs import claimed, output_folder
 from prunus.machine.byte_sizes import parse_bytes
 from prunus.machine.metering import metered
@@ -124,7 +125,7 @@ def compare(
         if job.output.report:
             try_report(out)
         folder.remove()
-    return pd.read_csv(claim.path / "comparison.csv", float_precision="round_trip")
+    return read_table(claim.path / "comparison.csv", ["recipe"])
 
 
 def forecast_compare(
@@ -204,7 +205,7 @@ def _compare_with(
     stages: Stages,
 ) -> None:
     """All rows of one drawing of the calibration sequences that are not there yet."""
-    passes = Passes(job.run.sequences_per_pass, inputs.engine, stages=stages)
+    passes = Passes(job.run.sequences_per_pass, inputs.engine, stages=stages, seed=seed)
     if (dense := Row(DENSE, 0.0, seed)) not in record:
         record.add(inputs, inputs.model, [dense], progress=passes.progress)
     missing = {name: [ratio for ratio in ratios if Row(name, ratio, seed) not in record] for name in recipes}
@@ -219,6 +220,7 @@ def _compare_with(
             ways,
             batch_size=passes.batch_size,
             engine=passes.engine,
+            seed=seed,
             progress=passes.progress,
         )
     parts = zip(recipes, recipes.values(), scores, [missing[name] for name in recipes], strict=True)

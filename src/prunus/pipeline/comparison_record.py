@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from prunus.errors import CheckpointError, OptionError
-from prunus.files.json_file import FileContent, check_content, read_json
+from prunus.errors import CheckpointError, OptionError, PlanError
+from prunus.files.json_file import Count, FileContent, Number, check_content, read_json
 from prunus.files.outputs import whole_file
 from prunus.pipeline.inputs import Inputs
 from prunus.pipeline.work_folder import ROWS
@@ -44,8 +44,18 @@ class Row:
     peak_bytes: int | None = None
 
 
+class _RowContent(FileContent):
+    recipe: str
+    ratio: Number
+    seed: int
+    parameters: Count
+    perplexity: Number
+    seconds: Number | None
+    peak_bytes: Count | None
+
+
 class _Kept(FileContent):
-    row: dict[str, Any]
+    row: _RowContent
     plan: dict[str, Any] | None
     protocol: dict[str, str]
 
@@ -64,7 +74,7 @@ class ComparisonRecord:
         self._recipes = {DENSE: None, **recipes}
         self._facts = ""
         self._rows: list[dict[str, Any]] = []
-        self._plans: dict[str, dict[str, Any]] = {}
+        self._plans: dict[str, Plan] = {}
         self._protocol: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -87,9 +97,10 @@ class ComparisonRecord:
         for path in filter(Path.is_file, map(self._path, wanted)):
             try:
                 kept = check_content(_Kept, read_json(path), str(path), CheckpointError)
-            except CheckpointError as error:
-                raise OptionError(f"{error}; remove it, and it is measured again") from error
-            self._take(kept)
+                plan = Plan.from_dict(kept.plan) if kept.plan is not None else None
+            except (CheckpointError, PlanError) as error:
+                raise OptionError(f"{error}; remove {path}, and it is measured again") from error
+            self._take(kept.row.model_dump(), plan, kept.protocol)
 
     def __contains__(self, row: Row) -> bool:
         known = {(each["recipe"], each["ratio"], each["seed"]) for each in self._rows}
@@ -114,11 +125,11 @@ class ComparisonRecord:
             seconds = None if row.seconds is None else round(row.seconds, 1)
             measured = {"parameters": model.num_parameters(), "perplexity": result.perplexity, **accuracies}
             values = {**asdict(row), "seconds": seconds, **measured}
-            kept = _Kept(row=values, plan=plan.to_dict() if plan else None, protocol=protocol)
+            kept = {"row": values, "plan": plan.to_dict() if plan else None, "protocol": protocol}
             if math.isfinite(result.perplexity):  # JSON has no other numbers; such a row is measured again
                 with whole_file(self._path(row)) as partial:
-                    partial.write_text(kept.model_dump_json(), encoding="utf-8")
-            self._take(kept)
+                    partial.write_text(json.dumps(kept), encoding="utf-8")
+            self._take(values, plan, protocol)
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write comparison.csv, comparison.json and the plans.
@@ -129,7 +140,7 @@ class ComparisonRecord:
         """
         (folder / "plans").mkdir(parents=True)
         for name, plan in self._plans.items():
-            Plan.from_dict(plan).save(folder / "plans" / name)
+            plan.save(folder / "plans" / name)
         self.frame.to_csv(folder / "comparison.csv", index=False)
         about = {**about, "evaluation": self._protocol, "rows": json.loads(self.frame.to_json(orient="records"))}
         (folder / "comparison.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -144,12 +155,11 @@ class ComparisonRecord:
         frame["relative"] = frame["perplexity"] / frame["seed"].map(dense)
         return frame[[*COLUMNS, *(column for column in frame.columns if column not in COLUMNS)]]
 
-    def _take(self, kept: _Kept) -> None:
-        row = kept.row
+    def _take(self, row: dict[str, Any], plan: Plan | None, protocol: dict[str, str]) -> None:
         self._rows.append(row)
-        self._protocol = kept.protocol
-        if kept.plan is not None:
-            self._plans[plan_name(row["recipe"], row["ratio"], row["seed"])] = kept.plan
+        self._protocol = protocol
+        if plan is not None:
+            self._plans[plan_name(row["recipe"], row["ratio"], row["seed"])] = plan
 
     def _path(self, row: Row) -> Path:
         """The file of a row, named after all that it depends on."""

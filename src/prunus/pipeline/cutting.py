@@ -58,12 +58,14 @@ class Passes:
         engine: see `prunus.score`.
         work: folder from which an interrupted run resumes.
         stages: told which stage begins.
+        seed: of all that is random where there are no calibration sequences.
     """
 
     batch_size: int = 1
     engine: EngineChoice = "auto"
     work: Path | None = None
     stages: Stages = field(default_factory=lambda: Stages((), progress=False))
+    seed: int = 0
 
     @property
     def progress(self) -> bool:
@@ -82,6 +84,7 @@ class Passes:
                 batch_size=self.batch_size,
                 engine=self.engine,
                 work=self.part(of_round(step.number)),
+                seed=self.seed,
                 progress=self.progress,
                 again=step.number > 1,
             )

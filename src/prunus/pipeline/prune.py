@@ -185,7 +185,7 @@ def _made(
         work = folder.path
         texts = inputs.tokenizer, work, inputs.held_out
         trained = TrainedRounds(request, job.recipe, *texts, overwrite=overwrite, progress=progress)
-    passes = Passes(job.run.sequences_per_pass, inputs.engine, work, stages)
+    passes = Passes(job.run.sequences_per_pass, inputs.engine, work, stages, job.calibration.seed)
     scored = first_scores(inputs.model, inputs.calibration, job.ratio, job.recipe, passes)
     result = cut(inputs.model, job.ratio, scored, job.recipe, passes, inputs.calibration, trained)
     with stages.enter(MEASURING):

@@ -70,5 +70,6 @@ def _scored(request: Request, folder: WorkFolder, progress: bool) -> Score:
             batch_size=job.run.sequences_per_pass,
             engine=inputs.engine,
             work=folder.used_by(inputs.engine),
+            seed=job.calibration.seed,
             progress=progress,
         )

@@ -11,4 +11,5 @@ DENSE = "dense"
 def plan_name(recipe: str, ratio: float, seed: int) -> str:
     """The file of a plan in the subfolder plans/."""
     safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in recipe)
-    return f"{safe}-{ratio:g}-seed{seed}.json"
+    short = f"{ratio:g}"
+    return f"{safe}-{short if float(short) == ratio else repr(ratio)}-seed{seed}.json"

@@ -303,6 +303,7 @@ def score(
     batch_size: int = 1,
     engine: EngineChoice = "auto",
     work: Path | None = None,
+    seed: int = 0,
     progress: bool = True,
     again: bool = False,
 ) -> Score:
@@ -317,6 +318,8 @@ def score(
             time, which takes longer, reads weights from disk when their turn comes and holds the gradients of one layer
             only; auto is resident for a model that is in memory.
         work: folder from which a killed run of the streamed engine goes on, see `prunus.sweep.sweep`.
+        seed: of all that is random where there are no calibration sequences; else the seed is the one that they were
+            drawn with.
         progress: show progress bars on a terminal.
         again: a later round of the same recipe: warnings about the recipe are not repeated.
 
@@ -327,8 +330,8 @@ def score(
         NonFiniteError: NaN or infinity in the loss or the importances.
     """
     ways = [options or ScoringOptions()]
-    passes: dict[str, Any] = {"batch_size": batch_size, "engine": engine, "work": work, "progress": progress}
-    return score_together(model, calibration, ways, again=again, **passes)[0]
+    how: dict[str, Any] = {"engine": engine, "work": work, "seed": seed, "progress": progress, "again": again}
+    return score_together(model, calibration, ways, batch_size=batch_size, **how)[0]
 
 
 def score_together(
@@ -339,6 +342,7 @@ def score_together(
     batch_size: int = 1,
     engine: EngineChoice = "auto",
     work: Path | None = None,
+    seed: int = 0,
     progress: bool = True,
     again: bool = False,
 ) -> list[Score]:
@@ -351,6 +355,7 @@ def score_together(
         batch_size: see `score`.
         engine: see `score`.
         work: folder from which a killed run of the streamed engine goes on.
+        seed: see `score`.
         progress: show progress bars on a terminal.
         again: see `score`.
 
@@ -370,7 +375,7 @@ def score_together(
         if not again and geometry.family.mixture is None:
             _warn_of_scales(options)
     sharing: dict[tuple[Any, ...], list[int]] = {}
-    seed = seed_of(calibration)
+    seed = seed_of(calibration, otherwise=seed)
     each = [options if options.random_seed is not None else replace(options, random_seed=seed) for options in each]
     if engine == "auto":
         # The weights of a model in memory are there already, so that streaming has nothing to save.
@@ -416,10 +421,10 @@ def _warn_of_scales(options: ScoringOptions) -> None:
         )
 
 
-def seed_of(calibration: Calibration | None) -> int:
-    """The seed of a run: the one that its calibration sequences were drawn with; 0 where there is none."""
+def seed_of(calibration: Calibration | None, otherwise: int = 0) -> int:
+    """The seed of a run: the one that its calibration sequences were drawn with, where there is one."""
     seed = None if calibration is None else calibration.provenance.seed
-    return 0 if seed is None else seed
+    return otherwise if seed is None else seed
 
 
 def _pass(options: ScoringOptions) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ import pandas as pd
 from torch import Tensor
 
 from prunus.errors import NonFiniteError, OptionError, PlanError
+from prunus.files.csv_file import read_table
 from prunus.files.outputs import whole_file
 from prunus.model.families import ALL_AXES, Axis
 from prunus.model.geometry import Geometry
@@ -178,7 +179,7 @@ def load_table(path: str | Path) -> pd.DataFrame:
         found = "is a folder" if path.is_dir() else "is no file"
         raise PlanError(f"cannot read the table {path}: it {found}; name the groups.csv that `prunus score` wrote")
     try:
-        table = pd.read_csv(path, float_precision="round_trip", compression=None)
+        table = read_table(path, ["group_type"])
     except (OSError, ValueError, OverflowError, MemoryError) as error:  # ParserError is a ValueError
         raise PlanError(f"cannot read the table {path}: {error}") from error
     return check_table(table, str(path))
