@@ -119,7 +119,12 @@ def test_everything_beside_the_dense_model_and_in_the_card(capsys, place, monkey
     card = ModelCard.load(small / "README.md")
     (row,) = [line for line in card.text.splitlines() if line.startswith("| one.txt |")]
     assert row.split("|")[3].strip() in ("", "–", "-", "not measured")
-    assert json.loads((small / "prunus" / "evaluation.json").read_text())["dense"]["model"] == "other"
+    kept = json.loads((small / "prunus" / "evaluation.json").read_text())
+    assert [entry["text"] for entry in kept["others"]["other"]["perplexities"]] == ["one.txt"]
+    assert [entry["text"] for entry in kept["dense"]["perplexities"]] == ["two.txt"], "not measured again, so not lost"
+    values = {(r.dataset_name, r.metric_name): r.metric_value for r in card.data.eval_results}
+    assert values["two.txt", "perplexity of the base model"] == facts["dense"]["perplexities"][1]["perplexity"]
+    assert ("one.txt", "perplexity of the base model") not in values, "measured again, alone and by other windows"
 
 
 def test_a_table_for_people(capsys, place):
@@ -135,7 +140,7 @@ def test_a_table_for_people(capsys, place):
     [
         (["--update-card"], "is no result of `prunus prune` or `prunus apply`"),
         (["--text", "missing.txt"], "missing.txt"),
-        (["--tasks", "missing"], "missing names no task"),
+        (["--tasks", "missing"], "cannot read the task file missing: there is no such file or folder"),
         (["--items", "0"], "items is 0"),
         (["--compare", "missing"], "missing"),
         (["--speed", "--set", "speed.repeats=0"], "--set speed.repeats is 0"),

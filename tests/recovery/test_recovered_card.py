@@ -67,7 +67,19 @@ def test_a_loss_beyond_measure_is_a_perplexity_beyond_measure(tmp_path):
     facts = {**FACTS, "held_out_loss": {"dense": 1e300, "before": 1e6, "after": 2.0}}
     card = ModelCard(card_with_recovery(tmp_path / "small", "new", facts, "prunus recover"))
     assert card.data.eval_results[0].metric_value == pytest.approx(7.389, abs=1e-3)
-    assert "(dense model: 8218407461554972" in card.text
+    assert "(teacher: 8218407461554972" in card.text
+
+
+@pytest.mark.parametrize(("teacher", "figures"), [("dense", 2), ("other", 1)])
+def test_a_teacher_that_is_not_the_base_is_not_called_so(tmp_path, teacher, figures):
+    write_card(tmp_path / "small", "small")
+    (tmp_path / "small" / "prunus").mkdir()
+    (tmp_path / "small" / "prunus" / "metrics.json").write_text('{"base_model": "dense"}')
+    facts = {**FACTS, "teacher": teacher}
+    card = ModelCard(card_with_recovery(tmp_path / "small", "new", facts, "prunus recover"))
+    assert len(card.data.eval_results) == figures
+    assert "(teacher: 2.72)" in card.text
+    assert ("| 2.72 |" in card.text) == (teacher == "dense")
 
 
 @pytest.mark.parametrize("old", ["small", "small_20", "a*b", "[x](y)", "c++", "1. x", "é"])

@@ -12,8 +12,10 @@ from huggingface_hub import ModelCard
 
 from prunus.errors import CheckpointError
 from prunus.escaping import markdown_block, markdown_text
+from prunus.files.json_file import read_json_if_whole
 from prunus.model.loss import perplexity_of_loss
 from prunus.results.card import MeasuredFacts, text_of_card, updated_card
+from prunus.results.result_folder import base_called
 
 __all__ = ["card_with_recovery"]
 
@@ -29,7 +31,7 @@ def card_with_recovery(folder: Path, name: str, facts: Mapping[str, Any], comman
     """
     folder_name = folder.resolve().name
     text, name_in_card = card_without_figures(folder)
-    card = updated_card(text, name, [_measured(facts)])
+    card = updated_card(text, name, [_measured(facts, base_of_teacher(folder, facts))])
     # The folder may have been renamed since it was pruned. A title is as prunus writes it, or as somebody typed it.
     for old in {folder_name, name_in_card or folder_name}:
         titles = "|".join(map(re.escape, (markdown_text(old), old)))
@@ -56,12 +58,21 @@ def card_without_figures(folder: Path) -> tuple[str, str | None]:
     return text_of_card(card), name if isinstance(name, str) else None
 
 
-def _measured(facts: Mapping[str, Any]) -> MeasuredFacts:
+def base_of_teacher(folder: Path, facts: Mapping[str, Any]) -> str | None:
+    """Whether the teacher is the model that a pruned folder was cut from, "base" or "original"; None for another.
+
+    Args:
+        folder: of the pruned model.
+        facts: what goes into prunus/recovery.json.
+    """
+    return base_called(facts["teacher"], read_json_if_whole(folder / "prunus" / "metrics.json") or {})
+
+
+def _measured(facts: Mapping[str, Any], of: str | None) -> MeasuredFacts:
     loss, text = facts["held_out_loss"], f"held-out sequences ({facts['held_out']['source']})"
-    dense = None if loss["dense"] is None else perplexity_of_loss(loss["dense"])
-    return MeasuredFacts(
-        text, text, "perplexity", "perplexity", facts["protocol"], dense, perplexity_of_loss(loss["after"])
-    )
+    dense = None if loss["dense"] is None or of is None else perplexity_of_loss(loss["dense"])
+    values = dense, perplexity_of_loss(loss["after"])
+    return MeasuredFacts(text, text, "perplexity", "perplexity", facts["protocol"], *values, of=of or "base")
 
 
 def _section(facts: Mapping[str, Any], command: str, number: int) -> str:
@@ -85,7 +96,7 @@ def _section(facts: Mapping[str, Any], command: str, number: int) -> str:
         "prunus": facts["prunus"],
     }
     table = "\n".join(["| | |", "|---|---|", *(f"| {row} | {markdown_text(value)} |" for row, value in rows.items())])
-    dense = "" if loss["dense"] is None else f" (dense model: {perplexity_of_loss(loss['dense']):.2f})"
+    dense = "" if loss["dense"] is None else f" (teacher: {perplexity_of_loss(loss['dense']):.2f})"
     title, when = (
         ("", "After pruning the model was trained.") if number == 1 else (f" {number}", "It was trained again.")
     )

@@ -142,6 +142,7 @@ def _extras_of_before(folder: Path, facts: Mapping[str, Any]) -> dict[str, str |
         loss = facts["held_out_loss"]
         new = {
             "perplexity_before": None if loss["dense"] is None else perplexity_of_loss(loss["dense"]),
+            "perplexity_before_of": facts["teacher"],
             "perplexity_after": perplexity_of_loss(loss["after"]),
             "perplexity_text": f"held-out sequences ({facts['held_out']['source']})",
             "perplexity_protocol": facts["protocol"],

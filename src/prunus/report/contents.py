@@ -25,7 +25,7 @@ from prunus.report.charts import (
 from prunus.results.card import MeasuredFacts
 from prunus.results.comparison import DENSE
 from prunus.results.result_content import ComparisonContent, RecipeContent, RecoveryContent
-from prunus.results.result_folder import Result, measured_facts, read_result, speed_notes
+from prunus.results.result_folder import Result, compared_called, measured_facts, read_result, speed_notes
 from prunus.results.settings import in_words, settings_used
 from prunus.results.what_went import how_chosen, what_went
 from prunus.scoring.routing import ROUTING_COLUMNS, routing_rows
@@ -141,7 +141,7 @@ def _of_result(result: Result) -> Contents:
         Section("scores", "Scores", [EARLIER_ROUNDS] if scores and metrics.get("rounds", 1) > 1 else (), charts=scores),
         _removed(result),
         _routing(metrics.get("routing")),
-        _measured(figures, result.evaluation),
+        _measured(figures, result),
         _recovery(trained),
         Section(
             "samples",
@@ -170,7 +170,11 @@ def _tiles(result: Result, figures: Sequence[MeasuredFacts]) -> list[Tile]:
     before, after = (result.metrics[f"parameters_{when}"] for when in ("before", "after"))
     tiles = [Tile("parameters", f"{after:,}", f"{after / before - 1:.1%} of {before:,}".replace("-", "−"))]
     tiles += [
-        Tile(f"perplexity, {figure.dataset}", figure.show(figure.after), f"base model {figure.show(figure.before)}")
+        Tile(
+            f"perplexity, {figure.dataset}",
+            figure.show(figure.after),
+            f"{figure.of} model {figure.show(figure.before)}",
+        )
         for figure in figures
         if figure.metric == "perplexity" and figure.before is not None
     ]
@@ -186,7 +190,8 @@ def _tiles(result: Result, figures: Sequence[MeasuredFacts]) -> list[Tile]:
     speed = result.evaluation.get("speed")
     if speed and len(speed["results"]) > 1:
         prefill, decode = (speed["results"][-1][f"{part}_ratio"]["median"] for part in ("prefill", "decode"))
-        tiles.append(Tile("decode speed", f"× {decode:.2f}", f"prefill × {prefill:.2f}"))
+        beside = compared_called(speed["results"][0]["model"], result.metrics)
+        tiles.append(Tile("decode speed", f"× {decode:.2f}", f"of {beside}; prefill × {prefill:.2f}"))
     if size := sum(path.stat().st_size for path in result.folder.glob("*.safetensors")):
         tiles.append(Tile("weights on disk", f"{size / 2**20:,.1f} MiB", ""))
     return tiles
@@ -246,16 +251,16 @@ def _layers(indices: Sequence[int]) -> str:
     return f"layer{'s' * (len(indices) > 1)} {', '.join(map(str, indices))}"
 
 
-def _measured(figures: Sequence[MeasuredFacts], evaluation: Mapping[str, Any]) -> Section:
-    rows = [[f.dataset, f.metric_name, f.show(f.before), f.show(f.after), f.protocol] for f in figures]
+def _measured(figures: Sequence[MeasuredFacts], result: Result) -> Section:
+    rows = [[f.dataset, f.metric_name, f.shown_before, f.show(f.after), f.protocol] for f in figures]
     tables = [("Quality", Rows(["data", "metric", "base model", "pruned", "protocol"], rows))] if rows else []
     accuracies = [
         (f"{f.dataset} {f.metric_name}", f.before, f.after) for f in figures if f.metric_name in ("acc", "acc_norm")
     ]
     charts = [accuracy_chart(accuracies)] if accuracies else []
-    if speed := evaluation.get("speed"):
+    if speed := result.evaluation.get("speed"):
         tables.append(("Speed and memory on transformers", _speed(speed)))
-    return Section("measured", "Measured", speed_notes(evaluation.get("speed")), tables, charts)
+    return Section("measured", "Measured", speed_notes(speed, result.metrics), tables, charts)
 
 
 def _trained(result: Result) -> RecoveryContent:
@@ -303,12 +308,18 @@ def _samples(result: Result) -> list[WritingSample]:
         sample["prompt"]: WritingSample(sample["prompt"], {"base model": sample["dense"], "pruned": sample["pruned"]})
         for sample in result.samples
     }
-    dense = {sample["prompt"]: sample["text"] for sample in (result.evaluation.get("dense") or {}).get("samples", ())}
-    for sample in result.evaluation.get("samples", ()):
+    # Of other models only what was written beside the latest text of the pruned one.
+    evaluation = result.evaluation
+    compared = [figures for figures in (evaluation.get("dense"), *(evaluation.get("others") or {}).values()) if figures]
+    beside: dict[str, dict[str, str]] = {}
+    for figures in compared:
+        for sample in figures.get("samples", ()):
+            called = compared_called(sample.get("of", figures["model"]), result.metrics).removeprefix("the ")
+            beside.setdefault(sample["prompt"], {})[called] = sample["text"]
+    for sample in evaluation.get("samples", ()):
         prompt = sample["prompt"]
-        texts = {"base model": dense[prompt]} if prompt in dense else {}
-        if texts or prompt not in shown:
-            shown[prompt] = WritingSample(prompt, {**texts, "pruned": sample["text"]})
+        if prompt in beside or prompt not in shown:
+            shown[prompt] = WritingSample(prompt, {**beside.get(prompt, {}), "pruned": sample["text"]})
     return list(shown.values())
 
 

@@ -74,6 +74,7 @@ class MeasuredFacts:
         before: of the base model; None if it was not measured.
         after: of this model.
         dataset_config: which part of the data set, where the Hub's has several.
+        of: the model that `before` is of: base, or original where the base had been cut from that one before.
     """
 
     dataset: str
@@ -84,12 +85,20 @@ class MeasuredFacts:
     before: float | None
     after: float
     dataset_config: str | None = None
+    of: str = "base"
+
+    @property
+    def shown_before(self) -> str:
+        """`before` for a reader, with its model where that is not the base."""
+        return self.show(self.before) + (f" ({self.of} model)" if self.before is not None and self.of != "base" else "")
 
     def show(self, value: float | None) -> str:
         """One of the two for a reader: perplexities with two decimals, accuracies in percent."""
         return "" if value is None else FORMATS.get(self.metric, "{:.4g}").format(value)
 
 
+#: in a metric's name, before the model that it is of
+OF_THE = " of the"
 #: in the place of a method
 GIVEN_PLAN = "a given plan"
 
@@ -239,7 +248,10 @@ def _results(measured: Sequence[MeasuredFacts]) -> list[EvalResult]:
     """Figures as the Hub's `model-index` has them; what is no finite number is left out."""
     results = []
     for facts in measured:
-        for name, value in ((facts.metric_name, facts.after), (f"{facts.metric_name} of the base model", facts.before)):
+        for name, value in (
+            (facts.metric_name, facts.after),
+            (f"{facts.metric_name}{OF_THE} {facts.of} model", facts.before),
+        ):
             if value is not None and math.isfinite(value):
                 results.append(
                     EvalResult(
@@ -258,7 +270,11 @@ def _results(measured: Sequence[MeasuredFacts]) -> list[EvalResult]:
 
 
 def _is_same_figure(old: EvalResult, new: EvalResult) -> bool:
-    figures = ((each.dataset_type, each.dataset_config, each.metric_type, each.metric_name) for each in (old, new))
+    # A figure of another model goes with the one that it stood beside.
+    figures = (
+        (each.dataset_type, each.dataset_config, each.metric_type, (each.metric_name or "").partition(OF_THE)[0])
+        for each in (old, new)
+    )
     first, second = (printable_values(figure) for figure in figures)  # as a card holds them
     return first == second
 
@@ -390,7 +406,7 @@ def _making(facts: CardFacts) -> str:
 def _evaluation(measured: Sequence[MeasuredFacts], notes: Sequence[str]) -> str:
     rows = ["| data | metric | base | this model | protocol |", "|---|---|---:|---:|---|"]
     for facts in measured:
-        figures = (facts.show(facts.before), facts.show(facts.after))
+        figures = (facts.shown_before, facts.show(facts.after))
         rows.append(
             f"| {markdown_text(facts.dataset)} | {markdown_text(facts.metric_name)} | {' | '.join(figures)} | "
             f"{markdown_text(facts.protocol)} |"

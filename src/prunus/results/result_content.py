@@ -76,6 +76,7 @@ class MetricsContent(FileContent):
     original: _Original | None = None
     calibration: dict[str, Any] | None = None
     perplexity_before: _Positive | None = None
+    perplexity_before_of: str | None = None
     perplexity_after: _Positive | None = None
     perplexity_by_source: tuple[_OfSource, ...] | list[_OfSource] = ()
     perplexity_text: str | None = None
@@ -221,6 +222,7 @@ class EvaluationContent(_Figures):
     """prunus/evaluation.json: what was measured since."""
 
     dense: _Dense | None = None
+    others: dict[str, _Dense] = Field(default_factory=dict)
     speed: _Speed | None = None
     commands: list[str] = Field(default_factory=list)
 

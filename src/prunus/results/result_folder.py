@@ -51,7 +51,9 @@ __all__ = [
     "Result",
     "ResultRecords",
     "add_evaluation",
+    "base_called",
     "check_updatable",
+    "compared_called",
     "measured_facts",
     "read_metrics",
     "read_result",
@@ -261,9 +263,9 @@ def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any], command: s
     """
     with claimed(folder):
         result = read_result(folder)
-        merged = _merged(result.evaluation, evaluation)
+        merged = _merged(result.evaluation, evaluation, result.metrics)
         beside = (evaluation.get("dense") or {}).get("model")
-        if beside is not None and not _is_base(beside, result.metrics):
+        if beside is not None and base_called(beside, result.metrics) is None:
             logger.warning(
                 "%s is not the model that %s was cut from (%s): its figures are kept in evaluation.json, and are not "
                 "on the card",
@@ -284,23 +286,42 @@ def _updated(result: Result, evaluation: Mapping[str, Any]) -> str:
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
     except (OSError, UnicodeError) as error:
         raise CheckpointError(f"{card} cannot be read, so it stays as it is: {error}") from error
-    measured, notes = measured_facts(result.metrics, evaluation), speed_notes(evaluation.get("speed"))
+    measured, notes = measured_facts(result.metrics, evaluation), speed_notes(evaluation.get("speed"), result.metrics)
     return updated_card(text, result.folder.resolve().name, measured, notes)
 
 
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """An evaluation with another one added; entries of the same text, task or prompt are the new ones."""
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation with another one added; entries of the same text, task or prompt are the new ones.
+
+    `dense` has the figures of the models that the result was cut from, each with its model as `of`; those of other
+    models are in `others`, by name.
+    """
     merged = {**old, **new, **_merged_lists(old, new), "speed": new.get("speed") or old.get("speed")}
-    old_dense, new_dense = old.get("dense"), new.get("dense")
-    if old_dense and (not new_dense or new_dense["model"] == old_dense["model"]):
-        # A figure of the dense model stays only beside one of the pruned model that was measured in the same run.
-        redone = {(name, entry[key]) for name, key in EVALUATION_LISTS.items() for entry in new.get(name, ())}
-        left = {
-            name: [entry for entry in old_dense.get(name, ()) if (name, entry[key]) not in redone]
-            for name, key in EVALUATION_LISTS.items()
-        }
-        merged["dense"] = {**old_dense, **(new_dense or {}), **_merged_lists(left, new_dense or {})}
-    return merged
+    # A figure of another model stays only beside one of the pruned model that was measured in the same run.
+    redone = {(name, entry[key]) for name, key in EVALUATION_LISTS.items() for entry in new.get(name, ())}
+    compared = new.get("dense") or {}
+    is_base = bool(compared) and base_called(compared["model"], metrics) is not None
+    dense = _added(old.get("dense") or {}, redone, compared if is_base else {})
+    others = {name: _added(figures, redone, {}) for name, figures in (old.get("others") or {}).items()}
+    if compared and not is_base:
+        others[compared["model"]] = _added(others.get(compared["model"], {}), set(), compared)
+    return {**merged, "dense": dense or None, **({"others": others} if others else {})}
+
+
+def _added(old: Mapping[str, Any], redone: set[tuple[str, Any]], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of a compared model, or of several, without those that were measured again, and with new ones."""
+    if not old and not new:
+        return {}
+    return {**old, **new, **_merged_lists(_marked(old, redone), _marked(new, set()))}
+
+
+def _marked(figures: Mapping[str, Any], gone: set[tuple[str, Any]]) -> dict[str, list[Any]]:
+    """The lists of figures, each with the model that it is of, without those that are gone."""
+    return {
+        name: [{"of": figures["model"], **entry} for entry in figures[name] if (name, entry[key]) not in gone]
+        for name, key in EVALUATION_LISTS.items()
+        if figures.get(name)
+    }
 
 
 def _merged_lists(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -310,11 +331,27 @@ def _merged_lists(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, l
     }
 
 
-def _is_base(model: str | None, metrics: Mapping[str, Any]) -> bool:
-    """Whether a model that was measured beside a result is the one that it was cut from, at last or at first."""
-    bases = metrics.get("base_model"), (metrics.get("original") or {}).get("model")
+def base_called(model: str | None, metrics: Mapping[str, Any]) -> str | None:
+    """What a model is called that was measured beside a result.
+
+    Args:
+        model: its name; None for none.
+        metrics: of the result.
+
+    Returns:
+        "base" if the result was cut from it, "original" if that had been cut from it before; None for any other.
+    """
+    if model is None:
+        return None
+    bases = {"base": metrics.get("base_model"), "original": (metrics.get("original") or {}).get("model")}
     # A Hub id and a folder of that name, which a download makes, are one.
-    return model is not None and _own_name(model) in [_own_name(base) for base in bases if base]
+    return next((name for name, base in bases.items() if base and _own_name(base) == _own_name(model)), None)
+
+
+def compared_called(model: str, metrics: Mapping[str, Any]) -> str:
+    """A compared model for a reader: "the base model", "the original model", or its name."""
+    called = base_called(model, metrics)
+    return f"the {called} model" if called else _own_name(model)
 
 
 def _own_name(model: str) -> str:
@@ -327,41 +364,48 @@ def measured_facts(metrics: Mapping[str, Any], evaluation: Mapping[str, Any]) ->
     if metrics.get("perplexity_after") is not None:
         text, protocol = metrics["perplexity_text"], metrics["perplexity_protocol"]
         before, after = metrics.get("perplexity_before"), metrics["perplexity_after"]
-        figures.append(MeasuredFacts(text, text, "perplexity", "perplexity", protocol, before, after))
+        of = base_called(metrics.get("perplexity_before_of") or metrics["base_model"], metrics)
+        before = before if of else None
+        figures.append(MeasuredFacts(text, text, "perplexity", "perplexity", protocol, before, after, of=of or "base"))
     dense = evaluation.get("dense") or {}
-    if not _is_base(dense.get("model"), metrics):
-        dense = {}
 
-    def entry_of(name: str, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    def entry_of(name: str, entry: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         key = EVALUATION_LISTS[name]
-        return next((other for other in dense.get(name, ()) if other[key] == entry[key]), {})
+        found: Mapping[str, Any] = next((other for other in dense.get(name, ()) if other[key] == entry[key]), {})
+        of = base_called(found.get("of", dense.get("model")), metrics)
+        return (found, of) if of else ({}, "base")
 
     for entry in evaluation.get("perplexities", ()):
-        text, before = entry["text"], entry_of("perplexities", entry).get("perplexity")
-        figures.append(
-            MeasuredFacts(text, text, "perplexity", "perplexity", entry["protocol"], before, entry["perplexity"])
-        )
+        text, (other, of) = entry["text"], entry_of("perplexities", entry)
+        values = other.get("perplexity"), entry["perplexity"]
+        figures.append(MeasuredFacts(text, text, "perplexity", "perplexity", entry["protocol"], *values, of=of))
     for entry in evaluation.get("zero_shot", ()):
-        task, other = entry["task"], entry_of("zero_shot", entry)
+        task, (other, of) = entry["task"], entry_of("zero_shot", entry)
         dataset, part = TASK_DATASETS.get(task, (task, None))
         protocol = f"zero-shot, {entry['items']} items, by the rules of lm-evaluation-harness"
         # WinoGrande's choices are compared by one text, so its two accuracies are one.
         for metric, name in {"acc": "accuracy", "acc_norm": "accuracy_norm"}.items():
             if (task, metric) != ("winogrande", "acc_norm"):
                 values = other.get(name), entry[name]
-                figures.append(MeasuredFacts(task, dataset, "accuracy", metric, protocol, *values, part))
+                figures.append(MeasuredFacts(task, dataset, "accuracy", metric, protocol, *values, part, of))
     for entry in evaluation.get("harness", ()):
-        task, other = entry["task"], entry_of("harness", entry).get("metrics", {})
+        task, (other, of) = entry["task"], entry_of("harness", entry)
+        before_of = other.get("metrics", {})
         shots = "" if entry["few_shot"] is None else f", {entry['few_shot']}-shot"
         protocol = f"lm-evaluation-harness {entry['harness']}{shots}, {entry['items']} items"
         for name, value in entry["metrics"].items():
             metric = "accuracy" if name.split(" ")[0] in ("acc", "acc_norm") else name
-            figures.append(MeasuredFacts(task, task, metric, name, protocol, other.get(name), value))
+            figures.append(MeasuredFacts(task, task, metric, name, protocol, before_of.get(name), value, of=of))
     return list({(figure.dataset_id, figure.dataset_config, figure.metric_name): figure for figure in figures}.values())
 
 
-def speed_notes(speed: Mapping[str, Any] | None) -> list[str]:
-    """Speed and memory in a sentence or two."""
+def speed_notes(speed: Mapping[str, Any] | None, metrics: Mapping[str, Any]) -> list[str]:
+    """Speed and memory in a sentence or two.
+
+    Args:
+        speed: as it was measured; None if it was not.
+        metrics: of the result.
+    """
     if not speed:
         return []
     options, last, first = speed["options"], speed["results"][-1], speed["results"][0]
@@ -375,10 +419,11 @@ def speed_notes(speed: Mapping[str, Any] | None) -> list[str]:
     )
     if last is not first:
         ratios = " and ".join(f"{last[f'{part}_ratio']['median']:.2f}" for part in ("prefill", "decode"))
-        figures += f" ({ratios} times the base model's)"
+        beside = compared_called(first["model"], metrics)
+        figures += f" ({ratios} times those of {beside})"
     figures += f", KV cache {last['kv_cache_bytes_per_token']:,} bytes per token"
     if last is not first:
-        figures += f" (base model: {first['kv_cache_bytes_per_token']:,})"
+        figures += f" ({beside}: {first['kv_cache_bytes_per_token']:,})"
     return [f"{where}{figures}."]
 
 
