@@ -557,7 +557,12 @@ def test_selection_agrees_with_the_package_on_a_model(trained, ratio):
 
 def test_selection_refuses_what_it_cannot_do():
     table = table_of([1.0, 2.0], [10, 10])
-    with pytest.raises(BudgetError, match=r"removing 30 of 100.*together have 20.*largest reachable ratio is 0\.2000"):
+    twenty = pd.concat([table] * 10, ignore_index=True).head(20).assign(cost=5, score=range(20))
+    assert len(select_groups_to_prune(twenty, 0.55, 100)) == 11, "0.55 x 100 lies just above 55"
+    with pytest.raises(BudgetError, match=r"largest reachable ratio is 0\.5555"):
+        select_groups_to_prune(twenty.head(10), 0.6, 90)
+    assert len(select_groups_to_prune(twenty.head(10), 0.5555, 90)) == 10
+    with pytest.raises(BudgetError, match=r"removing 30 of 100.*have 20.*largest reachable ratio is 0\.2\. Lower"):
         select_groups_to_prune(table, 0.3, 100)
     for ratio in (-0.1, 1.0, 25):
         with pytest.raises(OptionError, match="ratio"):

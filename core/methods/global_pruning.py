@@ -13,6 +13,7 @@ A bias belongs to the group of its row. It has no input, so that wanda counts |Î
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from prunus.errors import BudgetError, OptionError, PlanError, StatisticsError, 
 from prunus.importance import get_method
 from prunus.model.families import AXES, FAMILIES, Axis, Block, Projection
 from prunus.model.geometry import Geometry, LayerWidths, submodule
+from prunus.selection.costs import amount_of
 from prunus.selection.select import Constraints, check_ratio
 from prunus.selection.table import COLUMNS, Normalization, build_table
 
@@ -226,13 +228,14 @@ def select_groups_to_prune(table: pd.DataFrame, pruning_ratio: float, total_para
     if table["score"].isna().any():
         raise PlanError(f"the table has {int(table['score'].isna().sum())} scores that are NaN")
     ranked = table.sort_values(["score", "layer_idx", "group_type", "group_idx"], kind="stable", ignore_index=True)
-    target = pruning_ratio * total_params
+    target = amount_of(pruning_ratio, total_params)
     # A group is taken as long as those before it fall short of the target.
     chosen = ranked[ranked["cost"].cumsum() - ranked["cost"] < target]
     if (found := int(chosen["cost"].sum())) < target:
         raise BudgetError(
             f"pruning_ratio {pruning_ratio:g} means removing {target:,.0f} of {total_params:,} parameters, but all "
-            f"groups of the table together have {found:,}: the largest reachable ratio is {found / total_params:.4f}. "
+            f"groups of the table together have {found:,}: the largest reachable ratio is "
+            f"{math.floor(found / total_params * 1e4) / 1e4:g}. "
             "Lower the ratio, or build the table of more layers"
         )
     return chosen

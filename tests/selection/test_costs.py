@@ -15,8 +15,10 @@ from prunus.errors import PlanError
 from prunus.evaluation.greedy import greedy_run
 from prunus.model.families import AXES
 from prunus.model.geometry import Geometry
-from prunus.selection.costs import BYTES_PER_NUMBER, flop_costs, kv_cache_costs, parameter_costs
+from prunus.selection.costs import BYTES_PER_NUMBER, amount_of, flop_costs, kv_cache_costs, parameter_costs
 from prunus.selection.plan import Plan
+from prunus.selection.select import select
+from prunus.selection.table import build_table
 from prunus.surgery import apply_plan
 
 
@@ -125,3 +127,28 @@ def test_sizes_that_cannot_be(geometry):
     for costs in (parameter_costs, lambda g: kv_cache_costs(g, 7)):
         with pytest.raises(PlanError, match="1 windows for 4 layers"):
             costs(fewer)
+
+
+def test_a_share_is_the_whole_number_that_is_meant():
+    """Of every total and every share in hundredths that is a whole number of it, though the product lies beside it."""
+    beside = [(h / 100, total) for total in range(1, 700) for h in range(100) if (h / 100) * total != h * total / 100]
+    assert len(beside) > 90
+    assert all(
+        amount_of(h / 100, total) == h * total / 100
+        for total in range(1, 700)
+        for h in range(100)
+        if h * total % 100 == 0
+    )
+    assert amount_of(0.2, 134_515_008) == 0.2 * 134_515_008
+    assert amount_of(0.333, 1000.5) == 0.333 * 1000.5
+
+
+def test_a_cut_is_no_group_larger_than_asked():
+    model = make_model("llama", "gqa", num_hidden_layers=25, num_attention_heads=8, num_key_value_heads=4)
+    geometry = Geometry.of(model)
+    costs = kv_cache_costs(geometry, 16)
+    importance = [{axis: torch.rand(widths[axis]).double() for axis in geometry.axes} for widths in geometry.widths]
+    table = build_table(geometry, importance)
+    for ratio, groups in ((0.07, 7), (0.14, 14), (0.28, 28), (0.55, 55), (0.3, 30)):
+        kept = select(table, geometry, ratio, costs=costs).kept_widths
+        assert 100 - sum(widths["attention"] for widths in kept) == groups

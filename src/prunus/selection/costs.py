@@ -29,7 +29,7 @@ from prunus.model.families import Axis
 from prunus.model.geometry import Geometry
 from prunus.model.widths import LayerWidths
 
-__all__ = ["BYTES_PER_NUMBER", "Costs", "expert_costs", "flop_costs", "kv_cache_costs", "parameter_costs"]
+__all__ = ["BYTES_PER_NUMBER", "Costs", "amount_of", "expert_costs", "flop_costs", "kv_cache_costs", "parameter_costs"]
 
 #: of keys and values; a share of them does not depend on it
 BYTES_PER_NUMBER = 2
@@ -121,6 +121,21 @@ def flop_costs(geometry: Geometry, context: int) -> Costs:
 
     head = 2 * geometry.vocab_size * geometry.hidden_size
     return _costs(geometry, f"FLOPs per token at a context of {context:,}", head, curve, group)
+
+
+def amount_of(ratio: float, total: float) -> float:
+    """How much a share of a quantity is.
+
+    The product in binary floating point may lie just beside the whole number that is meant: 0.55 · 100 is
+    55.00000000000001, which a cut of 55 groups would not reach.
+
+    Args:
+        ratio: the share.
+        total: the quantity.
+    """
+    product = ratio * total
+    whole = round(product)
+    return float(whole) if abs(product - whole) <= 1e-9 * product else product
 
 
 def kv_cache_costs(

@@ -15,7 +15,7 @@ import numpy as np
 
 from prunus.errors import BudgetError
 from prunus.selection.constraints import ModelConstraints
-from prunus.selection.costs import Costs
+from prunus.selection.costs import Costs, amount_of
 
 __all__ = ["NEAR", "check_least", "check_near", "is_too_much", "units_to_cut"]
 
@@ -70,7 +70,7 @@ def check_least(least: float, ratio: float, constraints: ModelConstraints, costs
     Raises:
         BudgetError: naming the least that can go.
     """
-    if ratio and not constraints.at_least and is_too_much(least, 0.0, ratio * costs.total, costs.total):
+    if ratio and not constraints.at_least and is_too_much(least, 0.0, amount_of(ratio, costs.total), costs.total):
         raise BudgetError(
             f"{_percent(ratio)} of all {costs.quantity} cannot be removed with {_causes(constraints)}: the least that "
             f"can go is {_percent(_rounded_down(least / costs.total))}, and to keep everything would be nearer. Ask "
@@ -99,7 +99,7 @@ def check_near(
     steps = sorted({0.0, *possible})
     if saved <= 0:
         check_least(next(step for step in steps if step > 0), ratio, constraints, costs)
-    below, above = ([step for step in steps if (step > ratio * total) == side] for side in (False, True))
+    below, above = ([step for step in steps if (step > amount_of(ratio, total)) == side] for side in (False, True))
     nearest = " and ".join(_percent(_rounded_down(step / total)) for step in (*below[-1:], *above[:1]))
     logger.warning(
         "asked to remove %s of all %s, %s go: with %s the nearest shares are %s. To come nearer, %s.",

@@ -13,7 +13,7 @@ from prunus.model.families import Axis
 from prunus.model.geometry import Geometry
 from prunus.option_values import is_number
 from prunus.selection.constraints import ALIGNMENTS, Constraints, ModelConstraints
-from prunus.selection.costs import Costs, parameter_costs
+from prunus.selection.costs import Costs, amount_of, parameter_costs
 from prunus.selection.nearness import check_least, check_near, units_to_cut
 from prunus.selection.plan import Plan
 from prunus.selection.shapes import (
@@ -74,7 +74,7 @@ def select(
     decided, costs = (constraints or Constraints()).of(geometry), costs or parameter_costs(geometry)
     _check_enough(geometry, ratio, decided, costs)
     _check_same_shape(check_table(table), geometry, decided)
-    table, target = with_costs(table, costs), ratio * costs.total
+    table, target = with_costs(table, costs), amount_of(ratio, costs.total)
     shapes = {"ragged": _cut_ragged, "uniform": cut_uniform, "depth": cut_depth}
     cut, possible = shapes[decided.shape](table, geometry, decided, costs, target)
     plan = _without(cut, geometry)
@@ -155,9 +155,9 @@ def _check_enough(geometry: Geometry, ratio: float, constraints: ModelConstraint
     most, total = reachable(geometry, constraints, costs), costs.total
     if ratio and not total:
         raise BudgetError(f"the model has no {costs.quantity} that could be removed; choose another target")
-    if ratio * total > most:
+    if (target := amount_of(ratio, total)) > most:
         raise BudgetError(
-            f"`ratio` {ratio:g} means removing {ratio * total:,.0f} of {total:,.0f} {costs.quantity}, but only "
+            f"`ratio` {ratio:g} means removing {target:,.0f} of {total:,.0f} {costs.quantity}, but only "
             f"{most:,.0f} can go under these constraints: the largest reachable ratio is "
             f"{math.floor(most / total * 1e4) / 1e4:g}. Ask for less, or relax layer range, min-keep, "
             f"axes or shape.{_why_experts_stay(geometry, constraints)}"
