@@ -199,7 +199,14 @@ def test_a_job(model_type, folder, text_only, tmp_path):
     assert "AutoModelForImageTextToText" in card
     assert f"{metrics['whole']['parameters_after']:,}" in card
     assert "image-text-to-text" in card
-    export_dense(out, tmp_path / "dense")
+    facts = export_dense(out, tmp_path / "dense")
+    card = (tmp_path / "dense" / "README.md").read_text()
+    around = metrics["whole"]["parameters_after"] - metrics["parameters_after"]
+    assert (
+        f"| parameters in all | {metrics['whole']['parameters_after']:,} | {facts['parameters_after'] + around:,} |"
+        in card
+    )
+    assert "pipeline_tag: image-text-to-text" in card
     filled = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense")
     assert type(filled) is type(multimodal(model_type))
     inputs = prompt(model_type)

@@ -52,8 +52,8 @@ def load_model(
     if isinstance(weights, DecodedWeights):
         raise UnsupportedModelError(
             f"the weights in {folder} are stored in {weights.form.title}: prunus decodes them layer by layer and saves "
-            "what is left as it was stored, so that they are never in memory as a whole. Use `engine=streamed` "
-            "(open_model), or the bf16 checkpoint"
+            "what is left as it was stored, so that they are never in memory as a whole. Cut it with the streamed "
+            "engine (open_model); for anything else use the bf16 checkpoint"
         )
     if weights.whole is not None:
         # transformers has no class that reads a language model from there.

@@ -39,9 +39,9 @@ def show_result(metrics: Mapping[str, Any], out: Path, model: str) -> None:
     report = out / "report.html"
     if report.is_file():
         say(f"report: {report}")
-    following = [["prunus", "export", str(out), "--to", "gguf", "--out", f"{out}.gguf"]]
-    if format_in(out) is None:  # what is stored in blocks is not trained
-        following.insert(0, _recovering(out, model))
+    if format_in(out) is not None:
+        return  # what is stored in blocks is neither trained nor exported
+    following = [_recovering(out, model), ["prunus", "export", str(out), "--to", "gguf", "--out", f"{out}.gguf"]]
     say("next: " + "\n  or: ".join(map(shlex.join, following)))
 
 

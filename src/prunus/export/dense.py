@@ -72,6 +72,7 @@ def export_dense(
             "source": Path(source).name,
             "parameters_before": model.num_parameters(),
             "parameters_after": filled.num_parameters(),
+            "parameters_around": whole.parameters if (whole := whole_of(filled)) is not None else None,
             "num_attention_heads": filled.config.num_attention_heads,
             "num_key_value_heads": filled.config.num_key_value_heads,
             "intermediate_size": filled.config.intermediate_size,
@@ -108,8 +109,20 @@ def fill_model(model: Any) -> Any:
     return filled
 
 
+def _parameters(facts: dict[str, Any]) -> list[str]:
+    """Rows on the parameters: of a multimodal model those of the language model, and all."""
+    counts, around = [facts["parameters_before"], facts["parameters_after"]], facts["parameters_around"]
+    if around is None:
+        return [f"| parameters | {counts[0]:,} | {counts[1]:,} |"]
+    return [
+        f"| parameters of the language model | {counts[0]:,} | {counts[1]:,} |",
+        f"| parameters in all | {counts[0] + around:,} | {counts[1] + around:,} |",
+    ]
+
+
 def _card(name: str, facts: dict[str, Any], folder: Path) -> str:
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- prunus", "- pruned"]
+    task = "image-text-to-text" if facts["parameters_around"] is not None else "text-generation"
+    front = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags:", "- prunus", "- pruned"]
     front += [f"{field}: {json.dumps(value)}" for field, value in license_of(folder).items()]
     return "\n".join(
         [
@@ -124,7 +137,7 @@ def _card(name: str, facts: dict[str, Any], folder: Path) -> str:
             "",
             "| | pruned | this form |",
             "|---|---:|---:|",
-            f"| parameters | {facts['parameters_before']:,} | {facts['parameters_after']:,} |",
+            *_parameters(facts),
             "",
             f"Every layer: {facts['num_attention_heads']} query heads, {facts['num_key_value_heads']} key/value heads, "
             f"{facts['intermediate_size']} MLP channels.",

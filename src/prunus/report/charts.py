@@ -356,7 +356,7 @@ def comparison_chart(comparison: ComparisonContent) -> Chart:
     table = [
         [
             comparison.title(row),
-            f"{row.ratio:.0%}",
+            percent(row.ratio),
             f"{row.parameters:,}",
             *map(_figure, (row.perplexity, row.relative)),
         ]
@@ -367,6 +367,11 @@ def comparison_chart(comparison: ComparisonContent) -> Chart:
     return Chart("comparison", "Perplexity by recipe and share removed", what, _spec(chart, 320), Rows(columns, table))
 
 
+def percent(ratio: float) -> str:
+    """A share as it was asked for: in percent, with as many digits as it has."""
+    return f"{100 * ratio:.6g}%"
+
+
 def _figure(figure: float | None) -> str:
     return "infinite" if figure is None else f"{figure:,.2f}"
 
@@ -375,7 +380,7 @@ def seconds_chart(comparison: ComparisonContent) -> Chart | None:
     """Seconds and peak memory of each result; None if no time was taken."""
     values: list[dict[str, Any]] = [
         {
-            "result": f"{comparison.title(row)} {row.ratio:.0%}",
+            "result": f"{comparison.title(row)} {percent(row.ratio)}",
             "seconds": row.seconds,
             "peak": "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f} MiB",
         }

@@ -18,6 +18,7 @@ from prunus.report.charts import (
     accuracy_chart,
     comparison_chart,
     keep_chart,
+    percent,
     recovery_chart,
     score_charts,
     seconds_chart,
@@ -413,7 +414,7 @@ def _of_comparison(folder: Path) -> Contents:
         finite = [(row.perplexity, content.title(row)) for row in at_ratio if row.perplexity is not None]
         if finite:
             best, name = min(finite, key=lambda found: found[0])
-            tiles.append(Tile(f"best at {ratio:.0%}", f"{best:,.2f}", name))
+            tiles.append(Tile(f"best at {percent(ratio)}", f"{best:,.2f}", name))
     model = content.model or folder.resolve().name
     return Contents(
         title=f"Comparison on {model}",

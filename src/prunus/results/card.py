@@ -389,6 +389,7 @@ def _making(facts: CardFacts) -> str:
         rows["calibration text"] = "none"
     rows |= {markdown_text(name): markdown_text(value) for name, value in facts.details.items()}
     rows["prunus"] = markdown_text(facts.version)
+    scores = "" if facts.method == GIVEN_PLAN else " and the scores"
     composed = (
         f" `prunus/plan_from_original.json` holds all steps as one plan, for {_link(facts.original.model, False)}."
         if facts.original
@@ -397,7 +398,7 @@ def _making(facts: CardFacts) -> str:
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
     return (
         f"{table}\n\nThe command was\n\n{markdown_block(facts.command, 'sh')}\n\n"
-        "and the folder `prunus/` holds the plan and the scores: `prunus apply BASE prunus/plan.json --out DIR` cuts "
+        f"and the folder `prunus/` holds the plan{scores}: `prunus apply BASE prunus/plan.json --out DIR` cuts "
         "the base model again without measuring anything; the repair of the remaining weights is not part of a "
         f"plan.{composed}"
     )
