@@ -230,9 +230,10 @@ def test_limit(model, tmp_path):
 
 def test_files_that_are_no_tasks(tmp_path):
     named = r"other\.jsonl names no task that is known; name it after one of arc_challenge, arc_easy"
+    (tmp_path / "other.jsonl").write_text("{}")
     with pytest.raises(OptionError, match=named):
         load_task(tmp_path / "other.jsonl")
-    with pytest.raises(OptionError, match="cannot read the task file"):
+    with pytest.raises(OptionError, match=r"cannot read the task file .*: there is no such file or folder"):
         load_task(tmp_path / "piqa.jsonl")
     empty = tmp_path / "piqa_empty.jsonl"
     empty.write_text("\n")

@@ -88,7 +88,7 @@ def test_a_text_that_is_too_short_says_how_long_it_is(refused, pruned, tmp_path)
     assert "holds 15 sequences of 32 tokens, and 20 are needed, of which 16 are held out" in message
     path.write_text("word")
     message = refused(pruned, "--out", tmp_path / "out", *words)
-    assert "holds 4 tokens, and 1 sample of 32 need 32" in message
+    assert "holds 4 tokens, and 1 sample with 32 of them each need 32" in message
 
 
 @pytest.mark.parametrize("card", [b"---\nlicense: [\n---\n# x\n", b"# caf\xe9\n"])

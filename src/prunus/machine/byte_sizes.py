@@ -12,7 +12,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 #: a smaller number without a unit is a slip
-FEWEST_WITHOUT_UNIT = 10_000
+FEWEST_WITHOUT_UNIT = 1000
 
 
 def parse_bytes(text: str, name: str = "max_memory") -> int:

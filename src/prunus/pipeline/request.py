@@ -126,6 +126,7 @@ def check_request(
         PrunusError: whatever is wrong with options, model, text or folder.
     """
     calibration, evaluation = job.calibration, job.evaluation
+    job.fit.check_used()
     if job.fit and ratios is not None:
         raise OptionError("a comparison is made at ratios; leave `fit.size` and `fit.memory` out")
     if not saves and any(recipe.recovery for recipe in recipes or [job.recipe]):

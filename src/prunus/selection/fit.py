@@ -56,13 +56,20 @@ class FitOptions:
             raise OptionError("`fit.size` and `fit.memory` are two limits; give one of them")
         check_whole("fit.context", self.context, largest=MOST_TOKENS)
         check_whole("fit.batch", self.batch)
+        if self:
+            self._limit("float32")
+
+    def check_used(self) -> None:
+        """Refuse what would be read by nothing: a user who gives it means something else, or forgot the limit.
+
+        Raises:
+            OptionError: a KV cache is described, and none counts.
+        """
         if self.memory is None and (self.context, self.batch) != (FitOptions.context, FitOptions.batch):
             raise OptionError(
                 "`fit.context` and `fit.batch` are of the KV cache in `fit.memory`; give that as well. Sequences per "
                 "pass are `batch_size`"
             )
-        if self:
-            self._limit("float32")
 
     def __bool__(self) -> bool:
         return self.size is not None or self.memory is not None
