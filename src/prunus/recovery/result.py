@@ -149,6 +149,6 @@ def _extras_of_before(folder: Path, facts: Mapping[str, Any]) -> dict[str, str |
             "perplexity_by_source": [],
         }
         # Of a model that came from this command before, what it was before the first time.
-        old = metrics.get("before_recovery") or {name: metrics.get(name) for name in new}
+        old = metrics.get("before_recovery") or {name: metrics[name] for name in new if name in metrics}
         extras["metrics.json"] = json.dumps({**metrics, **new, "before_recovery": old}, indent=1) + "\n"
     return extras
