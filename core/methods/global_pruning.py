@@ -13,7 +13,6 @@ A bias belongs to the group of its row. It has no input, so that wanda counts |Î
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,7 +25,7 @@ from prunus.errors import BudgetError, OptionError, PlanError, StatisticsError, 
 from prunus.importance import get_method
 from prunus.model.families import AXES, FAMILIES, Axis, Block, Projection
 from prunus.model.geometry import Geometry, LayerWidths, submodule
-from prunus.selection.costs import amount_of
+from prunus.selection.costs import amount_of, largest_ratio
 from prunus.selection.select import Constraints, check_ratio
 from prunus.selection.table import COLUMNS, Normalization, build_table
 
@@ -235,7 +234,7 @@ def select_groups_to_prune(table: pd.DataFrame, pruning_ratio: float, total_para
         raise BudgetError(
             f"pruning_ratio {pruning_ratio:g} means removing {target:,.0f} of {total_params:,} parameters, but all "
             f"groups of the table together have {found:,}: the largest reachable ratio is "
-            f"{math.floor(found / total_params * 1e4) / 1e4:g}. "
+            f"{largest_ratio(found, total_params):g}. "
             "Lower the ratio, or build the table of more layers"
         )
     return chosen

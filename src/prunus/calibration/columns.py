@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from prunus.calibration.begin_token import begin_token_of
@@ -118,8 +119,12 @@ class ChatColumn:
         except Exception as error:  # a template raises whatever its author liked
             raise CalibrationError(f"{where()}: the chat template does not take this conversation: {error}") from error
         # Where a text begins with a token unasked, sequences do; and documents end with the other.
-        first = self.tokenizer.bos_token if begin_token_of(self.tokenizer) is not None else ""
-        return text.removeprefix(first).removesuffix(self.tokenizer.eos_token or "")
+        return text.removeprefix(self._first).removesuffix(self.tokenizer.eos_token or "")
+
+    @cached_property
+    def _first(self) -> str:
+        """The token that every sequence begins with, as text; found once, not for every record."""
+        return str(self.tokenizer.bos_token) if begin_token_of(self.tokenizer) is not None else ""
 
     def _messages(self, record: Mapping[str, Any], where: Callable[[], str]) -> list[dict[str, str]]:
         value = record[self.name]

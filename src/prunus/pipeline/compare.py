@@ -12,13 +12,14 @@ from typing import Any
 import pandas as pd
 
 from prunus.calibration import Calibration
+from prunus.calibration.batches import hash_tokens
 from prunus.errors import CalibrationError, OptionError
 from prunus.files.csv_file import read_table
 from prunus.files.outputs import claimed, output_folder
 from prunus.machine.byte_sizes import parse_bytes
 from prunus.machine.metering import metered
 from prunus.machine.stages import Stages
-from prunus.model.digest import digest_model, digest_tensors
+from prunus.model.digest import digest_model
 from prunus.model.geometry import Geometry
 from prunus.pipeline.comparison_record import ComparisonRecord, Row
 from prunus.pipeline.cutting import Passes, cut, repair_seed
@@ -175,7 +176,7 @@ def _texts(inputs: Inputs) -> dict[str, Any]:
     return {
         "calibration": calibration.provenance.sha256 if calibration else None,
         "held out": held_out.provenance.sha256 if held_out else None,
-        "text": digest_tensors([("ids", text.ids)]) if text else None,
+        "text": hash_tokens(text.ids) if text else None,
         "tasks": [[task.task.name, task.pairs, [item.gold for item in task.items]] for task in inputs.tasks],
     }
 

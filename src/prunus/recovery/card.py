@@ -31,7 +31,8 @@ def card_with_recovery(folder: Path, name: str, facts: Mapping[str, Any], comman
     """
     folder_name = folder.resolve().name
     text, name_in_card = card_without_figures(folder)
-    card = updated_card(text, name, [_measured(facts, base_of_teacher(folder, facts))])
+    metrics = read_json_if_whole(folder / "prunus" / "metrics.json") or {}
+    card = updated_card(text, name, [_measured(facts, base_called(facts["teacher"], metrics))])
     # The folder may have been renamed since it was pruned. A title is as prunus writes it, or as somebody typed it.
     for old in {folder_name, name_in_card or folder_name}:
         titles = "|".join(map(re.escape, (markdown_text(old), old)))
@@ -58,17 +59,8 @@ def card_without_figures(folder: Path) -> tuple[str, str | None]:
     return text_of_card(card), name if isinstance(name, str) else None
 
 
-def base_of_teacher(folder: Path, facts: Mapping[str, Any]) -> str | None:
-    """Whether the teacher is the model that a pruned folder was cut from, "base" or "original"; None for another.
-
-    Args:
-        folder: of the pruned model.
-        facts: what goes into prunus/recovery.json.
-    """
-    return base_called(facts["teacher"], read_json_if_whole(folder / "prunus" / "metrics.json") or {})
-
-
 def _measured(facts: Mapping[str, Any], of: str | None) -> MeasuredFacts:
+    """Of the held-out text; the teacher's figure beside it if that is what the model was cut from, as `of` says."""
     loss, text = facts["held_out_loss"], f"held-out sequences ({facts['held_out']['source']})"
     dense = None if loss["dense"] is None or of is None else perplexity_of_loss(loss["dense"])
     values = dense, perplexity_of_loss(loss["after"])

@@ -18,6 +18,7 @@ tokens of a layer without attention are no keys and values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +30,16 @@ from prunus.model.families import Axis
 from prunus.model.geometry import Geometry
 from prunus.model.widths import LayerWidths
 
-__all__ = ["BYTES_PER_NUMBER", "Costs", "amount_of", "expert_costs", "flop_costs", "kv_cache_costs", "parameter_costs"]
+__all__ = [
+    "BYTES_PER_NUMBER",
+    "Costs",
+    "amount_of",
+    "expert_costs",
+    "flop_costs",
+    "kv_cache_costs",
+    "largest_ratio",
+    "parameter_costs",
+]
 
 #: of keys and values; a share of them does not depend on it
 BYTES_PER_NUMBER = 2
@@ -136,6 +146,11 @@ def amount_of(ratio: float, total: float) -> float:
     product = ratio * total
     whole = round(product)
     return float(whole) if abs(product - whole) <= 1e-9 * product else product
+
+
+def largest_ratio(reachable: float, total: float) -> float:
+    """The share that a quantity is at most, rounded down to four digits, so that one can ask for it."""
+    return math.floor(reachable / total * 1e4) / 1e4
 
 
 def kv_cache_costs(

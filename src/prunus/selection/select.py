@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,7 +12,7 @@ from prunus.model.families import Axis
 from prunus.model.geometry import Geometry
 from prunus.option_values import is_number
 from prunus.selection.constraints import ALIGNMENTS, Constraints, ModelConstraints
-from prunus.selection.costs import Costs, amount_of, parameter_costs
+from prunus.selection.costs import Costs, amount_of, largest_ratio, parameter_costs
 from prunus.selection.nearness import check_least, check_near, units_to_cut
 from prunus.selection.plan import Plan
 from prunus.selection.shapes import (
@@ -159,7 +158,7 @@ def _check_enough(geometry: Geometry, ratio: float, constraints: ModelConstraint
         raise BudgetError(
             f"`ratio` {ratio:g} means removing {target:,.0f} of {total:,.0f} {costs.quantity}, but only "
             f"{most:,.0f} can go under these constraints: the largest reachable ratio is "
-            f"{math.floor(most / total * 1e4) / 1e4:g}. Ask for less, or relax layer range, min-keep, "
+            f"{largest_ratio(most, total):g}. Ask for less, or relax layer range, min-keep, "
             f"axes or shape.{_why_experts_stay(geometry, constraints)}"
         )
 
