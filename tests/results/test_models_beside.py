@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from prunus.results.card import updated_card
+from prunus.report.contents import _tiles
+from prunus.results.card import MeasuredFacts, updated_card
 from prunus.results.result_folder import _merged, base_called, measured_facts, speed_notes
 
 ONCE = {"base_model": "dense"}
@@ -103,3 +106,18 @@ def test_speed_is_beside_the_model_that_it_was_measured_beside(first, called):
     (said,) = speed_notes({"options": options, "device": "cpu", "threads": 1, "torch": "2", "results": both}, ONCE)
     assert f"(2.00 and 2.00 times those of {called})" in said
     assert f"({called}: 8)" in said
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        (["base", "base"], "base model 40.0%"),
+        (["original"] * 2, "original model 40.0%"),
+        (["base", "original"], "models that it was cut from 40.0%"),
+    ],
+)
+def test_mean_accuracy_is_beside_the_model_that_it_is_of(tmp_path, kinds, said):
+    facts = [MeasuredFacts(f"task {i}", "t", "accuracy", "acc", "p", 0.4, 0.3, of=of) for i, of in enumerate(kinds)]
+    metrics = {"parameters_before": 10, "parameters_after": 8}
+    result = SimpleNamespace(folder=tmp_path, metrics=metrics, evaluation={})
+    assert [tile.note for tile in _tiles(result, facts) if tile.title.startswith("accuracy")] == [said]

@@ -187,7 +187,9 @@ def _tiles(result: Result, figures: Sequence[MeasuredFacts]) -> list[Tile]:
             for values in ([f.before or 0.0 for f in last.values()], [f.after for f in last.values()])
         ]
         title = f"accuracy, mean of {len(last)} tasks" if len(last) > 1 else f"accuracy, {next(iter(last))}"
-        tiles.append(Tile(title, f"{means[1]:.1%}", f"base model {means[0]:.1%}"))
+        kinds = {figure.of for figure in last.values()}
+        beside = f"{kinds.pop()} model" if len(kinds) == 1 else "models that it was cut from"
+        tiles.append(Tile(title, f"{means[1]:.1%}", f"{beside} {means[0]:.1%}"))
     speed = result.evaluation.get("speed")
     if speed and len(speed["results"]) > 1:
         prefill, decode = (speed["results"][-1][f"{part}_ratio"]["median"] for part in ("prefill", "decode"))
@@ -256,7 +258,9 @@ def _measured(figures: Sequence[MeasuredFacts], result: Result) -> Section:
     rows = [[f.dataset, f.metric_name, f.shown_before, f.show(f.after), f.protocol] for f in figures]
     tables = [("Quality", Rows(["data", "metric", "base model", "pruned", "protocol"], rows))] if rows else []
     accuracies = [
-        (f"{f.dataset} {f.metric_name}", f.before, f.after) for f in figures if f.metric_name in ("acc", "acc_norm")
+        (f"{f.dataset} {f.metric_name}" + f" (base: {f.of})" * (f.of != "base"), f.before, f.after)
+        for f in figures
+        if f.metric_name in ("acc", "acc_norm")
     ]
     charts = [accuracy_chart(accuracies)] if accuracies else []
     if speed := result.evaluation.get("speed"):
